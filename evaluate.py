@@ -22,6 +22,7 @@ from utils.start import begin
 begin(__doc__)
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from pydantic import Field, model_validator
 from data.config import DataConfig
 from data.open import load_collection
 from engine.config import MachineConfig
-from engine.exports.results import compare_results, read_results
+from engine.exports.results import read_results
 from engine.exports.weights import MovedBase, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
 from engine.judging.grid import list_weights, to_part, to_report
@@ -51,7 +52,7 @@ from utils.io.journal import open_journal
 from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights, read_weights
 from utils.ranks import distributed
-from utils.record.figures import show_cell, show_rows
+from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
 from utils.record.report import write_page, write_report
 from utils.record.run_reader import run_of
@@ -59,6 +60,7 @@ from utils.record.run_reader import run_of
 log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
+_IN_NAMES = ("last", "ema", "test", "train", "all")  # weights and splits whose results have names of their own
 _DRY_RUN = "dry run: nothing is evaluated"
 
 
@@ -96,8 +98,6 @@ class Evaluate(Strict):
             raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and data is None:
             raise ValueError("data: must be given without run_dir; add data.root=PATH")
-        if self.calibrate and self.split == "test":
-            raise ValueError("calibrate: the test split chooses no thresholds; set split=val, or remove calibrate=true")
 
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
@@ -105,8 +105,7 @@ class Evaluate(Strict):
             path = choose_weights(self.run_dir or "", self.weights)
         images = choose_images(config.data, self.run_dir, self.split)
         folder = Path(self.run_dir or "")
-        is_own = images.is_own and path.resolve().parent == (folder / "weights").resolve()
-        if not is_own:
+        if not images.is_own or self.weights not in WEIGHT_NAMES:
             parent = _RESULTS if self.run_dir is None else folder / "evaluate"
             name = f"{path.stem}-{Path(hide_secrets(images.data.root)).name}"
             source = {"weights": str(path.resolve()), "data": images.data.model_dump(mode="json"), "split": self.split}
@@ -130,8 +129,7 @@ class Evaluate(Strict):
         with torch.inference_mode(), opened.runtime.autocast():
             report, thresholds = self._measure(opened, described)
         seconds = round(time.perf_counter() - started, 3)
-        name = path.stem.removesuffix("_weights") if is_own and self.weights != "best" else "best"
-        other = "".join(f"_{part}" for part in (name, self.split) if part not in ("best", "auto", "val"))
+        other = "".join(f"_{part}" for part in (self.weights, self.split) if part in _IN_NAMES)
         if described is not None:
             root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
             table = folder / f"tables/images{other}.parquet"
@@ -145,8 +143,8 @@ class Evaluate(Strict):
         place = "validation" if opened.split == "val" else opened.split
         if not images.is_own:
             figures["data"] = hide_secrets(str(collection.root))
-            place = f"{Path(figures['data']).name}{'' if opened.split == 'all' else f', {place}'}"
-        measured = f"{place}: {opened.count(report.scalars)} images"
+            place = f"{Path(figures['data']).name}, {place}"
+        measured = f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images"
         figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
         output = Path(self.output or folder / f"metrics{other}.json")
         title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
@@ -167,7 +165,7 @@ class Evaluate(Strict):
             promises = (self.calibration.precision, self.calibration.recall)
             result = weights.task.calibrate(loaders["val"], leads, *promises)
             if described is not None:
-                described.add_all(opened.loaders()["val"])
+                deque(described.watch(opened.loaders()["val"]), maxlen=0)
             return result
         if described is not None:
             loaders["val"] = described.watch(loaders["val"])
@@ -192,8 +190,12 @@ def write_results(
         run = run_of(Path(figures["weights"]))
         results = read_results(folder if run is None else run.path, figures["weights_hash"])
         if len(results) > 1:
-            report.tables = {"measured": compare_results(results), **report.tables}
-            log.info("%s", Lines(show_rows(report.tables["measured"])))
+            rows = []
+            for name in report.scalars:
+                shown = {measured: show_figure(name, one) for measured, one in results.items()}
+                rows.append({"figure": show_name(name), **shown})
+            report.tables = {"measured": rows, **report.tables}
+            log.info("%s", Lines(show_rows(rows)))
     with output_errors("run_dir", folder):
         images = report.draw()
         write_report(folder, report.tables, images, "" if other is None else f"evaluate{other}_")

@@ -118,10 +118,8 @@ class PredictConfig(Strict):
         return self
 
 
-def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path, form: Form | None) -> RowOptions:
-    """Return the options for rows. An excluded tag has an infinite threshold; a form may need all probabilities."""
-    if form is not None and form.has_probs:
-        return predictor.options(len(predictor.names), np.float32(0.0))
+def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
+    """Return the options for rows. An excluded tag has an infinite threshold."""
     text = config.text
     least = np.float32(0.0)
     if predictor.output.has_tags:
@@ -145,8 +143,6 @@ def choose_destination(
     """
     output = Path(config.output)
     columns = predictor.output.columns
-    if form is not None:
-        return RowFile(output, form.columns, keep=False, choose=form.fill)
     if config.like is not None:
         found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
         query = stack_rows(chain.from_iterable(found), "like")[1][0]
@@ -165,6 +161,8 @@ def choose_destination(
         raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")
     if output.suffix == ".csv" and columns is None:
         raise UserError(f"output: {config.weights} predicts vectors, which CSV cannot hold; name a .jsonl file")
+    if form is not None:
+        return RowFile(output, form.columns, keep=False, choose=form.fill)
     return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
 
 
@@ -222,6 +220,11 @@ def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
     return lambda images: embedding_rows(predictor.embed(images))
 
 
+def name_probs(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
+    """Return the function from images to rows with all probabilities by name."""
+    return lambda images: ({"probs": dict(zip(predictor.names, values))} for values in predictor.predict(images))
+
+
 def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
     """Return what the rows depend on beside the images. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
@@ -272,13 +275,8 @@ def main(config: PredictConfig, job: Job) -> str:
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
     stored = read_embeddings(Path(config.input), version) if is_stored else {}
     images = Images("", []) if is_stored else find_images(config.input, "input")
-    form = None
-    if config.form is not None:
-        form = read_form(Path(config.form), images, predictor.names, has_tags=predictor.output.has_tags)
-        images = form.images
-    options = predictor.options(config.top, np.float32(0.0))
-    if not is_search:
-        options = choose_rows(config, predictor, weights, form)
+    form = read_form(Path(config.form), images.paths, predictor.names) if config.form else None
+    options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     destination = choose_destination(config, predictor, images, version, form)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
@@ -295,6 +293,8 @@ def main(config: PredictConfig, job: Job) -> str:
         predicted = Predicted(journal, images.paths)
         paths = choose_paths(config, images, destination, predicted.known)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
+        if form is not None and form.has_probs:
+            predict = name_probs(predictor)
         found = predict_all(predictor, paths, config, predict)
         predicted.write(join_texts(found, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output

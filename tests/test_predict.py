@@ -42,6 +42,11 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
         assert [each["prob"] for each in row["top"]] == pytest.approx(values.tolist(), abs=2e-6)
         assert row["top"][0] == {"class": row["class"], "prob": row["prob"]}
     assert len({round(row["prob"], 3) for row in found}) == 5  # images that one network tells apart
+    (place / "form.csv").write_text("\n".join(["id,B,A", *(f"{row['path'][11:]},0,0" for row in found)]))
+    run("predict", [*given, "output=filled.csv", "form=form.csv"], place)
+    for row, line in zip(found, read_table(place / "filled.csv"), strict=True):
+        probs = {each["class"]: each["prob"] for each in row["top"]}
+        assert [float(line[name]) for name in "BA"] == pytest.approx([probs["B"], probs["A"]], abs=1e-6)
 
 
 # --- the background of transparent images

@@ -139,16 +139,15 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
     evaluate(tmp_path, "data.root=../" + tmp_path.name + "/in", "data.validation_fraction=0.5")
     again = read_json(tmp_path / "run/metrics.json")
     assert again["samples"] == 2 and "data" not in again
-    evaluate(tmp_path, "split=train")
-    assert {"metrics_train.json", "report_train.html"} <= {file.name for file in (tmp_path / "run").glob("*.*")}
 
 
 def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     fill(tmp_path / "in", "flat", 12)
     name, settings = SCRIPTS["tagging"]
     run(name, settings, tmp_path)
-    with refuses("split: train"):
-        evaluate(tmp_path, "split=train", "calibrate=true")
+    for split in ("train", "test"):
+        with refuses(f"split: {split}"):
+            evaluate(tmp_path, f"split={split}", "calibrate=true")
     evaluate(tmp_path, "batch_size=5", "per_image=true", "split=all")
     for number, row in enumerate(sorted(images_of(tmp_path, "all"), key=lambda row: int(row["path"].split(".")[0]))):
         tags, found = set(row["tags"]), set(row["prediction"])

@@ -67,19 +67,19 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     for path in map(Path, map(find_path, names)):
         files = [path] if os.path.isfile(path) else _list_images(path, unused, key)
         absent += [] if files else [show_name(str(path))]
-        paths |= dict.fromkeys(file for file in files if is_utf8(str(file)))
-        unused.add(NOT_UTF8, *(show_name(str(file)) for file in files if not is_utf8(str(file))))
         folders |= {path} if path.is_dir() else {file.parent for file in files}
+        for file in files:
+            if is_utf8(str(file)):
+                paths[file] = None
+            else:
+                unused.add(NOT_UTF8, show_name(str(file)))
     unused.pop(UNREAD, None)  # a prediction needs no table
     say_unused(unused.describe(), key)
-    if absent:
-        count = f"{len(absent):,} of {len(names):,} have no image: " if len(names) > 1 else ""
+    if absent or not paths:
         raise UserError(
-            f"{key}: {count}{show_some(absent)} is no image, and no folder or pattern (such as 'a/**/*.png') with "
-            f"images; known endings: {', '.join(IMAGE_SUFFIXES)}"
+            f"{key}: {show_some(absent or names) or 'stdin'} is no image, and no folder or pattern (such as "
+            f"'a/**/*.png') with images; known endings: {', '.join(IMAGE_SUFFIXES)}"
         )
-    if not paths:
-        raise UserError(f"{key}: no image is left; name a folder, or with `-` write one path per line to stdin")
     return Images(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
 
 

@@ -1,6 +1,6 @@
 """Weights and the images to measure them on, for evaluate.py."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from data.config import DataConfig
-from data.layouts.table import show_some
+from data.layouts.table import count_values, show_some
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import MovedBase, Weights, open_weights
@@ -80,33 +80,22 @@ class Measured:
             task.to(memory_format=torch.channels_last)
         loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
         if len(self.rows) == 0:
-            raise UserError(
-                f"split: {self.data.collection.root} has no image of split={self.split}; set another one, or "
-                "data.root to other images"
-            )
-        if left := len(self.rows) - loaders["val"].samples:
-            self._report_left(left)
+            raise UserError(f"split: {self.data.collection.root} has no image of split={self.split}; set another one")
+        if loaders["val"].samples < len(self.rows):
+            self._report_left(loaders["val"].samples)
         return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
 
-    def count(self, figures: Mapping[str, float]) -> str:
-        """Return how many images the figures are of, `38 of 40` if not all."""
-        counts = (int(figures.get("samples", len(self.rows))), len(self.rows))
-        return " of ".join(dict.fromkeys(f"{count:,}" for count in counts))
-
-    def _report_left(self, left: int) -> None:
-        """Warn of images that the task cannot measure. Raises UserError (`split`), with what to do, if it can none."""
+    def _report_left(self, usable: int) -> None:
+        """Warn of images without a known label. Raises UserError (`split`), with what to do, if all are so."""
         collection = self.data.collection
-        known = self.weights.setup.facts.get("class_names", [])
-        labels = collection.table["label"].take(self.rows).drop_null().unique().to_pylist() if known else []
-        what = f"{left:,} of {len(self.rows):,} images of split={self.split} have no label that the weights know"
-        if others := sorted({*labels}.difference(known)):
-            what += f", but such as {show_some(others)}; the weights know {show_some(known)}"
-        if left < len(self.rows):
-            log.warning("data.root: %s; they are not measured", what)
-            return
-        run = self.weights.run
-        command = predict_command(collection, self.rows, str(self.weights.path if run is None else run.path))
-        raise UserError(f"split: {what}. Images without labels are predicted: {command}")
+        labels = {*count_values(collection.table["label"].take(self.rows))}
+        others = show_some(sorted(labels.difference(self.weights.setup.facts.get("class_names", labels))))
+        what = f"{usable:,} of {len(self.rows):,} images of split={self.split} have a label that the weights know"
+        what += others and f", and others have {others}"
+        if not usable:
+            command = predict_command(collection, self.rows, self.weights.path)
+            raise UserError(f"split: {what}; images without labels are predicted: {command}")
+        log.warning("data.root: %s; the others are not measured", what)
 
 
 def open_measured(

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,18 +27,10 @@ class ImageRows:
         """Yield the batches, and keep the rows of their readable images."""
         for batch in batches:
             yield batch
-            self._add(batch)
-
-    def add_all(self, batches: Iterable[Batch]) -> None:
-        """Keep the rows of all readable images."""
-        for batch in batches:
-            self._add(batch)
-
-    def _add(self, batch: Batch) -> None:
-        ids = pa.array(batch["sample_id"].tolist(), pa.int64())
-        table = self._describe(batch).append_column("id", ids)
-        read = table.filter(pa.array((batch["weight"] > 0).tolist()))
-        self._tables += distributed.gather_objects(read)
+            ids = pa.array(batch["sample_id"].tolist(), pa.int64())
+            table = self._describe(batch).append_column("id", ids)
+            read = table.filter(pa.array((batch["weight"] > 0).tolist()))
+            self._tables += distributed.gather_objects(read)
 
     def write(self, file: Path, paths: pa.Array, root: str) -> None:
         """Write `path`, the columns of `describe`, and `rank`: 1 for the highest loss.
@@ -49,9 +40,7 @@ class ImageRows:
         if not distributed.is_main():
             return
         table = pa.concat_tables(self._tables).sort_by("id")
-        order = np.argsort(-table["loss"].to_numpy(), kind="stable")
-        ranks = np.empty(len(table), np.int64)
-        ranks[order] = np.arange(1, len(table) + 1)
+        ranks = pc.rank(table["loss"], "descending", tiebreaker="first").cast(pa.int64())
         table = table.add_column(0, "path", pc.take(paths, table["id"])).drop_columns("id")
-        table = table.append_column("rank", pa.array(ranks)).replace_schema_metadata({"root": root})
+        table = table.append_column("rank", ranks).replace_schema_metadata({"root": root})
         write_atomically(file, partial(pq.write_table, table))

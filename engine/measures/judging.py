@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 
 class Seen(NamedTuple):
@@ -26,16 +28,9 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     centre = real.vectors.mean(axis=0)
     figures = {"recall": drawn.tags[prompted].mean(), "real_recall": real.tags[prompted].mean()}
     figures["leakage"] = leaked / len(others)
-    figures["similarity"] = cosines(drawn.vectors - centre, real.vectors - centre).mean()
+    pairs = (torch.from_numpy(seen.vectors - centre).double() for seen in (drawn, real))
+    figures["similarity"] = F.cosine_similarity(*pairs).mean()
     return {name: float(value) for name, value in figures.items()}
-
-
-def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the cosine of each pair of vectors [N, D], float64 [N]; 0 for a zero vector."""
-    first = first.astype(np.float64)
-    second = second.astype(np.float64)
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return (first * second).sum(axis=1) / np.maximum(norms, 1e-12)
 
 
 def tag_rows(

@@ -239,12 +239,10 @@ class Kind:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
 
 
-def predict_command(collection: Collection, rows: np.ndarray, weights: str) -> str:
+def predict_command(collection: Collection, rows: np.ndarray, weights: str | Path) -> str:
     """Return the command that predicts some images, in the form of a sample submission at the root if there is one."""
-    names = (file for file in sorted(Path(collection.root).glob("*.csv")) if "submission" in file.name.lower())
-    words = [f"input={collection.folder_of(rows)}", "output=predictions.csv"]
-    if (form := next(names, None)) is not None:
-        words = [words[0], "output=submission.csv", f"form={form}"]
+    words = [f"input={collection.folder_of(rows)}", "output=submission.csv"]
+    words += [f"form={file}" for file in Path(collection.root).glob("*ubmission*.csv")][:1]
     return f"python predict.py weights={weights} {shlex.join(words)}"
 
 

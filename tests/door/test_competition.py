@@ -1,10 +1,10 @@
 """A Kaggle folder: train.csv, train/, test/ without labels, sample_submission.csv, a zip (docs/competition.md)."""
 
-import csv
-
 from tests.door.follow import follow
+from tests.door.test_held_out import ON_CPU
 from tests.door.test_table import QUICK
-from tests.support import make_collection
+from tests.in_process import run
+from tests.support import make_collection, read_table, refuses
 
 
 def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
@@ -23,6 +23,9 @@ def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
     follow("competition.md", tmp_path, {"PHOTOS": "dogs", "RUN": "run"}, QUICK)
     assert "train.csv: column id names 30 of 30 files in train/, with .png; label: breed, 3 classes" in log.text
     assert "dogs.zip" in log.text
-    with open(tmp_path / "submission.csv") as file:
-        rows = [*csv.DictReader(file)]
+    words = "input=dogs/test output=submission.csv form=dogs/sample_submission.csv"
+    assert f"predict.py weights=run {words}" in log.text
+    with refuses(f"split: 0 of 6 .* are predicted: .*{words}"):
+        run("evaluate", ["run_dir=run", "split=test", *ON_CPU], tmp_path)
+    rows = read_table(tmp_path / "submission.csv")
     assert [row["id"] for row in rows] == ids and {row["breed"] for row in rows} <= {"breed A", "breed B", "breed C"}
