@@ -58,7 +58,7 @@ from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import PER_TAG
-from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
+from utils.formats.vocabulary import CATEGORIES
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
 from utils.io.journal import open_journal
@@ -154,8 +154,6 @@ def choose_destination(
         if not predictor.output.has_tags:
             raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
         folder = None if config.output == "beside" else config.output
-        if not config.text.categories and not {*predictor.categories.tolist()} <= {GENERAL, RATING}:
-            log.info("text.categories: false, so the .txt files do not say which tags are characters or artists")
         return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))
     if config.existing == "append":
         raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")

@@ -15,6 +15,12 @@ from engine.tasks.diffusion_config import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
 from models.sdxl.changes import SHOWN
 
+_TRAINED_ON = {
+    "ss_num_train_images": "images",
+    "ss_total_batch_size": "batch_size",
+    "ss_tag_frequency": "tag_frequency",
+}
+
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
@@ -39,14 +45,14 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
 
 def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
     trained_on = dict_of(metadata, "trained_on")
-    facts: dict[str, Any] = {"prediction_type": task.noise.prediction_type}
-    facts["ss_new_sd_model_hash"] = dict_of(metadata, "origin").get("sha256")
-    facts["ss_num_train_images"] = trained_on.get("images")
-    facts["ss_total_batch_size"] = trained_on.get("batch_size")
-    facts["ss_tag_frequency"] = trained_on.get("tag_frequency")
-    facts["ss_learning_rate"] = metadata.get("lr")
-    facts["ss_steps"] = metadata["step"]
-    facts["ss_discrete_flow_shift"] = task.stated_noise.get("shift")
+    facts: dict[str, Any] = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
+    facts |= {
+        "prediction_type": task.noise.prediction_type,
+        "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
+        "ss_learning_rate": metadata.get("lr"),
+        "ss_steps": metadata["step"],
+        "ss_discrete_flow_shift": task.stated_noise.get("shift"),
+    }
     if buckets := trained_on.get("buckets"):
         # The bucket of most images; of several, the largest, then the squarest.
         height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))

@@ -7,7 +7,7 @@ from tests.in_process import run
 from tests.support import make_collection, read_table, refuses
 
 
-def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
+def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log, capsys):
     made = make_collection(tmp_path / "made", per_class=10, validation=2)
     root = tmp_path / "dogs"
     lines = ["id,breed"]
@@ -24,7 +24,7 @@ def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
     assert "train.csv: column id names 30 of 30 files in train/, with .png; label: breed, 3 classes" in log.text
     assert "dogs.zip" in log.text
     words = "input=dogs/test output=submission.csv form=dogs/sample_submission.csv"
-    assert f"predict.py weights=run {words}" in log.text
+    assert f"predict.py weights=run {words}" in capsys.readouterr().err
     with refuses(f"split: 0 of 6 .* are predicted: .*{words}"):
         run("evaluate", ["run_dir=run", "split=test", *ON_CPU], tmp_path)
     rows = read_table(tmp_path / "submission.csv")
