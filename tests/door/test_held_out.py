@@ -68,6 +68,7 @@ def test_classes_of_the_test_split_alone_are_left_out_and_named(place, capsys):
     shutil.copytree(place / "photos", place / "more")
     shutil.move(place / "more/test/C", place / "more/test/see")
     run("evaluate", ["run_dir=run", "data.root=more/test", *ON_CPU], place)
-    assert "10 of 15 images of split=all have a label that the weights know, and others have see" in capsys.readouterr().err
+    said = "10 of 15 images of split=all have a label that the weights know, and others have see"
+    assert said in capsys.readouterr().err
     (file,) = place.glob("run/evaluate/best_weights-test-*/metrics.json")
     assert read_json(file)["measured"] == "test, all: 10 images"
