@@ -220,7 +220,12 @@ def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
 
 def name_probs(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
     """Return the function from images to rows with all probabilities by name."""
-    return lambda images: ({"probs": dict(zip(predictor.names, values))} for values in predictor.predict(images))
+
+    def predict(images: Tensor) -> Iterator[Row]:
+        for values in predictor.predict(images).astype(float).round(6).tolist():
+            yield {"probs": dict(zip(predictor.names, values))}
+
+    return predict
 
 
 def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
