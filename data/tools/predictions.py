@@ -65,7 +65,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     absent = []
     unused = Unused()
     for path in map(Path, map(find_path, names)):
-        files = [path] if os.path.isfile(path) else _list_images(path, unused, key)
+        files = [path] if os.path.isfile(path) else _list_images(path, unused)
         absent += [] if files else [show_name(str(path))]
         folders |= {path} if path.is_dir() else {file.parent for file in files}
         for file in files:
@@ -83,7 +83,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     return Images(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
 
 
-def _list_images(path: Path, unused: Unused, key: str) -> list[Path]:
+def _list_images(path: Path, unused: Unused) -> list[Path]:
     """Return the images in a folder or of a pattern, sorted; hidden ones only if `path` names their folder."""
     if path.is_dir():
         walked = walk_folders(path, unused, follows_links=False)  # outputs beside images stay in the folder
