@@ -51,7 +51,7 @@ def read_listed_images(
     several tables.
     """
     files = _find_files(root, choice)
-    find = _build_finder(splits if files else {})
+    find = build_finder(splits if files else {})
     tables = [_match(file, find, splits, choice, unused) for file in files]
     tables = [each for each in tables if each is not None]
     tables = [each for each in tables if read_split(each.file.stem) != TEST] or tables  # these have no label
@@ -75,7 +75,7 @@ def read_listed_images(
     return build_table({**dict(zip(table.column_names, table.columns)), "size": sizes})
 
 
-def _build_finder(splits: _Splits) -> Callable[[str, str], str | None]:
+def build_finder(splits: _Splits) -> Callable[[str, str], str | None]:
     """Return a function that finds the image of a name: with or without its ending, in any folder."""
     images: dict[str, list[str]] = {}
     for path in splits:

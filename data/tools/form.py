@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.layouts.listed import Finder
-from data.layouts.table import show_some
+from data.layouts.listed import build_finder
+from data.layouts.table import TEST, show_some
 from data.layouts.tables import read_columns
 from data.tools.predictions import Row
 from utils.errors import UserError
@@ -37,7 +37,7 @@ class Form(NamedTuple):
             yield {"path": path, **row, **values, ids: row[ids]}
 
 
-def read_form(file: Path, images: Iterable[Path], names: Sequence[str]) -> Form:
+def read_form(file: Path, images: Sequence[Path], names: Sequence[str]) -> Form:
     """Read a table for predictions of some images as classes or tags. Raises UserError (`form`)."""
     table = read_columns(file, "form", is_ours=False)
     ids, *columns = table.column_names
@@ -48,11 +48,11 @@ def read_form(file: Path, images: Iterable[Path], names: Sequence[str]) -> Form:
             f"class or the tags, or columns with names of the weights, for probabilities: {show_some(names)}"
         )
     rows = table.to_pylist()
-    finder = Finder(dict.fromkeys(map(str, images)))
-    paths = finder.choose([finder.find(str(row[ids])) for row in rows], None)
+    find = build_finder(dict.fromkeys(map(str, images)))
+    paths = [find(str(row[ids]), TEST) for row in rows]
     if wrong := [str(row[ids]) for row, path in zip(rows, paths) if path is None]:
         raise UserError(
             f"form: {file} names {len(wrong):,} images that input lacks or has several times: {show_some(wrong)}; "
-            f"it has images such as {min(finder.places)}"
+            f"it has images such as {min(images)}"
         )
     return Form(table.column_names, rows, paths, has_probs)
