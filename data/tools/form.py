@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
 def read_form(file: Path, images: Sequence[Path], names: Sequence[str]) -> Form:
     """Read a table for predictions of some images as classes or tags. Raises UserError (`form`)."""
-    table = read_columns(file, "form", is_ours=False)
+    table = read_columns(file, "form")
     ids, *columns = table.column_names
     has_probs = {*columns} <= {*names}
     if not columns or (len(columns) > 1 and not has_probs):
