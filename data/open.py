@@ -32,7 +32,7 @@ from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
-from data.images.open import allow_pixels, warn_of_missing_libraries
+from data.images.open import allow_pixels
 from data.layouts.glyphs import draw_glyphs
 from data.layouts.table import SPLITS
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
@@ -52,7 +52,6 @@ def load_collection(config: DataConfig) -> Collection:
     allow_pixels(config.max_pixels)
 
     def index() -> str:
-        warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
         return str(index_collection(config.root, cache=CACHE, **config.index_settings()))
@@ -91,7 +90,6 @@ def load_files(
 
     A sample's id is its index in `paths`; padding has key 0. The order is kept.
     """
-    warn_of_missing_libraries()
     source = Images(paths, _decoder_of(preprocessing, max_pixels))
     reasons: dict[str, str] = {}
     views = evaluation_views(preprocessing)

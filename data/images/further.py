@@ -42,15 +42,11 @@ def load_package(package: str) -> ModuleType:
 def read_preview(content: bytes) -> tuple[bytes, int]:
     """Return the JPEG in a raw photograph, and the EXIF orientation that holds if the JPEG has none.
 
-    Raises ValueError if LibRaw finds none.
+    Raises ValueError if it is another picture, LibRaw's error if there is none.
     """
     rawpy = load_package("rawpy")
-    try:
-        with rawpy.imread(io.BytesIO(content)) as raw:
-            preview = raw.extract_thumb()
-            turn = _TURNS.get(raw.sizes.flip, 1)
-    except rawpy.LibRawError as error:
-        raise ValueError(f"LibRaw: {error}; only the preview in a raw photograph is read, so export a JPEG") from error
-    if preview.format != rawpy.ThumbFormat.JPEG:
-        raise ValueError("its preview is no JPEG; export one")
-    return preview.data, turn
+    with rawpy.imread(io.BytesIO(content)) as raw:
+        preview = raw.extract_thumb()
+        if preview.format != rawpy.ThumbFormat.JPEG:
+            raise ValueError("its preview is no JPEG; export one")
+        return preview.data, _TURNS.get(raw.sizes.flip, 1)

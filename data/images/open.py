@@ -3,26 +3,21 @@
 Every image file is opened by `open_image`, whichever library decodes its pixels.
 """
 
-import functools
 import io
 import os
-import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from data.images.further import FORMATS as FURTHER_FORMATS
 from data.images.further import load_package, package_of, read_preview
 from data.images.jpeg import complete, lacks_end
 from data.layouts.names import INSTALL
 from data.stream.source import UnreadableImage
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 # The allowed formats, with any suffix. Some of Pillow's other readers start programs (EPS runs Ghostscript), and a
 # collection may come from an untrusted source. TGA has no signature, so it is tried last, and only for its suffix.
@@ -30,23 +25,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "J
 _TGA_SUFFIX = ".tga"
 UNLIMITED = 2**31  # pixels, where only the header is read
 
-# Libraries that Pillow can be built without, its names for them, and the first bytes of files that need them.
-_LIBRARIES = {
-    "libwebp": ("webp", rb"RIFF....WEBP"),
-    "libavif": ("avif", rb"....ftyp(avi[fs]|mif1|msf1)"),
-    "OpenJPEG": ("jpg_2000", rb"\xff\x4f\xff\x51|....jP  "),
-    "libtiff": ("libtiff", rb"II\*\0|MM\0\*"),
-    "libjpeg": ("jpg", rb"\xff\xd8\xff"),
-}
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Ancillary chunks of a PNG to keep when one of them cannot be read, from trial to trial.
 _KEPT_CHUNKS = ((b"eXIf", b"tRNS", b"iCCP"), (b"eXIf", b"tRNS"), (b"eXIf",), ())
 PngImagePlugin.MAX_TEXT_CHUNK = 8_000_000  # bytes of an unpacked text or profile; libpng's limit
 
-# Pillow knows some kinds of 16-bit grey only with black as zero; `load_upright` turns the others.
-for (_prefix, _white, *_kind), _modes in list(TiffImagePlugin.OPEN_INFO.items()):
-    if _white == 1 and _modes[1] in ("I;16", "I;16B"):
-        TiffImagePlugin.OPEN_INFO.setdefault((_prefix, 0, *_kind), _modes)
+# Pillow knows big-endian 16-bit grey only with black as zero; `load_upright` turns the other.
+TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 
 # The kinds of faults, as counted by `prepare.py job=manifest`.
 EMPTY = "the file is empty"
@@ -102,10 +87,6 @@ def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = Fal
         raise UnreadableImage(name, NO_DECODER, f"it needs {package_of(content, name)}: {INSTALL}") from error
     except Exception as error:  # decoders raise many types on damaged bytes: OSError, SyntaxError, struct.error...
         kind, detail = _explain_header(content[:256]) if isinstance(error, UnidentifiedImageError) else _explain(error)
-        missing = [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]
-        if missing and kind in (DAMAGED, CUT_OFF, UNKNOWN):
-            kind = NO_DECODER
-            detail = f"it needs {missing[0]}; install another Pillow"
         raise UnreadableImage(name, kind, detail) from error
 
 
@@ -115,7 +96,7 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
     Raises ImportError without the package that reads it.
     """
     package = package_of(content, name)
-    formats = (*_formats(), "TGA") if name.lower().endswith(_TGA_SUFFIX) else _formats()
+    formats = (*FORMATS, "TGA") if name.lower().endswith(_TGA_SUFFIX) else FORMATS
     turn = 1
     if package == "rawpy":
         content, turn = read_preview(content)
@@ -181,19 +162,6 @@ def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
     return b"".join(parts)
 
 
-@functools.cache
-def _missing_libraries() -> dict[str, bytes]:
-    """Return the libraries that this Pillow lacks, with a pattern of the first bytes of files that need them."""
-    return {library: begins for library, (name, begins) in _LIBRARIES.items() if not features.check(name)}
-
-
-@functools.cache
-def warn_of_missing_libraries() -> None:
-    """Log once which libraries this Pillow lacks, so that no file is taken for damaged."""
-    if missing := ", ".join(_missing_libraries()):
-        log.warning("this Pillow was built without %s: images that need it cannot be read; no fault of theirs", missing)
-
-
 def _explain(error: Exception) -> tuple[str, str]:
     """Return the kind of fault for an exception of the decoder, and details."""
     text = " ".join(str(error).split())
@@ -211,14 +179,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 def _explain_header(head: bytes) -> tuple[str, str]:
     """Return the kind of fault for a file that no reader accepted, and details, from its first bytes."""
-    for name in _formats():
-        if (accepts := Image.OPEN[name][1]) is not None and accepts(head):
-            return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
-    return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(_formats())}"
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return the FORMATS that this Pillow build supports."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    for name in FORMATS:
+        if Image.OPEN[name][1](head):
+            return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
+    return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(FORMATS)}"

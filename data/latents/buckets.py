@@ -243,9 +243,11 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
     buckets, groups = np.unique(target[kept], axis=0, return_inverse=True)
     # Once in a bucket, even if two areas gave it.
     _, firsts = np.unique(rows[kept] * len(buckets) + groups.reshape(-1), return_index=True)
-    left_out = {reason: np.setdiff1d(rows[chosen], rows[kept]) for reason, chosen in reasons.items()}
-    dropped = {reason: without for reason, without in left_out.items() if len(without)}
-    for reason, without in dropped.items():
+    dropped = {}
+    for reason, chosen in reasons.items():
+        if not len(without := np.setdiff1d(rows[chosen], rows[kept])):
+            continue
+        dropped[reason] = without
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())
         log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
     return Buckets(rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)

@@ -23,7 +23,7 @@ from data.images.open import UNLIMITED, open_image, read_file
 from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
-from data.layouts.names import CONDITION, masked_stem
+from data.layouts.names import CONDITION, is_image_name, masked_stem
 from data.layouts.table import show_some
 from data.stream.source import Record, Source, UnreadableImage
 from utils.config.bounds import Fraction
@@ -31,7 +31,7 @@ from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
-from utils.io.names import find_path, list_names, to_nfc
+from utils.io.names import to_nfc
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -49,7 +49,7 @@ class MaskConfig(Strict):
     """Where masks are, and how they count.
 
     source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`, or one
-    with another ending of images; or a folder with `a/x.png` (or `a/x.jpg`) for `a/x.jpg` of `data.root`.
+    with another ending of images; or a folder with `a/x.png` (or another ending) for `a/x.jpg` of `data.root`.
     The loss counts where a mask is white or opaque, and by `floor` where it is darker. An image without a mask counts
     as a whole.
     normalise: divide an image's loss by the mean of its mask, so that small masks count as much as large ones.
@@ -72,26 +72,23 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
     ids = collection.concept_ids()
 
     @functools.lru_cache(_FOLDERS)
-    def list_masks(folder: Path) -> dict[str, str]:
+    def list_masks(folder: Path) -> dict[str, Path]:
         """Return the masks in a folder by the name of their image without its ending."""
-        names = sorted(file.name for file in folder.glob("*"))  # none in a shard
-        masks = ((masked_stem(name), name) for name in names if CONDITION not in name.lower())
-        return {to_nfc(stem): name for stem, name in masks if stem is not None}
+        files = sorted(file for file in folder.glob("*") if CONDITION not in file.name.lower())  # none in a shard
+        if source == "beside":
+            return {to_nfc(masked_stem(file.name) or ""): file for file in files}
+        return {to_nfc(file.stem): file for file in files if is_image_name(file.name)}
 
-    def list_files(row: int) -> list[Path]:
+    def find_mask(row: int) -> Path | None:
         path = collection.absolute_path(row)
-        if concepts and concepts[ids[row]].mask is False:
-            return []
-        if source in ("alpha", "beside"):
-            beside = list_masks(path.parent).get(to_nfc(path.stem), f"{path.stem}.mask.png")
-            return [path if is_alpha else path.with_name(beside)]
+        if is_alpha:
+            return path
         other = Path(source, collection.row(row).path.lstrip("/")).expanduser()
-        return [other.with_suffix(".png"), other]
+        return list_masks((path if source == "beside" else other).parent).get(to_nfc(path.stem))
 
     def find() -> Masks:
-        listed = functools.lru_cache(_FOLDERS)(list_names)
-        found = ((row, (Path(find_path(str(file), listed)) for file in list_files(row))) for row in sizes)
-        files = {row: file for row, named in found if (file := next(filter(os.path.isfile, named), None))}
+        masked = [row for row in sizes if not concepts or concepts[ids[row]].mask is not False]
+        files = {row: file for row in masked if (file := find_mask(row)) and file.is_file()}
         values = measure_once(list(files.values()), functools.partial(in_threads, _measure), _MEASURED, "reading masks")
         images = set() if is_alpha else {os.path.abspath(collection.absolute_path(row)) for row in range(len(ids))}
         masks = {}
@@ -113,8 +110,8 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
     masks = distributed.rank_zero_call(find)
     if training and sizes and not masks:
         raise UserError(
-            f"task.mask.source: {source}, but none of {len(sizes):,} images has a mask, such as "
-            f"{list(map(str, list_files(next(iter(sizes)))))}; set alpha, beside or a folder, or task.mask=null"
+            f"task.mask.source: {source}, but none of {len(sizes):,} images has a mask; set alpha, beside (x.mask.png "
+            "for x.jpg), or a folder (a/x.png for a/x.jpg), or task.mask=null"
         )
     log.info("task.mask: %s of %s images have a mask; others count as a whole", f"{len(masks):,}", f"{len(sizes):,}")
     return masks

@@ -77,23 +77,20 @@ class Check(Tool):
         matter.
         """
         unused = Unused()
-        sizes, sidecars, _ = scan_folder(root, unused)
+        manifest = find_manifest(root)
+        if manifest is None:
+            table = read_folder(root, unused, data.choice())
+            sizes, sidecars, _ = scan_folder(root, Unused())
+        else:
+            table = read_table(manifest, unused, data.choice().columns)
+            sizes, sidecars, _ = scan_folder(root, unused)
         images = sorted(sizes)
         for path, fact in zip(images, measure_files(root, images, data.max_pixels) if self.verify else ()):
-            if fact.kind is not None:
-                yield path, fact.kind, fact.reason
-            elif fact.remark is not None:
-                yield path, fact.remark.partition(" (")[0], fact.remark
-        for reason in filter(is_fault, unused):
-            yield from _same_fault(unused[reason], reason)
-        manifest = find_manifest(root)
-        left = Unused()
-        if manifest is None:
-            table = read_folder(root, left, data.choice())
-        else:
-            table = read_table(manifest, left, data.choice().columns)
-        for reason in (reason for reason in left if reason.startswith((ROWS, UNNAMED))):
-            yield from _same_fault(left[reason], reason)
+            if odd := fact.reason or fact.remark:
+                yield path, fact.kind or odd.partition(" (")[0], odd
+        for reason, names in unused.items():
+            if is_fault(reason) or reason.startswith((ORPHANS, ROWS, UNNAMED)):
+                yield from _same_fault(names, reason)
         if PLACES.keys() <= set(table.column_names):
             return
         if manifest is None:
@@ -106,7 +103,6 @@ class Check(Tool):
             gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
             yield from _same_fault(lacking, "an image without a row in the manifest")
             yield from _same_fault(gone, "a row of the manifest without a file")
-        yield from _same_fault(unused.get(ORPHANS, []), "a sidecar without an image")
         bare = [path for path in images if path not in sidecars]
         if len(bare) < len(images):
             yield from _same_fault(bare, "an image without a sidecar")

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from data.layouts.sidecars import list_faults
 from data.layouts.table import TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import COPY, check_root
-from data.tools.measure import FileFacts, measure_files
+from data.tools.measure import measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
@@ -65,7 +64,9 @@ class Manifest(Tool):
             for name in ("sha256", *(_DECODED if self.verify else ())):
                 columns[name] = [getattr(fact, name) for fact in facts]
             if self.verify:
-                columns["group"] = _number_groups(facts)
+                drawn = {path: fact.thumbnail for path, fact in zip(paths, facts) if fact.thumbnail is not None}
+                numbers = dict(zip(drawn, group_duplicates(list(drawn.values())).tolist()))
+                columns["group"] = [numbers.get(path) for path in paths]
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
             table = assign_validation(table, data.validation_fraction)
@@ -90,10 +91,3 @@ class Manifest(Tool):
         splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
         log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(damaged)} unreadable"
-
-
-def _number_groups(facts: Sequence[FileFacts]) -> list[int | None]:
-    """Return the number of each image's group of near-duplicates; None without pixels."""
-    thumbnails = [fact.thumbnail for fact in facts if fact.thumbnail is not None]
-    groups = iter(group_duplicates(thumbnails).tolist())
-    return [None if fact.thumbnail is None else next(groups) for fact in facts]

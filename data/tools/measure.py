@@ -25,7 +25,6 @@ from data.images.open import (
     UNLIMITED,
     open_image,
     read_file,
-    warn_of_missing_libraries,
 )
 from data.stream.source import UnreadableImage
 from utils.formats.background import DEFAULT, background_rgb
@@ -35,7 +34,8 @@ from utils.ranks.processes import map_items
 
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault if a decoder crashes
-_FULL_LEVEL = 65_535
+_PASSING = (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)  # faults that an unchanged file may lose
+_NEARLY_BLACK = 2**13  # levels of 2**16
 _SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all images
 
 
@@ -69,15 +69,9 @@ class FileFacts(NamedTuple):
         """Whether the file itself is unreadable; a missing decoder is no fault of the file."""
         return self.kind not in (None, NO_DECODER)
 
-    @property
-    def is_lasting(self) -> bool:
-        """Whether the facts are permanent for an unchanged file."""
-        return self.kind not in (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)
-
 
 def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
-    warn_of_missing_libraries()
     cache_key = f"{decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
@@ -85,7 +79,7 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
         lambda missing: map_items(measure, missing, _fatal_file),
         CACHE / f"{sha256_text(cache_key)[:16]}.jsonl",
         "reading the images",
-        lambda facts: facts.is_lasting,
+        lambda facts: facts.kind not in _PASSING,
     )
     return [FileFacts(*value) for value in values]
 
@@ -113,9 +107,8 @@ def _fatal_file(file: str) -> FileFacts:
 def _measure_image(image: Image.Image) -> FileFacts:
     """Decode an opened image and return its facts."""
     mode = image.mode
-    from_tiff = read_orientation(image) if image.format == "TIFF" else None  # loading rotates and removes it
+    orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
-    orientation = from_tiff or read_orientation(image)
     transparent = int(is_transparent(image))
     pixels = convert(upright, 3, background_rgb(DEFAULT))
     grey = Image.fromarray(pixels).convert("L")
@@ -123,12 +116,9 @@ def _measure_image(image: Image.Image) -> FileFacts:
     levels = np.asarray(grey, np.float32)
     edges = np.diff(levels, 2, axis=0)[:, 1:-1] + np.diff(levels, 2, axis=1)[1:-1]
     facts = FileFacts(format=image.format, width=upright.width, height=upright.height, mode=mode)
-    facts = facts._replace(
-        orientation=orientation if orientation in UPRIGHT else 1,
-        transparent=transparent,
-        thumbnail=draw_thumbnail(pixels),
-    )
+    facts = facts._replace(orientation=orientation if orientation in UPRIGHT else 1, transparent=transparent)
     return facts._replace(
+        thumbnail=draw_thumbnail(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
         remark=_find_remark(upright, MENDED in image.info),
@@ -137,9 +127,7 @@ def _measure_image(image: Image.Image) -> FileFacts:
 
 def _find_remark(image: Image.Image, is_mended: bool) -> str | None:
     """Return what is odd about a decoded image: levels of fewer bits than its 16, or a JPEG without its end."""
-    if image.mode.startswith("I;16"):
-        top = int(np.asarray(image).max())
-        if 0 < top < _FULL_LEVEL / 8:
-            factor = _FULL_LEVEL // (2 ** top.bit_length() - 1)
-            return f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save them times {factor})"
+    top = np.asarray(image).max() if image.mode.startswith("I;16") else 0
+    if 0 < top < _NEARLY_BLACK:
+        return f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"
     return "a JPEG without an end marker, which is read" if is_mended else None
