@@ -115,19 +115,15 @@ def _measure_image(image: Image.Image) -> FileFacts:
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
     edges = np.diff(levels, 2, axis=0)[:, 1:-1] + np.diff(levels, 2, axis=1)[1:-1]
+    remark = "a JPEG without an end marker, which is read" if MENDED in image.info else None
+    top = np.asarray(upright).max() if upright.mode.startswith("I;16") else 0
+    if 0 < top < _NEARLY_BLACK:
+        remark = f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"
     facts = FileFacts(format=image.format, width=upright.width, height=upright.height, mode=mode)
     facts = facts._replace(orientation=orientation if orientation in UPRIGHT else 1, transparent=transparent)
     return facts._replace(
         thumbnail=draw_thumbnail(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
-        remark=_find_remark(upright, MENDED in image.info),
+        remark=remark,
     )
-
-
-def _find_remark(image: Image.Image, is_mended: bool) -> str | None:
-    """Return what is odd about a decoded image: levels of fewer bits than its 16, or a JPEG without its end."""
-    top = np.asarray(image).max() if image.mode.startswith("I;16") else 0
-    if 0 < top < _NEARLY_BLACK:
-        return f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"
-    return "a JPEG without an end marker, which is read" if is_mended else None
