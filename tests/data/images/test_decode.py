@@ -81,7 +81,7 @@ def test_only_the_name_makes_a_file_tga(tmp_path):
 def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     stored = picture(size=(16, 32) if orientation > 4 else (32, 16))
     stored.getexif()[0x0112] = orientation
-    stored.save(tmp_path / f"x.{suffix}", exif=stored.getexif(), quality=95)
+    stored.save(tmp_path / f"x.{suffix}", exif=stored.getexif().tobytes(), quality=95)
     pixels = read(tmp_path / f"x.{suffix}")
     assert pixels.shape == (16, 32, 3)
     assert near(pixels, corners(np.array(ImageOps.exif_transpose(stored))), 12)
