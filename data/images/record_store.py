@@ -44,14 +44,16 @@ class Store:
     """The records of a folder. The first two hexadecimal digits of a key name the subfolder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = own_cache(folder)
+        self.folder = folder
+        self.own = own_cache(folder)  # where this user writes; what is in `folder` is read, too
 
     def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / key
+        file = self.folder / key[:2] / key
+        return file if self.own == self.folder or file.exists() else self.own / key[:2] / key
 
     def files(self) -> list[Path]:
         """Return the files of all records; the file name is the key."""
-        return list(self.folder.glob("[0-9a-f][0-9a-f]/[!.]*"))
+        return [file for place in {self.folder, self.own} for file in place.glob("[0-9a-f][0-9a-f]/[!.]*")]
 
     def has(self, key: str) -> bool:
         """Return whether a record exists, without reading it."""
@@ -73,7 +75,7 @@ class Store:
     def put(self, key: str, content: bytes) -> None:
         """Write a record. Raises OSError."""
         record = _checksum(np.frombuffer(content, np.uint8)) + content
-        write_atomically(self._file(key), lambda temporary: temporary.write_bytes(record), flush=False)
+        write_atomically(self.own / key[:2] / key, lambda temporary: temporary.write_bytes(record), flush=False)
 
     def note_use(self, keys: np.ndarray) -> None:
         """Note in the folder `uses` which records a run reads.
@@ -82,7 +84,7 @@ class Store:
         """
         content = np.unique(keys.astype(_KEY)).tobytes()
         with suppress(OSError):  # a read-only disk
-            file = self.folder / _USES / hashlib.sha256(content).hexdigest()[:32]
+            file = self.own / _USES / hashlib.sha256(content).hexdigest()[:32]
             if not file.exists():  # another run may hold its lock
                 write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
             os.utime(file)
@@ -117,7 +119,7 @@ class LimitedStore(Store):
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        super().__init__(folder)
+        super().__init__(own_cache(folder))
         self._limit = limit_bytes
         self._used = self.folder / "used"  # a file that holds the total size
         with output_errors("data.cache.folder", self.folder):
@@ -194,7 +196,7 @@ class TensorStore:
                 f"{self.config_key}: {name} gives NaN or infinite values, which are not cached; encode in "
                 "float32 or bfloat16, or use weights made for float16"
             )
-        with output_errors(self.config_key, self._store.folder):
+        with output_errors(self.config_key, self._store.own):
             self._store.put(key, save(record))
 
     def finish(self) -> None:
