@@ -125,7 +125,7 @@ def test_orphans_are_found_both_ways(root, tmp_path):
     run("prepare", words, tmp_path)
     found = listed(tmp_path, "check")
     assert found["dog/cut.png"].startswith(CUT_OFF) and found["dog/cut.png"].endswith("an image without a sidecar")
-    assert found["dog/lost.txt"] == "sidecars without an image"
+    assert found["dog/lost.txt"].startswith("sidecars without an image")
     assert set(found) == {"dog/cut.png", "dog/lost.txt", "dog/copy.png", "dog/same.png"}
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     (root / "cat/1.png").rename(root / "cat/3.png")
