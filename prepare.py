@@ -6,7 +6,7 @@
     python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
 
-Other jobs: duplicates, filter, downsample, split, copy, apply_corrections, cache, import. No
+Other jobs: duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
 job changes an image.
 """
 
@@ -26,6 +26,7 @@ from data.tools.copy import Copy
 from data.tools.duplicates import Duplicates
 from data.tools.exclude import Filter, Split
 from data.tools.import_sd_scripts import Import
+from data.tools.machine import Machine
 from data.tools.manifest import Manifest
 from data.tools.pack import Pack
 from data.tools.vocabulary import CollectVocabulary
@@ -34,7 +35,7 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Check | Manifest | CollectVocabulary | Pack
-    | Duplicates | Filter | Split | Copy | ApplyCorrections | Cache | Import,
+    | Duplicates | Filter | Split | Copy | ApplyCorrections | Cache | Machine | Import,
     Field(discriminator="name"),
 ]  # fmt: skip
 
