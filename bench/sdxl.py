@@ -53,7 +53,7 @@ LEARNING_RATE = 1e-4
 CLIP = 1.0
 WORDS = [
     "runtime=reference", "runtime.deterministic=false", f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}",
-    "task.caption_chunks=1",
+    "task.caption_chunks=1", "task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true",
 ]  # fmt: skip
 TINY = ["model=sdxl_tiny", "runtime.threads=1"]
 WHOLE = ["model.path=base", "runtime.precision=bf16", "task.noise.convert=true"]

@@ -12,12 +12,13 @@ from models.sdxl import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
+NOISE = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "convert": False, "offset": 0.0}
 CHANGES = {
     "classification": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "fcmae": {"decoder_dim": 16},
     "tagging": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "distillation": {"teacher": "drawn"},
-    "diffusion": {"latent_cache": None},
+    "diffusion": {"latent_cache": None, "noise": NOISE},
     "autoencoder": {"discriminator": {"weight": 0.5, "start_step": 1}},
 }
 SIZE, BATCH, NAMES = 64, 4, [f"name {index}" for index in range(7)]
