@@ -1,5 +1,6 @@
 """The schema of `loop`, `runtime` and the keys of every training script. Defaults are in conf/."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,14 +13,25 @@ from utils.config.bounds import (
     CountOrZero,
     Duration,
     Patience,
+    Pixels,
     Positive,
     Seed,
     Share,
+    Side,
 )
+from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
 from utils.config.sweep import SweepConfig
 from utils.errors import UserError
 from utils.record.config import TrackingConfig
+
+
+class PhaseConfig(Strict):
+    """A `fraction` of a run's updates at another size: of images, or of the areas of buckets."""
+
+    fraction: Share
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
 
 
 class AutoLengthConfig(Strict):
@@ -53,6 +65,7 @@ class _LoopConfig(Strict):
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
     def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
         """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError."""
@@ -112,6 +125,26 @@ class TrainingConfig(Strict):
     tracking: TrackingConfig
     sweep: SweepConfig
 
+    def at_phases(self) -> list[Self]:
+        """Return the run's configuration at the size of each of `loop.phases`. Raises ValueError."""
+        return [self._at(phase, f"loop.phases.{number}") for number, phase in enumerate(self.loop.phases or ())]
+
+    def _at(self, phase: PhaseConfig, key: str) -> Self:
+        values = self.model_dump()
+        values["loop"]["phases"] = None
+        buckets = getattr(getattr(self, "task", None), "buckets", None)
+        if phase.areas_px is None and phase.image_size_hw is not None and "augment" in values:
+            values["augment"]["image_size_hw"] = phase.image_size_hw
+        elif phase.image_size_hw is None and phase.areas_px is not None and buckets and not buckets.sizes_hw:
+            values["task"]["buckets"] = buckets.of_areas(phase.areas_px).model_dump()
+        else:
+            areas = "areas_px with task.buckets.sizes_hw=null"
+            raise ValueError(f"{key}: set one size: image_size_hw, or for SDXL and its VAE {areas}")
+        try:
+            return validate(values, type(self))
+        except ConfigError as error:
+            raise ValueError(f"{key}: {'; '.join(error.args)}") from error
+
     def check_fused(self, precision: str, world_size: int) -> None:
         """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
         if not getattr(self.optim, "fused_backward", False):
@@ -129,6 +162,14 @@ class TrainingConfig(Strict):
                 f"optim.fused_backward: true updates each parameter before there are all gradients, which excludes "
                 f"{reasons[0]}; or set it to false"
             )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        total = math.fsum(phase.fraction for phase in self.loop.phases or ())
+        if total > 1 - 1e-6:
+            raise ValueError(f"loop.phases: the fractions add up to {total:g}; set less than 1 in all")
+        self.at_phases()
+        return self
 
     @model_validator(mode="after")
     def _every_key_is_read(self) -> Self:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from engine.config import TrainingConfig
 from engine.task import Streams
@@ -27,7 +28,10 @@ _TEST_SHARE = 0.1  # of a run's updates, from which lr_finder.enabled=auto makes
 
 @dataclass(frozen=True)
 class Plan:
-    """The derived values of a run. Only the micro-batches and accum_steps depend on the number of ranks."""
+    """The derived values of a run. Only the micro-batches and accum_steps depend on the number of ranks.
+
+    phase_ends: the steps that end each of `loop.phases`; the rest of the run has its own size.
+    """
 
     world_size: int
     batch_size: int
@@ -39,6 +43,7 @@ class Plan:
     lr: float
     evaluate_every_epochs: float = 1.0
     range_test_steps: int = 0  # updates before the first one (engine/run/lr_finder.py)
+    phase_ends: tuple[int, ...] = ()
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -87,6 +92,8 @@ def make_plan(
     total = _count_steps(config, epoch_length)
     warmup = _count_warmup(config, epoch_length / size, total)
     every = _evaluate_every(config, total, epoch_length / size, evaluation_samples / epoch_length)
+    shares = accumulate(phase.fraction for phase in loop.phases or ())
+    ends = tuple(round(total * share) for share in shares)
     return Plan(
         world_size=world_size,
         batch_size=size,
@@ -98,6 +105,7 @@ def make_plan(
         lr=_peak_rate(config),
         evaluate_every_epochs=every,
         range_test_steps=_count_test_steps(config, total),
+        phase_ends=ends,
     )
 
 
@@ -114,17 +122,24 @@ def _count_steps(config: TrainingConfig, epoch_length: int) -> int:
 
 
 def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
-    """Return the warm-up steps. Epochs of warm-up are a share of `loop.auto.epochs`, which longer runs keep."""
     schedule = config.schedule
     if isinstance(schedule, OneCycleConfig):
         return 0
-    steps = schedule.warmup_steps
-    if steps is None:
-        longer = 1.0
-        if config.loop.total_epochs == "auto":
-            longer = max(1.0, total / per_epoch / config.loop.auto.epochs)
-        steps = round(schedule.warmup_epochs * longer * per_epoch)
-    return min(steps, int(schedule.warmup_most * total + 1e-9))
+    return min(count_stated(config, per_epoch, total), int(schedule.warmup_most * total + 1e-9))
+
+
+def count_stated(config: TrainingConfig, per_epoch: float, total: int) -> int:
+    """Return the warm-up steps of a schedule, which a short run cuts. total: updates of the run.
+
+    Epochs of warm-up are a share of `loop.auto.epochs`, which longer runs keep.
+    """
+    schedule = config.schedule
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    longer = 1.0
+    if config.loop.total_epochs == "auto":
+        longer = max(1.0, total / per_epoch / config.loop.auto.epochs)
+    return round(schedule.warmup_epochs * longer * per_epoch)
 
 
 def _peak_rate(config: TrainingConfig) -> float:

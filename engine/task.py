@@ -36,6 +36,7 @@ class Streams:
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.
     class_images: the training images of each class; empty if images have no class.
+    earlier: the training streams of `loop.phases`, which come before `train`.
     """
 
     train: TrainStream
@@ -45,6 +46,12 @@ class Streams:
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     class_images: Sequence[int] = ()
+    earlier: Sequence[TrainStream] = ()
+
+    @property
+    def in_order(self) -> list[TrainStream]:
+        """The training streams: those of `loop.phases`, then the run's own."""
+        return [*self.earlier, self.train]
 
     @property
     def evaluation_samples(self) -> int:

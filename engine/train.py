@@ -15,6 +15,7 @@ import shlex
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
 from engine.recipe.pretrained import use_pretrained
+from engine.recipe.prodigy import use_factor
 from engine.recipe.rules import plan_recipe
 from engine.run.checkpoint import will_resume
 from engine.run.seen import draw_seen
@@ -32,6 +33,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     kind = KINDS[config.task.name]
+    config = use_factor(config, job.overrides)
     runtime = start_ranks(config)
     config = config.task.complete(use_pretrained(config, job.overrides))
     if config.runtime.memory_gib is not None:

@@ -50,9 +50,6 @@ class AdamW8bitConfig(_AdamW):
     name: Literal["adamw8bit"]
 
 
-_LEAST_FACTOR = 0.1  # of Prodigy's rate: recipes have rates of AdamW, which are below
-
-
 class LibraryConfig(_AdamW):
     """Prodigy (arXiv 2306.06101), with one rate d for all parameters, or schedule-free AdamW (arXiv 2405.15682)."""
 
@@ -67,10 +64,6 @@ class LibraryConfig(_AdamW):
         for key, value in values.items():
             if value not in (None, 1.0):
                 raise ValueError(f"optim.{key}: {value}, but optim={self.name} has it for all parameters; remove it")
-        if self.name == "prodigy" and (self.lr or 1.0) < _LEAST_FACTOR:
-            raise ValueError(
-                f"optim.lr: {self.lr}, but it is a factor of the rate that Prodigy finds; set optim.lr=1.0"
-            )
         return self
 
 

@@ -74,6 +74,11 @@ class BucketConfig(Strict):
         areas = sorted(set(self.areas_px))
         return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in areas]
 
+    def of_areas(self, areas_px: list[int]) -> "BucketConfig":
+        """Return the buckets of other areas, with sides in proportion."""
+        least, most = self._limits_px(max(areas_px))
+        return self.model_copy(update={"areas_px": areas_px, "min_px": least, "max_px": most})
+
     def _limits_px(self, area: int) -> tuple[int, int]:
         """Return the least and the most pixels of a side for an area."""
         scale = math.sqrt(area / max(self.areas_px)) / _UNIT

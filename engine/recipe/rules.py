@@ -123,7 +123,7 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     words = f"augment.image_size_hw=[{side},{side}]"
     yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px{more}")
     if facts.side_px > _SHRINK * side:
-        yield Rule("augment.shrink", "augment.shrink=true", "crops of smaller images cost less")
+        yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     if _takes_policy(facts):
         why = f"the images show things, in about {epochs_of(facts):.0f} epochs"
         yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)

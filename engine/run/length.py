@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE = 0.02  # of the time for each of two timings of updates
+_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
 _MOST_UPDATES = 50  # of a timing
 _SLOW = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
 _DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
@@ -144,14 +144,20 @@ def _count_steps(
 def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
 
-    The same updates are timed twice. seconds: of each timing.
+    The same updates are timed twice, of all streams by their share of the run. seconds: of each timing.
     """
-    count, first = _time_updates(run, seconds)
-    return first, _time_updates(run, seconds, count)[1]
+    shares = [phase.fraction for phase in run.config.loop.phases or ()]
+    shares.append(1 - math.fsum(shares))
+    first = later = 0.0
+    for number, share in enumerate(shares):
+        count, stream_sec = _time_stream(run, number, seconds)
+        first += share * stream_sec
+        later += share * _time_stream(run, number, seconds, count)[1]
+    return first, later
 
 
-def _time_updates(run: Run, seconds: float, count: int | None = None) -> tuple[int, float]:
-    """Return the number of updates that were timed, and their mean seconds. The updates are undone."""
+def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None) -> tuple[int, float]:
+    """Return the number of updates of one stream that were timed, and their mean seconds. The updates are undone."""
     learner = run.learner
 
     def time_updates(count: int) -> float:
@@ -163,7 +169,7 @@ def _time_updates(run: Run, seconds: float, count: int | None = None) -> tuple[i
         wait_for(learner.runtime.device)
         return distributed.rank_zero_call(lambda: (monotonic() - started) / count)
 
-    with undone(learner), closing(run.read(run.plan.total_steps)) as batches:
+    with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
         time_updates(1)  # may compile
         for _ in range(_WARM_UP):
             about = time_updates(1)

@@ -87,6 +87,7 @@ class Run:
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
+        self._phase = 0
         self.best = Best()
         self.last_report: dict[str, float] = {}
         self.last_evaluated = 0
@@ -135,7 +136,7 @@ class Run:
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
         if self.step == 0 and plan.range_test_steps:
-            with closing(self.read(plan.total_steps)) as batches:
+            with closing(self.read(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
@@ -144,7 +145,7 @@ class Run:
             self.save(last=True)
         if self.owes_evaluation:
             self.end_step(stops=False, saves=True)
-        with closing(self.read(self.step)) as batches, self.recorder.bar.opened(self.step):
+        with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while self.step < plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
         self._report_end(time.perf_counter() - started, next_commands)
@@ -207,9 +208,20 @@ class Run:
         if stops and not last:
             raise Stopped
 
-    def read(self, step: int) -> Iterator[list[Batch]]:
-        """Return this rank's micro-batches of each update from `step` on, without end."""
-        return self.streams.train.steps(step, self.plan.batch_size, self.plan.micro_batch_size)
+    def _steps(self, step: int) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each update from `step` on, of one stream after another."""
+        for phase, end in enumerate((*self.plan.phase_ends, None)):
+            if end is None or step < end:
+                with closing(self.read(phase, step)) as batches:
+                    yield from islice(batches, None if end is None else end - step)
+                step = end
+
+    def read(self, phase: int, step: int) -> Iterator[list[Batch]]:
+        """Yield the endless micro-batches of one of the streams, from `step` on."""
+        if self.learner.compiles and phase != self._phase:
+            torch.compiler.reset()  # else the other size counts as dynamic, unlike in a run that is resumed here
+        self._phase = phase
+        yield from self.streams.in_order[phase].steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""

@@ -16,7 +16,7 @@ _LINES = 12  # of a text
 
 def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
     """Draw the first positions of the first rank: cropped, augmented, mixed, masked, with their texts."""
-    train = streams.train
+    train = streams.in_order[0]
     micro = plan.micro_batch_size
     tiles: list[tuple[np.ndarray, list[Line]]] = []
     for number, batch in enumerate(train.show(plan.batch_size, micro, plan.world_size)):

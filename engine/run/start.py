@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainingConfig
-from engine.plan import Plan, plan_streams
+from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import choose_checkpoint
 from engine.run.length import fit_minutes, use_minutes
 from engine.run.loop import Run
@@ -28,6 +28,7 @@ from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
 from optim.build import check_optimizer, check_shardable
+from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
@@ -107,7 +108,7 @@ def _start_screen(
     rows = [*streams.described.items(), ("training", _show_length(config, plan, streams))]
     rate = "found by a range test before the first update" if plan.range_test_steps else f"{plan.lr:.3g}"
     rows += [
-        ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
+        ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}{_show_warmup(config, plan)}"),
         ("machine", _show_machine(plan, runtime)),
     ]
     return show_lines(f"{config.task.name}, {config.model.name}, {count:,} parameters{source}", rows)
@@ -118,8 +119,6 @@ def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
     if config.loop.minutes is not None and config.loop.total_steps is None:
         return f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
     steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.batch_size} images each"
-    if plan.warmup_steps:
-        steps += f", warm-up {plan.warmup_steps:,} (at most {config.schedule.warmup_most:.0%})"
     samples = f"{plan.total_steps * plan.batch_size:,} samples"
     if config.loop.total_steps is None and config.loop.total_epochs == "auto":
         samples += " (loop.total_epochs=auto)"
@@ -127,6 +126,18 @@ def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
     if streams.evaluation_samples == 0:
         evaluation = "no validation images: no evaluation loss and no best weights; the last are exported"
     return f"{samples}: {plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
+
+
+def _show_warmup(config: TrainingConfig, plan: Plan) -> str:
+    """Return the warm-up, and the one that the run is too short for."""
+    schedule = config.schedule
+    if isinstance(schedule, OneCycleConfig):
+        return ""
+    stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)
+    if config.loop.minutes is not None and config.loop.total_steps is None:
+        return f", warm-up of at most {schedule.warmup_most:.0%} of the run"
+    cut = f", not {stated:,}: schedule.warmup_most={schedule.warmup_most:g}" if stated > plan.warmup_steps else ""
+    return f", warm-up {plan.warmup_steps:,} steps{cut}"
 
 
 def _show_machine(plan: Plan, runtime: Runtime) -> str:

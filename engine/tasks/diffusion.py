@@ -43,6 +43,7 @@ from models.sdxl.lora import ADAPTED, LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
+from models.sdxl.perceptual import perceptual_loss
 from models.sdxl.sampling import EncodedPrompt, Prompt, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
@@ -69,6 +70,8 @@ class DiffusionTask(Task):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         config = setup.task
+        if "auto" in (config.noise.prediction_type, config.noise.zero_terminal_snr):
+            raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
@@ -89,7 +92,7 @@ class DiffusionTask(Task):
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
-        self.offloaded = ("vae",)
+        self.offloaded = ("vae",) if config.loss.perceptual is None else ()
         if config.text_cache is None and not config.trains_text:
             self.offloaded += ENCODERS
         if config.judge is not None:
@@ -188,6 +191,8 @@ class DiffusionTask(Task):
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(figures["error"], batch["weight"] * (bins == number))
+        if "perceptual" in figures:
+            loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
         if "is_prior" in batch:
             logs["prior_loss"] = log_mean(loss, batch["weight"] * batch["is_prior"])
         if "loss_weight" in batch:
@@ -197,7 +202,8 @@ class DiffusionTask(Task):
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
-        error: the mean squared error, weighed by the mask; loss: weighted by noise level.
+        error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
+        perceptual loss, if on.
         """
         kind = self._config.noise.prediction_type
         loss = self._config.loss
@@ -208,15 +214,21 @@ class DiffusionTask(Task):
         noisy = sdxl.add_noise(latents, noise, level)
         pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
         squared = (pred - sdxl.target(kind, latents, noise, level)).square()
-        if self._config.mask is not None:
-            counts = self._find_counts(batch)
+        counts = None if self._config.mask is None else self._find_counts(batch)
+        if counts is not None:
             mean = 1.0
             if self._config.mask.normalise:
                 mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA)
             squared = squared * (counts / mean)
         error = squared.mean(dim=(1, 2, 3))
         weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
-        return {"loss": error * weight, "error": error}, timesteps
+        figures = {"loss": error * weight, "error": error}
+        if loss.perceptual is not None:
+            predicted = sdxl.denoise(kind, noisy, pred, level)
+            if counts is not None:
+                predicted = torch.lerp(latents, predicted, counts)
+            figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
+        return figures, timesteps
 
     def _draw_levels(self, batch: Batch) -> tuple[sdxl.NoiseLevel, Tensor]:
         """Return the noise level of each sample, and the U-Net's timesteps [B]."""
@@ -228,6 +240,18 @@ class DiffusionTask(Task):
     def _find_counts(self, batch: Batch) -> Tensor:
         """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
         return batch[MASK].float().clamp(min=self._config.mask.floor)
+
+    def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
+        """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
+
+        It waits for the device, so that only the samples below this level pass through the decoder.
+        """
+        losses = torch.zeros_like(snr)
+        low = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0]
+        if len(low) == 0:
+            return losses
+        outputs = (part[low] / self.latent_factor + self.latent_mean for part in (predicted, latents))
+        return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         """Return the U-Net's output, float32 [B, 4, h, w]. On fake tensors, its shapes (engine/recipe/memory.py).

@@ -15,6 +15,7 @@ from engine.tasks.kind import TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRAConfig
 from models.sdxl.networks import describe
+from models.sdxl.perceptual import LatentPerceptualConfig
 from models.sdxl.prompts import read_prompts
 from models.sdxl.sampling import SamplesConfig
 from utils.config.bounds import Count, Factor, Fraction, Positive
@@ -52,27 +53,34 @@ class NoiseConfig(Strict):
     def settled(self, path: str | None) -> dict[str, Any]:
         """Return the values, without auto. path: of the base model; None: a tiny one."""
         values = self.model_dump()
-        base = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-        if path is not None and not self.convert and "auto" in values.values():
-            base = describe(path)
-            log.info(
-                "task.noise: %s counts as a base that predicts %s; if its author says v, set task.noise.convert=true "
-                "task.noise.prediction_type=v_prediction", path, base["prediction_type"],
-            )  # fmt: skip
-        if self.prediction_type == "auto":
-            values["prediction_type"] = base["prediction_type"]
+        if "auto" not in (self.prediction_type, self.zero_terminal_snr):
+            return values
+        own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+        base = own if path is None or self.convert else describe(path)
+        kind = base["prediction_type"] if self.prediction_type == "auto" else self.prediction_type
         if self.zero_terminal_snr == "auto":
-            is_own = base["prediction_type"] == values["prediction_type"]
-            values["zero_terminal_snr"] = is_own and bool(base["zero_terminal_snr"])  # sampled without if not stated
-        return values
+            # A file that does not say it is sampled without.
+            values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
+        if base.get("is_stated"):
+            log.info("task.noise: %s predicts %s, which is trained", path, kind)
+        elif base is not own and self.prediction_type == "auto":
+            log.warning(
+                "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
+                "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
+            )  # fmt: skip
+        return {**values, "prediction_type": kind}
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py."""
+    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py.
+
+    perceptual: adds a loss of the VAE's decoder at low noise (models/sdxl/perceptual.py).
+    """
 
     weighting: sdxl.Weighting
     gamma: Positive
     floor: Factor
+    perceptual: LatentPerceptualConfig | None
 
 
 class TimestepsConfig(Strict):

@@ -97,6 +97,12 @@ class ImageTrainingConfig(TaskTrainingConfig):
     data: WholeData
     augment: AugmentConfig
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if any((each.augment.shortest_px() or 0) > (self.augment.shortest_px() or 0) for each in self.at_phases()):
+            raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
+        return self
+
 
 class ImageTask(Task):
     """A task with one network on images; `outputs` is the width of its head (0: no head).
@@ -164,9 +170,12 @@ class Kind:
         preprocessing = config.augment.preprocessing(config.model.in_channels)
         return {**preprocessing, "background": background}
 
-    def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
-        """Return the setup of a new run."""
-        facts = self.find_facts(config, collection)
+    def set_up(
+        self, config: ImageTrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None
+    ) -> Setup:
+        """Return the setup of a new run. facts: of the run, for one of its phases."""
+        if facts is None:
+            facts = self.find_facts(config, collection)
         return Setup(config.model, config.task, self.preprocessing(config), facts)
 
     def build(self, setup: Setup) -> Task:
@@ -206,15 +215,22 @@ class Kind:
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run."""
+        earlier = []
+        for each in config.at_phases():
+            own = self.set_up(each, data.collection, setup.facts)
+            if self.model is ModelConfig:
+                check_image_size(own.model, tuple(each.augment.image_size_hw))
+            earlier.append(self.training(data, own, each).train)
         streams = self.training(data, setup, config)
         return replace(
             streams,
             evaluation=self.evaluation(data, setup, data.collection.rows("val"), training=True),
             fingerprints={**streams.fingerprints, **setup.fingerprints()},
+            earlier=earlier,
         )
 
     def training(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the training stream of a run, with its fingerprints and descriptions."""
+        """Return the training stream of a run or phase, with its fingerprints and descriptions."""
         collection = data.collection
         views = self.views(setup, config.augment)
         is_usable, fields = self.samples(collection, setup)

@@ -248,10 +248,10 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
-    `layout`, `license`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `shift` (of flow's
-    sampling, 1 if a file does not say), `other_noise` (how its noise schedule differs from SDXL's, or None), `unread`
-    (names of tensors that belong to no network), and `zeros_for_empty_prompt` (see `write_diffusers`; a single file's
-    is encoded, as in ComfyUI and the web UIs).
+    `layout`, `license`, `prediction_type` (epsilon if a file does not say, `is_stated`), `zero_terminal_snr`, `shift`
+    (of flow's sampling, 1 if a file does not say), `other_noise` (how its noise schedule differs from SDXL's, or None),
+    `unread` (names of tensors that belong to no network), and `zeros_for_empty_prompt` (see `write_diffusers`; a single
+    file's is encoded, as in ComfyUI and the web UIs).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
@@ -277,8 +277,9 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if missing := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in names)]:
         raise unusable(f"{path} has no tensors of {', '.join(missing)}")
     # ComfyUI's name of the key is not ModelSpec's.
-    stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key") or "epsilon"
-    prediction = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower())
+    stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key")
+    prediction = "v_prediction" if "v_pred" in names else _PREDICTIONS.get((stated or "epsilon").lower())
+    is_stated = stated is not None or "v_pred" in names
     if prediction is None:
         raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon, v or flow")
     rescaled = None
@@ -292,6 +293,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {
         "layout": "single file",
         "prediction_type": prediction,
+        "is_stated": is_stated,
         "zero_terminal_snr": rescaled,
         "other_noise": other,
         "shift": _read_shift(texts.get("ss_discrete_flow_shift")),
@@ -318,7 +320,8 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     kind = str(index.get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
-    scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
+    own = read_config(path / "scheduler" / "scheduler_config.json")
+    scheduler = _SCHEDULE_DEFAULTS | own
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):
         scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     prediction = _PREDICTIONS.get(str(scheduler["prediction_type"]))
@@ -335,6 +338,7 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     return {
         "layout": "diffusers",
         "prediction_type": prediction,
+        "is_stated": "prediction_type" in own or prediction == "flow",
         "zero_terminal_snr": rescaled,
         "other_noise": other,
         "shift": _read_shift(scheduler.get("shift", scheduler.get("flow_shift"))),

@@ -208,6 +208,16 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
     return alpha * noise - sigma * latents
 
 
+def denoise(prediction_type: PredictionType, noisy: Tensor, pred: Tensor, level: NoiseLevel) -> Tensor:
+    """Return the latents that a prediction implies, [B, C, H, W]; for epsilon, alpha must not be 0."""
+    alpha, sigma = level.over(noisy)
+    if prediction_type == "epsilon":
+        return (noisy - sigma * pred) / alpha
+    if prediction_type == "flow":
+        return noisy - sigma * pred
+    return alpha * noisy - sigma * pred
+
+
 def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, gamma: float, floor: float) -> Tensor:
     """Return the weight [B] of each sample's mean squared error from its SNR [B] (above 0 for epsilon).
 

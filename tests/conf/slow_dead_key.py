@@ -176,6 +176,7 @@ AlertsConfig: disk_gib command webhook
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/engine/test_diffusion.py
 ConceptConfig: mask                                 # with task.mask: tests/data/latents/test_masks.py
+LatentPerceptualConfig: weight min_snr              # tests/models/test_sdxl_perceptual.py
 PictureConfig: image_size_hw steps guidance         # tests/engine/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project                        # tests/utils/record/test_trackers.py
@@ -190,6 +191,7 @@ ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale
 AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, test_no_dead_key.py
 DataConfig: validation_fraction on_bad_sidecar corrections table columns       # tests/data
 DataConfig: trigger                                 # tests/engine/test_diffusion_concepts.py
+PhaseConfig: *                                      # TrainingConfig.at_phases: tests/engine/test_phases.py
 finetune_sdxl TrainingConfig: init_weights
 finetune_sdxl _LoopConfig: sampling
 finetune_vae TrainingConfig: init_weights

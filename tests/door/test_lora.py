@@ -9,6 +9,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
+from engine.recipe.prodigy import use_factor
 from tests.door.follow import follow
 from tests.in_process import configure, run
 from tests.sdxl import EPSILON, write_base
@@ -48,7 +49,7 @@ def test_the_page_leads_from_photographs_to_comfyui(place, capsys):
     results = follow("lora.md", place, words, short)
     said = capsys.readouterr().err
     assert results[0].startswith("dry run: ") and "the trigger alone 15" in said
-    assert "base counts as a base that predicts epsilon" in said and "all 15 images are for training" in said
+    assert "base predicts epsilon, which is trained" in said and "all 15 images are for training" in said
     assert RunReader(place / "outputs/dog").config["task"]["noise"]["zero_terminal_snr"] is False
     assert [file.name for file in (place / "outputs/dog/weights").iterdir()] == ["last_weights.safetensors"]
     assert "python export.py format=kohya run_dir=outputs/dog" in said and "python evaluate.py" not in said
@@ -73,20 +74,23 @@ def test_each_picture_is_seen_often_and_the_run_begins_with_a_tenth_of_warm_up(p
         (
             [],
             "2,000 samples (loop.total_epochs=auto): 133.3 epochs",
-            "warm-up 25 (at most 10%)",
+            "warm-up 25 steps, not 100: schedule.warmup_most=0.1",
         ),
-        (["loop.total_epochs=20"], "304 samples: 20.3 epochs", "warm-up 3 (at"),
-        (["loop.total_steps=1500"], "12,000 samples: 800 epochs", "warm-up 100 (at"),
-        (["loop.minutes=2"], "as many steps as fit", "schedule constant"),
+        (["loop.total_epochs=20"], "304 samples: 20.3 epochs", "warm-up 3 steps, not 100"),
+        (["loop.total_steps=1500"], "12,000 samples: 800 epochs", "warm-up 100 steps"),
+        (["loop.minutes=2"], "as many steps as fit", "warm-up of at most 10% of the run"),
     ):
         run("finetune_sdxl", [*COMMAND, *trigger, *words], place)
         said = capsys.readouterr().err
         assert length in said and warmup in said, said
 
 
-def test_prodigy_refuses_the_rate_of_a_recipe_of_adamw():
-    with refuses("optim.lr: 0.0001, but it is a factor .*set optim.lr=1.0"):
-        configure("finetune_sdxl", ["experiment=sdxl/lora", "data.root=x", "model.path=x", "optim=prodigy"])
+def test_prodigy_takes_its_own_rate_where_the_command_has_none():
+    for words, rate in (([], 1.0), (["optim.lr=0.5"], 0.5)):
+        words = ["experiment=sdxl/lora", "data.root=x", "model.path=x", "optim=prodigy", *words]
+        assert use_factor(configure("finetune_sdxl", words)[0], words).optim.lr == rate
+    with refuses("^optim.lr: 0.0001, but it is a factor"):
+        use_factor(configure("finetune_sdxl", [*words[:4], "optim.lr=1e-4"])[0], ["optim.lr=1e-4"])
 
 
 @pytest.fixture
@@ -118,4 +122,5 @@ def test_noise_is_that_of_the_base_unless_another_is_wanted(place, settle, log):
     values = json.loads(file.read_text())
     del values["prediction_type"]
     file.write_text(json.dumps(values))
-    assert settle("silent") == ("epsilon", False) and "silent counts as a base that predicts epsilon" in log.text
+    assert "does not say" not in log.text
+    assert settle("silent") == ("epsilon", False) and "silent does not say what it predicts" in log.text

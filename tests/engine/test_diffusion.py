@@ -265,6 +265,8 @@ def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
     assert not torch.equal(sdxl.decode_latents(task.vae, torch.ones(1, 4, 8, 8)), decoded)
     assert set(task.offloaded) == {"vae", *ENCODERS}
     assert torch.equal(losses(task, batch), wanted[0]) and np.array_equal(task.sample()[0], wanted[1])
+    learns = "task.lora.targets=[unet.*.to_q,text_encoder*.q_proj]"
+    assert build(learns, "task.loss.perceptual={weight: 1.0, min_snr: 3.0}").offloaded == ()
 
 
 @pytest.mark.parametrize("kind", ["float8", "bfloat16"])

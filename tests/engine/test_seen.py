@@ -22,7 +22,7 @@ CACHED = [
 SHOWN = {
     "classification": ("train", [*TINY, "task.mixup_alpha=0.8"]),
     "tagging": ("train", [*TINY, "task=tagging", "task.min_count=1", "augment.on_device=true"]),
-    "fcmae": ("pretrain_fcmae", [*TINY]),
+    "fcmae": ("pretrain_fcmae", [*TINY, "loop.phases=[{fraction: 0.5, image_size_hw: [12, 12]}]"]),
     "diffusion": ("finetune_sdxl", [*TINY_TASKS["diffusion"], *SHORT, *CACHED, "task.chunk=2"]),
     "autoencoder": ("finetune_vae", [*TINY_TASKS["autoencoder"], *SHORT, "task.chunk=2"]),
 }

@@ -34,7 +34,7 @@ def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
         Prompt(text="a bird", steps=9, negative=""),
         "a half-timbered house, 10--20 people",
     ]
-    assert "prompts: " in log.text and "--ss; " in log.text and "--n --" in log.text
+    assert "prompts: " in log.text and "--ss (1 line" in log.text and "--n --" in log.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import (
     add_noise,
     build_noise_table,
+    denoise,
     draw_times,
     find_levels,
     loss_weight,
@@ -35,6 +36,9 @@ def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
     noisy = theirs.add_noise(LATENTS, NOISE, TIMESTEPS)
     torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(denoise("v_prediction", noisy, velocity, level), LATENTS, rtol=1e-3, atol=1e-3)
+    if not zero:
+        torch.testing.assert_close(denoise("epsilon", noisy, NOISE, level), LATENTS, rtol=1e-3, atol=1e-2)
 
 
 def test_literal_weights():
@@ -86,6 +90,7 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
     torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))
     velocity = target("flow", LATENTS, NOISE, level)
     torch.testing.assert_close(velocity, NOISE - LATENTS)
+    torch.testing.assert_close(denoise("flow", noisy, velocity, level), LATENTS)
     plain, shifted = (draw_times("uniform", KEYS, shift=each) for each in (1.0, shift))
     torch.testing.assert_close(shifted / (1 - shifted), shift * plain / (1 - plain), rtol=0.01, atol=0)
 
