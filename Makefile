@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(patsubst requirements-%.txt,$(STAMP)-%,$(filter-out %-interop.txt,$(wildcard requirements-*.txt)))
 DEV := $(STAMP)-dev
 
-.PHONY: help install install-sdxl install-formats install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu clean
+.PHONY: help install install-sdxl install-formats install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu simd clean
 
 help:  ## this list
 	@awk -F ':[^#]*## ' '/^[a-z -]+:[^#]*## / {printf "make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,17 @@ bench: install  ## side-by-side measurements; run it on an idle machine
 
 bench-gpu: install-sdxl  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
 	$(PY) bench/gpu.py
+
+# What pillow-simd is built with on Debian: without a header, its format is lost without a word.
+HEADERS := gcc libjpeg-dev zlib1g-dev libwebp-dev libtiff-dev liblcms2-dev libopenjp2-7-dev libfreetype-dev
+DECODERS := from PIL import __version__, features; print("Pillow", __version__, "reads", *filter(features.check, "jpg zlib webp avif jpg_2000 libtiff littlecms2".split()))
+
+simd: install  ## pillow-simd in place of Pillow; it gains nothing here and reads no AVIF (docs/loading.md)
+	@dpkg -s $(HEADERS) > /dev/null 2>&1 || test "$$(id -u)" = 0 || { echo "first: sudo apt-get install $(HEADERS)"; exit 1; }
+	@dpkg -s $(HEADERS) > /dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(HEADERS); }
+	$(PY) -m pip uninstall --quiet --yes pillow
+	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd || $(PY) -m pip install --quiet -r requirements.txt
+	@$(PY) -c '$(DECODERS)'
 
 clean:  ## remove environment, outputs and drawn collections
 	rm -rf $(VENV) $(INTEROP) $(OTHER) outputs collections .pytest_cache .ruff_cache
