@@ -10,7 +10,6 @@ import torch
 
 from data.config import DataConfig
 from data.images.decode import decoder_versions
-from data.images.open import warn_of_missing_libraries
 from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from data.tools.tool import Tool
@@ -46,7 +45,6 @@ class Machine(Tool):
         lacks = ", ".join(missing_for_compile(device))
         log.info("torch.compile: %s", f"not possible without {lacks}" if lacks else "possible")
         log.info("decoders: %s", decoder_versions())
-        warn_of_missing_libraries()
         refused = []
 
         def attempt(check: Callable[..., Any], *arguments: Any) -> None:
