@@ -49,16 +49,17 @@ class DataConfig(Strict):
     trigger: str | None = None  # the same
     corrections: bool = True  # a run from before this key has no such file
     table: Literal["auto", "none"] | PathText = "none"  # a run from before this key has read none
-    columns: dict[ColumnName, str] = {}
+    columns: dict[ColumnName, str] | None = None
 
     def choice(self) -> TableChoice:
         """Return what `table` and `columns` say."""
-        return TableChoice(self.table, self.columns)
+        return TableChoice(self.table, self.columns or {})
 
     def index_settings(self) -> dict[str, Any]:
         """Return what an index depends on beside the files, as `index_collection` takes it."""
-        names = ("validation_fraction", "on_bad_sidecar", "corrections", "table", "columns")
-        return {"concepts": self.concepts or (), **{name: getattr(self, name) for name in names}}
+        names = ("validation_fraction", "on_bad_sidecar", "corrections")
+        stated = {name: getattr(self, name) for name in names}
+        return {"concepts": self.concepts or (), **stated, **self.choice()._asdict()}
 
 
 def _refuse_concepts(data: DataConfig) -> DataConfig:

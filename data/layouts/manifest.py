@@ -163,7 +163,7 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
             column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
     if name in TAG_LISTS and not pa.types.is_nested(source):  # at commas, else semicolons, bars or spaces
         texts = column.cast(pa.string()).to_pylist()
-        mark = next((mark for mark in ",;|\n" if any(mark in (text or "") for text in texts)), " ")
+        mark = next((mark for mark in ",\n;|" if any(mark in (text or "") for text in texts)), " ")
         column = pa.array([text and split_tags(text.replace(mark, ",")) for text in texts], TYPES["tags"])
     if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
         column = pc.index_in(column, value_set=pc.unique(column).drop_null())
