@@ -11,7 +11,7 @@ from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
-from utils.record.tables import IMAGES, read_decisions
+from utils.record.tables import read_decisions
 from viewer.curves import chart_options
 from viewer.images import Shelf
 from viewer.results import describe_image, draw_confused, draw_decisions, find_addresses
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
     (run / "tables/confusions.csv").write_text(f"true,predicted,count,share\n{HOSTILE},y,1,0.5\n")
     rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
     rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3, "rank": [2, 1, 3]}
-    pq.write_table(pa.table(rows, metadata={"root": str(root / "images")}), run / IMAGES)
+    pq.write_table(pa.table(rows, metadata={"root": str(root / "images")}), run / "images.parquet")
     return root / "runs"
 
 
@@ -64,10 +64,10 @@ def test_confusions_and_images(runs):
     shelf, run = Shelf(RunIndex([runs]), None), runs / "sweep/a"
     first, other = find_addresses(run, shelf, ["train/y/1.png", "elsewhere.png"])
     assert first.startswith("/image/") and first.endswith("/1?px=256") and other is None
-    table = pq.read_table(run / IMAGES)
-    pq.write_table(table.replace_schema_metadata({"root": "elsewhere"}), run / IMAGES)
+    table = pq.read_table(run / "images.parquet")
+    pq.write_table(table.replace_schema_metadata({"root": "elsewhere"}), run / "images.parquet")
     assert find_addresses(run, shelf, ["train/y/1.png"]) == [None]
-    pq.write_table(table, run / IMAGES)
+    pq.write_table(table, run / "images.parquet")
     assert find_addresses(runs / "sweep/b", shelf, ["train/y/1.png"]) == [None]
     tags = {
         "path": "",
