@@ -55,7 +55,7 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
 def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
     add_data(make_run(tmp_path / "runs/b"), root="photos", validation_fraction=0.25)
     for (_, title, about, runs), fraction, run in zip(
-        list_collections(shelf), (0.1, 0.25), ("0/a", "0/b"), strict=True
+        list_collections(shelf), ("auto", 0.25), ("0/a", "0/b"), strict=True
     ):
         assert title == "photos" and about.startswith(f"{tmp_path}/photos  validation_fraction={fraction} ")
         assert runs == [run]

@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
     (run / "tables/confusions.csv").write_text(f"true,predicted,count,share\n{HOSTILE},y,1,0.5\n")
     rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
     rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3, "rank": [2, 1, 3]}
-    pq.write_table(pa.table(rows, metadata={"root": str(root / "images")}), run / "images.parquet")
+    pq.write_table(pa.table(rows, metadata={"root": str(root / "images")}), run / "tables/images.parquet")
     return root / "runs"
 
 
@@ -64,10 +64,10 @@ def test_confusions_and_images(runs):
     shelf, run = Shelf(RunIndex([runs]), None), runs / "sweep/a"
     first, other = find_addresses(run, shelf, ["train/y/1.png", "elsewhere.png"])
     assert first.startswith("/image/") and first.endswith("/1?px=256") and other is None
-    table = pq.read_table(run / "images.parquet")
-    pq.write_table(table.replace_schema_metadata({"root": "elsewhere"}), run / "images.parquet")
+    table = pq.read_table(run / "tables/images.parquet")
+    pq.write_table(table.replace_schema_metadata({"root": "elsewhere"}), run / "tables/images.parquet")
     assert find_addresses(run, shelf, ["train/y/1.png"]) == [None]
-    pq.write_table(table, run / "images.parquet")
+    pq.write_table(table, run / "tables/images.parquet")
     assert find_addresses(runs / "sweep/b", shelf, ["train/y/1.png"]) == [None]
     tags = {
         "path": "",

@@ -106,8 +106,8 @@ BROKEN = {
     "text": (b"these are words", "known format"),
     "script": (b"<svg onload=alert(1)>", "known format"),
     "cut": (encode(noise(40, 60, 3))[:2000], "cut off"),
-    "many": (bomb(11_000), "more than the 100,000,000 allowed"),
-    "bomb": (bomb(60_000), "more pixels than Pillow opens"),
+    "many": (bomb(11_000), "more than the 100,000,000 that max_pixels allows"),
+    "bomb": (bomb(60_000), "more than max_pixels allows"),
     "floats": (encode(Image.new("F", (9, 9)), "TIFF"), "8 or 16 bits"),
 }
 ODD = {
