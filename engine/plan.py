@@ -16,7 +16,7 @@ _LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, o
 # `loop.evaluate_every_epochs=auto`: 5 evaluations, or more: as many as together read a fifth of what training reads.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
-# An epoch of fewer updates is not evaluated alone: so many lie between two evaluations, of which there are at most 20.
+# Small collections have short epochs: at least 25 updates lie between two evaluations, and a run has at most 20.
 _LEAST_BETWEEN = 25
 _MOST_EVALUATIONS = 20
 # With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the

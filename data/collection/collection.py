@@ -94,9 +94,7 @@ class Collection:
         """Return the deepest folder with the files of some rows; of shards, the root."""
         if self.is_packed:
             return str(self.root)
-        return os.path.commonpath(
-            [self.root / os.path.dirname(path) for path in self.table["path"].take(rows).to_pylist()]
-        )
+        return os.path.commonpath([self.absolute_path(row).parent for row in rows.tolist()])
 
     def class_names(self, split: str) -> list[str]:
         """Return the distinct labels of a split, sorted, without rows of weight 0."""

@@ -23,7 +23,7 @@ _NOISE = 15.0  # levels, added to the contrast: JPEG changes a flat colour so
 _OF_MEAN = 0.15  # the weight of a difference in brightness
 _COARSE = 5.0  # levels; coarse forms of alike pictures are nearer
 _NEIGHBOURS = 17  # that each picture is compared with, itself included
-_CHUNK = 2**14
+_CHUNK = 2**11  # pictures at a time, whose levels fit into a cache
 
 
 def draw_thumbnail(pixels: np.ndarray) -> str:
@@ -44,8 +44,9 @@ def read_thumbnails(texts: Sequence[str]) -> np.ndarray:
 def are_alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return which thumbnails of two arrays, uint8 [N, 16, 16, 3] each or one for all, show one picture, bool [N]."""
     ours = _weigh(first)
-    contrast = (_contrast(first) + _contrast(second)) / 2
-    squares = [np.square(ours - _weigh(other)).sum(3).mean((1, 2)) for other in (second, second[:, :, ::-1])]
+    theirs = _weigh(second)
+    contrast = (_contrast(ours) + _contrast(theirs)) / 2
+    squares = [_mean_square(ours - other) for other in (theirs, theirs[:, :, ::-1])]
     return np.minimum(*squares) < np.square(_LIMIT * contrast)
 
 
@@ -58,12 +59,15 @@ def group_duplicates(thumbnails: Sequence[str]) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import KDTree
 
-    distinct, owners = np.unique(thumbnails, return_inverse=True)
-    pictures = read_thumbnails(distinct)
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(thumbnails))}
+    owners = [*map(numbers.get, thumbnails)]
+    pictures = read_thumbnails([*numbers])
     keys = np.concatenate([*map(_outline, _split(pictures))])
     _, near = KDTree(keys).query(keys, _NEIGHBOURS, distance_upper_bound=_COARSE, workers=-1)
     pairs = np.argwhere(near < len(keys))  # the others have no neighbour
     pairs[:, 1] = near[tuple(pairs.T)]
+    pairs = np.unique(np.sort(pairs, axis=1), axis=0)  # many are each other's neighbours
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
     pairs = pairs[np.concatenate([are_alike(*pictures[part.T]) for part in _split(pairs)])]
     graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(keys), len(keys)))
     groups = connected_components(graph, directed=False)[1][owners]
@@ -74,9 +78,14 @@ def _split(array: np.ndarray) -> list[np.ndarray]:
     return np.array_split(array, len(array) // _CHUNK + 1)
 
 
-def _contrast(pictures: np.ndarray) -> np.ndarray:
+def _mean_square(levels: np.ndarray) -> np.ndarray:
+    """Return the mean over the cells of the squares of levels, [N]."""
+    return np.einsum("nijk,nijk->n", levels, levels) / _SIDE_PX**2
+
+
+def _contrast(levels: np.ndarray) -> np.ndarray:
     """Return the contrast of pictures in levels, [N]."""
-    return np.sqrt(pictures.var((1, 2), dtype=np.float32).sum(1)) + _NOISE
+    return np.sqrt(_mean_square(levels - levels.mean((1, 2), keepdims=True))) + _NOISE
 
 
 def _weigh(pictures: np.ndarray) -> np.ndarray:

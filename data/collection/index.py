@@ -122,7 +122,7 @@ def index_collection(
 
 
 def _hash(table: pa.Table, stated: Mapping[bytes, bytes]) -> str:
-    """Return the fingerprint of rows and of what is stated beside them."""
+    """Return the fingerprint of a table and of the concepts, if there are any."""
     fingerprint = hash_table(table)
     return sha256_text(f"{fingerprint} {stated[CONCEPTS]}")[:16] if stated else fingerprint
 
@@ -174,7 +174,7 @@ def _read_parts(
         joined = pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
         raise UserError(f"data.concepts: the manifests have a column of several types ({error})") from error
-    return build_table(dict(zip(joined.column_names, joined.columns)))
+    return build_table(joined)
 
 
 def _add_trigger(table: pa.Table, trigger: str | None) -> pa.Table:

@@ -20,7 +20,7 @@ _LEAST_IMAGES = 100
 
 
 def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
-    """Return the share of so many images that is for validation; `auto` takes none from a small collection."""
+    """Return the share of images for validation; `auto` takes none from a small collection."""
     if fraction != "auto":
         return fraction
     if images >= _LEAST_IMAGES:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
-from data.images.open import MENDED, open_image
+from data.images.open import LACKS_END, open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.record.logging import get_logger
@@ -35,7 +35,7 @@ def decoder_versions() -> str:
 
 
 @functools.cache
-def _say_mended() -> None:
+def _say_end_lacks() -> None:
     """Log once in a process that a JPEG has been read whose end marker is missing."""
     log.warning(
         "a JPEG without an end marker is read, because all its data are there; prepare.py job=check lists such files"
@@ -75,8 +75,8 @@ class Decoder:
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
         with open_image(content, name, self.max_pixels) as image:
-            if MENDED in image.info:
-                _say_mended()
+            if LACKS_END in image.info:
+                _say_end_lacks()
             return self._decode(image)
 
     def _decode(self, image: Image.Image) -> Tensor:

@@ -43,7 +43,7 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 NO_DECODER = "its decoder is not installed"
-MENDED = "end marker"  # in `info` of an image: its end marker is missing, but its data are whole
+LACKS_END = "lacks end marker"  # in `info` of a JPEG whose end marker is missing, but whose data are whole
 ORIENTATION = 0x0112  # the tag of EXIF
 RAW = "raw"  # the format of an image that is the preview in a raw photograph
 
@@ -116,7 +116,7 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
             image.load()
         if image.format in ("JPEG", "MPO") and not header and lacks_end(content):
             image = load(complete(content, image.mode))
-            image.info[MENDED] = True
+            image.info[LACKS_END] = True
         if package == "rawpy":
             image.format = RAW
             image.getexif().setdefault(ORIENTATION, turn)

@@ -154,7 +154,7 @@ def _draw_into(root: Path) -> None:
         rows.append({"face": face, "code": code, **columns})
     classes = _name_classes(rows)
     columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
-    save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}))
+    save_manifest(root, build_table(columns, label=[classes.get(row["code"]) for row in rows]))
     write_json(root / GLYPHS, {"version": GLYPHS_VERSION})
 
 

@@ -72,7 +72,7 @@ def read_listed_images(
     others = pa.Table.from_pylist([{"path": path, "split": TEST} for path in waiting], _WAITING)
     table = pa.concat_tables([rows, others], promote_options="default")
     sizes = [images[path] for path in table["path"].to_pylist()]
-    return build_table({**dict(zip(table.column_names, table.columns)), "size": sizes})
+    return build_table(table, size=sizes)
 
 
 def build_finder(splits: _Splits) -> Callable[[str, str], str | None]:

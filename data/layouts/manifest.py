@@ -75,8 +75,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
-    splits = read_splits(file, table["split"], "train")
-    table = build_table({**dict(zip(table.column_names, table.columns)), "split": splits})
+    table = build_table(table, split=read_splits(file, table["split"], "train"))
     is_packed = PLACES.keys() <= set(table.column_names)
     if root is not None and not is_packed and not pc.all(pc.string_is_ascii(table["path"])).as_py():
         table = _spell_paths(root, table)
@@ -102,7 +101,7 @@ def _spell_paths(root: Path, table: pa.Table) -> pa.Table:
     base = os.path.join(root, "")
     with about("data.root"):
         paths = [find_path(base + path, listed).removeprefix(base) for path in table["path"].to_pylist()]
-    return build_table({**dict(zip(table.column_names, table.columns)), "path": paths})
+    return build_table(table, path=paths)
 
 
 def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({})) -> pa.Table:

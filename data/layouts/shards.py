@@ -82,8 +82,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Colu
     if not any(map(len, tables)):
         why = "".join(f"; {line}" for line in unused.describe())
         raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
-    table = pa.concat_tables(tables)
-    return build_table(dict(zip(table.column_names, table.columns)))
+    return build_table(pa.concat_tables(tables))
 
 
 def _read_shard(stated: Columns, shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:

@@ -48,12 +48,15 @@ SPLIT_NAMES = {  # spellings of users, as `datasets` has them
 }
 
 
-def build_table(columns: Mapping[str, Any]) -> pa.Table:
-    """Build a table of SCHEMA and extra columns, sorted by path, from lists or Arrow columns.
+def build_table(columns: Mapping[str, Any] | pa.Table, **changed: Any) -> pa.Table:
+    """Build a table of SCHEMA and extra columns, sorted by path, from lists or Arrow columns, or from another table.
 
     Missing columns of SCHEMA become null; null weights become 1 and null tags empty. Extra columns with only nulls are
     dropped.
     """
+    if isinstance(columns, pa.Table):
+        columns = dict(zip(columns.column_names, columns.columns))
+    columns = {**columns, **changed}
     complete = {}
     for name in dict.fromkeys((*SCHEMA.names, *columns)):
         column = columns.get(name)

@@ -88,9 +88,9 @@ def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Tabl
     unused = Unused()
     table = read_folder(root, unused, choice)
     if unused.said:
-        table = unused.said[0].partition(":")[0]
         raise UserError(
-            f"data.table: sidecars are not read beside {table}; edit it, or leave {CORRECTIONS}, which is read"
+            f"data.table: sidecars are not read beside a table ({unused.said[0]}); edit it, or leave {CORRECTIONS}, "
+            "which is read"
         )
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 

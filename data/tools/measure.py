@@ -17,15 +17,7 @@ from PIL import Image
 
 from data.collection.duplicates import draw_thumbnail
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
-from data.images.open import (
-    MENDED,
-    NO_DECODER,
-    NO_MEMORY,
-    NOT_OPENED,
-    UNLIMITED,
-    open_image,
-    read_file,
-)
+from data.images.open import LACKS_END, NO_DECODER, NO_MEMORY, NOT_OPENED, UNLIMITED, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import sha256_text
@@ -115,7 +107,7 @@ def _measure_image(image: Image.Image) -> FileFacts:
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
     edges = np.diff(levels, 2, axis=0)[:, 1:-1] + np.diff(levels, 2, axis=1)[1:-1]
-    remark = "a JPEG without an end marker, which is read" if MENDED in image.info else None
+    remark = "a JPEG without an end marker, which is read" if LACKS_END in image.info else None
     top = np.asarray(upright).max() if upright.mode.startswith("I;16") else 0
     if 0 < top < _NEARLY_BLACK:
         remark = f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"
