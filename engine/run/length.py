@@ -111,7 +111,8 @@ def fit_minutes(run: Run) -> None:
     run.plan = plan_of(steps)
     run.learner.use_length(run.plan)
     run.recorder.use_plan(run.plan)
-    length = f"{steps:,} steps, {run.plan.epoch_at(steps):.3g} epochs, {run.plan.warmup_steps:,} steps of warm-up"
+    warmup = f", {run.plan.warmup_steps:,} steps of warm-up" if run.plan.warmup_steps else ""
+    length = f"{steps:,} steps, {run.plan.epoch_at(steps):.3g} epochs{warmup}"
     log.info("loop.minutes=%g: %s; %s", minutes, length, found)
     if distributed.is_main():
         with output_errors("run_dir", file):
