@@ -5,7 +5,6 @@
     python evaluate.py run_dir=RUN weights=last data.root=PATH        its last weights, on other images
     python evaluate.py weights=FILE data.root=PATH                    a weight file of ours
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
-    python evaluate.py job=grid run_dir=RUN                           all its kept weights, side by side
     python evaluate.py job=compare models=[RUN,FILE,FOLDER] data.root=PATH     taggers, ours and others'
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
@@ -13,8 +12,7 @@ Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.h
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder; other weights and
 splits have names of their own: metrics_last_test.json and so on. Figures of other images are in
 RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in outputs/evaluate/. per_image=true adds tables/images.parquet.
-job=compare writes arena.json, report.html, tables and plots, job=grid grid.json, report.html, tables/grid.csv and for
-SDXL plots/grid.png.
+job=compare writes arena.json, report.html, tables and plots.
 """
 
 from utils.start import begin
@@ -24,7 +22,6 @@ begin(__doc__)
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,12 +29,10 @@ import torch
 from pydantic import Field, model_validator
 
 from data.config import DataConfig
-from data.open import load_collection
 from engine.config import MachineConfig
 from engine.exports.results import read_results
 from engine.exports.weights import MovedBase, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
-from engine.judging.grid import list_weights, to_part, to_report
 from engine.judging.measured import Measured, choose_images, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
@@ -48,9 +43,8 @@ from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.thresholds import ThresholdTable, find_thresholds, thresholds_path, write_thresholds
 from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
-from utils.io.journal import open_journal
 from utils.io.safe_text import Lines, hide_secrets
-from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights, read_weights
+from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
@@ -245,55 +239,10 @@ class Compare(ArenaConfig):
         return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 
-# ---------------------------------------------------------------------------------------- 3. The kept weights of runs
-
-
-class Grid(Strict):
-    """Measure all weights that runs have kept, and show what each draws. output: a JSON file. A killed call goes on."""
-
-    name: Literal["grid"]
-    run_dir: PathList
-    output: PathText | None
-    model: MovedBase
-
-    def check(self, data: DataConfig | None) -> None:
-        """Accept all: without `data`, each run has its own."""
-
-    def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
-        """Measure each file, and write a row for it."""
-        files = list_weights(self.run_dir)
-        images = {run: choose_images(config.data, run, "auto") for run in self.run_dir}
-        folder = Path(self.run_dir[0])
-        if len(images) > 1 or not images[self.run_dir[0]].is_own:
-            source = {"runs": self.run_dir, "data": [each.data.root for each in images.values()]}
-            folder = result_folder(_RESULTS / "grid", source)
-        refuse_links_out("run_dir", folder)
-        made_of = [self.model_dump(mode="json", exclude={"output"})]
-        made_of += [read_weights(path, shapes_only=True)[1]["weights_hash"] for _, _, path in files]
-        made_of += [load_collection(each.data).fingerprint for each in images.values()]
-        with open_journal("run_dir", folder / "grid", made_of) if distributed.is_main() else nullcontext() as journal:
-            done = distributed.rank_zero_call(lambda: len([*journal.parts()]))
-            for run, step, path in files[done:]:
-                opened = open_measured(path, self.model, images[run], "auto", config.runtime, config.batch_size)
-                if config.dry_run:
-                    return _DRY_RUN
-                with torch.inference_mode(), opened.runtime.autocast():
-                    report = opened.weights.task.evaluate(opened.loaders(), step)
-                if distributed.is_main():
-                    log.info("%s: %s", path, _show(report))
-                    journal.add(to_part(run, step, report))
-            if distributed.is_main():
-                report = to_report(journal.parts())
-                output = Path(self.output or folder / "grid.json")
-                title = f"The kept weights of {', '.join(self.run_dir)}"
-                write_results(folder, output, title, {"weights": report.tables["grid"]}, report)
-        return f"evaluated {len(files)} weight files"
-
-
 class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked. data: None means the data of the run."""
 
-    job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
+    job: Annotated[Evaluate | Compare, Field(discriminator="name")]
     data: DataConfig | None
     batch_size: Count
     dry_run: bool

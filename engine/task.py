@@ -69,7 +69,7 @@ class StepOutput:
 
 @dataclass
 class Report:
-    """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts.
+    """The result of an evaluation. Only rank 0 needs tables and images.
 
     An image that takes time to draw is a function: training calls it within its time for pictures.
     """
@@ -77,7 +77,6 @@ class Report:
     scalars: dict[str, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
     images: dict[str, np.ndarray | Callable[[], np.ndarray]] = field(default_factory=dict)  # [H, W, 3] uint8
-    samples: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def draw(self) -> dict[str, np.ndarray]:
         """Return the images; those that are functions are drawn now."""

@@ -188,11 +188,10 @@ def draw(
     return len(waiting)
 
 
-def to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
+def to_png(pixels: np.ndarray, parameters: str) -> bytes:
     """Return a PNG, with the `parameters` of a picture."""
     content = io.BytesIO()
     info = PngInfo()
-    if parameters is not None:
-        info.add_text("parameters", parameters)
+    info.add_text("parameters", parameters)
     Image.fromarray(pixels).save(content, "PNG", pnginfo=info)
     return content.getvalue()

@@ -1,1 +1,1 @@
-"""What compares outputs: models on equal images, rows of each image, grids of pictures."""
+"""What compares outputs: models on equal images, a row for each image."""

@@ -314,7 +314,7 @@ class DiffusionTask(Task):
         drawn = self.draw()
         judged = self._judge(loaders["judge"]) if "judge" in loaders else Report()
         scalars = {**measured, **judged.scalars, **drawn.scalars}
-        return Report(scalars, judged.tables, {**drawn.images, **judged.images}, drawn.samples)
+        return Report(scalars, judged.tables, {**drawn.images, **judged.images})
 
     def draw(self) -> Report:
         """Return a picture of each prompt, and its brightness."""
@@ -324,8 +324,7 @@ class DiffusionTask(Task):
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
         height = max(map(len, pictures))
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
-        texts = [prompt.text for prompt in self._config.samples.complete_all()]
-        return Report(tones, images={"samples": np.concatenate(columns, axis=1)}, samples=list(zip(texts, pictures)))
+        return Report(tones, images={"samples": np.concatenate(columns, axis=1)})
 
     def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
         """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
