@@ -39,7 +39,7 @@ def main(config: ExportConfig, job: Job) -> str:
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
         weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model)
-    weights = (weights.without_head() if config.backbone_only else weights).for_export(config.license)
+    weights = weights.for_export(config.license)
     find_format(config.format, weights)
     if config.hub.name is not None:
         refuse_licence(weights.metadata)

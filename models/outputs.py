@@ -76,4 +76,3 @@ OUTPUTS = {
         pipeline="image-feature-extraction",
     ),
 }
-NAME_KEYS = frozenset(output.names_key for output in OUTPUTS.values() if output.names_key is not None)

@@ -158,7 +158,7 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
         if names.get(what) not in outputs:
             raise UserError(
                 f"weights: {path} has no {what} among its outputs, {', '.join(outputs)}; name the run, or export it "
-                "with format=wd14, or backbone_only=true"
+                "with format=wd14"
             )
         batch = form.to_input(images.cpu().float() / 255.0).numpy()
         parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images

@@ -379,7 +379,6 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
 
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
     values |= {
-        "backbone_only": False,
         "dry_run": False,
         "model": {"path": None, "vae": None},
         "hub": {"name": None, "private": True, "dry_run": False},

@@ -152,14 +152,7 @@ def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
     assert read_json(place / "mine/export.json")["model.safetensors"]["license"] == "mine"
 
 
-def test_a_file_of_features_only_is_for_init_from(place):
-    run("export", ["format=safetensors", "run_dir=run", "backbone_only=true", "output=features"], place)
-    file = "features/model.safetensors"
-    with refuses(rf"^weights: {file} .*init_from={file}"):
-        run("evaluate", [f"weights={file}", *DATA, *ON_CPU], place)
-    run("finetune", [*SMALL, f"init_from={file}", "loop.total_steps=0", "run_dir=from_features"], place)
-    tensors, found = read_weights(place / file)[0], weights_of(place, "from_features")[0]
-    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+def test_a_file_without_a_task_is_for_init_from(place):
     with refuses(r"^weights: .*init_from=fcmae\.pt"):
         run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)
 

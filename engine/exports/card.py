@@ -103,10 +103,7 @@ class Card:
         """
         metadata, form, file = self.metadata, self.form, self.file
         if form.template is None:
-            command = f"predict.py weights={file} input=image.png output=predictions.jsonl"
-            if not metadata.get("task"):
-                command = f"finetune.py init_from={file} data=image_folder data.root=PATH"
-            return f"    python {command}"
+            return f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
         if form.load:
             task = metadata["task"]
             if form.is_adapter and task["lora"]["kind"] != "lora":

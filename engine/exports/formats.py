@@ -62,7 +62,7 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a folder of timm. A tagger has the outputs and selected_tags.csv of wd14.
 
     timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
-    neggles/wdv3-timm normalises, then reverses the channels. A backbone takes RGB, like every other network.
+    neggles/wdv3-timm normalises, then reverses the channels. Every other network takes RGB.
     """
     network = weights.model.network
     metadata = weights.metadata
@@ -270,7 +270,6 @@ class ExportConfig(Strict):
     output: PathText | None
     precision: Literal["fp32", "fp16"]
     tolerance: Positive | None
-    backbone_only: bool
     thresholds: PathText | None
     license: str | None
     author: str | None

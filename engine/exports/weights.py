@@ -15,7 +15,6 @@ from engine.task import Task, Use, fingerprint_helpers
 from engine.tasks.kind import Kind, Setup, load_task, read_setup
 from engine.tasks.kinds import KINDS
 from models.image_model import ImageModel
-from models.outputs import NAME_KEYS
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -24,7 +23,7 @@ from utils.record.run_reader import RunReader, run_of
 
 @dataclass(frozen=True)
 class Weights:
-    """The contents of a weight file. A backbone has no task, kind or setup."""
+    """The contents of a weight file. Without a file, of a network alone, there is no task, kind or setup."""
 
     path: Path
     model: ImageModel | None  # from images to outputs; None if the task has no output for a single image
@@ -65,26 +64,6 @@ class Weights:
             raise UserError(
                 f"{self.path} was trained with another frozen {names}; restore it, or set model.path or model.vae"
             )
-
-    def without_head(self) -> Self:
-        """Return the backbone: the network without head and final norm. Its output is the mean of the last feature map.
-
-        A timm network returns its pooled features; a norm after the pooling is removed too. The metadata name no task,
-        because a backbone file is only for `init_from`.
-        """
-        if self.model is None:
-            raise UserError("backbone_only: true, but this task has no network for images; set backbone_only=false")
-        from timm.layers import NormMlpClassifierHead
-
-        network = self.model.network
-        network.reset_classifier(0)
-        head = getattr(network, "head", None)
-        if isinstance(head, NormMlpClassifierHead):
-            head.reset(0, reset_other=True)  # the norm after the pooling
-        without = (*NAME_KEYS, "weights_hash")  # figures and thresholds are those of the head
-        kept = {key: value for key, value in self.metadata.items() if key not in without}
-        backbone = ImageModel(network, self.model.normalise, "features").eval()
-        return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 
 
 class MovedBase(Strict):

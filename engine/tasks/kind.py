@@ -282,9 +282,9 @@ def read_setup(
         metadata["model"] = {**metadata["model"], key: value}
     if "model" not in metadata or not isinstance(metadata.get("task"), dict):
         raise UserError(
-            f"{path} was not written by a run of Atelier, or holds a backbone, which is for init_from. To turn a "
-            f"classifier or tagger of others into a run: python finetune.py init_from={path} task.head=kept "
-            "loop.total_steps=0 model=... augment=... data=... run_dir=... (docs/weights.md)"
+            f"{path} was not written by a run of Atelier. To turn a classifier or tagger of others into a run: python "
+            f"finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... augment=... data=... "
+            "run_dir=... (docs/weights.md)"
         )
     name = metadata["task"].get("name")
     if not isinstance(name, str) or name not in kinds:

@@ -27,7 +27,6 @@ from models.interop.parity import vary_weights
 from models.layers import GRN
 from models.predictor import open_session
 from models.weights.layouts import SIZES
-from models.weights.timm_hub import filter_state
 from tests import support
 from tests.support import refuses
 from utils.io.files import read_json
@@ -167,23 +166,6 @@ def test_a_backbone_goes_to_every_format(tmp_path):
         wanted = model.network.forward_features(inputs)
         for found in (theirs(inputs)[-1], other(inputs).last_hidden_state):
             assert_near(found, wanted)
-
-
-def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
-    """timm's reset_classifier leaves the norm behind the pool; the features are the mean of the last map in both."""
-    model, metadata = make(geometry("atto"))
-    theirs, their_metadata = make(timm_config("convnextv2_atto"))
-    theirs.network.load_state_dict(filter_state(theirs.network, model.network.state_dict()))
-    images, inputs = normalised(model)
-    with torch.no_grad():
-        wanted = model.network.forward_features(inputs).mean(dim=(2, 3))
-        ours = Weights(Path("w"), model, model.network, metadata).without_head()
-        other = Weights(Path("w"), theirs, theirs.network, their_metadata).without_head()
-        for opened in (ours, other):
-            assert_near(opened.model(images)[0], wanted)
-        export("timm", other.model, other.metadata, tmp_path)
-        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-        assert_near(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted)
 
 
 def test_files_with_the_networks_own_names(tmp_path):
