@@ -7,6 +7,7 @@ as plain tensors (utils/ranks/sharded.py), with the same kernels as in a single 
 """
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -54,6 +55,8 @@ def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: 
         task.compile()
     if not distributed.is_distributed():
         return task
+    # They differ where a dimension has one element, so the gradient's memory is the bucket's.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # Learner.sync_buffers broadcasts buffers before they are read. torch 2.14 renames this setting.
     names = inspect.signature(DistributedDataParallel).parameters

@@ -23,7 +23,6 @@ log = get_logger(__name__)
 COMPILE_PAYS_AFTER_STEPS = {"cuda": 6000}
 _EVALUATION_PREFETCH = 2  # batches per worker process
 _MOST_WORKERS = 24  # per rank; more only take memory
-_GROUP_PATIENCE = 4  # the process group's timeout, as a multiple of the watchdog's
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,7 +91,7 @@ def choose_workers(requested: str | int, device: str) -> int:
 
 def start_machine(config: MachineConfig) -> Runtime:
     """Start the process group and logging, and resolve the settings for this machine."""
-    distributed.init_process_group(choose_device(config.device), _GROUP_PATIENCE * config.hang_timeout_sec)
+    distributed.init_process_group(choose_device(config.device), config.hang_timeout_sec)
     setup_logging()
     return choose_runtime(config)
 

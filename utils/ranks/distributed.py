@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import TimeoutError as NoAnswer
+from multiprocessing.pool import ThreadPool
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +30,7 @@ RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run 
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
+_GROUP_PATIENCE = 4  # the timeout of collectives, as a multiple of the watchdog's, which names the rank
 _POLL_STEPS = 4  # between two votes: a gloo collective of many ranks takes milliseconds
 T = TypeVar("T")
 
@@ -98,6 +101,7 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
 def init_process_group(device_type: str, timeout_sec: float) -> None:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing.
 
+    timeout_sec: the ranks must meet within it.
     Raises UserError (`MASTER_ADDR`, `MASTER_PORT`) if the ranks cannot meet.
     """
     import torch
@@ -107,23 +111,25 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
     if world.size == 1 or _has_group():
         return
     os.environ |= {"MASTER_ADDR": str(world.address), "MASTER_PORT": str(world.port)}
-    timeout = timedelta(seconds=timeout_sec)
     backend = "gloo"
     device = None
     if device_type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # objects and CPU tensors take no GPU memory
         device = torch.device("cuda", local_device_index(world))
         torch.cuda.set_device(device)
+    meeting = dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec))
     try:
-        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
-    except dist.DistNetworkError as error:
-        reason = str(error).partition("\n")[0]
+        with ThreadPool(1) as pool:  # torch waits for ever for a program that holds the port and does not answer
+            store, _, _ = pool.apply_async(next, [meeting]).get(timeout_sec)
+    except (dist.DistError, NoAnswer) as error:
+        reason = str(error).partition("\n")[0] or f"no answer within {timeout_sec:.0f} s (runtime.hang_timeout_sec)"
         raise UserError(
             f"MASTER_ADDR, MASTER_PORT: the ranks cannot meet at {world.address}:{world.port}: {reason}; name the node "
             "of rank 0 and a free port of it"
         ) from error
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
+    timeout = timedelta(seconds=_GROUP_PATIENCE * timeout_sec)
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
     )
@@ -227,9 +233,9 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return the rows of all ranks, ordered by rank, on every rank. All ranks pass the same shape."""
     if not is_distributed():
         return tensor
-    rows = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-    _dist().all_gather_into_tensor(rows, tensor.contiguous())
-    return rows
+    rows = tensor.new_empty(world_size(), *tensor.shape)
+    _dist().all_gather(list(rows), tensor.contiguous())
+    return rows.flatten(0, 1)
 
 
 def rank_zero_call(call: Callable[[], T]) -> T:
