@@ -6,7 +6,7 @@
     python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
 
-Other jobs: duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
+Other jobs: duplicates, filter, downsample, copy, apply_corrections, cache, machine, import. No
 job changes an image.
 """
 
@@ -24,7 +24,7 @@ from data.tools.cache import Cache
 from data.tools.check import Check
 from data.tools.copy import Copy
 from data.tools.duplicates import Duplicates
-from data.tools.exclude import Filter, Split
+from data.tools.exclude import Filter
 from data.tools.import_sd_scripts import Import
 from data.tools.machine import Machine
 from data.tools.manifest import Manifest
@@ -35,7 +35,7 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Check | Manifest | CollectVocabulary | Pack
-    | Duplicates | Filter | Split | Copy | ApplyCorrections | Cache | Machine | Import,
+    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -1,12 +1,10 @@
-"""Jobs that change the manifest of job=manifest: filter, and duplicates beside this file, write weight 0 and a reason;
-split writes the splits.
+"""Jobs that change the manifest of job=manifest: filter, and duplicates beside this file, write weight 0 and a reason.
 
 A `Finder` also restores images that an earlier call excluded and this one does not find. A manifest of the user's is
 refused.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.collection.search import find_rows
-from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
-from data.layouts.table import SPLITS, TEST, count_values, replace_column
+from data.layouts.table import replace_column
 from data.layouts.tables import read_parquet
 from data.layouts.walk import check_root
 from data.open import load_collection
@@ -102,27 +99,3 @@ class Filter(Finder):
         rows = find_rows(collection, self.find, "job.find")
         paths = collection.table["path"].take(rows).to_pylist()
         return dict.fromkeys(paths, f"found by {self.find}")
-
-
-class Split(Tool):
-    """Assign the split column of the manifest again, as job=manifest does; rows of a test split stay.
-
-    apply: write it; False: only log the result.
-    """
-
-    name: Literal["split"]
-    apply: bool
-
-    def run(self, data: DataConfig) -> str:
-        """Split. Raises UserError (`data.root`)."""
-        root = check_root(data.root)
-        with open_journal("data.root", root / PARQUET) if self.apply else nullcontext():
-            table = read_own_manifest(root)
-            ours = pc.if_else(pc.equal(table["split"], TEST), TEST, "train")
-            table = assign_validation(replace_column(table, "split", ours), data.validation_fraction)
-            counts = count_values(table["split"])
-            line = ", ".join(f"{split}: {counts.get(split, 0):,}" for split in SPLITS)
-            if not self.apply:
-                return f"{line}; set job.apply=true to write it into the manifest"
-            save_manifest(root, table)
-            return line

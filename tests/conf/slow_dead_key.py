@@ -121,7 +121,6 @@ prepare job=vocabulary $folders job.output=tags.csv job.min_count=1
 prepare job=check $folders
 prepare job=duplicates $folders
 prepare job=filter job.find=tags<1 $folders
-prepare job=split $folders
 prepare job=apply_corrections $folders
 prepare job=cache $folders
 prepare job=machine $folders

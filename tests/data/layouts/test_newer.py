@@ -35,7 +35,9 @@ def test_edited_and_new_sidecars_are_said_and_read_again(root, log):
     os.utime(root / "sub/b.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
     (root / "sub/c.json").write_text('{"rating": "e"}')
     (root / "sub/notes.txt").write_text("of no image")
-    run("prepare", ["job=split", "data=image_folder", "data.root=root"], root.parent)  # writes the manifest again
+    run(
+        "prepare", ["job=filter", "data=image_folder", "data.root=root", "job.apply=true"], root.parent
+    )  # writes the manifest again
     assert newer(root) == ["sub/a.txt", "sub/b.txt", "sub/c.json"]
     config = data_config(root=str(root), validation_fraction=0.0)
     assert load_collection(config).row(0).caption == "old"

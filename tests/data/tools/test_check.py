@@ -1,4 +1,4 @@
-"""job=check, duplicates, filter and split. Literal tables of a small folder; a killed reading goes
+"""job=check, duplicates and filter. Literal tables of a small folder; a killed reading goes
 on; the pages hold what they show."""
 
 import json
@@ -61,18 +61,14 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
     run("prepare", words, tmp_path)
     assert reasons(root) == unreadable
     with open_journal("data.root", root / "manifest.parquet"):
-        for job in (words, ["job=split", *FOLDER, "job.apply=true"], ["job=manifest", *FOLDER]):
+        for job in (words, ["job=manifest", *FOLDER]):
             with refuses("data.root: another command is writing"):
                 run("prepare", job, tmp_path)
 
 
 def test_a_split_is_written_into_the_manifest(root, tmp_path):
-    words = ["job=split", *FOLDER[:2], "data.validation_fraction=0.34"]
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    splits = pq.read_table(root / "manifest.parquet")["split"].to_pylist()
-    assert run("prepare", words, tmp_path).endswith("set job.apply=true to write it into the manifest")
-    assert pq.read_table(root / "manifest.parquet")["split"].to_pylist() == splits
-    run("prepare", [*words, "job.apply=true"], tmp_path)
+    run("prepare", ["job=manifest", *FOLDER[:2], "data.validation_fraction=0.34"], tmp_path)
     table = pq.read_table(root / "manifest.parquet").to_pylist()
     sides = {}
     for row in table:
@@ -86,7 +82,6 @@ def test_the_test_split_stays_and_its_copies_leave_training(tmp_path):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         picture(1).save(tmp_path / "images" / name)
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", ["job=split", *FOLDER, "job.apply=true"], tmp_path)
     run("prepare", ["job=duplicates", *FOLDER, "job.apply=true"], tmp_path)
     assert reasons(tmp_path / "images").keys() == {"train/a/1.png", "train/a/2.png"}
     found = run("prepare", ["job=check", *FOLDER], tmp_path)
