@@ -1,4 +1,4 @@
-"""Perceptual distances of images: the losses of an autoencoder.
+"""Perceptual distances of images, and the discriminator of patches: the losses of an autoencoder.
 
 Images are float32 [B, 3, H, W] in [-1, 1], distances are [B].
 """
@@ -27,17 +27,19 @@ _LEVELS = 5  # maps of features at most: VGG's sixth is the pooled fifth
 class PerceptualConfig(Strict):
     """The weight of the perceptual distance, and what measures it.
 
-    network: a name of timm; null: `pyramid_distance`. path: its weight file; null: timm's.
+    network: a name of timm; null: `pyramid_distance`. path: its weight file; null: timm's. lpips: a file with LPIPS'
+    linear weights for it; null: all channels count alike.
     """
 
     weight: Factor
     network: Annotated[str, Field(min_length=1)] | None
     path: PathText | None
+    lpips: PathText | None
 
     @model_validator(mode="after")
     def _names_a_network(self) -> Self:
-        if self.network is None and self.path:
-            raise ValueError("task.perceptual.network: must be given with path, such as vgg16.tv_in1k")
+        if self.network is None and (self.path or self.lpips):
+            raise ValueError("task.perceptual.network: must be given with path or lpips, such as vgg16.tv_in1k")
         return self
 
 
@@ -71,7 +73,7 @@ def pyramid_distance(first: Tensor, second: Tensor) -> Tensor:
 class PerceptualNetwork(nn.Module):
     """The distance of two images in the features of a network, each site's features scaled to length 1.
 
-    Source: Zhang et al. 2018 (arXiv 1801.03924), equation 1. Differs: all channels count alike.
+    Source: Zhang et al. 2018 (arXiv 1801.03924), LPIPS. Without its linear weights, all channels count alike.
     """
 
     def __init__(self, config: PerceptualConfig) -> None:
@@ -94,12 +96,21 @@ class PerceptualNetwork(nn.Module):
         self._names = set(network.state_dict())
         network.prune_intermediate_layers(self._levels, prune_head=True)
         self.normalise = Normalise(stated["mean"], stated["std"], 3)
+        widths = [network.feature_info[level]["num_chs"] for level in self._levels]
+        self.linear = nn.ParameterList(torch.ones(1, width, 1, 1) for width in widths)
 
     def load(self) -> None:
-        """Load the weights; on the meta device, check their file. Raises UserError (`task.perceptual.path`)."""
+        """Load the weights; on the meta device, check its files. Raises UserError (`task.perceptual`)."""
         config = self._config
         network = self.network
         kept = network.state_dict()
+        if config.lpips is not None:
+            with about("task.perceptual.lpips"):
+                names = [f"lin{level}.model.1.weight" for level in self._levels]
+                found = read_weights(Path(config.lpips))[0]
+                refuse_misfits(found, dict(zip(names, self.linear)), config.lpips, "Name LPIPS' file for this network.")
+                if not is_meta(network):
+                    self.linear.load_state_dict({str(level): found[name] for level, name in enumerate(names)})
         with about("task.perceptual.path"):
             state = convert(network, read_weights(Path(config.path))[0])[1] if config.path else read_timm(network)[0]
             unused = (*TimmFamily(network).head_prefixes, "classifier.")
@@ -116,7 +127,29 @@ class PerceptualNetwork(nn.Module):
         images = self.normalise((torch.cat([first, second]) + 1) / 2)
         maps = self.network.forward_intermediates(images, indices=self._levels, intermediates_only=True)
         total = torch.zeros(len(first), device=first.device)
-        for features in maps:
+        for features, weight in zip(maps, self.linear):
             left, right = F.normalize(features, dim=1, eps=1e-10).chunk(2)
-            total = total + (left - right).square().sum(dim=1).mean(dim=(1, 2))
+            total = total + ((left - right).square() * weight).sum(dim=1).mean(dim=(1, 2))
         return total
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Return logits of patches, [B, 1, h, w]: high for real images.
+
+    Source: Isola et al. 2017 (arXiv 1611.07004), as CompVis/taming-transformers:modules/discriminator/model.py has it.
+    Differs: group norm, so that neither the ranks nor the micro-batches change the result.
+    """
+
+    def __init__(self) -> None:
+        blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for narrow, wide, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
+        super().__init__(*blocks, nn.Conv2d(512, 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """Return the discriminator's loss [B] from its logits [B, 1, h, w] of real and of decoded images."""
+    return (F.relu(1 - real).mean(dim=(1, 2, 3)) + F.relu(1 + fake).mean(dim=(1, 2, 3))) / 2

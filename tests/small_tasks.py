@@ -19,7 +19,7 @@ CHANGES = {
     "tagging": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "distillation": {"teacher": "drawn"},
     "diffusion": {"latent_cache": None, "noise": NOISE},
-    "autoencoder": {},
+    "autoencoder": {"discriminator": {"weight": 0.5, "start_step": 1}},
 }
 SIZE, BATCH, NAMES = 64, 4, [f"name {index}" for index in range(7)]
 

@@ -2,18 +2,21 @@
 
 Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
 image in its bucket, in evaluation the whole bucket. Training decodes the mean of the latents: the variance of an
-untrained encoder hides the image. The loss is pixels + weight x perceptual distance.
+untrained encoder hides the image. The loss is pixels + weight x perceptual distance; with a discriminator,
+also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
 
-Source: Rombach et al. 2022 (arXiv 2112.10752), appendix G. Differs: there is no discriminator.
+Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
+Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.func import functional_call
 
 from data.collection.collection import Collection
 from data.config import WholeData
@@ -28,18 +31,43 @@ from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, Task, Use, log_mean
 from engine.tasks.diffusion_kind import BucketedKind, Reading, find_buckets
 from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
-from models.perceptual import PerceptualConfig, PerceptualNetwork, absolute_error, pyramid_distance
+from models.perceptual import (
+    PatchDiscriminator,
+    PerceptualConfig,
+    PerceptualNetwork,
+    absolute_error,
+    hinge,
+    pyramid_distance,
+)
 from models.sdxl.networks import SDXLConfig, describe, open_networks
-from utils.config.bounds import Count, Side
+from utils.config.bounds import Count, CountOrZero, Factor, Side
+from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.hub import stated_license
 from utils.io.weights import InitFrom
+from utils.ranks import distributed
 from utils.record import pictures
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _STRIDE_PX = 8  # pixels of a latent's side
+_LEAST_PX = 24  # that the discriminator takes
 _WORST = 4  # pictures of an evaluation
 _AMPLIFIED = 4  # times the difference in a picture
+_MOST_ADAPTIVE = 1e4  # as published
+_LEAST_NORM = 1e-4  # as published
+
+
+class DiscriminatorConfig(Strict):
+    """A discriminator of patches.
+
+    weight: its gradient relative to the other losses; 0 turns it off. start_step: the first step that uses it.
+    """
+
+    weight: Factor
+    start_step: CountOrZero | None
 
 
 class AutoencoderTaskConfig(TaskConfig):
@@ -47,9 +75,20 @@ class AutoencoderTaskConfig(TaskConfig):
 
     name: Literal["autoencoder"]
     perceptual: PerceptualConfig
-    crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX)]
+    discriminator: DiscriminatorConfig
+    crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
     chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     buckets: BucketConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        player = self.discriminator
+        if player.weight and player.start_step is None:
+            raise ValueError(
+                "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
+                "good without it, such as 2000, or task.discriminator.weight=0.0"
+            )
+        return self
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
         """Return the configuration with the values of the VAE."""
@@ -61,10 +100,12 @@ class AutoencoderTaskConfig(TaskConfig):
             raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
         if config.init_from is not None:
             raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
+        if self.discriminator.weight and config.runtime.parallel == "fsdp":
+            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
 
 
 class AutoencoderTask(Task):
-    """Own the VAE, and the perceptual network if the configuration has one."""
+    """Own the VAE, the perceptual network and the discriminator, as far as the configuration has them."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
@@ -82,6 +123,16 @@ class AutoencoderTask(Task):
         self.perceptual = None
         if config.perceptual.network is not None:
             self.helpers = (*self.helpers, "perceptual")
+        self.discriminator = None
+        player = config.discriminator
+        if player.weight:
+            self.discriminator = PatchDiscriminator()
+            self.trained = (*self.trained, "discriminator")
+            last = self.vae.decoder.conv_out.weight
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("balance", torch.zeros(()))
+            # Of this step: the last layer's gradients of both losses, summed over samples, and the samples' weights.
+            self.register_buffer("pull", torch.zeros(2 * last.numel() + 1))
 
     def load_helpers(self, use: Use) -> None:
         """Load the frozen encoder, and the perceptual network unless for an export."""
@@ -102,9 +153,17 @@ class AutoencoderTask(Task):
     # ------------------------------------------------------------------------------------------------------ training
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
-        """Return each sample's loss."""
+        """Return each sample's loss, the discriminator's included."""
         images = _to_levels(batch["images"])
-        loss, parts = self._compare(images, self._decode(self._encode(images)))
+        decoded = self._decode(self._encode(images))
+        loss, parts = self._compare(images, decoded)
+        if self.discriminator is not None and torch.is_grad_enabled():
+            player = self._config.discriminator
+            theirs, judged = self._play(images, decoded)
+            self._note_gradients(loss, theirs, batch["weight"])
+            parts |= {"fooled": theirs, "discriminator": judged}
+            added = player.weight * self.balance * theirs + judged
+            loss = loss + torch.where(self.updates >= player.start_step, added, 0.0)
         return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
 
     @torch.no_grad()
@@ -121,12 +180,37 @@ class AutoencoderTask(Task):
             return self.vae.decode(latents).sample.float()
 
     def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each image [B], and its parts."""
+        """Return the loss of each image [B] without the players', and its parts."""
         pixel = absolute_error(decoded - images)
         with torch.autocast(images.device.type, enabled=False):
             distance = pyramid_distance if self.perceptual is None else self.perceptual
             perceptual = distance(images, decoded)
         return pixel + self._config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
+
+    def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's loss against the discriminator, and the discriminator's, each with its own gradients."""
+        still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
+        return theirs, hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
+
+    @torch.compiler.disable
+    def _note_gradients(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> None:
+        """Add the last layer's gradients of both losses of a micro-batch."""
+        last = self.vae.decoder.conv_out.weight
+        sums = [torch.where(weight > 0, loss * weight, 0.0).sum() for loss in (ours, theirs)]
+        pulls = [torch.autograd.grad(total, last, retain_graph=True)[0].flatten() for total in sums]
+        self.pull += torch.cat([*pulls, weight.sum()[None]]).float()
+
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
+        """Compute the next step's adaptive weight."""
+        if self.discriminator is None:
+            return
+        self.updates.fill_(step + 1)
+        pull = distributed.all_reduce_sum(self.pull)
+        ours, theirs = (pull[:-1] / pull[-1].clamp_min(1e-6)).chunk(2)
+        balance = (ours.norm() / (theirs.norm() + _LEAST_NORM)).clamp(0, _MOST_ADAPTIVE)
+        self.balance.copy_(torch.where(pull[-1] > 0, balance, self.balance))  # 0: the step was skipped
+        self.pull.zero_()
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

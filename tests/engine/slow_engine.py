@@ -46,7 +46,9 @@ def test_killed_and_resumed(task, collection, tmp_path):
     exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task)
 
 
-@pytest.mark.parametrize("case", ["diffusion", "autoencoder optim.lr=1e-3"])
+@pytest.mark.parametrize(
+    "case", ["diffusion", "autoencoder optim.lr=1e-4", "autoencoder task.discriminator.weight=0 optim.lr=1e-3"]
+)
 def test_two_ranks_equal_one(case, collection, tmp_path):
     task, *more = case.split()
     exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task, more)

@@ -1,4 +1,4 @@
-"""finetune_vae.py: it resumes exactly, the encoder stays, diffusers loads exports, figures are right."""
+"""finetune_vae.py: both players resume exactly, the encoder stays, diffusers loads exports, figures are right."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,17 @@ from torch import nn
 
 from engine.exports.weights import MovedBase, open_weights
 from engine.measures.images import measure_psnr, measure_ssim
-from models.perceptual import absolute_error, pyramid_distance
+from engine.plan import Plan
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from engine.update.learner import Learner
+from engine.update.runtime import choose_runtime
+from models.perceptual import PatchDiscriminator, absolute_error, pyramid_distance
 from models.sdxl.family import draw_networks
 from models.sdxl.names import from_single_file, part_state
 from models.sdxl.networks import load_vae
 from tests.engine.test_diffusion_exports import run_program
-from tests.in_process import run, run_command, run_until_killed
+from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl import assert_equal, write_base
 from tests.support import TINY, checkpoint_tensors, make_collection, refuses, rows
 
@@ -43,18 +48,20 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_a_killed_run_resumes_exactly_and_the_encoder_stays(place):
+def test_both_players_resume_exactly_and_the_encoder_stays(place):
     run_until_killed("finetune_vae", [*SHORT, "run_dir=killed"], place, step=5)
     run("finetune_vae", [*SHORT, "run_dir=killed"], place)
     straight, killed = (checkpoint_tensors(place / name, 6) for name in ("run", "killed"))
     assert_equal(killed, straight)
-    assert not any("encoder." in name for name in straight)
+    assert any("discriminator" in name for name in straight) and not any("encoder." in name for name in straight)
     assert rows(place / "run/metrics.jsonl") == rows(place / "killed/metrics.jsonl")
     saved = load_file(place / "run/weights/last_weights.safetensors")
     assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv"}
     evaluated = rows(place / "run/metrics.jsonl", "evaluate")
     assert list(evaluated[0])[3:5] == ["ema/loss", "ema/psnr"]  # the first ones are shown
     assert evaluated[-1]["ema/loss"] < evaluated[0]["ema/loss"] and {"ema/psnr", "ema/ssim"} < evaluated[0].keys()
+    begun = [row["discriminator"] for row in rows(place / "run/metrics.jsonl", "train")]
+    assert len({round(value, 4) for value in begun}) == 6
 
 
 @pytest.fixture(scope="module")
@@ -108,22 +115,49 @@ def test_figures_equal_numpys():
     np.testing.assert_allclose(measure_ssim(images, other), found.mean(axis=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_distance_without_weights_sees_blur():
+def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batches():
+    config, _ = configure("finetune_vae", [*SHORT, "model.path=null", "task.discriminator.start_step=0"])
+    balances = []
+    for size in (4, 2):
+        torch.manual_seed(0)
+        task = KINDS["autoencoder"].build(Setup(config.model, config.task))
+        task.load_helpers("training")
+        learner = Learner(task, config, Plan(1, 4, size, 1, 40, 10, 0, 1e-3), choose_runtime(config.runtime))
+        images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        batch = {"images": images, "key": torch.arange(4), "weight": torch.ones(4), "sample_id": torch.arange(4)}
+        last, discriminator = task.vae.decoder.conv_out.weight, task.discriminator
+        if size == 4:
+            decoded = task._decode(task._encode(images / 127.5 - 1))
+            ours = task._compare(images / 127.5 - 1, decoded)[0].mean()
+            theirs = -discriminator(decoded).mean()
+            norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (ours, theirs)]
+            balances.append(float(norms[0] / (norms[1] + 1e-4)))
+        learner.update(
+            [{name: value[part : part + size] for name, value in batch.items()} for part in range(0, 4, size)]
+        )
+        balances.append(float(task.balance))
+    assert balances[0] > 0 and balances == pytest.approx([balances[0]] * 3, rel=1e-4)
+
+
+def test_the_distance_without_weights_sees_blur_and_the_discriminator_sees_patches():
     first = torch.rand(2, 3, 32, 32) * 2 - 1
     blurred = nn.functional.avg_pool2d(first, 3, 1, 1)
     error = torch.full((1, 1, 1, 2), 1e-7).copysign(torch.tensor([1.0, -1.0])).requires_grad_()
     assert torch.autograd.grad(absolute_error(error).sum(), error)[0].abs().max() < 1e-4  # rounding is no direction
     assert pyramid_distance(first, first).eq(0).all() and (pyramid_distance(first, blurred) > 0.1).all()
+    assert PatchDiscriminator()(first).shape == (2, 1, 2, 2)
 
 
 REFUSED = {
-    "task.crop_px: must": ["task.crop_px=20"],
+    "task.discriminator.start_step": ["task.discriminator.start_step=null"],
+    "task.crop_px: must": ["task.crop_px=16"],
     "task.crop_px: 128": ["task.crop_px=128"],
     "task.perceptual.network: must": ["task.perceptual.path=FILE"],
     "task.perceptual.network": ["task.perceptual.network=vgg17"],
     "task.perceptual.path": ["task.perceptual.network=resnet18", f"task.perceptual.path={VAE}"],
     "init_from": ["init_from=run"],
     "model.path": ["model.path=images"],
+    "runtime.parallel": ["runtime.parallel=fsdp"],
 }  # fmt: skip
 
 
