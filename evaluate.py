@@ -71,7 +71,7 @@ class _Targets(Strict):
 class Evaluate(Strict):
     """Measure one weight file.
 
-    run_dir, weights: best, last or ema of a run, or a weight file. output: a JSON file. split: auto is val; of other
+    run_dir, weights: best, last or ema of a run, or a weight file. output: a folder. split: auto is val; of other
     images val, else test, else all. per_image: also write a row for each image. calibrate: also write a tagger's
     thresholds.
     """
@@ -98,13 +98,13 @@ class Evaluate(Strict):
         with about("weights"):
             path = choose_weights(self.run_dir or "", self.weights)
         images = choose_images(config.data, self.run_dir, self.split)
-        folder = Path(self.run_dir or "")
-        if not images.is_own or self.weights not in WEIGHT_NAMES:
+        folder = Path(self.output or self.run_dir or "")
+        if self.output is None and (not images.is_own or self.weights not in WEIGHT_NAMES):
             parent = _RESULTS if self.run_dir is None else folder / "evaluate"
             name = f"{path.stem}-{Path(hide_secrets(images.data.root)).name}"
             source = {"weights": str(path.resolve()), "data": images.data.model_dump(mode="json"), "split": self.split}
             folder = result_folder(parent / name, source)
-        refuse_links_out("run_dir", folder)
+        refuse_links_out("output", folder)
         opened = open_measured(path, self.model, images, self.split, config.runtime, config.batch_size)
         metadata = opened.weights.metadata
         collection = opened.data.collection
@@ -127,7 +127,7 @@ class Evaluate(Strict):
         if described is not None:
             root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
             table = folder / f"tables/images{other}.parquet"
-            with output_errors("run_dir", folder):
+            with output_errors("output", folder):
                 described.write(table, collection.table["path"], str(root))
             log.info("wrote %s", table)
         if not distributed.is_main():
@@ -140,9 +140,8 @@ class Evaluate(Strict):
             place = f"{Path(figures['data']).name}, {place}"
         measured = f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images"
         figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
-        output = Path(self.output or folder / f"metrics{other}.json")
         title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
-        write_results(folder, output, title, figures, report, other)
+        write_results(folder / f"metrics{other}.json", title, figures, report, other)
         if thresholds is not None:
             beside = thresholds_path(path)
             with output_errors("weights", beside):
@@ -173,13 +172,12 @@ def result_folder(place: Path, source: Mapping[str, Any]) -> Path:
     return place.with_name(f"{place.name}-{sha256_text(canonical_json(source))[:8]}")
 
 
-def write_results(
-    folder: Path, output: Path, title: str, figures: Mapping[str, Any], report: Report, other: str | None = None
-) -> None:
-    """Write figures to `output`, and tables, pictures and a page into the folder. other: suffix of an evaluation."""
-    with output_errors("output", output):
-        write_json(output, figures)
-    log.info("wrote %s", output)
+def write_results(file: Path, title: str, figures: Mapping[str, Any], report: Report, other: str | None = None) -> None:
+    """Write figures into a file, and tables, pictures and a page beside it. other: suffix of an evaluation."""
+    folder = file.parent
+    with output_errors("output", file):
+        write_json(file, figures)
+    log.info("wrote %s", file)
     if other is not None:
         run = run_of(Path(figures["weights"]))
         results = read_results(folder if run is None else run.path, figures["weights_hash"])
@@ -190,7 +188,7 @@ def write_results(
                 rows.append({"figure": show_name(name), **shown})
             report.tables = {"measured": rows, **report.tables}
             log.info("%s", Lines(show_rows(rows)))
-    with output_errors("run_dir", folder):
+    with output_errors("output", folder):
         images = report.draw()
         write_report(folder, report.tables, images, "" if other is None else f"evaluate{other}_")
         if report.tables:
@@ -207,7 +205,7 @@ def _show(report: Report) -> str:
 
 
 class Compare(ArenaConfig):
-    """Compare taggers, `models`, on the tags that all of them know. output: a JSON file."""
+    """Compare taggers, `models`, on the tags that all of them know. output: a folder."""
 
     name: Literal["compare"]
     models: PathList
@@ -231,11 +229,12 @@ class Compare(ArenaConfig):
             report = arena.measure()
         rows = report.tables["arena"]
         if distributed.is_main():
-            folder = result_folder(_RESULTS / "arena", config.model_dump(mode="json", include={"job", "data"}))
-            refuse_links_out("run_dir", folder)
+            source = config.model_dump(mode="json", include={"job", "data"})
+            folder = Path(self.output or result_folder(_RESULTS / "arena", source))
+            refuse_links_out("output", folder)
             log.info("%s", Lines(show_rows(rows)))
-            output = Path(self.output or folder / "arena.json")
-            write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
+            figures = {**report.scalars, "models": rows}
+            write_results(folder / "arena.json", f"Arena: {config.data.root}", figures, report)
         return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 

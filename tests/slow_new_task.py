@@ -55,8 +55,8 @@ def test_the_page_builds_a_kind_that_every_command_knows(tmp_path):
     train, evaluate, predict = blocks("bash")[0].splitlines()
     start(program, train, *SHORT)
     measured = rows(program / "outputs/score/metrics.jsonl", "evaluate")[-1]
-    start(program, evaluate, "runtime.precision=fp32", "output=found.json")
-    found = read_json(program / "found.json")
+    start(program, evaluate, "runtime.precision=fp32", "output=found")
+    found = read_json(program / "found/metrics.json")
     for name in ("loss", "mean_absolute_error"):
         assert found[name] == pytest.approx(measured[name], rel=1e-5)
     start(program, predict)

@@ -89,9 +89,9 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
     (place / "fresh").mkdir()
     (place / "fresh/train").symlink_to(place / "images/val")
     data = ["data=image_folder", "data.root=fresh", "data.validation_fraction=0.0"]
-    run("evaluate", [*ARENA, *data, "min_support=1", "models=[run]", "output=arena.json"], place)
+    run("evaluate", [*ARENA, *data, "min_support=1", "models=[run]", "output=arena"], place)
     run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], place)
-    (row,), wanted = read_json(place / "arena.json")["models"], read_json(place / "run/metrics.json")
+    (row,), wanted = read_json(place / "arena/arena.json")["models"], read_json(place / "run/metrics.json")
     assert row["images"] == wanted["samples"] == 12
     for name in ("mAP", "macro_f1", "micro_f1", "micro_f1_at_0.35"):
         assert row[name] == pytest.approx(wanted[name], abs=1e-6)

@@ -49,8 +49,8 @@ def weights_of(place, run, name="last"):
 
 
 def metrics(folder, *overrides):
-    run("evaluate", [*overrides, "output=found.json"], folder)
-    found = read_json(folder / "found.json")
+    run("evaluate", [*overrides, "output=found"], folder)
+    found = read_json(max((folder / "found").glob("metrics*.json"), key=lambda file: file.stat().st_mtime_ns))
     return {name: value for name, value in found.items() if name not in ("weights", "measured", "step", "seconds")}
 
 

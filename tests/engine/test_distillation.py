@@ -139,8 +139,8 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
     (place / "teacher").rename(place / "moved")  # it is needed no more
     try:
         run("evaluate", ["weights=student/weights/best_weights.safetensors", "data=image_folder", "data.root=images",
-                         "runtime.device=cpu", "runtime.threads=1", "output=found.json"], place)  # fmt: skip
-        assert "mAP" in read_json(place / "found.json")
+                         "runtime.device=cpu", "runtime.threads=1", "output=mine"], place)  # fmt: skip
+        assert "mAP" in read_json(place / "mine/metrics.json")
         run("export", ["run_dir=student", "format=safetensors"], place)
     finally:
         (place / "moved").rename(place / "teacher")
@@ -160,8 +160,8 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
     write_manifest(place / "bare")
     distil(place, "task.teacher=classifier", "augment=glyphs",
                      "data.root=images", "run_dir=classes")  # fmt: skip
-    run("evaluate", ["run_dir=classes", "runtime.device=cpu", "runtime.threads=1", "output=classes.json"], place)
-    assert "top1" in read_json(place / "classes.json")
+    run("evaluate", ["run_dir=classes", "runtime.device=cpu", "runtime.threads=1", "output=found"], place)
+    assert "top1" in read_json(place / "found/metrics.json")
     rebuilt = open_weights(place / "classes/weights/best_weights.safetensors")
     assert rebuilt.kind.output == "classes" and rebuilt.task.class_names == ["A", "B"]
 

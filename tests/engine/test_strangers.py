@@ -34,8 +34,8 @@ ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32", "
 
 @pytest.mark.parametrize("task", ["multicrop", "flow"])
 def test_evaluate_finds_what_the_run_found(task, place):
-    run("evaluate", [f"run_dir={task}", f"output={task}.json", "batch_size=3", *ON_CPU], place)
-    found = read_json(place / f"{task}.json")
+    run("evaluate", [f"run_dir={task}", f"output={task}_found", "batch_size=3", *ON_CPU], place)
+    found = read_json(place / f"{task}_found/metrics.json")
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
     judged = last["loss"] if task == "multicrop" else last["ema/loss"]
