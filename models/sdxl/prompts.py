@@ -7,7 +7,6 @@ scripts/prompts_from_file.py.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,15 +23,13 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_OPTIONS = {
-    "n": "negative", "negative_prompt": "negative", "w": "width", "width": "width", "h": "height", "height": "height",
-    "d": "seed", "seed": "seed", "l": "guidance", "cfg_scale": "guidance", "s": "steps", "steps": "steps",
-    "prompt": "text",
+_FIELDS = {  # of options: of sd-scripts, then of the web UIs
+    "n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps", "prompt": "text",
+    "negative_prompt": "negative", "width": "width", "height": "height", "seed": "seed", "cfg_scale": "guidance",
+    "steps": "steps",
 }  # fmt: skip
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
-_NUMBERS = {"width": int, "height": int, "seed": int, "steps": int, "guidance": float}
 _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts
-_LEAST_PX = 64
 
 
 class _Prompts(Strict):
@@ -51,47 +48,32 @@ def read_prompts(file: str, size_hw: Sequence[int], key: str = "prompts") -> lis
         if path.suffix in (".yaml", ".yml", ".json"):
             prompts = yaml.safe_load(text)
         else:
-            unread: Counter[str] = Counter()
             lines = [line.strip() for line in text.split("\n")]
-            prompts = [_read_line(line, size_hw, unread) for line in lines if line and not line.startswith("#")]
-            if unread:
-                named = ", ".join(f"--{name} ({count:,} lines)" for name, count in unread.items())
-                read = " ".join(f"--{name}" for name in _OPTIONS)
-                log.warning("%s: %s has options that are not read: %s; those that are: %s", key, path, named, read)
+            lines = [line for line in lines if line and not line.startswith("#")]
+            prompts = [_read_line(line, size_hw) for line in lines]
+            if unread := {name for line in lines for name in _OPTION.findall(line)} - _FIELDS.keys():
+                names = ", ".join(sorted(unread))
+                log.warning("%s: %s has options that are not read: %s; read: %s", key, path, names, ", ".join(_FIELDS))
     try:
         return validate({"prompts": prompts}, _Prompts).prompts
     except ConfigError as error:
         raise ConfigError(*(line.replace("prompts", key, 1) for line in error.args)) from None
 
 
-def _read_line(line: str, size_hw: Sequence[int], unread: Counter[str]) -> str | dict[str, Any]:
-    """Return a prompt of a line, with its options; add to `unread` those without a counterpart."""
+def _read_line(line: str, size_hw: Sequence[int]) -> str | dict[str, Any]:
+    """Return a prompt of a line, with its options. A number that cannot be read stays a text, which is refused."""
     text, *pieces = _OPTION.split(line)
     values: dict[str, Any] = {"text": text.strip()}
     for name, piece in zip(pieces[::2], pieces[1::2]):
-        field = _OPTIONS.get(name)
-        if field is None:
-            unread[name] += 1
-        else:
-            values[field] = _read_value(field, piece.strip())
+        field = _FIELDS.get(name)
+        if field in ("text", "negative"):
+            values[field] = re.sub(r'^"(.*)"$', r"\1", piece.strip())
+        elif field:
+            values[field] = yaml.safe_load(piece.strip() or "''")
     if values.get("seed") == -1:  # a random one
         del values["seed"]
     if {"width", "height"} & values.keys():
         sides = values.pop("height", size_hw[0]), values.pop("width", size_hw[1])
-        values["image_size_hw"] = [_round_side(side) for side in sides]
+        sides = [side - side % _MULTIPLE_PX if isinstance(side, int) else side for side in sides]
+        values["image_size_hw"] = sides
     return values if len(values) > 1 else values["text"]
-
-
-def _read_value(field: str, text: str) -> str | int | float:
-    """Return the value of an option; a number that cannot be read stays a text, which is refused."""
-    read = _NUMBERS.get(field)
-    if read is None:
-        return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-    try:
-        return read(text)
-    except ValueError:
-        return text
-
-
-def _round_side(side: str | int) -> str | int:
-    return max(side - side % _MULTIPLE_PX, _LEAST_PX) if isinstance(side, int) else side
