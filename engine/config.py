@@ -156,11 +156,10 @@ class TrainingConfig(Strict):
             "loop.clip_grad_norm: set null": self.loop.clip_grad_norm is not None,
             "runtime.precision=fp16: set bf16": precision == "fp16",
         }
-        reasons = [reason for reason, is_wrong in wrong.items() if is_wrong]
-        if reasons:
+        if reason := next((reason for reason, is_wrong in wrong.items() if is_wrong), None):
             raise UserError(
                 f"optim.fused_backward: true updates each parameter before there are all gradients, which excludes "
-                f"{reasons[0]}; or set it to false"
+                f"{reason}; or set it to false"
             )
 
     @model_validator(mode="after")

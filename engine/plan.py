@@ -76,22 +76,13 @@ class Plan:
 
 def plan_streams(config: TrainingConfig, streams: Streams, world_size: int) -> Plan:
     """Return the plan of a run on its streams."""
-    train = streams.train
-    samples = streams.evaluation_samples
-    sizes = {"epoch_length": train.epoch_length, "chunk": train.chunk, "evaluation_samples": samples}
-    return make_plan(config, world_size=world_size, **sizes)
-
-
-def make_plan(
-    config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
-) -> Plan:
-    """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
     loop = config.loop
     size = loop.batch_size
-    micro, accum = loop.split(world_size, chunk)
+    epoch_length = streams.train.epoch_length
+    micro, accum = loop.split(world_size, streams.train.chunk)
     total = _count_steps(config, epoch_length)
     warmup = _count_warmup(config, epoch_length / size, total)
-    every = _evaluate_every(config, total, epoch_length / size, evaluation_samples / epoch_length)
+    every = _evaluate_every(config, total, epoch_length / size, streams.evaluation_samples / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     ends = tuple(round(total * share) for share in shares)
     return Plan(

@@ -7,6 +7,7 @@ the run.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.split import largest_divisor
 from utils.contracts import Batch
@@ -30,15 +31,15 @@ def out_of_memory(stage: str, samples: str) -> UserError:
     )
 
 
+@dataclass
 class MicroBatches:
     """The largest micro-batch, `size`, which is halved when it does not fit.
 
     may_halve: false for several ranks, and for a fused backward pass, which has updated parameters.
     """
 
-    def __init__(self, size: int, *, may_halve: bool = True) -> None:
-        self.size = size
-        self._may_halve = may_halve
+    size: int
+    may_halve: bool = True
 
     def split(self, batches: Sequence[Batch]) -> list[Batch]:
         """Cut the loader's micro-batches to at most `size` samples each; samples and order stay the same."""
@@ -52,7 +53,7 @@ class MicroBatches:
     def halve(self, part: Batch) -> None:
         """Halve the size after `part` ran out of memory. Raises UserError for one sample, or if it must not be."""
         samples = len(part["weight"])
-        if samples == 1 or not self._may_halve:
+        if samples == 1 or not self.may_halve:
             raise out_of_memory("training", show_samples(part))
         self.size = largest_divisor(samples, samples // 2)
         log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.size)

@@ -39,44 +39,35 @@ class _Recorded:
     replay_step: Callable[[], None] | None  # None: it is part of the gradients' graph
 
 
+@dataclass
 class UpdateGraphs:
-    """The recorded updates of an optimiser, by what they depend on beside tensors.
+    """The recorded updates of an optimiser.
 
     gradients: computes the gradients of a batch at a progress, ready for the optimiser. apply: makes its step. seed:
-    seeds what a pass draws.
+    seeds what a pass draws. is_off: recording is not possible. recorded: by what they depend on.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        gradients: Callable[[Batch, Tensor], StepResult],
-        apply: Callable[[StepResult], None],
-        seed: Callable[[], None],
-    ) -> None:
-        self._optimizer = optimizer
-        self._device = device
-        self._gradients = gradients
-        self._apply = apply
-        self._seed = seed
-        self._is_off = False
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    gradients: Callable[[Batch, Tensor], StepResult]
+    apply: Callable[[StepResult], None]
+    seed: Callable[[], None]
+    is_off: bool = False
+
+    def __post_init__(self) -> None:
+        """Begin without a recorded update."""
         self._reset()
 
     def _reset(self) -> None:
-        self._groups = self._optimizer.param_groups
+        self._groups = self.optimizer.param_groups
         self._seen: Counter[Any] = Counter()
-        self._recorded: dict[Any, _Recorded] = {}
-
-    @property
-    def count(self) -> int:
-        """How many updates are recorded."""
-        return len(self._recorded)
+        self.recorded: dict[Any, _Recorded] = {}
 
     def update(self, batch: Batch, progress: float, values: GroupValues) -> StepResult | None:
         """Make an update by a graph; None if it has to be made without one."""
-        if self._groups is not self._optimizer.param_groups:  # loading a state replaces the optimiser's tensors
+        if self._groups is not self.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
             self._reset()
-        if self._is_off:
+        if self.is_off:
             return None
         recorded = self._find(batch, values)
         if recorded is None:
@@ -84,72 +75,72 @@ class UpdateGraphs:
         recorded.values.copy_(self._values(progress), non_blocking=True)
         for name, tensor in batch.items():
             recorded.batch[name].copy_(tensor, non_blocking=True)
-        self._seed()
+        self.seed()
         recorded.replay_gradients()
         result = recorded.found[-1].clone()
         if recorded.replay_step is not None:
             if result.applied:  # a host synchronisation
                 recorded.replay_step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
         return result
 
     def _find(self, batch: Batch, values: GroupValues) -> _Recorded | None:
         """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        frozen = tuple(is_frozen(group, self._optimizer.update) for group in self._groups)
+        frozen = tuple(is_frozen(group, self.optimizer.update) for group in self._groups)
         key = (shapes, frozen, values.weight_decay, values.momentum)
-        if key not in self._recorded:
+        if key not in self.recorded:
             self._seen[key] += 1
-            self._is_off = len(self._seen) > _MOST_SEEN
-            if self._seen[key] > _EAGER and len(self._recorded) < _MOST_GRAPHS:
+            self.is_off = len(self._seen) > _MOST_SEEN
+            if self._seen[key] > _EAGER and len(self.recorded) < _MOST_GRAPHS:
                 self._record(key, batch)
-        return self._recorded.get(key)
+        return self.recorded.get(key)
 
     def _values(self, progress: float) -> Tensor:
-        rates = [group["lr"] for group in self._optimizer.param_groups]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         return torch.tensor([progress, *rates], dtype=torch.float32)
 
     def _record(self, key: Any, batch: Batch) -> None:
         """Record an update, which makes none; give up if that is not possible."""
         try:
             self._check_memory()
-            self._recorded[key] = self._capture(batch)
+            self.recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
             log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
-            self._is_off = True
-            self._optimizer.zero_grad(set_to_none=True)
+            self.is_off = True
+            self.optimizer.zero_grad(set_to_none=True)
         else:
             log.debug("runtime.cuda_graphs: an update was recorded")
 
     def _check_memory(self) -> None:
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return
-        used = torch.cuda.max_memory_reserved(self._device)
-        share = used / torch.cuda.get_device_properties(self._device).total_memory
+        used = torch.cuda.max_memory_reserved(self.device)
+        share = used / torch.cuda.get_device_properties(self.device).total_memory
         if share > _MEMORY_SHARE:
             raise RuntimeError(f"the update takes {share:.0%} of the GPU's memory")
 
     def _capture(self, batch: Batch) -> _Recorded:
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         kept = {name: tensor.clone() for name, tensor in batch.items()}
-        values = self._values(0.0).to(self._device)
+        values = self._values(0.0).to(self.device)
         found: list[StepResult] = []
 
         def compute() -> None:
-            found[:] = [self._gradients(kept, values[0])]
+            found[:] = [self.gradients(kept, values[0])]
             if skips_on_device(optimizer):
-                self._apply(*found)
+                self.apply(*found)
 
-        self._seed()
+        self.seed()
         before = torch.default_generator.get_state()
         rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, values[1:]):
             group["lr"] = rate
         try:
-            replay, pool = record_graph(compute, self._device)
+            replay, pool = record_graph(compute, self.device)
             replay_step = None
             if not skips_on_device(optimizer):
-                replay_step, _ = record_graph(optimizer.step, self._device, pool)
+                replay_step, _ = record_graph(optimizer.step, self.device, pool)
         finally:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate

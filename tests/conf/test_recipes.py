@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.plan import make_plan
+from engine.plan import plan_streams
 from engine.run.start import build_task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
@@ -80,7 +80,8 @@ def derive(name, epoch_length):
     setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
     task = build_task(lambda: KINDS[config.task.name].build(setup), config)
     assert all(parameter.is_meta for parameter in task.parameters())
-    plan = make_plan(config, world_size=8, epoch_length=epoch_length)
+    train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
+    plan = plan_streams(config, SimpleNamespace(train=train, evaluation_samples=0), 8)
     groups = build_groups(task, {"network": task.network}, config.optim)
     return SimpleNamespace(config=config, task=task, plan=plan, groups=groups)
 

@@ -60,7 +60,7 @@ def test_recorded_updates_equal_others(optimizer, device):
             assert bool(result.applied) == (number != 4)
             losses.append(float(result.sums["loss"][0]))
         found.append((torch.tensor(losses), weights(learner)))
-    assert learner.graphs.count == 1
+    assert len(learner.graphs.recorded) == 1
     losses, ends = zip(*found)
     torch.testing.assert_close(*losses, rtol=2e-3, atol=1e-3, equal_nan=True)
     torch.testing.assert_close(*ends, rtol=1e-2, atol=1e-3, equal_nan=True)
@@ -84,7 +84,7 @@ def test_recorded_updates_of_each_task_equal_others(task, device):
             images = torch.randint(0, 256, batch["images"].shape, dtype=torch.uint8).to(device)
             learner.update([batch | {"images": images}])
         found.append(weights(learner))
-    assert learner.graphs.count == 1
+    assert len(learner.graphs.recorded) == 1
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
@@ -96,4 +96,4 @@ def test_a_task_that_draws_on_the_cpu_or_waits_for_the_gpu_is_not_recorded(facto
     learner.task.network.register_forward_hook(lambda module, images, logits: logits * factor(logits).item())
     for number in range(4):
         assert learner.update([batch_of(number, "cuda")]).applied
-    assert learner.graphs.count == 0
+    assert len(learner.graphs.recorded) == 0

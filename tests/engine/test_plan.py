@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from bench.measure import read_values
 from engine.config import _LoopConfig
-from engine.plan import Plan, make_plan
+from engine.plan import Plan, plan_streams
 from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from tests.support import refuses
@@ -28,8 +28,8 @@ def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim
         schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", "cosine", **(warmup or {}))),
         lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100} | (finder or {})),
     )
-    sizes = {"world_size": world_size, "epoch_length": epoch_length, "evaluation_samples": evaluation_samples}
-    return make_plan(config, **sizes)
+    train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
+    return plan_streams(config, SimpleNamespace(train=train, evaluation_samples=evaluation_samples), world_size)
 
 
 # --- splitting a batch
