@@ -5,6 +5,7 @@
     python prepare.py job=manifest data.root=PATH job.verify=false          without decoding them
     python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
+    python prepare.py job=cache data.root=PATH data.cache.disk_gib=100 job.fill=true    decoded, before a training
 
 Other jobs: duplicates, filter, downsample, copy, apply_corrections, cache, machine, import. No
 job changes an image.

@@ -85,17 +85,18 @@ class Cached(Source):
             self._count("refused")
             log.warning("%s. The run continues and decodes uncached images", error)
 
-    def _has(self, row: int) -> bool:
+    def has(self, row: int) -> bool:
+        """Return whether a row has a record."""
         place = self.key_of(row)
         return place is not None and self.records.has(place)
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the file of the inner source, unless the row is cached."""
-        return None if self._has(row) else self.inner.file_of(row)
+        return None if self.has(row) else self.inner.file_of(row)
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows that are not cached. Lazily, because most sources ignore it."""
-        self.inner.prefetch(row for row in rows if not self._has(row))
+        self.inner.prefetch(row for row in rows if not self.has(row))
 
     def _count(self, name: str) -> None:
         self._counted[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1

@@ -23,12 +23,14 @@ ROWS = "rows of"  # how reasons about rows of tables begin
 UNNAMED = "images that no row of"
 OTHERS = "files of kinds that no reader takes"  # a reason
 LACKING = f"images whose package is not installed ({INSTALL} reads them)"
+UNFINISHED = "files of downloads and copies that have not ended (fetch them again, or remove them)"
 FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
 _COUNTED = (OTHERS, LACKING)  # by ending
 UNREAD = "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)"
 _KINDS = {
     UNREAD: ".csv .tsv .xlsx .xls .ods",
     "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",
+    UNFINISHED: ".part .partial .tmp .crdownload .download",
     "annotation files, whose boxes and outlines are not read": ".xml",
 }
 _BY_ENDING = {ending: reason for reason, endings in _KINDS.items() for ending in endings.split()}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.layouts.names import RESOURCE_FORK, has_reader, is_image_name, is_passed_over, is_sidecar
-from data.layouts.unused import LACKING, Unused
+from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.io.names import is_utf8, show_name
@@ -111,4 +111,4 @@ def unreadable(error: OSError) -> str:
 
 def is_fault(reason: str) -> bool:
     """Return whether a reason for `Unused` is that a name or a file cannot be read, or not yet."""
-    return reason.startswith((NOT_UTF8, _NOT_FOLLOWED, _SPECIAL, _NOT_READ, LACKING))
+    return reason.startswith((NOT_UTF8, _NOT_FOLLOWED, _SPECIAL, _NOT_READ, LACKING, UNFINISHED))

@@ -1,19 +1,27 @@
-"""job=cache: what the caches hold, and which records no run uses; removes these."""
+"""job=cache: what the caches hold, and which records no run uses; removes these, or fills the cache of images."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from data.config import DataConfig
 from data.images.caches import GIB
 from data.images.record_store import Store
+from data.open import load_collection, open_images
+from data.stream.source import UnreadableImage
 from data.tools.tool import Tool
-from utils.config.bounds import DurationOrZero
+from utils.config.bounds import DurationOrZero, Side
 from utils.config.schema import PathText
+from utils.errors import UserError
 from utils.io.files import output_errors
+from utils.io.memo import in_threads
 from utils.io.safe_text import Lines
 from utils.record.figures import show_rows
 from utils.record.logging import get_logger
+from utils.record.progress import track
 from utils.record.report import TableRow
 
 log = get_logger(__name__)
@@ -22,15 +30,23 @@ _DAY_SEC = 86_400
 
 
 class Cache(Tool):
-    """List the caches in `folder`; with `apply`, remove the records that no run has used for `unused_days`."""
+    """List the caches in `folder`; with `apply`, remove the records that no run has used for `unused_days`.
+
+    fill: keep all images in `data.cache.folder`, as a training with these `channels` and `shortest_px` reads them.
+    """
 
     name: Literal["cache"]
     folder: PathText
     unused_days: DurationOrZero
     apply: bool
+    fill: bool
+    channels: Literal[1, 3]
+    shortest_px: Side | None
 
     def run(self, data: DataConfig) -> str:
-        """List and remove. Raises UserError (`job.folder`)."""
+        """Fill, or list and remove. Raises UserError (`job.folder`, `data.cache.disk_gib`)."""
+        if self.fill:
+            return self._fill(data)
         folder = Path(self.folder)
         caches = {*folder.glob("*"), Path(data.cache.folder)}
         unused = []
@@ -47,11 +63,28 @@ class Cache(Tool):
         done = "removed" if self.apply else "job.apply=true removes them"
         return f"{len(unused):,} files ({size:.3g} GiB) not used for {self.unused_days:g} days: {done}"
 
+    def _fill(self, data: DataConfig) -> str:
+        """Decode each image that the cache lacks."""
+        if not data.cache.disk_gib:
+            raise UserError(
+                "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as the training"
+            )
+        collection = load_collection(data)
+        source = open_images(collection, data, self.model_dump(include={"channels", "shortest_px"}))
+
+        def keep(row: int) -> None:
+            with suppress(UnreadableImage):  # a training says which
+                source.read(row)
+
+        rows = np.flatnonzero(collection.weights() > 0).tolist()
+        for _ in track(in_threads(keep, rows), len(rows), "filling the cache"):
+            pass
+        kept = sum(map(source.has, rows))
+        limit = f"data.cache.disk_gib={data.cache.disk_gib:g}"
+        return f"{kept:,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits"
+
 
 def _describe(path: Path, unused: int) -> TableRow:
     """Return a row on a cache: a folder or a file."""
-    states = [file.stat() for file in (path, *path.rglob("*")) if file.is_file()]
-    written = time.localtime(max((state.st_mtime for state in states), default=0))
-    size = sum(state.st_size for state in states) / GIB
-    day = time.strftime("%Y-%m-%d", written)
-    return {"cache": str(path), "files": len(states), "GiB": size, "written": day, "unused": unused}
+    sizes = [file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()]
+    return {"cache": str(path), "files": len(sizes), "GiB": sum(sizes) / GIB, "unused": unused}

@@ -15,7 +15,8 @@ from data.images.caches import keep_on_disk
 from data.images.decode import Decoder
 from data.images.record_store import TensorStore
 from tests.data.collection.test_collection import load
-from tests.in_process import run
+from tests.in_process import TINY, make_images, run
+from tests.support import refuses
 
 JOB = ["job=cache", "data=image_folder", "data.root=photos", "data.validation_fraction=0.0"]
 KEYS = np.array([f"{number:032x}" for number in range(4)])
@@ -83,3 +84,15 @@ def test_what_a_running_run_reads_is_not_removed_however_long_it_runs(stores, tm
     runs.clear()
     run("prepare", words, tmp_path)
     assert not [*stores.glob("latents/*/*")]
+
+
+def test_a_training_after_a_fill_reads_no_image_file(tmp_path, monkeypatch):
+    data = ["data=image_folder", f"data.root={make_images(tmp_path / 'photos')}"]
+    with refuses("data.cache.disk_gib"):
+        run("prepare", ["job=cache", "job.fill=true", *data], tmp_path)
+    data += ["data.cache.disk_gib=0.1", f"data.cache.folder={tmp_path}/kept"]
+    assert run("prepare", ["job=cache", "job.fill=true", *data], tmp_path).startswith("12 of 12 images")
+    read = []
+    monkeypatch.setattr(Images, "read", lambda self, row, *others: read.append(row))
+    run("train", [*TINY, *data, "run_dir=run"], tmp_path)
+    assert not read and (tmp_path / "run/complete.json").exists()

@@ -117,8 +117,10 @@ def test_a_page_counts_the_values_and_shows_sizes(root, tmp_path):
 
 def test_orphans_are_found_both_ways(root, tmp_path):
     words = ["job=check", *FOLDER]
+    (root / "dog/3.jpg.part").write_bytes(b"half")
     run("prepare", words, tmp_path)
     found = listed(tmp_path, "check")
+    assert found.pop("dog/3.jpg.part").startswith("files of downloads")
     assert found["dog/cut.png"].startswith(CUT_OFF) and found["dog/cut.png"].endswith("an image without a sidecar")
     assert found["dog/lost.txt"].startswith("sidecars without an image")
     assert set(found) == {"dog/cut.png", "dog/lost.txt", "dog/copy.png", "dog/same.png"}
@@ -131,7 +133,7 @@ def test_orphans_are_found_both_ways(root, tmp_path):
     assert found["cat/1.png"] == "a row of the manifest without a file"
     assert found["cat/3.png"] == "an image without a row in the manifest; an image without a sidecar"
     (root / "manifest.parquet").unlink()
-    for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
+    for file in (*root.rglob("*.txt"), *root.glob("dog/*.part"), root / "dog/cut.png"):
         file.unlink()
     assert "; no fault; " in run("prepare", words, tmp_path)  # nor does any lack a sidecar
     (root / "cat/2.json").write_text('{"rating": 4}')
