@@ -27,6 +27,7 @@ from data.layouts.names import (
     is_mask_name,
     is_raw,
     is_table,
+    is_table_of_user,
     masked_stem,
 )
 from data.layouts.places import lacks_labels, place_images
@@ -139,14 +140,11 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
         found += itertools.chain(*pair_sidecars(folder, here, names)[0].values())
         found += (folder + name for name in names if masked_stem(name) in stems)
         found += (
-            path for path in map(folder.__add__, names) if is_table(path) or path == CORRECTIONS or _is_of_user(path)
+            path
+            for path in map(folder.__add__, names)
+            if is_table(path) or path == CORRECTIONS or is_table_of_user(path)
         )
     return sorted(set(found))
-
-
-def _is_of_user(path: str) -> bool:
-    """Return whether a file may be a table of the user (listed.py)."""
-    return "/" not in path and path.lower().endswith((".csv", ".tsv"))
 
 
 def _check_places(root: Path, paths: list[str], splits: list[str | None], labels: list[str | None]) -> list[str]:

@@ -136,8 +136,7 @@ def cast_columns(
     Raises UserError (`data.root`) for one of _ASKED that cannot be cast; others are added to `unused`.
     """
     columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
-    if "label" not in names.values():
-        unused.add(POSSIBLE, *list_labels(table, (name for name, ours in names.items() if ours not in TYPES)).values())
+    unused.add(POSSIBLE, *list_labels(table, names).values())
     for name, field in names.items():
         try:
             columns[field] = _cast(field, table[name])

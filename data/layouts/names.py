@@ -86,6 +86,11 @@ def is_table(path: str) -> bool:
     return os.path.basename(path) in TABLES or path in POSTS or is_metadata(path)
 
 
+def is_table_of_user(path: str) -> bool:
+    """Return whether a file may be a table of the user, which is read if its rows name images."""
+    return "/" not in path and path.lower().endswith((".csv", ".tsv"))
+
+
 def is_sidecar(path: str) -> bool:
     """Return whether a path below the root has the ending of a sidecar, and is not ours."""
     return path.lower().endswith(SUFFIXES) and path not in _OURS

@@ -211,8 +211,7 @@ def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[
         if image is None:
             raise UserError(f"data.root: {name!r} has no image column (bytes), only {table.column_names}")
         names = name_columns(table.drop_columns(image), stated)
-        if "label" not in names.values():
-            unused.add(POSSIBLE, *list_labels(table, names).values())
+        unused.add(POSSIBLE, *list_labels(table, names).values())
         rows = []
         for batch in table.to_batches():
             places = _find_bytes(name, batch.column(image), whole)

@@ -81,21 +81,19 @@ def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns = MappingProx
     return ours
 
 
-def list_labels(table: pa.Table, names: Iterable[str]) -> dict[str, str]:
-    """Return which columns may be labels, with their number of values: texts and whole numbers that recur."""
+def list_labels(table: pa.Table, names: Mapping[str, str]) -> dict[str, str]:
+    """Return which columns may be labels, with their number of values, if none is the label: values that recur.
+
+    names: ours by theirs.
+    """
     found = {}
-    for name in names:
+    for name in () if "label" in names.values() else names:
         column = table[name].drop_null()
-        if is_text(column.type) or pa.types.is_integer(column.type):
-            count = pc.count_distinct(column).as_py()
-            if 1 < count <= max(len(column) / 2, 2):
-                found[name] = f"{name} ({count:,} values)"
+        is_one = names[name] not in TYPES and re.match("u?int|(large_)?string|dictionary", str(column.type))
+        count = pc.count_distinct(column).as_py() if is_one else 0
+        if 1 < count <= max(len(column) / 2, 2):
+            found[name] = f"{name} ({count:,} values)"
     return found
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds texts."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
 
 
 def read_records(

@@ -45,9 +45,7 @@ class Unused(dict[str, list[str]]):
     unused.describe()      ["2 sidecars without an image: cat/x.txt, cat/y.txt"]
     """
 
-    def __init__(self, *names: dict[str, list[str]]) -> None:
-        super().__init__(*names)
-        self.said = list[str]()
+    said: tuple[str, ...] = ()
 
     def add(self, reason: str, *names: str) -> None:
         """Add names. The reason is a noun in the plural, without a name, so that equal cases are one line."""
@@ -60,11 +58,6 @@ class Unused(dict[str, list[str]]):
             ending = find_ending(name)
             reason = LACKING if ending in MISSING else _BY_ENDING.get(ending, OTHERS)
             self.add(FORMS if is_form(name) else reason, name)
-
-    def remove(self, *files: str) -> None:
-        """Remove files that are used after all."""
-        for reason, names in [*self.items()]:
-            self[reason] = [name for name in names if name not in files]
 
     def merge(self, other: "Unused") -> None:
         """Add the names that a reader in another process did not use."""

@@ -30,7 +30,6 @@ def read(tmp_path):
         ("bild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
         ('note\tName\tSpecies\n"two\nlines"\tp/a.png\tx\n\tb\ty\n\tc\tx\n\td\ty\n', {}),
         ("photo,what\na,x\nb,y\nc,x\nd,y\n", {}),
-        ("photo,x,y\na,1,0\nb,0,1\nc,1,0\nd,0,1\n", {}),
         ("id,size,what,who\na,9,x,m\nb,8,y,n\nc,7,x,n\nd,6,y,m\n", {"columns": {"label": "what"}}),
     ],
 )
