@@ -64,7 +64,7 @@ class FileFacts(NamedTuple):
 
 def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
-    cache_key = f"{decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
+    cache_key = f"2 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
         [Path(root, path) for path in paths],
