@@ -5,6 +5,7 @@
     python evaluate.py run_dir=RUN weights=last data.root=PATH        its last weights, on other images
     python evaluate.py weights=FILE data.root=PATH                    a weight file of ours
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
+    python evaluate.py job=grid run_dir=RUN                           all its kept weights, side by side
     python evaluate.py job=compare models=[RUN,FILE,FOLDER] data.root=PATH     taggers, ours and others'
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
@@ -12,7 +13,8 @@ Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.h
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder; other weights and
 splits have names of their own: metrics_last_test.json and so on. Figures of other images are in
 RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in outputs/evaluate/. per_image=true adds tables/images.parquet.
-job=compare writes arena.json, report.html, tables and plots.
+job=compare writes arena.json, report.html, tables and plots, job=grid grid.json, report.html, tables/grid.csv and for
+SDXL a picture for each file.
 """
 
 from utils.start import begin
@@ -33,7 +35,7 @@ from engine.config import MachineConfig
 from engine.exports.results import read_results
 from engine.exports.weights import MovedBase, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
-from engine.judging.measured import Measured, choose_images, open_measured
+from engine.judging.measured import Measured, choose_images, list_kept, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
@@ -238,10 +240,50 @@ class Compare(ArenaConfig):
         return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 
+# ---------------------------------------------------------------------------------------- 3. The kept weights of runs
+
+
+class Grid(Strict):
+    """Measure all weights that runs have kept, and show what each draws. output: a folder."""
+
+    name: Literal["grid"]
+    run_dir: PathList
+    output: PathText | None
+    model: MovedBase
+
+    def check(self, data: DataConfig | None) -> None:
+        """Accept all: without `data`, each run has its own."""
+
+    def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
+        """Measure each file, and write a row for it, and its pictures of `task.samples`."""
+        source = config.model_dump(mode="json", include={"job": {"run_dir"}, "data": True})
+        folder = Path(self.output or result_folder(Path(self.run_dir[0], "evaluate/grid"), source))
+        refuse_links_out("output", folder)
+        rows = []
+        pictures = {}
+        for run in self.run_dir:
+            images = choose_images(config.data, run, "auto")
+            for step, path in list_kept(run).items():
+                opened = open_measured(path, self.model, images, "auto", config.runtime, config.batch_size)
+                if config.dry_run:
+                    return _DRY_RUN
+                with torch.inference_mode(), opened.runtime.autocast():
+                    report = opened.weights.task.evaluate(opened.loaders(), step)
+                log.info("%s: %s", path, _show(report))
+                rows.append({"run": run, "step": step, **report.scalars})
+                if "samples" in report.images:
+                    pictures[f"{Path(run).name}_{step:06}"] = report.images["samples"]
+        if distributed.is_main():
+            title = f"The kept weights of {', '.join(self.run_dir)}"
+            report = Report({"weight_files": len(rows)}, {"grid": rows}, pictures)
+            write_results(folder / "grid.json", title, {"weights": rows}, report)
+        return f"evaluated {len(rows)} weight files"
+
+
 class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked. data: None means the data of the run."""
 
-    job: Annotated[Evaluate | Compare, Field(discriminator="name")]
+    job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
     data: DataConfig | None
     batch_size: Count
     dry_run: bool

@@ -1,4 +1,4 @@
-"""Weights of any step: kept by `loop.keep_weights_every`, or in a checkpoint; named, exported, measured."""
+"""Weights of any step: kept by `loop.keep_weights_every`, or in a checkpoint; named, exported, side by side."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from PIL import Image
 
 from tests.in_process import TINY, make_images, run, run_command, run_until_killed
 from tests.support import TINY as TINY_TASKS
+from tests.support import read_table
 from utils.io.weights import choose_weights, find_weights, read_weights
 
 RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
@@ -59,15 +60,33 @@ def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, cap
     assert "step_000002, step_000004, step_000005" in capsys.readouterr().err
 
 
-def test_kept_weights_of_sdxl_draw_their_pictures_and_are_loras(place):
+def table_of(run):
+    return read_table(next((run / "evaluate").glob("grid-*")) / "tables/grid.csv")
+
+
+def test_a_grid_has_a_row_for_each_kept_file(place, monkeypatch, capsys):
+    run("evaluate", ["job=grid", "run_dir=killed", *ON_CPU], place)
+    run("evaluate", ["job=grid", "run_dir=[whole,killed]", "output=both", *ON_CPU], place)
+    rows = read_table(place / "both/tables/grid.csv")
+    assert [row["step"] for row in rows] == ["2", "4", "5"] * 2 and rows[3:] == table_of(place / "killed")
+    assert [row["loss"] for row in rows[:3]] == [row["loss"] for row in rows[3:]]
+    for words, key in ((["run_dir=whole", "calibrate=true"], "calibrate"), (["data=glyphs"], "run_dir")):
+        assert run_command("evaluate", ["job=grid", *words], place, monkeypatch) == 2
+        assert f"{key}: " in capsys.readouterr().err
+    run("train", [*RUN, "run_dir=none", "loop.total_steps=1", "loop.keep_weights_every=null"], place)
+    assert run_command("evaluate", ["job=grid", "run_dir=none"], place, monkeypatch) == 2
+    assert "loop.keep_weights_every=500" in capsys.readouterr().err
+
+
+def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
     pytest.importorskip("diffusers", reason="make install-sdxl")
     sizes = ["loop.batch_size=2", "loop.micro_batch_size=2", "task.chunk=2", "loop.total_steps=2"]
     words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images"]
     run("finetune_sdxl", [*words, "task.samples.prompts=['red circle',blue]", "run_dir=sdxl"], place)
-    for file in sorted((place / "sdxl/weights").glob("step_*")):
-        run("evaluate", ["run_dir=sdxl", f"weights={file}", *ON_CPU], place)
-        (picture,) = (place / "sdxl/evaluate").glob(f"{file.stem}-*/plots/evaluate_samples.png")
-        assert Image.open(picture).size == (2 * 64, 64)
+    run("evaluate", ["job=grid", "run_dir=sdxl", *ON_CPU], place)
+    pictures = sorted((place / "sdxl/evaluate").glob("grid-*/plots/sdxl_00000*.png"))
+    assert [Image.open(picture).size for picture in pictures] == [(2 * 64, 64)] * 2
+    assert len(table_of(place / "sdxl")) == 2
     lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]
     (place / "p.txt").write_text("red")
     assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)

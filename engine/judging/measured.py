@@ -58,6 +58,17 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Image
     return Images(data, 0 if saved is None else saved.seed, is_own)
 
 
+def list_kept(run: str) -> dict[int, Path]:
+    """Return the weights that a run has kept, by step. Raises UserError (`run_dir`) without any."""
+    kept = RunReader(Path(run)).kept
+    if not kept:
+        raise UserError(
+            f"run_dir: {run} has kept no weights that could be compared; train with loop.keep_weights_every=500, for "
+            "example, which keeps weights/step_000500.safetensors and so on"
+        )
+    return kept
+
+
 @dataclass(frozen=True)
 class Measured:
     """Weights, with a split of images to measure them on."""

@@ -108,6 +108,7 @@ train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
 finetune $tagger task=distillation task.teacher=asl run_dir=distilled
 tests.tasks.multicrop $short $images run_dir=multicrop
 evaluate run_dir=tuned $cpu
+evaluate job=grid run_dir=tuned $cpu
 export run_dir=tuned
 evaluate run_dir=asl calibrate=true $cpu
 export run_dir=asl format=wd14
