@@ -67,7 +67,7 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
 
 def timm_arguments(config: TimmConfig) -> dict[str, Any]:
     """Return the arguments of timm's network that its name does not imply, but for regularisation."""
-    sizes: dict[str, Any] = {} if config.image_size_hw is None else {"img_size": config.image_size_hw}
+    sizes = {} if config.image_size_hw is None else {"img_size": config.image_size_hw}
     if config.channels is not None:
         sizes |= {"channels": config.channels, "stem_width": config.channels[0] // 2}
     return sizes

@@ -55,8 +55,8 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
     if options.order == "vocabulary":
         tags = np.sort(tags)
-    row: Row = {}
-    probs: dict[str, dict[str, float]] = {}
+    row = {}
+    probs = {}
     if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
         best = ratings[values[ratings].argmax()]
         row = {"rating": names[best], "rating_prob": round(float(values[best]), 6)}

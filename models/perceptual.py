@@ -141,7 +141,7 @@ class PatchDiscriminator(nn.Sequential):
     """
 
     def __init__(self) -> None:
-        blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        blocks = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
         for narrow, wide, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
         super().__init__(*blocks, nn.Conv2d(512, 1, 4, 1, 1))

@@ -53,7 +53,7 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
             f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps; exempt some, such as "
             "network.head.*"
         )
-    groups: dict[GroupSettings, dict] = {}
+    groups = {}
     for name, parameter in parameters.items():
         rule = rules[name]
         scale = scales.get(name, 1.0) * rule.get("lr_scale", 1.0)

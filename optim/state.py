@@ -24,8 +24,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     State of sharded parameters is sharded likewise (optim/build.py: check_shardable). State in groups (timm's lamb and
     adan count steps there) is under `<first parameter>//<key>`.
     """
-    tensors: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
+    tensors = {}
+    others = {}
     for group in optimizer.param_groups:
         for key in group.keys() - (optimizer.defaults.keys() - _COUNTS) - _SET_ANEW:
             (tensors if isinstance(group[key], Tensor) else others)[f"{group['names'][0]}//{key}"] = group[key]

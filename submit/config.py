@@ -47,7 +47,7 @@ class LaunchConfig(Strict):
 
     @property
     def _primary(self) -> str:
-        return (CONF / f"{self.script}.yaml").read_text(encoding="utf-8")
+        return (CONF / f"{self.script}.yaml").read_text("utf-8")
 
     @property
     def ranks_on_node(self) -> int:

@@ -201,8 +201,8 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Split a command line into the words for `launch`, with --help and --cfg, and the words for the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|cfg)\b|-h$")
-    ours: list[str] = []
-    rest: list[str] = []
+    ours = []
+    rest = []
     for before, word in zip(["", *words], words):
         (ours if own.match(word) or before == "--cfg" else rest).append(word)
     return ours, rest

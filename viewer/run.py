@@ -82,7 +82,7 @@ def add_page(site: Site) -> None:
 
 def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
     """Return the paths of a run's pictures below it, by name and, of evaluations, step."""
-    found: dict[str, dict[int | None, str]] = {}
+    found = {}
     for file in sorted(file for folder in ("plots", "samples") for file in (run / folder).rglob("*")):
         if file.suffix in _PICTURES and is_inside(file, run) and file.name != "curves.png":  # they are live
             inside = file.relative_to(run).as_posix()

@@ -78,7 +78,7 @@ def _progress_of(state: RunState) -> dict[str, Any]:
 
 def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[dict[str, Any]]:
     """Return rows, those with `pinned` paths first. A sweep is one row, with its best run's figures."""
-    groups: dict[Path, list[RunState]] = {}
+    groups = {}
     for state in states:
         groups.setdefault(state.path.parent if state.job else state.path, []).append(state)
     rows = [_fold(index, path, its) if its[0].job else make_row(index, its[0]) for path, its in groups.items()]

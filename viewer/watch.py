@@ -96,7 +96,7 @@ class Watch:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
-        found: list[dict[str, Any]] = []
+        found = []
 
         def add(what: str, text: str, share: float, link: str = "") -> None:
             row = {"id": len(found), "what": escape_controls(what), "text": text, "share": share, "link": link}

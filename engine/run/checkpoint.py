@@ -249,8 +249,8 @@ def remove_others(folder: Path, step: int, best_step: int | None) -> None:
 def find_damage(path: Path) -> str | None:
     """Return the first error in a checkpoint's files, or None if all match their checksums."""
     try:
-        text = (path / "state.json").read_text(encoding="utf-8")
-        if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
+        text = (path / "state.json").read_text("utf-8")
+        if sha256_text(text) != (path / "state.sha256").read_text("utf-8").strip():
             return "state.json does not match its checksum"
         state = json.loads(text)
         if state["format"] != FORMAT:
@@ -286,13 +286,13 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return json.loads((path / "state.json").read_text("utf-8"))
 
 
 @about("resume")
 def read_groups(path: Path, state: Mapping[str, Any]) -> Tensors:
     """Read a checkpoint's tensors. Raises UserError (`resume`) if a value is not finite."""
-    groups: Tensors = {}
+    groups = {}
     for group in state["groups"]:
         file = path / f"{group}.safetensors"
         groups[group] = read_tensors(file) if file.name in state["checksums"] else {}

@@ -124,7 +124,7 @@ class UpdateGraphs:
         optimizer = self.optimizer
         kept = {name: tensor.clone() for name, tensor in batch.items()}
         values = self._values(0.0).to(self.device)
-        found: list[StepResult] = []
+        found = []
 
         def compute() -> None:
             found[:] = [self.gradients(kept, values[0])]

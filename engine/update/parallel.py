@@ -86,8 +86,8 @@ def find_units(task: nn.Module) -> list[nn.Module]:
     total = sum(parameter.numel() for parameter in task.parameters())
     uses = Counter(value for module in task.modules() for value in module._parameters.values() if value is not None)
     stacked = {member for stack in task.modules() if type(stack) in _STACKS for member in stack.children()}
-    units: list[nn.Module] = []
-    taken: set[nn.Parameter] = set()
+    units = []
+    taken = set()
     for module in reversed(list(task.modules())):  # inner modules first
         if module not in stacked or type(module) in _STACKS or not any(True for _ in module.children()):
             continue

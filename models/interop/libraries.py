@@ -67,7 +67,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
         config["label_names"] = names
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _describe_images(stated: Preprocessing) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     stated = _state_images("transformers", metadata)
     official, geometry = _read_official(network, "transformers")
     names = label_names(metadata)
-    labels: dict[str, Any] = {"num_labels": geometry.num_classes or 2}
+    labels = {"num_labels": geometry.num_classes or 2}
     if names and len(set(names)) == len(names):
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     config = ConvNextV2Config(
@@ -138,14 +138,14 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     target.save_pretrained(folder)
     processor = json.dumps(_processor(stated), indent=2)
-    (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(processor + "\n", "utf-8")
 
 
 def open_transformers(folder: Path) -> Outputs:
     """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     if config["architectures"] == ["ConvNextV2Model"]:
         backbone = ConvNextV2Model.from_pretrained(folder, local_files_only=True).eval()
         return lambda images: backbone(images).last_hidden_state

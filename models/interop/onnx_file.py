@@ -127,8 +127,8 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
     activation of the file's own logits, or with PyTorch's probabilities if the file has no logits.
     """
     session = open_session(path, torch.device("cpu"))
-    absolute: list[float] = []
-    relative: list[float] = []
+    absolute = []
+    relative = []
     for sample in samples:
         inputs = model.form.to_input(sample)
         expected = dict(zip(model.form.outputs.values(), model(inputs), strict=True))

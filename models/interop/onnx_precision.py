@@ -59,7 +59,7 @@ def to_fp16(model: ImageModel) -> ImageModel:
     """Return a copy of a model with fp16 weights and maps. Its inputs and outputs stay float32."""
     narrow = copy.deepcopy(model)
     narrow.normalise.register_forward_hook(_narrow_output)
-    kept: set[nn.Module] = set()
+    kept = set()
     for module in narrow.network.modules():
         if module not in kept and (isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES):
             kept.update(module.modules())

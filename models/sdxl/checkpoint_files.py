@@ -54,7 +54,7 @@ def write_single_file(
 
     The VAE's values are folded into its tensors; the header keeps its padding, which other programs do not read.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for part, state in cast_states(networks, dtype, folds=True).items():
         tensors |= to_single_file(part, state)
     prediction = noise["prediction_type"]

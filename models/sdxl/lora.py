@@ -172,7 +172,7 @@ def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change]
 
 def _choose(layers: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str]:
     """Return the names of the target layers, in the networks' order."""
-    chosen: set[str] = set()
+    chosen = set()
     for index, pattern in enumerate(targets):
         matching = fnmatch.filter(layers, pattern)
         if not matching:

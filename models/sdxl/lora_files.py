@@ -38,12 +38,12 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Change
     stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture") or "not stated"
     other = f"{path} is no LoRA of SDXL's linear layers and convolutions (base model: {stated[:99]}): "
     layers = find_layers(networks)
-    names: dict[str, str] = {}
+    names = {}
     for name in layers:
         network, _, inside = name.partition(".")
         names |= dict.fromkeys([_flat(name), _flat(f"{PARTS[network].lora}_{inside}"), kohya_name(name)], name)
     unused = _flat(unused_layer(networks["text_encoder"]))
-    found: dict[str, dict[str, Tensor]] = {}
+    found = {}
     for full, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if full.endswith(ending)), "")
         stem = _flat(full.removesuffix(ending))

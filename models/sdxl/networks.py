@@ -85,7 +85,7 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
     dtypes = {part: frozen_dtype(model, part) if frozen else torch.float32 for part in only}
-    networks: Networks = {}
+    networks = {}
     is_meta = torch.get_default_device().type == "meta"
     if model.vae is not None and "vae" in dtypes:
         networks["vae"] = load_vae(model.vae, model.vae_values, dtypes.pop("vae"))

@@ -63,7 +63,7 @@ def read_prompts(file: str, size_hw: Sequence[int], key: str = "prompts") -> lis
 def _read_line(line: str, size_hw: Sequence[int]) -> str | dict[str, Any]:
     """Return a prompt of a line, with its options. A number that cannot be read stays a text, which is refused."""
     text, *pieces = _OPTION.split(line)
-    values: dict[str, Any] = {"text": text.strip()}
+    values = {"text": text.strip()}
     for name, piece in zip(pieces[::2], pieces[1::2]):
         field = _FIELDS.get(name)
         if field in ("text", "negative"):

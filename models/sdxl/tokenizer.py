@@ -85,7 +85,7 @@ def _fill_chunks(caption: str, emphasis: bool) -> list[list[tuple[int, float]]]:
 
     A word that does not fit begins the next chunk; a long one is cut. Source: comfyanonymous/ComfyUI:comfy/sd1_clip.py.
     """
-    chunks: list[list[tuple[int, float]]] = []
+    chunks = []
     for parts in read_emphasis(caption).chunks if emphasis else [[(caption, 1.0)]]:
         chunks.append([])
         for text, weight in parts:

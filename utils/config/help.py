@@ -32,14 +32,14 @@ def list_options(group: str, script: str | None = None) -> list[str]:
 
 
 def _accepts(script: str, group: str, file: Path) -> bool:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text("utf-8")
     names = re.findall(r"^# Scripts: (.*)$|^# Command: .*?(\w+)\.py experiment=", text, flags=re.MULTILINE)
     return script in ", ".join(map("".join, names)).split(", ") if names else group != "experiment"
 
 
 def read_defaults(file: Path) -> dict[str, str | None]:
     """Return the file of each group that a script's own file names."""
-    items = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", ())
+    items = yaml.safe_load(file.read_text("utf-8")).get("defaults", ())
     return {group: name for item in items if isinstance(item, dict) for group, name in item.items()}
 
 
@@ -48,7 +48,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
     title, _, examples = documentation.partition("\n")
     lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
     chosen = dict(word.partition("=")[::2] for word in words)
-    names: dict[str, str] = {}
+    names = {}
     for group, name in read_defaults(CONF / f"{script.stem}.yaml").items():
         names[group] = re.sub(r"\$\{(\w+)\}", lambda other: names[other[1]], name or "null")
     for group, name in names.items():
@@ -63,7 +63,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
 
 def _read(folder: Path, name: str) -> Iterator[str]:
     """Yield the lines of the files that a file builds on, then its own lines."""
-    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (folder / f"{name}.yaml").read_text("utf-8")
     for base in yaml.safe_load(text).get("defaults", ()):
         if isinstance(base, str) and base != "_self_":
             yield from _read(folder, base)

@@ -48,7 +48,7 @@ def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> di
     """
     items = error.errors()
     wrong_groups = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "name"}
-    problems: dict[str, str] = {}
+    problems = {}
     for item in items:
         if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in wrong_groups:
             continue
@@ -62,7 +62,7 @@ def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> di
 
 def _dotted(location: tuple[int | str, ...], values: Any) -> str:
     """Return a location's dotted key without pydantic's additions, such as a union's tag or a function's name."""
-    keys: list[str] = []
+    keys = []
     for index, part in enumerate(location):
         if part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values)):
             values = values[part]

@@ -36,7 +36,7 @@ FREE_KEYS = (
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {dotted key: value} for nested values; lists stay values."""
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:

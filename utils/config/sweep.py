@@ -140,9 +140,9 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
     """
     if detect_world().size > 1 and (settings.gpus or settings.trials):
         raise UserError("sweep.gpus, sweep.trials: their jobs have one rank each; start the sweep without a launcher")
-    free: list[int | None] = [*(settings.gpus or [None])]
+    free = [*(settings.gpus or [None])]
     running: dict[subprocess.Popen, tuple[SweepJob, int | None]] = {}
-    statuses: dict[SweepJob, int] = {}
+    statuses = {}
     forwarded = False
     with StopRequest() as stop:
         while True:

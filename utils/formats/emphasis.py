@@ -39,7 +39,7 @@ def read_emphasis(text: str) -> Emphasis:
     pieces: list[list] = []  # text and weight; None for BREAK
     opened: list[tuple[str, int, int]] = []  # bracket, its piece, and its place in the text
     end = 0
-    spans: list[tuple[int, int]] = []
+    spans = []
     for found in MARK.finditer(text):
         mark = found[0]
         pieces += [[text[end : found.start()], 1.0], [found["escaped"] or mark, 1.0]]
@@ -64,7 +64,7 @@ def read_emphasis(text: str) -> Emphasis:
 
 def _join(pieces: list[list]) -> list[list[tuple[str, float]]]:
     """Return the pieces by chunk; neighbours of one weight become one."""
-    chunks: list[list[tuple[str, float]]] = [[]]
+    chunks = [[]]
     for part, weight in pieces:
         chunk = chunks[-1]
         if part is None:

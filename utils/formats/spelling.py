@@ -76,7 +76,7 @@ def join_tags(words: Iterable[str], separator: str) -> str:
 
     `split_tags` reads them if the separator is a comma or a line break.
     """
-    first: dict[Tag, str] = {}
+    first = {}
     for word in words:
         first.setdefault(parse_tag(word), f"{word} " if word.endswith("\\") else word)
     return separator.join(first.values())

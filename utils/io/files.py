@@ -202,7 +202,7 @@ class AppendFile:
     def write(self, text: str) -> None:
         """Append a text. Only the first write error is logged."""
         with self._lock:
-            self._pending += text.encode("utf-8")
+            self._pending += text.encode()
             try:
                 self._push()
             except OSError as error:
@@ -230,7 +230,7 @@ class AppendFile:
 
 def write_text(path: Path, text: str) -> None:
     """Write text atomically, as UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -241,7 +241,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; NaN is allowed. Raises OSError, or ValueError if it is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -253,7 +253,7 @@ def canonical_json(value: Any) -> str:
 
 def sha256_text(text: str) -> str:
     """Return the hexadecimal SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -36,7 +36,7 @@ class Names:
 
     @functools.cached_property
     def _forms(self) -> dict[str, list[str]]:
-        forms: dict[str, list[str]] = {}
+        forms = {}
         for name in self._names:
             forms.setdefault(to_nfc(name), []).append(name)
         return forms

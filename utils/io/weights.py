@@ -40,7 +40,7 @@ class InitFrom(NamedTuple):
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
-    plain: dict[str, Tensor] = {}
+    plain = {}
     seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -92,7 +92,7 @@ def read_weights(
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
-    texts: dict[str, str] = {}
+    texts = {}
     if path.suffix != ".safetensors":
         tensors, metadata = read_torch(path, which)
     else:
@@ -141,7 +141,7 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
             f"{path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give a "
             ".safetensors file of these weights"
         ) from None
-    metadata: dict[str, Any] = {}
+    metadata = {}
     if isinstance(content, dict):
         states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
         if states:

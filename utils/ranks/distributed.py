@@ -240,7 +240,7 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def rank_zero_call(call: Callable[[], T]) -> T:
     """Run `call` on rank 0 and return its value, or raise its error, on every rank."""
-    outcome: list[Any] = [None, None]  # the value, the error
+    outcome = [None, None]  # the value, the error
     if is_main():
         try:
             outcome[0] = call()

@@ -63,7 +63,7 @@ def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """
     if not any(map(is_shared, tensors.values())):
         return dict(tensors)
-    whole: dict[str, torch.Tensor] = {}
+    whole = {}
     for name, tensor in tensors.items():
         full = tensor.detach().full_tensor() if is_shared(tensor) else tensor.detach()
         if is_main():

@@ -124,7 +124,7 @@ class Watchdog:
 
     def _judge(self, seen: Mapping[int, str], now: float) -> str | None:
         """Return the verdict on the watched ranks, None if all are well."""
-        progress: dict[int, int] = {}
+        progress = {}
         phases = {}
         for rank, text in seen.items():
             rounds, count, phases[rank] = text.split("|", 2)

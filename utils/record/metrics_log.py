@@ -60,7 +60,7 @@ def keep_rows(path: Path, last_step: int, limits: Mapping[str, int] | None = Non
     ]
     text = b"".join(line + b"\n" for line, _ in pairs)
     if path.is_file() and path.stat().st_size != len(text):  # an unchanged file is not copied: the disk may be full
-        write_text(path, text.decode("utf-8"))
+        write_text(path, text.decode())
     return [row for _, row in pairs]
 
 
@@ -75,7 +75,7 @@ class MetricsLog(AppendFile):
 
     def add(self, step: int, kind: str, figures: Row) -> None:
         """Write a row. Figures that are not finite become null (JSON has no NaN)."""
-        row: Row = {"step": step, "kind": kind}
+        row = {"step": step, "kind": kind}
         for name, value in figures.items():
             row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         self.rows.append(row)

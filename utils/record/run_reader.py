@@ -57,7 +57,7 @@ class RunReader:
     def settings(self) -> frozenset[str]:
         """The overrides of the run's command, as `settings_of` returns them."""
         file = self.path / OVERRIDES_FILE
-        return settings_of(file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
+        return settings_of(file.read_text("utf-8").splitlines() if file.is_file() else ())
 
     @property
     def rows(self) -> list[Row]:
@@ -124,7 +124,7 @@ def write_progress(path: Path, state: str, **figures: float | None) -> None:
     """Write a run's state, `step`, `total_steps` and `left_sec`; those not given stay. Write errors are logged."""
     with ignore_write_errors(file := path / PROGRESS_FILE):
         text = json.dumps({**RunReader(path).progress, **figures, "state": state})
-        write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"), flush=False)
+        write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"), flush=False)
 
 
 def run_of(path: Path) -> RunReader | None:

@@ -41,7 +41,7 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     The best mean comes first, jobs without a value last.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
-    groups: dict[str, list[SweptRun]] = {}
+    groups = {}
     for job in jobs:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)

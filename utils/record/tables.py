@@ -52,7 +52,7 @@ def to_cell(text: str) -> int | float | str | None:
 def read_decisions(run: Path) -> dict[str, np.ndarray]:
     """Return the columns DECISIONS of each group, [6, N], at rising thresholds. Raises ValueError."""
     rows = read_newest(run, "decisions")
-    groups: dict[str, list[list[str]]] = {}
+    groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append([row.get(name, "") for name in DECISIONS])
     return {name: np.array(columns, float).T for name, columns in groups.items()}

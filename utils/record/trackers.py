@@ -99,7 +99,7 @@ class _Wandb:
             silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
             x_disable_meta=True, init_timeout=_START_SEC, finish_timeout=_FINISH_SEC, finish_timeout_raises=True,
         )  # fmt: skip
-        named = {"id": file.read_text(encoding="utf-8").strip(), "name": folder.resolve().name}
+        named = {"id": file.read_text("utf-8").strip(), "name": folder.resolve().name}
         named |= {"project": config["tracking"]["project"], "job_type": config["script"], "dir": folder.resolve()}
         self._run = wandb.init(
             mode=choose_mode(), resume="allow", allow_val_change=True, config=dict(config), settings=settings, **named

@@ -111,4 +111,4 @@ def sdxl_program(template: str, load: str, task: Mapping[str, Any], file: str, b
 
 
 def _read_template(name: str) -> Template:
-    return Template((Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8"))
+    return Template((Path(__file__).parent / f"{name}.txt").read_text("utf-8"))
