@@ -1,5 +1,6 @@
 """`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
 
+import asyncio
 import functools
 import itertools
 import shlex
@@ -8,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nicegui import run as background
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
@@ -93,13 +93,13 @@ class Review:
         self.here = 0
         self.marked = set[int]()
         self.by = ""
-        self._before: list[dict[int, Any]] = []  # what the decisions of this page replaced
+        self._done: list[list[int]] = []  # what this page has decided on
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
         path, _, had, *_ = self.questions[number]
         last = settle(had, self.decisions.get((path, self.field), ()))
-        return last if last and (last.verdict != "undone" or last.now != had) else None
+        return last if last and last.verdict != "undone" else None
 
     def screen(self) -> range:
         """Return the numbers of the images that are shown together with the shown one."""
@@ -113,11 +113,8 @@ class Review:
 
     def shown(self, number: int) -> Any:
         """Return what was decided about an image, or else what the network says."""
-        return self._decided(number, self.questions[number].says)
-
-    def _decided(self, number: int, otherwise: Any) -> Any:
         last = self.last(number)
-        return last.now if last else otherwise
+        return last.now if last else self.questions[number].says
 
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
@@ -174,24 +171,22 @@ class Review:
 
     def _undo(self) -> list[Decision]:
         """Return the lines that take this page's last decisions back, and show their first image."""
-        values = self._before.pop() if self._before else {}
-        self.here = min(values, default=self.here)
-        return self._write(values, is_undone=True)
+        numbers = self._done.pop() if self._done else []
+        self.here = min(numbers, default=self.here)
+        return [self._add(number, self.questions[number].had, "undone") for number in numbers]
 
-    def _write(self, values: Mapping[int, Any], *, is_undone: bool = False) -> list[Decision]:
+    def _write(self, values: Mapping[int, Any]) -> list[Decision]:
+        if values:
+            self._done.append([*values])
+        return [self._add(number, now, "") for number, now in values.items()]
+
+    def _add(self, number: int, now: Any, verdict: str) -> Decision:
+        path, _, was, says, _ = self.questions[number]
         at = datetime.now(UTC).isoformat(timespec="microseconds")
-        before = {number: self._decided(number, self.questions[number].had) for number in values}
-        lines = []
-        for number, now in values.items():
-            path, _, was, says, _ = self.questions[number]
-            verdict = "undone"
-            if not is_undone:
-                verdict = _judge(now, was, says)
-            lines.append(Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at))
-            self.decisions.setdefault((path, self.field), []).append(lines[-1])
-        if lines and not is_undone:
-            self._before.append(before)
-        return lines
+        verdict = verdict or _judge(now, was, says)
+        line = Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at)
+        self.decisions.setdefault((path, self.field), []).append(line)
+        return line
 
 
 def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk]:
@@ -238,7 +233,7 @@ def add_page(site: Site) -> None:
             note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
             try:
-                review, address, desk = await background.io_bound(open_review, site.shelf, path)
+                review, address, desk = await asyncio.to_thread(open_review, site.shelf, path)
             except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return
@@ -259,7 +254,7 @@ class ReviewPage:
             for title, key in _BUTTONS.items():
                 self._add_button(key).set_text(title)
             self._progress = ui.label()
-        self._waiting = ui.label().classes("text-negative")
+        self._waiting = ui.label().classes("text-negative").style("white-space: pre-line; overflow-wrap: anywhere")
         ui.label(_HINT).classes("muted")
         with ui.element("div").classes("review"):
             with ui.column().classes("w-full"):
@@ -313,8 +308,8 @@ class ReviewPage:
     async def _save(self, lines: Sequence[Decision] = ()) -> None:
         self._newest += 1
         number = self._newest
-        decisions, fault = await background.io_bound(self._desk.sync, lines)
-        self._waiting.text = escape_controls(fault)
+        decisions, fault = await asyncio.to_thread(self._desk.sync, lines)
+        self._waiting.text = escape_controls(fault, keep="\n")
         if number == self._newest and decisions != self._review.decisions:  # an older answer lacks the latest keys
             self._review.decisions = decisions
             self._draw()

@@ -145,7 +145,9 @@ def _find_parts(
 
 def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, corrections: bool) -> _Part:
     layout = recognise(folder, cache, unused, choice)
-    decisions = read_corrections(check_root(folder)) if corrections and not is_remote(folder) else {}
+    bad = Unused()
+    decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
+    say_unused(bad.describe(), "data.corrections")
     if decisions:
         count = f"{len(decisions):,}"
         log.info("data.corrections: %s/%s decides on %s labels and lists of tags", folder, CORRECTIONS, count)

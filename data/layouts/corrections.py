@@ -3,10 +3,13 @@
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
 Lines are only appended, by any number of processes. The last line about an image counts, if the collection's value is
-`was` or `now` of one of its lines. The verdict `undone` goes back to what counted before.
+`was` or `now` of one of its lines. The verdict `undone` takes the last line of the same `by` back, and no other's.
 """
 
+import codecs
+import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -14,23 +17,19 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
 from data.layouts.names import CORRECTIONS
-from data.layouts.sidecars import refuse_link_out
-from data.layouts.table import show_some, take_rows
+from data.layouts.sidecars import find_encoding, refuse_link_out
+from data.layouts.table import take_rows
 from data.layouts.unused import Unused
 from data.layouts.walk import COPY
 from utils.config.schema import Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.formats.spelling import join_tags, split_tags
-from utils.io.files import file_lock, output_errors
+from utils.io.files import file_lock, output_errors, readable
 from utils.io.memo import file_version
 from utils.io.names import Names
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 _PATIENCE_SEC = 10  # for another process that appends a line
 
@@ -56,25 +55,26 @@ class Decision(Strict):
 Decisions = dict[tuple[str, str], list[Decision]]  # by path and field, the latest last
 
 
-def read_corrections(root: Path) -> Decisions:
-    """Return the decisions. Warns of lines that are cut off. Raises UserError (`data.corrections`)."""
+def read_corrections(root: Path, unused: Unused) -> Decisions:
+    """Return the decisions; bad lines are added to `unused`. Raises UserError (`data.corrections`)."""
     file = root / CORRECTIONS
     found = Decisions()
-    cut = []
     refuse_link_out(root, file)
-    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), start=1):
+    with about("data.corrections"), readable(file, "JSONL"):
+        content = file.read_bytes() if file.exists() else b""
+        if find_encoding(content) == "utf-16":
+            raise ValueError("UTF-16; save it as UTF-8")
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            decision = Decision.model_validate_json(line or b" ")
+            decision = Decision.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
-            if first["type"] != "json_invalid":
-                fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-                raise UserError(f"data.corrections: {str(file)!r}, line {number}: {fault}; fix the line") from None
-            cut += [str(number)] if line.strip() else []
+            fault = ": ".join([*map(str, first["loc"]), first["msg"]])
+            unused.add(f"lines of {CORRECTIONS} that are no decisions", f"{file}, line {number} ({fault})")
             continue
         found.setdefault((decision.path, decision.field), []).append(decision)
-    if cut:
-        log.warning("data.corrections: %s: what is left of line %s is not read", file, show_some(cut))
     return found
 
 
@@ -109,40 +109,54 @@ class Desk:
         self._lock = Lock()
         self._waiting = list[Decision]()
         self._saved = Decisions()
+        self._unused = Unused()
         self._version = None
 
     def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
-        """Append decisions, and those that wait; return all of them, and why some wait on."""
-        file = self._root / CORRECTIONS
+        """Append decisions, and those that wait; return all of them, and what cannot be read or written."""
         fault = ""
         with self._lock:
             self._waiting += new
+            waiting = [*self._waiting]
             try:
-                if self._waiting:
-                    append_corrections(self._root, self._waiting)
-                    self._waiting.clear()
-                version = file_version(file)
+                version = file_version(self._root / CORRECTIONS)
                 if version is None or version != self._version:
-                    self._saved = read_corrections(self._root)
+                    self._unused.clear()
+                    self._saved = read_corrections(self._root, self._unused)
                     self._version = version
-            except (OSError, UserError) as error:
-                fault = f"{len(self._waiting)} decisions wait here and are tried again: {error}"
+                if waiting:
+                    append_corrections(self._root, waiting)
+                    self._waiting.clear()
+            except UserError as error:
+                fault = str(error)
+            if self._waiting:
+                fault = f"{len(waiting)} decisions wait here and are tried again: {fault}"
             decisions = {key: [*lines] for key, lines in self._saved.items()}
-            for each in self._waiting:
+            for each in waiting:
                 decisions.setdefault((each.path, each.field), []).append(each)
-        return decisions, fault
+            return decisions, "\n".join([fault, *self._unused.describe()]).strip()
 
 
-def settle(value: Any, stack: Sequence[Decision]) -> Decision | None:
-    """Return the decision that counts: the last one, if `value` is `was` or `now` of any of them."""
-    return stack[-1] if any(value in (each.was, each.now) for each in stack) else None
+def settle(value: Any, lines: Sequence[Decision]) -> Decision | None:
+    """Return the decision that counts, if `value` is `was` or `now` of any; an undone one if all are taken back."""
+    if not any(value in (each.was, each.now) for each in lines):
+        return None
+    undone = Counter()
+    for each in reversed(lines):
+        if each.verdict == "undone":
+            undone[each.by] += 1
+        elif undone[each.by]:
+            undone[each.by] -= 1
+        else:
+            return each
+    return lines[-1]
 
 
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
-    """Return a text with other tags. Lines of one tag each stay so; lines that are no tags stay as they are."""
+    """Return a text with other tags, or as it is if it has them. Lines of one tag each, and of no tags, stay such."""
     lines = text.split("\n")
-    added = [tag for tag in now if tag not in before]
     split = [[line.strip()] if line.strip() in before else split_tags(line) for line in lines]
+    added = [tag for tag in now if tag not in {*before, *itertools.chain(*split)}]
     ours = [number for number, tags in enumerate(split) if tags and {*tags} <= {*before}]
     separator = "\n" if len(ours) > 1 and all(len(split[number]) == 1 for number in ours) else ", "
     for number in ours:
@@ -156,21 +170,22 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
 
     Those about other images, or about images with another label or other tags now, are added to `unused`.
     """
-    known = Names(set(table["path"].to_pylist()))
-    decisions = {(known.find(path) or path, field): stack for (path, field), stack in decisions.items()}
-    paths = list(dict.fromkeys(path for path, _ in decisions))
-    rows = pc.index_in(pa.array(paths, pa.string()), value_set=table["path"].combine_chunks())
-    absent = {path for path, row in zip(paths, rows.to_pylist()) if row is None}
-    unused.add("corrections of images that the collection has not", *absent)
-    rows = rows.drop_null().to_numpy()
+    places = {path: number for number, path in enumerate(table["path"].to_pylist())}
+    known = Names(places)
+    stacks = dict[int, dict[str, list[Decision]]]()  # by row and field
+    for (path, field), lines in decisions.items():
+        if (found := known.find(path)) is None:
+            unused.add("corrections of images that the collection has not", path)
+        else:
+            stacks.setdefault(places[found], {})[field] = lines
+    rows = np.array([*stacks], int)
     changed = table.take(rows).to_pylist()
-    for row in changed:
-        for field in ("label", "tags"):
+    for row, fields in zip(changed, stacks.values()):
+        for field, lines in fields.items():
             before = row[field]
-            stack = decisions.get((row["path"], field), ())
-            if last := settle(before, stack):
+            if last := settle(before, lines):
                 row[field] = last.now
-            elif stack and stack[-1].now != stack[-1].was:
+            elif lines[-1].now != lines[-1].was:
                 unused.add("corrections of images whose label or tags were changed since", row["path"])
             if field == "tags" and row["tags"] != before and row["caption"]:
                 row["caption"] = retag(row["caption"], before, row["tags"])

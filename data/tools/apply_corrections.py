@@ -24,11 +24,13 @@ from data.layouts.walk import check_root
 from data.tools.tool import Tool
 from utils.errors import UserError
 from utils.formats.spelling import join_tags
-from utils.io.files import AppendFile, write_atomically, write_text
+from utils.io.files import AppendFile, remove_temporary, write_atomically, write_text
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+_Row = Mapping[str, Any]
+_LACK = "images whose sidecars lack the corrections"
 
 
 class ApplyCorrections(Tool):
@@ -43,7 +45,7 @@ class ApplyCorrections(Tool):
     undo: bool
 
     def run(self, data: DataConfig) -> str:
-        """Write the sidecars. Raises UserError (`data.root`, `job.undo`)."""
+        """Write the sidecars. Raises UserError (`data.root`, `data.corrections`)."""
         root = check_root(data.root)
         with open_journal("data.root", root / UNDO):
             return _restore(root) if self.undo else _apply(root, data.choice())
@@ -51,7 +53,7 @@ class ApplyCorrections(Tool):
 
 def _apply(root: Path, choice: TableChoice) -> str:
     file = find_manifest(root)
-    decisions = read_corrections(root)
+    decisions = read_corrections(root, left := Unused())
     if file is None or scanned_at(file) is not None:
         file = find_one(root, POSTS)
     if file is not None:
@@ -60,28 +62,36 @@ def _apply(root: Path, choice: TableChoice) -> str:
         )
     table = _read_rows(root, decisions, choice)
     images, sidecars, _ = scan_folder(root, Unused())
-    pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
-    changes = [(row, now, field) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]]
-    say_unused(left.describe())
+    pairs = zip(table.to_pylist(), correct(table, decisions, left).to_pylist())
+    changes = [(row, now) for row, now in pairs if _find_changes(row, now)]
     stems = Counter(os.path.splitext(path)[0] for path in images)
     undo = AppendFile(root / UNDO)
-    for row, now, field in changes:
+    written = {}
+    for row, now in changes:
         path = row["path"]
-        own = sidecars.get(row["path"], ())
-        stem = os.path.splitext(row["path"])[0]
-        texts = {os.path.splitext(name)[1].lower(): decode(_read(root, name)) for name in reversed(own)}
-        for suffix, text in _rewrite(path, texts, row["tags"], field, now[field]).items():
-            name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
+        stem = os.path.splitext(path)[0]
+        own = {os.path.splitext(name)[1].lower(): name for name in reversed(sidecars.get(path, ()))}
+        try:
+            new = _rewrite({suffix: decode(_read(root, own[suffix])) for suffix in sorted(own)}, row, now)
+        except (OSError, ValueError) as error:  # UserError is one
+            left.add(_LACK, f"{path} ({error})")
+            continue
+        for suffix, text in new.items():
+            name = own.get(suffix, f"{stem}{suffix}")
             name = name if stems[stem] == 1 else f"{path}{suffix}"  # not that of another image, too
             before = _read(root, name).decode("latin-1") if (root / name).exists() else None
             undo.write(f"\n{json.dumps({'file': name, 'before': before, 'after': text.encode().decode('latin-1')})}\n")
             undo.sync()
             write_text(root / name, text)
+        written[path] = now
     undo.close()
+    remove_temporary({(root / path).parent for path in written})
     rows = {row["path"]: row for row in _read_rows(root, decisions, choice).to_pylist()}
-    if kept := [row["path"] for row, now, field in changes if rows[row["path"]][field] != now[field]]:
-        log.warning("data.root: a table of metadata goes before the sidecars of %s; edit it", show_some(kept))
-    return f"{len(changes) - len(kept):,} labels and lists of tags are in sidecars; job.undo=true takes them back"
+    absent = [path for path, now in written.items() if _find_changes(rows[path], now)]
+    left.add(f"{_LACK}: a table goes before these, or a tag has a comma", *absent)
+    say_unused(left.describe())
+    done = len(written) - len(absent)
+    return f"the sidecars of {done:,} images have their labels and tags; job.undo=true takes them back"
 
 
 def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
@@ -95,38 +105,47 @@ def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Tabl
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 
 
-def _rewrite(path: str, texts: Mapping[str, str], tags: list[str], field: str, value: Any) -> dict[str, str]:
-    """Return the texts of the sidecars that change, by suffix. texts: of all of an image; tags: that it has."""
-    record = load_json(texts.get(".json") or "{}", repr(f"{path}: .json"))
+def _find_changes(row: _Row, now: _Row) -> dict[str, Any]:
+    return {field: now[field] for field in ("label", "tags") if row[field] != now[field]}
+
+
+def _rewrite(texts: Mapping[str, str], row: _Row, now: _Row) -> dict[str, str]:
+    """Return the texts of an image's sidecars that change, by suffix. texts: of all; row, now: what they say.
+
+    What goes before the others is the last, and has all at once: the job finds its place after a kill.
+    """
+    record = load_json(texts.get(".json") or "{}", "its .json")
     if not isinstance(record, dict):
-        raise UserError(f"data.root: the .json of {path!r} holds no object; remove it")
-    of_tags = (".caption", ".txt") if field == "tags" else ()
-    new = {suffix: retag(texts[suffix], tags, value) for suffix in of_tags if suffix in texts}
-    new = {suffix: text for suffix, text in new.items() if text != texts[suffix]}
-    if field == "label" or parse_record("", record).tags is not None or (texts and not new):
-        new[".json"] = json.dumps({**record, field: value}, ensure_ascii=False, indent=2) + "\n"
-    return new or {".txt": join_tags(value, ", ") + "\n"}
+        raise UserError("its .json holds no object; remove it")
+    fields = _find_changes(row, now)
+    new = {}
+    if "tags" in fields:
+        new = {suffix: retag(text, row["tags"], now["tags"]) for suffix, text in texts.items() if suffix != ".json"}
+        new = {suffix: text for suffix, text in new.items() if text != texts[suffix]}
+        new = new if texts else {".txt": join_tags(now["tags"], ", ") + "\n"}
+        if new and parse_record("", record).tags is None:
+            del fields["tags"]
+    if fields:
+        new[".json"] = json.dumps({**record, **fields}, ensure_ascii=False, indent=2) + "\n"
+    return new
 
 
 def _restore(root: Path) -> str:
-    lines = _read(root, UNDO).decode().split("\n")
-    kept = []
-    if not any(lines):
-        raise UserError(f"job.undo: true, but there is no {root / UNDO}: nothing was applied")
-    for text in reversed(lines):
+    edited = {}
+    for line in reversed(_read(root, UNDO).decode().split("\n")):
         with suppress(json.JSONDecodeError):  # blank, or cut off by a kill
-            name, before, after = (json.loads(text)[key] for key in ("file", "before", "after"))
+            name, before, after = json.loads(line).values()
             now = _read(root, name).decode("latin-1")
             if now == after and before is not None:
                 write_atomically(root / name, lambda file, old=before: file.write_bytes(old.encode("latin-1")))
             elif now == after:
                 (root / name).unlink()
-            elif now != (before or ""):
-                kept.append(name)
-    (root / UNDO).unlink()
-    if kept:
+            edited[name] = now not in (after, before or "")
+    remove_temporary({(root / name).parent for name in edited})
+    (root / UNDO).unlink(missing_ok=True)
+    if kept := [name for name in edited if edited[name]]:
         log.warning("data.root: %s sidecars were edited since and stay: %s", f"{len(kept):,}", show_some(kept))
-    return "sidecars are as they were before job=apply_corrections"
+    return f"{len(edited) - len(kept):,} sidecars are as they were before job=apply_corrections"
 
 
 def _read(root: Path, name: str) -> bytes:

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import read_folder
 from data.layouts.manifest import find_manifest, find_sizes, refuse_foreign, save_manifest
-from data.layouts.names import CORRECTIONS, PARQUET
+from data.layouts.names import PARQUET
 from data.layouts.sidecars import list_faults
 from data.layouts.table import TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
@@ -70,9 +70,8 @@ class Manifest(Tool):
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
             table = assign_validation(table, data.validation_fraction)
-            if data.corrections and (decisions := read_corrections(folder)):
-                log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
-                table = correct(table, decisions, left := Unused())
+            if data.corrections:
+                table = correct(table, read_corrections(folder, left := Unused()), left)
                 say_unused(left.describe())
             save_manifest(folder, table, scanned_ns)
         if damaged:

@@ -80,8 +80,17 @@ def test_tags_are_toggled_and_undone():
     assert review.press("Enter") == [] and review.here == 1  # what is decided is not decided again
     assert review.press("Enter")[0].now == ["blue hair", "character:miku", "red hair"]
     assert review.press("u")[0].now == had and review.last(1) is None
-    assert review.press("u")[0].now == with_both and review.here == 0
-    assert [line.now for line in review.press("u")] == [had] and review.press("u") == []
+    assert review.press("u")[0].now == had and review.last(0).now == with_both and review.here == 0
+    assert len(review.press("u")) == 1 and review.last(0) is None and review.press("u") == []
+
+
+def test_undo_leaves_what_another_tab_decided():
+    mine, other = (Review([ask("a.png", 0.5, "dog", "cat")]) for _ in range(2))
+    mine.by, other.decisions = "me", mine.decisions
+    other.press("r"), mine.choose("bird"), mine.press("u")
+    assert mine.last(0).verdict == "rejected"  # "as before" is a decision
+    mine.choose("bird"), other.choose("fox"), mine.press("u")
+    assert mine.last(0).now == "fox"
 
 
 def test_the_page(page, address, browser, animals, runs, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data.open import load_files, prepare_image
 from data.stream.source import UnreadableImage
 from engine.exports.weights import load_predictor
 from engine.tasks.kind import Setup
@@ -21,7 +20,6 @@ from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
 from tests.support import data_config, make_collection, refuses, thresholds_of
 from tests.viewer.conftest import HOSTILE, add_data
-from utils.contracts import Machine
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import read_json
@@ -77,10 +75,11 @@ def open_networks(runs, *words):
 
 @pytest.mark.parametrize(("profile", "limit"), [("per_tag", 0.9), ("high_recall", 0.5)])
 def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
-    content = encode(noise(40, 60, 3))
-    (tmp_path / "a.png").write_bytes(content)
-    bars, caption, seen, _ = open_networks(runs, *CAPTION).ask(str(runs / "tagger"), profile, content, "a.png")
-    words = [f"weights={runs / 'tagger'}", "input=a.png", f"profile={profile}", "device=cpu", "workers=0", *CAPTION]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    (tmp_path / "a.jpg").write_bytes(content := encode(noise(40, 60, 3), "JPEG", exif=exif))
+    bars, caption, seen, _ = open_networks(runs, *CAPTION).ask(str(runs / "tagger"), profile, content, "a.jpg")
+    words = [f"weights={runs / 'tagger'}", "input=a.jpg", f"profile={profile}", "device=cpu", "workers=0", *CAPTION]
     for output in ("texts/", "rows.jsonl"):
         run("predict", [*words, f"output={output}"], tmp_path)
     assert caption == (tmp_path / "texts/a.txt").read_text().strip() and seen.size == (32, 32)
@@ -131,18 +130,6 @@ def test_odd_images_are_answered_and_broken_ones_say_why(runs, name):
     else:
         with pytest.raises(UnreadableImage, match=rf"^{name}\.png: .*{word}"):
             open_networks(runs).ask(*question)
-
-
-def test_an_upload_is_prepared_as_a_file_is(tmp_path):
-    machine = Machine(device=CPU, channels_last=False, workers=0, prefetch_batches=1)
-    for number, shape in enumerate([(30, 90, 3), (50, 50, 3), (90, 20, 3)]):
-        path = tmp_path / f"{number}.jpg"
-        exif = Image.Exif()
-        exif[0x0112] = 6  # lies on its side
-        path.write_bytes(encode(noise(*shape), "JPEG", exif=exif))
-        stream, _ = load_files([path], PREPROCESSING, machine, max_pixels=10**6, batch_size=1)
-        mine = prepare_image(path.read_bytes(), "x.jpg", PREPROCESSING, max_pixels=10**6)
-        assert torch.equal(mine, next(iter(stream))["images"])
 
 
 # --- paths

@@ -40,13 +40,15 @@ def fsync_path(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = True) -> T:
     """Let `write` fill a temporary file, then move it to `path`. Return the result of `write`.
 
-    A reader sees the old file or the new one, never a part. flush: write to the disk before the move; False for many
-    small files, which a power failure may then lose.
+    A reader sees the old file or the new one, never a part; its mode stays. flush: write to the disk before the move;
+    False for many small files, which a power failure may then lose.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         result = write(temporary)
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         if flush:
             fsync_path(temporary)
         os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """Corrections: what changes a collection, what is reported, and what a full disk or a kill leaves of their file."""
 
+import codecs
 import json
 import resource
 import signal
@@ -9,6 +10,7 @@ import pytest
 
 from data.layouts.corrections import Decision, Desk, append_corrections, read_corrections, retag
 from data.layouts.names import CORRECTIONS
+from data.layouts.unused import Unused
 from data.tools.manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.support import data_config, refuses
@@ -40,8 +42,11 @@ def test_decisions_change_the_labels_and_the_fingerprint_and_not_the_split(anima
 
 @pytest.mark.parametrize(("lines", "label"), [
     (["cat dog edited", "cat bird edited"], "bird"),  # two reviewers: the later one counts
-    (["cat dog edited", "cat bird edited", "cat dog undone"], "dog"),
+    (["cat dog edited", "cat bird edited", "cat cat undone"], "dog"),
     (["cat dog edited", "cat cat undone"], "cat"),
+    (["cat dog edited a", "cat bird edited b", "cat cat undone a"], "bird"),  # nobody undoes another's decision
+    (["cat bird edited b", "cat dog edited a", "cat cat undone a", "cat cat undone a"], "bird"),
+    (["dog cat edited", "dog dog undone"], "dog"),  # undone after job=apply_corrections
     (["dog cat edited"], "cat"),  # the manifest of job=manifest has it already
     (["fox dog edited"], "cat"),  # another label now: reported
 ])  # fmt: skip
@@ -76,16 +81,18 @@ def test_the_manifest_takes_them_and_agrees_with_them(animals, opened, tmp_path,
         caplog.clear()
 
 
-def test_a_cut_line_is_said_and_appended_after(animals, caplog):
-    append_corrections(animals, [decide("cat/1.png", "cat", "dog")])
-    with (animals / CORRECTIONS).open("ab") as file:
-        file.write('{"path": "cat/2.png", "was": "é'.encode()[:-1])
-    assert len(read_corrections(animals)) == 1 and "line 2" in caplog.text
-    append_corrections(animals, [decide("cat/3.png", "cat", "dog")])
-    assert [path for path, _ in read_corrections(animals)] == ["cat/1.png", "cat/3.png"]
-    (animals / CORRECTIONS).write_text('{"path": "cat/1.png", "field": "tags", "was": "a"}\n')
-    with refuses(r"^data\.corrections: .*line 1: "):
-        read_corrections(animals)
+def test_bad_lines_are_named_and_good_ones_count(animals, opened, caplog):  # noqa: F811
+    for number in (1, 2):
+        append_corrections(animals, [decide(f"cat/{number}.png", "cat", "dog")])
+    first, second = (animals / CORRECTIONS).read_bytes().splitlines(keepends=True)
+    bad = '{"path": "y"}\n{"path": "cat/2.png", "was": "é'.encode()
+    (animals / CORRECTIONS).write_bytes(codecs.BOM_UTF8 + first + second + bad[:-1])
+    assert labels(opened(animals)) == ["dog", "dog", "cat", "dog", "dog"]
+    assert "jsonl, line 3 (field: Field required)" in caplog.text and "jsonl, line 4 (" in caplog.text
+    desk = Desk(animals)
+    decisions, fault = desk.sync([decide("cat/3.png", "cat", "dog")])
+    assert len(decisions) == 3 and fault.startswith("2 lines of corrections.jsonl") and "wait" not in fault
+    assert labels(opened(animals)) == ["dog"] * 5
 
 
 def test_a_full_disk_takes_no_part_of_a_decision(animals):
@@ -113,19 +120,20 @@ def test_many_reviewers_append_whole_lines(animals):
 
 def test_a_link_out_of_the_collection_is_refused(animals, tmp_path):
     (animals / CORRECTIONS).symlink_to(tmp_path / "elsewhere")
-    for use in (lambda: read_corrections(animals), lambda: append_corrections(animals, [])):
+    for use in (read_corrections, append_corrections):
         with refuses("link out of the collection"):
-            use()
+            use(animals, Unused())
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_what_cannot_be_saved_waits(tmp_path):
-    (tmp_path / CORRECTIONS).mkdir()
+def test_what_cannot_be_read_is_an_error_and_is_not_appended_to(tmp_path):
+    (file := tmp_path / CORRECTIONS).write_bytes(content := "{}\n".encode("utf-16"))
     desk, line, other = Desk(tmp_path), decide("a.png", "cat", "dog"), decide("a.png", "cat", "bird", by="b")
+    with refuses(r"^data\.corrections: .*UTF-16"):
+        read_corrections(tmp_path, Unused())
+    assert desk.sync()[1].startswith("data.corrections: ")
     decisions, fault = desk.sync([line])
-    assert "1 decisions wait" in fault and list(decisions.values()) == [[line]]
-    (tmp_path / CORRECTIONS).rmdir()
+    assert "1 decisions wait" in fault and list(decisions.values()) == [[line]] and file.read_bytes() == content
+    file.unlink()
     append_corrections(tmp_path, [other])
-    assert desk.sync()[1] == "" and read_corrections(tmp_path)["a.png", "label"] == [other, line]
-    (tmp_path / CORRECTIONS).write_text("[]\n")
-    assert "line 1" in desk.sync()[1]
+    assert desk.sync()[1] == "" and read_corrections(tmp_path, Unused())["a.png", "label"] == [other, line]
