@@ -6,7 +6,6 @@ network. models/sparse.py computes some sites of an image alone.
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +86,6 @@ class ConvNeXtV2(nn.Module):
         num_classes: int,
     ) -> None:
         super().__init__()
-        assert len(depths) == len(dims), (depths, dims)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.depths = tuple(depths)
@@ -129,12 +127,6 @@ class ConvNeXtV2(nn.Module):
     def get_classifier(self) -> nn.Module:
         """Return the head (timm's name)."""
         return self.head
-
-    def reset_classifier(self, num_classes: Literal[0]) -> None:
-        """Remove the head and the final norm (timm's name)."""
-        self.norm = nn.Identity()
-        self.head = nn.Identity()
-        self.num_classes = num_classes
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last feature map [B, C_last, h, w] of images [B, C, H, W]."""

@@ -57,7 +57,6 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution with an odd square kernel, stride 1 and an output of the input's size."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
-        assert kernel_size % 2 == 1, kernel_size
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:

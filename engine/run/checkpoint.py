@@ -40,6 +40,7 @@ from utils.io.files import (
     ignore_write_errors,
     link_or_copy,
     output_errors,
+    read_json,
     sha256_file,
     sha256_text,
     write_text,
@@ -286,7 +287,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text("utf-8"))
+    return read_json(path / "state.json")
 
 
 @about("resume")

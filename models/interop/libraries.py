@@ -8,7 +8,6 @@ transformers.AutoImageProcessor.from_pretrained("FOLDER")
 Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_from_path.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +24,11 @@ from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
+from utils.io.files import read_json, write_json
 from utils.io.weights import write_tensors
 
 Metadata = Mapping[str, Any]
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
-_BASE = "convnextv2_tiny"  # timm's name for sizes of our own, with their depths and dims as arguments
 _IMAGES = 4  # to compare
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -41,7 +40,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     stated = _state_images("timm", metadata)
     if hasattr(network, "pretrained_cfg"):
         target = network
-        state = _with_head_norm(network)
+        state = network.state_dict()
         arguments = timm_arguments(TimmConfig.model_validate(metadata["model"]))
     else:
         official, geometry = _read_official(network, "timm")
@@ -52,7 +51,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
                 "set format=transformers, onnx or safetensors"
             )
         arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
-        name = f"convnextv2_{geometry.size}" if geometry.size else _BASE
+        name = f"convnextv2_{geometry.size or 'tiny'}"  # sizes of our own have their depths and dims as arguments
         sizes = {"num_classes": geometry.num_classes, "in_chans": geometry.in_channels}
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             target = timm.create_model(name, **sizes, **arguments)
@@ -65,9 +64,8 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     config["pretrained_cfg"] |= {"num_classes": classes, "custom_load": False, **licence_entry(metadata)}
     if names := label_names(metadata):
         config["label_names"] = names
-    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _describe_images(stated: Preprocessing) -> dict[str, Any]:
@@ -90,19 +88,6 @@ def open_timm(folder: Path) -> Outputs:
     with torch.random.fork_rng(devices=[]):
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return network if network.num_classes else network.forward_features
-
-
-def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
-    """Return a timm network's tensors. If a backbone lacks the head's norm, add it with scale 1 and shift 0."""
-    import timm
-
-    state = dict(network.state_dict())
-    if network.num_classes == 0:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            whole = timm.create_model(network.pretrained_cfg["architecture"], num_classes=0).state_dict()
-        for name in [name for name in whole if name.startswith("head.norm.") and name not in state]:
-            state[name] = (torch.ones if name.endswith("weight") else torch.zeros)(whole[name].shape)
-    return state
 
 
 def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> None:
@@ -135,18 +120,15 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     prefix = "" if geometry.num_classes else "convnextv2."  # a backbone's names do not have it
     state = translate(official, "official", "transformers")
     target.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
-    folder.mkdir(parents=True, exist_ok=True)
     target.save_pretrained(folder)
-    processor = json.dumps(_processor(stated), indent=2)
-    (folder / "preprocessor_config.json").write_text(processor + "\n", "utf-8")
+    write_json(folder / "preprocessor_config.json", _processor(stated))
 
 
 def open_transformers(folder: Path) -> Outputs:
     """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    if config["architectures"] == ["ConvNextV2Model"]:
+    if read_json(folder / "config.json")["architectures"] == ["ConvNextV2Model"]:
         backbone = ConvNextV2Model.from_pretrained(folder, local_files_only=True).eval()
         return lambda images: backbone(images).last_hidden_state
     network = ConvNextV2ForImageClassification.from_pretrained(folder, local_files_only=True).eval()

@@ -96,9 +96,7 @@ def _bigg_table() -> Iterator[tuple[str, str]]:
 def _table(part: str, to_single: bool) -> dict[str, str]:
     makers = {"unet": _unet_table, "vae": _vae_table, "text_encoder_2": _bigg_table}
     pairs = list(makers[part]()) if part in makers else [("text_model", "text_model")]
-    table = dict(pairs if to_single else (pair[::-1] for pair in pairs))
-    assert len(table) == len(pairs)
-    return table
+    return dict(pairs if to_single else (pair[::-1] for pair in pairs))
 
 
 def rename(part: str, name: str, *, to_single: bool) -> str | None:

@@ -4,7 +4,6 @@ latents = (z - latents_mean) / latents_std * scaling_factor, per channel, as in 
 ignore `shift_factor`, so the configuration of a network states a shift as `latents_mean`, too.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from utils.config.bounds import Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import readable
-from utils.io.weights import find_weights, hash_tensors, is_run, read_header
+from utils.io.weights import find_weights, hash_tensors, is_run, read_weights
 
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
 _Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -97,8 +96,7 @@ def _folder(path: Path) -> Path:
 def _header(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is no .safetensors file; name one, a folder of diffusers, or a run of finetune_vae.py")
-    with readable(file, "safetensors"):
-        return dict(json.loads(read_header(file)[1].get("atelier", "{}")))
+    return read_weights(file, shapes_only=True)[1]
 
 
 def _began_with(file: Path) -> str | None:
