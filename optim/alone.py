@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from optim.build import skips_on_device
 from optim.groups import is_frozen
@@ -16,7 +17,7 @@ from utils import rng
 from utils.errors import UserError
 
 
-def step_by_gradients(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+def step_by_gradients(optimizer: Optimizer, applied: Tensor) -> None:
     """Update all parameters, unless `applied`, a device scalar, is 0.
 
     It waits for the device only if the optimiser cannot skip a step there.
@@ -33,7 +34,7 @@ def step_by_gradients(optimizer: torch.optim.Optimizer, applied: Tensor) -> None
     optimizer.step()
 
 
-def step_each(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+def step_each(optimizer: Optimizer, skip: Tensor) -> None:
     """Update each parameter that has a gradient, one after another, unless `skip`, a device scalar, is 1."""
     pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     for number, (group, parameter) in enumerate(pairs):
@@ -42,9 +43,7 @@ def step_each(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 @torch.no_grad()
-def step_alone(
-    optimizer: torch.optim.Optimizer, group: dict, parameter: nn.Parameter, skip: Tensor, number: int
-) -> None:
+def step_alone(optimizer: Optimizer, group: dict, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
     """Update one parameter of a group, unless `skip`, a device scalar, is 1.
 
     The noise of rounding is seeded by `optimizer.update`, the update's number, and the parameter's `number`.
@@ -63,7 +62,7 @@ def step_alone(
         optimizer.param_groups = every
 
 
-def _step_copy(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
+def _step_copy(optimizer: Optimizer, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
     """Update a float32 copy of the only parameter of an optimiser, and store it.
 
     An optimiser that cannot skip on the device takes a skipped gradient as zero. torch's AdamW has its averages in the
@@ -103,7 +102,7 @@ class FusedBackward:
     update; a gradient that is not finite skips its own parameter, and the step counts as skipped.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._skip: Tensor | None = None

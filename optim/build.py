@@ -6,6 +6,7 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from utils.errors import UserError, close_names
@@ -17,18 +18,18 @@ _PACKAGES = {  # with the module and the class
 }
 
 
-def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+def skips_on_device(optimizer: Optimizer) -> bool:
     """Return whether the optimiser skips a step by itself if `found_inf` is 1, without a host synchronisation."""
     return any(group.get("fused") for group in optimizer.param_groups)
 
 
-def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+def can_be_recorded(optimizer: Optimizer) -> bool:
     """Return whether a CUDA graph can repeat the optimiser's step: it counts steps and reads the rate on the device."""
     is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
     return not is_bf16 and all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
 
 
-def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
     """Build the optimiser. groups: from `build_groups`; lr: the peak learning rate before a group's scale."""
     optimizer = _build(config, groups, lr)
     for group in optimizer.param_groups:
@@ -37,7 +38,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
     return optimizer
 
 
-def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+def _build(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
     match config.name:
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), fused=True)
@@ -64,7 +65,7 @@ def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Op
             return _timm_class(config.opt)(groups, lr=lr, **config.extra)
 
 
-def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
+def _timm_class(opt: str) -> type[Optimizer]:
     """Return a class of timm with its defaults. Raises UserError (`optim.opt`) if it cannot be used here."""
     import timm.optim  # takes 0.8 s
 
@@ -106,7 +107,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
 
 
 @contextmanager
-def at_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def at_average(optimizer: Optimizer) -> Iterator[None]:
     """Hold a schedule-free optimiser's average in the weights; its state then has `y`, the weights of training."""
     if hasattr(optimizer, "eval"):
         for parameter, state in optimizer.state.items():
@@ -119,7 +120,7 @@ def at_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def to_training_point(optimizer: torch.optim.Optimizer) -> None:
+def to_training_point(optimizer: Optimizer) -> None:
     """Put the weights that a schedule-free optimiser trains back; also after loading its state."""
     if hasattr(optimizer, "train"):
         optimizer.train()

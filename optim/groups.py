@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from optim.config import OptimConfig, RuleConfig
 from optim.schedules import GroupValues
@@ -138,7 +138,7 @@ def groups_table(groups: list[dict]) -> str:
     return align_columns(rows)
 
 
-def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
+def set_group_values(optimizer: Optimizer, values: GroupValues) -> None:
     """Set every group's lr times its scale, weight decay unless fixed, and momentum or beta1 (Muon has both)."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
@@ -152,14 +152,14 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
             group["momentum"] = values.momentum
 
 
-def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_peak_lr(optimizer: Optimizer, lr: float) -> None:
     """Set a new peak learning rate in timm's optimisers that decay weights by lr**2 / peak (adamc, sgdc, ...)."""
     for group in optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = lr
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters of all groups, in order."""
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
@@ -169,7 +169,7 @@ def is_frozen(group: Mapping[str, Any], step: int) -> bool:
     return step < group.get("freeze_steps", 0)
 
 
-def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
+def drop_frozen_gradients(optimizer: Optimizer, step: int) -> None:
     """Drop the gradients of groups frozen in update number `step` (from 0), so that the optimiser skips them."""
     for group in optimizer.param_groups:
         if is_frozen(group, step):

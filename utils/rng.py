@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _WORD = (1 << 64) - 1
 _WORD32 = (1 << 32) - 1
@@ -95,7 +96,7 @@ def sample_key(seed: int, position: int, view: int = 0) -> int:
     return hash_counters(seed, position, view)
 
 
-def _hash32(word: torch.Tensor) -> torch.Tensor:
+def _hash32(word: Tensor) -> Tensor:
     """Scramble 32-bit words in int64 tensors. Both products stay below 2**63, so there is no overflow.
 
     Source: github.com/skeeto/hash-prospector, the two-round function 16 21f0aaad 15 735a2d97 15.
@@ -105,7 +106,7 @@ def _hash32(word: torch.Tensor) -> torch.Tensor:
     return word ^ (word >> 15)
 
 
-def _random_words(keys: torch.Tensor, count: int, draw: int) -> torch.Tensor:
+def _random_words(keys: Tensor, count: int, draw: int) -> Tensor:
     """Return 32-bit random words, int64 [B, count], from keys [B] on their device."""
     low = (keys & _WORD32)[:, None]
     high = (keys >> 32)[:, None]
@@ -114,7 +115,7 @@ def _random_words(keys: torch.Tensor, count: int, draw: int) -> torch.Tensor:
     return _hash32((_hash32(_hash32(counter ^ salt) ^ low) + high) & _WORD32)
 
 
-def uniform(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
+def uniform(keys: Tensor, shape: Sequence[int], draw: int = 0) -> Tensor:
     """Return float32 [B, *shape], uniform in [0, 1), from keys [B] (int64, a batch's `key`) on their device.
 
     A sample's numbers depend only on its key and `draw`, not on the batch or the device. Another `draw` gives other
@@ -124,7 +125,7 @@ def uniform(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Te
     return ((words >> 8).float() * 2.0**-24).view(len(keys), *shape)
 
 
-def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
+def normal(keys: Tensor, shape: Sequence[int], draw: int = 0) -> Tensor:
     """Return standard normal numbers, float32 [B, *shape]; like `uniform`, but devices differ by rounding.
 
     Source: Box, Muller 1958: two uniform numbers give two normal ones.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from engine.update.step import StepResult
 from optim.build import skips_on_device
@@ -47,7 +48,7 @@ class UpdateGraphs:
     seeds what a pass draws. is_off: recording is not possible. recorded: by what they depend on.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     device: torch.device
     gradients: Callable[[Batch, Tensor], StepResult]
     apply: Callable[[StepResult], None]

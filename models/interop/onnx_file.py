@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
 from models.image_model import ImageModel
 from models.interop.inference_form import to_inference_form
@@ -66,7 +67,7 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, prec
 
 
 def _write_and_compare(
-    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], precision: str
+    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[Tensor], precision: str
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
     traced = to_inference_form(model)
@@ -80,14 +81,14 @@ def _write_and_compare(
     return _compare(model, path, samples)
 
 
-def _draw_samples(preprocessing: Mapping[str, Any]) -> list[torch.Tensor]:
+def _draw_samples(preprocessing: Mapping[str, Any]) -> list[Tensor]:
     """Return images of noise in [0, 1] in all batch sizes to compare. The model is traced with the last."""
     shape = preprocessing["channels"], *preprocessing["image_size_hw"]
     generator = torch.Generator().manual_seed(0)
     return [torch.rand(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
 
 
-def _trace(model: ImageModel, sample: torch.Tensor) -> onnx.ModelProto:
+def _trace(model: ImageModel, sample: Tensor) -> onnx.ModelProto:
     """Return the graph of a model for any batch size."""
     inputs = (model.form.to_input(sample),)
     sizes = {"images": {0: torch.export.Dim("batch")}}
@@ -120,7 +121,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
 
 
 @torch.inference_mode()
-def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> tuple[float, float]:
+def _compare(model: ImageModel, path: Path, samples: Sequence[Tensor]) -> tuple[float, float]:
     """Return the largest absolute and relative difference between a file's outputs and PyTorch's.
 
     Relative means divided by the largest logit or feature. Probabilities are compared, without division, with the

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     import torch.distributed as dist
+    from torch import Tensor
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
@@ -200,7 +200,7 @@ def barrier() -> None:
         _dist().barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over the ranks, in place, and return it."""
     if is_distributed():
         _dist().all_reduce(tensor)
@@ -229,7 +229,7 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+def gather_rows(tensor: Tensor) -> Tensor:
     """Return the rows of all ranks, ordered by rank, on every rank. All ranks pass the same shape."""
     if not is_distributed():
         return tensor

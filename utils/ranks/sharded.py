@@ -5,8 +5,7 @@ Every function also accepts plain tensors.
 
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.ranks.distributed import is_main, rank, world_size
 
@@ -29,17 +28,17 @@ def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return parts
 
 
-def is_shared(tensor: torch.Tensor) -> bool:
+def is_shared(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, without the import of DTensor, which takes 0.4 s."""
     return hasattr(tensor, "placements")
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
+def own_part(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a sharded tensor, or all of a plain one; detached, not copied."""
     return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()
 
 
-def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_shared(part: Tensor, like: Tensor) -> Tensor:
     """Return a sharded tensor whose rows on this rank are `part`, sharded like `like`."""
     from torch.distributed.tensor import DTensor
 
@@ -48,7 +47,7 @@ def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     )
 
 
-def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def take_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return a view of the rows of `whole` that this rank holds in `like`; all rows if `like` is not sharded."""
     if not is_shared(like):
         return whole
@@ -56,7 +55,7 @@ def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return chunks[rank()] if rank() < len(chunks) else whole[:0]
 
 
-def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gather_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors: on rank 0 copies on the CPU, on other ranks nothing; without sharded tensors the same ones.
 
     All ranks call it with the same names in the same order. A device holds only one whole tensor at a time.
