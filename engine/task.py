@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from utils.contracts import Batch, TrainStream
+from utils.contracts import Batch, State, Tensors, TrainStream
 from utils.errors import UserError, close_names
 from utils.io.files import sha256_text
 from utils.io.memo import hash_once
@@ -201,13 +201,13 @@ def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
             tensor.data = values
 
 
-def checkpointed_state(task: Task) -> dict[str, Tensor]:
+def checkpointed_state(task: Task) -> State:
     """Return the task's state without its helpers."""
     helpers = tuple(f"{name}." for name in task.helpers)
     return {name: tensor for name, tensor in task.state_dict().items() if not name.startswith(helpers)}
 
 
-def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_exported(task: Task, tensors: Tensors) -> tuple[State, State]:
     """Split tensors by full name into the exported ones, renamed as in weight files, and the rest."""
     networks = tuple(f"{name}." for name in task.exported)
     prefix = networks[0] if len(networks) == 1 else ""
@@ -215,7 +215,7 @@ def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     return exported, {name: tensor for name, tensor in tensors.items() if not name.startswith(networks)}
 
 
-def join_exported(task: Task, exported: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join_exported(task: Task, exported: Tensors) -> State:
     """Return the tensors of a weight file by their full names."""
     networks = task.exported
     prefix = f"{networks[0]}." if len(networks) == 1 else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from utils.contracts import State, Tensors
 from utils.ranks.sharded import own_part
 
 
@@ -26,8 +27,8 @@ class Averages:
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         # The networks' tensors only change in place, so they are looked up once.
-        self._weights: dict[str, Tensor] = {}  # views of this rank's rows
-        self._averages: dict[str, Tensor] = {}
+        self._weights: State = {}  # views of this rank's rows
+        self._averages: State = {}
         for network, module in networks.items():
             for name, tensor in module.state_dict().items():
                 self._weights[f"{network}.{name}"] = own_part(tensor)
@@ -57,10 +58,10 @@ class Averages:
             self._copy_in(weights)
 
     @torch.no_grad()
-    def _copy_in(self, tensors: Mapping[str, Tensor]) -> None:
+    def _copy_in(self, tensors: Tensors) -> None:
         for name, tensor in self._weights.items():
             tensor.copy_(tensors[name])
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> State:
         """Return the averages by name, not copied; sharded if the weights are."""
         return dict(self._averages)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from optim.build import skips_on_device
 from optim.groups import GroupSettings
+from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.ranks import sharded
 from utils.ranks.sharded import Part
@@ -19,7 +20,7 @@ _COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
 _SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 
 
-def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(optimizer: Optimizer) -> tuple[State, dict[str, Any]]:
     """Return the optimiser's tensors and other values by `<parameter>/<key>`.
 
     State of sharded parameters is sharded likewise (optim/build.py: check_shardable). State in groups (timm's lamb and
@@ -38,9 +39,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, others
 
 
-def load_optimizer_state(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any], source: str
-) -> None:
+def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Mapping[str, Any], source: str) -> None:
     """Load the state of an optimiser of the same kind. Raises UserError if it has other parameters."""
     groups = {group["names"][0]: group for group in optimizer.param_groups}
     parameters = {

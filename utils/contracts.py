@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+State = dict[str, Tensor]  # tensors by name, such as those of a network
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config import TrainingConfig
-from engine.update.learner import Learner, Tensors
+from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
@@ -63,7 +63,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def save_checkpoint(
-    final: Path, tensors: Tensors, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
+    final: Path, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
 ) -> None:
     """Write a checkpoint folder, `.../step_XXXXXXXX`. texts: metadata by group."""
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -88,7 +88,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_to_host(groups: Tensors) -> Tensors:
+def copy_to_host(groups: Groups) -> Groups:
     """Return contiguous copies on the CPU, of GPU tensors in pinned memory, which torch reuses for the next save."""
 
     def copy(tensor: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Saver:
         return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
 
     def save(
-        self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None], *, last: bool
+        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None], *, last: bool
     ) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
@@ -135,7 +135,7 @@ class Saver:
             distributed.rank_zero_call(lambda: self.wait(last=True))
         self._saved_at = time.monotonic()
 
-    def _start(self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None]) -> None:
+    def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""
         step = learner.step
         folder = self.folder.path
@@ -291,7 +291,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 @about("resume")
-def read_groups(path: Path, state: Mapping[str, Any]) -> Tensors:
+def read_groups(path: Path, state: Mapping[str, Any]) -> Groups:
     """Read a checkpoint's tensors. Raises UserError (`resume`) if a value is not finite."""
     groups = {}
     for group in state["groups"]:

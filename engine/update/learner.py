@@ -27,14 +27,14 @@ from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set
 from optim.schedules import GroupValues, Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
-from utils.contracts import Batch
+from utils.contracts import Batch, State, Tensors
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Tensors = dict[str, dict[str, Tensor]]  # by group and name
+Groups = dict[str, State]  # tensors by group and name
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -212,7 +212,7 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------------- state
 
-    def state(self) -> tuple[Tensors, dict[str, Any]]:
+    def state(self) -> tuple[Groups, dict[str, Any]]:
         """Return the tensors by group and name, and the optimiser's other state; on all ranks.
 
         Groups: `weights` (the exported networks, named as in weight files), `task` (the rest of the task),
@@ -223,7 +223,7 @@ class Learner:
         groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale}
         return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
 
-    def _task_groups(self) -> Tensors:
+    def _task_groups(self) -> Groups:
         """Return the task's tensors and their averages, by group."""
         weights, rest = split_exported(self.task, checkpointed_state(self.task))
         groups = {"weights": weights, "task": rest}
@@ -231,12 +231,12 @@ class Learner:
             groups["average_weights"], groups["averages"] = split_exported(self.task, self.averages.tensors())
         return groups
 
-    def exported_tensors(self) -> dict[str, Tensor]:
+    def exported_tensors(self) -> State:
         """Return the current tensors of a weight file, gathered on rank 0; inside `evaluated`."""
         return sharded.gather_parts(self._task_groups()["weights"])
 
     @torch.no_grad()
-    def load_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
+    def load_state(self, tensors: Groups, others: Mapping[str, Any] | None, source: str) -> None:
         """Load what `state` returned. others: None keeps the optimiser's state.
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
@@ -283,7 +283,7 @@ def _flat_view(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple]:
+def _shapes(tensors: Tensors) -> set[tuple]:
     return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.update.runtime import Runtime
-from utils.contracts import Batch
+from utils.contracts import Batch, State
 from utils.ranks import distributed
 
 GROWTH_STEPS = 2000  # finite updates before the loss scale is doubled
@@ -34,7 +34,7 @@ class StepResult:
     losses: Sequence[Tensor]  # [B] of each micro-batch of this rank, detached
 
     @property
-    def sums(self) -> dict[str, Tensor]:
+    def sums(self) -> State:
         """The (sum, count) of each figure."""
         return dict(zip(self.names, self.figures))
 
@@ -90,13 +90,13 @@ def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float | None, inver
         torch._foreach_mul_(grads, factor)
 
 
-def first_scale(runtime: Runtime) -> dict[str, Tensor]:
+def first_scale(runtime: Runtime) -> State:
     """Return the loss scale at step 0, which is 1 except in fp16, and the count of finite updates."""
     scale = torch.full((), 65536.0 if runtime.precision == "fp16" else 1.0, device=runtime.device)
     return {"scale": scale, "good_steps": torch.zeros((), device=runtime.device)}
 
 
-def next_scale(before: dict[str, Tensor], applied: Tensor, weight: Tensor) -> dict[str, Tensor]:
+def next_scale(before: State, applied: Tensor, weight: Tensor) -> State:
     """Return the scale: doubled after GROWTH_STEPS finite updates, halved after another, kept without weight."""
     good_steps = (before["good_steps"] + 1) * applied
     grow = good_steps >= GROWTH_STEPS

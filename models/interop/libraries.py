@@ -22,6 +22,7 @@ from models.interop.parity import refuse_difference, vary_weights
 from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
+from utils.contracts import State
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.io.files import read_json, write_json
@@ -150,7 +151,7 @@ def _processor(stated: Preprocessing) -> dict[str, Any]:
     return {"image_processor_type": "BitImageProcessor", **crop, **common}
 
 
-def _read_official(network: nn.Module, library: str) -> tuple[dict[str, Tensor], Geometry]:
+def _read_official(network: nn.Module, library: str) -> tuple[State, Geometry]:
     """Return the tensors of a ConvNeXt V2, ours or timm's, under official names, and its geometry.
 
     If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks.

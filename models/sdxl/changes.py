@@ -10,11 +10,12 @@ ComfyUI divides the latter by |W|. Source: KohakuBlueleaf/LyCORIS:lycoris/module
 """
 
 import math
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+from utils.contracts import State, Tensors
 
 Kind = Literal["lora", "dora", "loha", "lokr"]
 SHOWN: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
@@ -23,7 +24,7 @@ SHOWN: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr"
 class Change(NamedTuple):
     """A layer's change. alpha: None is the rank."""
 
-    tensors: Mapping[str, Tensor]  # by name
+    tensors: Tensors  # by name
     alpha: float | None
 
     @property
@@ -85,7 +86,7 @@ def norm_like(magnitude: Tensor, weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.float(), dim=axes, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
 
 
-def draw_tensors(kind: Kind, weight: Tensor, rank: int, factor: int) -> dict[str, Tensor]:
+def draw_tensors(kind: Kind, weight: Tensor, rank: int, factor: int) -> State:
     """Return the first tensors of a LoHa or LoKr of a layer, which change nothing. factor: see `LoRAConfig`."""
     out = len(weight)
     area = weight[0].numel()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.sdxl.family import PARTS, PREDICTIONS, PREFIXES, Networks
 from models.sdxl.names import part_state, to_single_file
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.vae import fold_values
+from utils.contracts import State, Tensors
 from utils.io.files import write_json
 from utils.io.weights import weight_metadata, write_tensors
 
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's implementation of single files
 
 
-def write_modelspec(
-    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], metadata: Mapping[str, str]
-) -> None:
+def write_modelspec(path: Path, tensors: Tensors, facts: Mapping[str, str], metadata: Mapping[str, str]) -> None:
     """Write a file with facts for ModelSpec.
 
     facts: `title`, `architecture` and `implementation`, which are required, `prediction_type` as diffusers names it,
@@ -122,13 +121,13 @@ def write_vae_file(path: Path, vae: nn.Module, dtype: torch.dtype, facts: Mappin
     write_modelspec(path, tensors, facts, _stated_padding(vae, tensors))
 
 
-def _stated_padding(vae: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _stated_padding(vae: nn.Module, tensors: Tensors) -> dict[str, str]:
     padding = vae.config.get("padding_mode")
     own = {} if padding is None else {"vae": {"padding_mode": padding}}
     return {"format": "pt", **weight_metadata(own, tensors)}
 
 
-def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _write_part(folder: Path, part: str, network: nn.Module, state: Tensors) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if part.startswith("text"):
         network.config.save_pretrained(folder)
@@ -137,7 +136,7 @@ def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str,
     write_tensors(folder / f"{PARTS[part].file}.safetensors", state, {"format": "pt"})
 
 
-def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:
+def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, State]:
     """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32.
 
     folds: with the VAE's values in its tensors.

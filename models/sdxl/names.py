@@ -14,13 +14,14 @@ Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Sta
 """
 
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from models.sdxl.family import PARTS, PREFIXES
+from utils.contracts import State, Tensors
 
 _TEXT = "text_model."
 
@@ -115,7 +116,7 @@ def drop_unused(names: Iterable[str], patterns: Collection[str]) -> list[str]:
     return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_single_file(part: str, state: Tensors) -> State:
     """Convert a part's tensors to the layout of a single file. Every name must be one of SDXL's."""
     renamed = {}
     for name, tensor in _join_qkv(state).items() if part == "text_encoder_2" else state.items():
@@ -125,7 +126,7 @@ def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def from_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_single_file(part: str, state: Tensors) -> State:
     """Return a part's tensors in a single file, under the names of diffusers or transformers.
 
     Unknown names stay unchanged. Other parts and tensors that carry nothing are skipped.
@@ -149,7 +150,7 @@ def _reshape(part: str, name: str, tensor: Tensor, *, to_single: bool) -> Tensor
     return tensor
 
 
-def _join_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _join_qkv(state: Tensors) -> State:
     joined = {}
     for name, tensor in state.items():
         if ".q_proj." in name:
@@ -160,7 +161,7 @@ def _join_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _split_qkv(state: Tensors) -> State:
     split = {}
     for name, tensor in state.items():
         if ".in_proj_" in name:
@@ -170,13 +171,13 @@ def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def from_folder(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_folder(part: str, state: Tensors) -> State:
     """Return the tensors of a part, from a folder or a network, under the names of published folders."""
     prefix = "" if part != "text_encoder" or any(name.startswith(_TEXT) for name in state) else _TEXT
     return {prefix + name: state[name] for name in drop_unused(state, PARTS[part].unused)}
 
 
-def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:
+def part_state(part: str, network: nn.Module) -> State:
     """Return a network's tensors under the names of published folders, with any release of transformers."""
     return from_folder(part, network.state_dict())
 
@@ -186,7 +187,7 @@ def text_prefix(part: str, network: nn.Module) -> str:
     return _TEXT if part == "text_encoder" and not hasattr(network, "text_model") else ""
 
 
-def load_part(part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_part(part: str, network: nn.Module, state: Tensors) -> None:
     """Assign a state, under the names of `part_state`, to a network. Names and shapes must fit."""
     prefix = text_prefix(part, network)
     network.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)

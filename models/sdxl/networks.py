@@ -29,12 +29,12 @@ from models.sdxl.vae import (
 )
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
+from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import readable
 from utils.io.hub import stated_license
 from utils.io.weights import read_header, read_weights
 
-State = dict[str, Tensor]
 _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
@@ -203,7 +203,7 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     return networks
 
 
-def _read_upcast(path: Path, shapes: Mapping[str, Tensor], stated: Mapping[str, Any]) -> bool:
+def _read_upcast(path: Path, shapes: Tensors, stated: Mapping[str, Any]) -> bool:
     """Return whether a VAE overflows in float16. Raises UserError if it is none of SDXL's kind."""
     inner = shapes.get("decoder.conv_in.weight")
     if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:

@@ -17,6 +17,7 @@ from models.sdxl.step import PredictionType, decode_latents, encode_captions
 from models.sdxl.tokenizer import count_chunks
 from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
+from utils.contracts import State
 from utils.ranks.signals import check_stop
 
 _Size = Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
@@ -80,7 +81,7 @@ class EncodedPrompt(NamedTuple):
     negative_pooled_prompt_embeds: Tensor
 
 
-def _stop_if_asked(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _stop_if_asked(pipeline: Any, step: int, timestep: Any, tensors: State) -> State:
     check_stop()
     return tensors
 

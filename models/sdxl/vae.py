@@ -4,7 +4,7 @@ latents = (z - latents_mean) / latents_std * scaling_factor, per channel, as in 
 ignore `shift_factor`, so the configuration of a network states a shift as `latents_mean`, too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from models.sdxl.family import CHANNELS, PREFIXES, VAE_SCALING_FACTOR
 from models.sdxl.folders import local_base, read_config, weight_files
 from utils.config.bounds import Positive
 from utils.config.schema import Strict
+from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import find_weights, hash_tensors, is_run, read_weights
@@ -64,10 +65,10 @@ def vae_files(path: str | Path) -> list[Path]:
     return [*([] if began is None else vae_files(began)), file]
 
 
-def read_vae(path: str | Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def read_vae(path: str | Path, read: Callable[[Path], Tensors]) -> State:
     """Return the VAE's tensors as a single file names them, or as diffusers does. read: reads a file's tensors."""
     prefix = PREFIXES["vae"]
-    state: dict[str, Tensor] = {}
+    state: State = {}
     for file in vae_files(path):
         tensors = read(file)
         inside = next((mark for mark in (prefix, _OWN) if any(name.startswith(mark) for name in tensors)), "")
@@ -182,7 +183,7 @@ def latent_scale(vae: nn.Module) -> tuple[Tensor, Tensor]:
     return mean.view(-1, 1, 1), (config.scaling_factor / std).view(-1, 1, 1)
 
 
-def fold_values(vae: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_values(vae: nn.Module, state: Tensors) -> State:
     """Return the VAE's tensors with its values in them, for programs that know SDXL's scaling factor alone.
 
     Both 1x1 convolutions between the networks and the latents take them, so no other tensor changes.

@@ -4,13 +4,14 @@ A wrong name or shape stops the run before any tensor is changed. Skipping GRN w
 cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from textwrap import indent
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from models.fcmae import FCMAE
+from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.record.figures import align_columns
 from utils.record.logging import get_logger
@@ -28,12 +29,12 @@ _ADVICE = (
 class Fit(NamedTuple):
     """How a state fits a network."""
 
-    given: dict[str, Tensor]  # the tensors to load, under the network's names
+    given: State  # the tensors to load, under the network's names
     left: list[str]  # the network's names that are not in `given`
     unused: list[str]  # the state's names that are not in `given`
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> Fit:
+def load_into(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     """Copy the tensors chosen by `fit_state` into a new network. Errors are raised before anything is changed.
 
     A network on the meta device is only checked.
@@ -49,7 +50,7 @@ def is_meta(network: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in network.parameters())
 
 
-def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> Fit:
+def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
     A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, alone or from a classifier, and keeps its own
@@ -82,7 +83,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     return Fit(given, [name for name in target if name in left], unused)
 
 
-def fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fit_prefix(state: Tensors, target: Tensors) -> State:
     """Remove the encoder's prefix and the decoder, or add the prefix, to match the network."""
     is_fcmae = any(name.startswith(_ENCODER) for name in state)
     needs_fcmae = any(name.startswith(_ENCODER) for name in target)
@@ -138,9 +139,7 @@ def family_of(network: nn.Module) -> Any:
     return network if hasattr(network, "head_prefixes") else TimmFamily(network)
 
 
-def refuse_misfits(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str = "the checkpoint", advice: str = _ADVICE
-) -> None:
+def refuse_misfits(given: Tensors, wanted: Tensors, file: str = "the checkpoint", advice: str = _ADVICE) -> None:
     """Raise UserError unless both have the same names, shapes and kinds of numbers."""
     rows = []
     for name in [*wanted, *(name for name in given if name not in wanted)]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from models.weights.fit import Fit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
 from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
+from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import read_json
 from utils.io.hub import is_reference, stated_license
@@ -58,7 +59,7 @@ def initialise_from(
     return origin
 
 
-def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def convert(network: nn.Module, state: Tensors) -> tuple[str, State]:
     """Return the layout of a state, and the state under the names of a network.
 
     Our ConvNeXt V2 takes every layout of `recognise`. A timm network takes the layouts that timm converts, which

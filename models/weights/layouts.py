@@ -15,10 +15,12 @@ huggingface/transformers:models/convnextv2.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+from utils.contracts import State, Tensors
 
 Layout = Literal["official", "timm", "transformers"]
 
@@ -57,7 +59,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
 
 
-def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def recognise(state: Tensors) -> tuple[str, State]:
     """Return the layout of a state, and the state under official names (for `other`, under its own names).
 
     Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.
@@ -71,7 +73,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     return "other", state
 
 
-def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrappers(state: Tensors) -> State:
     """Remove the wrappers' prefixes that all names share, repeatedly."""
     while state and (prefix := next((text for text in _WRAPPERS if all(name.startswith(text) for name in state)), "")):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -86,7 +88,7 @@ def translate_name(name: str, source: Layout, target: Layout) -> str | None:
     return None
 
 
-def translate(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:
+def translate(state: Tensors, source: Layout, target: Layout) -> State:
     """Return a state with the names and shapes of another layout; unknown names stay unchanged."""
     translated = {}
     for name, tensor in state.items():
@@ -140,7 +142,7 @@ class Geometry(NamedTuple):
         return next((name for name, shape in SIZES.items() if shape == (self.depths, self.dims)), None)
 
 
-def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
+def read_geometry(state: Tensors) -> Geometry:
     """Return the geometry of a state under official names."""
     depths = Counter(match[1] for name in state if (match := _DEPTHWISE.fullmatch(name)))
     dims = tuple(len(state[f"stages.{stage}.0.dwconv.weight"]) for stage in range(len(depths)))

@@ -1,15 +1,15 @@
 """Load timm's weights by name, and call timm's converters of a network's files (`checkpoint_filter_fn`)."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.config import TimmConfig
 from models.weights.fit import TimmFamily
+from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 _CACHED = "models--timm--"  # begins the name of a repository's folder in the cache
 
 
-def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_timm(network: nn.Module) -> tuple[State, dict[str, Any]]:
     """Return timm's weights for a timm network, and their origin. A head for other classes is left away.
 
     Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
@@ -86,7 +86,7 @@ def load_timm(name: str, **arguments: int) -> nn.Module:
         ) from None
 
 
-def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def filter_state(network: nn.Module, state: Tensors) -> State:
     """Convert a state by timm's converter for a network.
 
     Return the state unchanged if everything but the head fits already, if the network has no converter, or if the
@@ -133,7 +133,7 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
     }
 
 
-def _shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _shapes(network: nn.Module, state: Tensors) -> dict[str, torch.Size]:
     """Return the shapes of all tensors but the head's."""
     head = TimmFamily(network).head_prefixes
     return {name: tensor.shape for name, tensor in state.items() if not name.startswith(head)}

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import fsync_path, readable, write_atomically
 from utils.io.hub import fetch, is_reference
@@ -38,7 +39,7 @@ class InitFrom(NamedTuple):
         return find_weights(self.source, "ema" if self.weights == "ema" else "last")
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(tensors: Tensors) -> State:
     """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
     plain = {}
     seen = set()
@@ -50,7 +51,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors into a safetensors file, with the mode of any new file, and flush it to the disk."""
     path.touch()
     mode = path.stat().st_mode
@@ -59,19 +60,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     fsync_path(path)
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+def write_weights(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
     """Write a weight file on rank 0. metadata: model, preprocessing, classes, step and more."""
     if distributed.is_main():
         texts = weight_metadata(metadata, tensors)
         write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
 
 
-def weight_metadata(metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def weight_metadata(metadata: dict[str, Any], tensors: Tensors) -> dict[str, str]:
     """Return metadata for a safetensors header: JSON under `atelier`, and the tensors' checksum."""
     return {"atelier": json.dumps(metadata), _CHECKSUM: hash_tensors(tensors)}
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Tensors) -> str:
     """Return the hexadecimal SHA-256 of the tensors' names and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -82,7 +83,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def read_weights(
     path: Path, which: Literal["model", "ema"] = "model", *, shapes_only: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[State, dict[str, Any]]:
     """Read a weight file: its tensors, and Atelier's metadata (`{}` for a foreign file).
 
     Files that do not end in .safetensors are read by torch with weights_only, so no code in them runs. float8 becomes
@@ -123,7 +124,7 @@ def read_weights(
     return tensors, metadata
 
 
-def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_torch(path: Path, which: str = "model") -> tuple[State, dict[str, Any]]:
     """Return the state dict of a torch file, on the CPU, or the weights or average (`ema`) of a checkpoint.
 
     The metadata of a checkpoint are the names of its `entries`, whether the result is the `average`, and its licence as
@@ -164,7 +165,7 @@ def _is_plain(name: Any, tensor: Any) -> bool:
     return is_dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+def refuse_not_finite(tensors: Tensors, path: Path) -> None:
     """Raise UserError if a tensor has values that are NaN or infinite."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
@@ -177,7 +178,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(path: Path) -> tuple[State, dict[str, str]]:
     """Return a safetensors file's tensors, on the meta device, and metadata. Reads only the header."""
     with readable(path, "safetensors"), safe_open(path, "pt") as file:
         # These tensors are views of the mapped file: their values are not read.
@@ -185,7 +186,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, file.metadata() or {}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> State:
     """Read the tensors of a safetensors file."""
     with readable(path, "safetensors"):
         return load_file(path)

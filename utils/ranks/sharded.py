@@ -3,10 +3,11 @@
 Every function also accepts plain tensors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from utils.contracts import State, Tensors
 from utils.ranks.distributed import is_main, rank, world_size
 
 
@@ -55,7 +56,7 @@ def take_part(whole: Tensor, like: Tensor) -> Tensor:
     return chunks[rank()] if rank() < len(chunks) else whole[:0]
 
 
-def gather_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_parts(tensors: Tensors) -> State:
     """Return whole tensors: on rank 0 copies on the CPU, on other ranks nothing; without sharded tensors the same ones.
 
     All ranks call it with the same names in the same order. A device holds only one whole tensor at a time.
