@@ -61,9 +61,11 @@ def spread(rows: np.ndarray, limit: int) -> np.ndarray:
 
 
 def choose_probe_rows(
-    class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, train_images: int, val_images: int
+    class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return training and validation rows for a probe of features, both evenly spread over the classes.
+    """Return at most `most` training rows and half as many of validation for a probe of features.
+
+    Both are evenly spread over the classes.
 
     class_ids: [N], for all rows; -1 without a class. Validation rows only have classes of the chosen training rows.
     Both may be empty.
@@ -72,6 +74,6 @@ def choose_probe_rows(
     def pick(rows: np.ndarray, limit: int) -> np.ndarray:
         return spread(rows[np.argsort(class_ids[rows], kind="stable")], limit)
 
-    train = pick(train_rows[class_ids[train_rows] >= 0], train_images)
-    val = pick(val_rows[np.isin(class_ids[val_rows], class_ids[train])], val_images)
+    train = pick(train_rows[class_ids[train_rows] >= 0], most)
+    val = pick(val_rows[np.isin(class_ids[val_rows], class_ids[train])], (most + 1) // 2)
     return train, val

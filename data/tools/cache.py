@@ -14,7 +14,6 @@ from data.open import load_collection, open_images
 from data.stream.source import UnreadableImage
 from data.tools.tool import Tool
 from utils.config.bounds import DurationOrZero, Side
-from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import output_errors
 from utils.io.memo import in_threads
@@ -26,29 +25,27 @@ from utils.record.report import TableRow
 
 log = get_logger(__name__)
 
+_CACHES = Path("outputs/cache")
 _DAY_SEC = 86_400
 
 
 class Cache(Tool):
-    """List the caches in `folder`; with `apply`, remove the records that no run has used for `unused_days`.
+    """List the caches; with `apply`, remove the records that no run has used for `unused_days`.
 
-    fill: keep all images in `data.cache.folder`, as a training with these `channels` and `shortest_px` reads them.
+    fill: keep all images in `data.cache.folder`, as a training with this `shortest_px` reads them; grey: one channel.
     """
 
     name: Literal["cache"]
-    folder: PathText
     unused_days: DurationOrZero
     apply: bool
-    fill: bool
-    channels: Literal[1, 3]
+    fill: bool | Literal["grey"]
     shortest_px: Side | None
 
     def run(self, data: DataConfig) -> str:
-        """Fill, or list and remove. Raises UserError (`job.folder`, `data.cache.disk_gib`)."""
+        """Fill, or list and remove. Raises UserError (`job.apply`, `data.cache.disk_gib`)."""
         if self.fill:
             return self._fill(data)
-        folder = Path(self.folder)
-        caches = {*folder.glob("*"), Path(data.cache.folder)}
+        caches = {*_CACHES.glob("*"), Path(data.cache.folder)}
         unused = []
         rows = []
         for path in sorted(path for path in caches if path.exists()):
@@ -57,7 +54,7 @@ class Cache(Tool):
             unused += records
         log.info("%s", Lines(show_rows(rows)))
         size = sum(file.stat().st_size for file in unused) / GIB
-        with output_errors("job.folder", folder):
+        with output_errors("job.apply", _CACHES):
             for file in unused if self.apply else ():
                 file.unlink(missing_ok=True)
         done = "removed" if self.apply else "job.apply=true removes them"
@@ -67,10 +64,11 @@ class Cache(Tool):
         """Decode each image that the cache lacks."""
         if not data.cache.disk_gib:
             raise UserError(
-                "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as the training"
+                "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as in the training"
             )
         collection = load_collection(data)
-        source = open_images(collection, data, self.model_dump(include={"channels", "shortest_px"}))
+        channels = 1 if self.fill == "grey" else 3
+        source = open_images(collection, data, {"channels": channels, "shortest_px": self.shortest_px})
 
         def keep(row: int) -> None:
             with suppress(UnreadableImage):  # a training says which

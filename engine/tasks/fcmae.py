@@ -39,11 +39,10 @@ _PICTURES = 10
 
 
 class ProbeConfig(Strict):
-    """When to probe the frozen features (null: not in training), on at most how many images, with k neighbours."""
+    """When to probe the frozen features (null: not in training), fitted to how many images, with k neighbours."""
 
     every_epochs: Duration | None
-    train_images: Count
-    val_images: Count
+    images: Count
     k: Count
 
 
@@ -199,9 +198,7 @@ class FCMAEKind(Kind):
         collection = data.collection
         probe = setup.task.probe
         class_ids = collection.class_ids(collection.class_names("train"))
-        train, val = choose_probe_rows(
-            class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
-        )
+        train, val = choose_probe_rows(class_ids, collection.rows("train"), collection.rows("val"), probe.images)
         if len(np.unique(class_ids[train])) < 2 or len(val) == 0:
             log.info("probe: off, because fewer than two classes have images; task.probe.every_epochs=null is silent")
             return loaders

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from data.augment.config import AugmentConfig
 from data.collection.choose import training_rows
@@ -57,11 +58,13 @@ _EPS = 1e-8  # from the published code of the asymmetric loss
 
 
 class TagLossConfig(Strict):
-    """The loss. Only the asymmetric loss has parameters."""
+    """The loss. gamma_neg, clip: of the asymmetric loss; gamma, alpha: of the focal loss."""
 
-    name: Literal["bce", "asl"]  # binary cross-entropy or asymmetric loss
+    name: Literal["bce", "asl", "focal"]  # binary cross-entropy, asymmetric or focal loss
     gamma_neg: Annotated[float, Field(ge=0, le=100)]
     clip: BelowOne
+    gamma: Annotated[float, Field(ge=1, le=100)] = 2.0  # a run from before these keys has no focal loss
+    alpha: BelowOne = 0.25
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig):
@@ -116,9 +119,10 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss per sample and tag, float32 [B, T]: the cross-entropy or the asymmetric loss.
+    """Return the loss per sample and tag, float32 [B, T]: the cross-entropy, the focal or the asymmetric loss.
 
-    The focusing weights of the latter get no gradient, as in the published training.
+    The focal loss is that of Lin et al. 2017 (arXiv 1708.02002), equation 5.
+    The focusing weights of the asymmetric loss get no gradient, as in the published training.
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
     Differs: gamma+ is 0, its published value; log p is exact even for a positive with p < 1e-8, which therefore keeps
     its gradient.
@@ -126,6 +130,8 @@ def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.float()
     if config.name == "bce":
         return bce(logits, targets)
+    if config.name == "focal":
+        return sigmoid_focal_loss(logits, targets, config.alpha, config.gamma)
     absent = ((-logits).sigmoid() + config.clip).clamp(max=1)  # 1 - p_m
     log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
     with torch.no_grad():

@@ -60,12 +60,6 @@ def test_the_best_of_a_rivals_trials_runs_with_all_seeds_and_a_killed_bench_goes
     assert bench("timm_script=timm.py")[1] == []
 
 
-@pytest.mark.parametrize("word", ["names=b", "mins=2"])
-def test_words_that_cannot_be_are_refused(bench, word):
-    with pytest.raises(SystemExit, match=word.split("=")[0]):
-        bench(word)
-
-
 def test_a_run_has_its_core_and_thread_and_a_failed_one_shows_its_output(tmp_path):
     core = minutes.DEFAULTS["core"]
     code = "import os; print(os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])"

@@ -105,6 +105,7 @@ finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_ev
 finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.total_steps=3 optim.lr=0.1 \
     resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
+train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal
 finetune $tagger task=distillation task.teacher=asl run_dir=distilled
 tests.tasks.multicrop $short $images run_dir=multicrop
 evaluate run_dir=tuned $cpu
@@ -124,6 +125,7 @@ prepare job=duplicates $folders
 prepare job=filter job.find=tags<1 $folders
 prepare job=apply_corrections $folders
 prepare job=cache $folders
+prepare job=cache job.fill=true data.cache.disk_gib=0.01 data.cache.folder=kept $folders
 prepare job=machine $folders
 prepare job=import job.source=d.toml job.output=d.yaml
 prepare job=copy job.to=part $folders

@@ -9,7 +9,7 @@ from scipy.special import expit as sigmoid
 
 from engine.tasks.tagging import TagLossConfig, tag_loss
 
-DEFAULTS = {"gamma_neg": 4.0, "clip": 0.05}
+DEFAULTS = {"gamma_neg": 4.0, "clip": 0.05, "gamma": 2.0, "alpha": 0.25}
 LOGITS = torch.linspace(-12, 12, 97).repeat(2, 1)
 HARD = (torch.arange(97) % 3 == 0).float().repeat(2, 1)
 SOFT = torch.linspace(0, 1, 97)[torch.randperm(97, generator=torch.Generator().manual_seed(0))].repeat(2, 1)
@@ -23,7 +23,13 @@ def bce_formula(x, y, **_):
     return -y * np.log(sigmoid(x)) - (1 - y) * np.log(1 - sigmoid(x))
 
 
-def asl_formula(x, y, *, gamma_neg, clip):
+def focal_formula(x, y, *, gamma, alpha, **_):
+    """Equation 5 of Lin et al.; a soft target mixes the two sides."""
+    p_t = y * sigmoid(x) + (1 - y) * sigmoid(-x)
+    return (y * alpha + (1 - y) * (1 - alpha)) * (1 - p_t) ** gamma * bce_formula(x, y)
+
+
+def asl_formula(x, y, *, gamma_neg, clip, **_):
     """Equations 4 to 7 of Ridnik et al.; of soft targets, as the official code has it."""
     p = sigmoid(x)
     p_m = np.maximum(p - clip, 0)
@@ -33,6 +39,8 @@ def asl_formula(x, y, *, gamma_neg, clip):
 
 CASES = [
     ("bce", bce_formula, {}),
+    ("focal", focal_formula, {}),
+    ("focal", focal_formula, {"gamma": 1.0, "alpha": 0.9}),
     ("asl", asl_formula, {}),
     ("asl", asl_formula, {"gamma_neg": 7.0, "clip": 0.2}),
     ("asl", asl_formula, {"gamma_neg": 0.0, "clip": 0.0}),
