@@ -9,7 +9,6 @@ import functools
 import itertools
 import math
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -196,11 +195,9 @@ def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
     _check_spelling(shards, where)
     sizes = [math.inf] * len(shards) if root is None else find_sizes(root, shards.to_pylist(), where)
     ends = dict(zip(shards.to_pylist(), sizes))
-    names = ("path", *PLACES)
-    for values in zip(*(table[name].to_pylist() for name in names)):
-        _, shard, offset, length = values
-        if None in values or not 0 <= offset <= offset + length <= ends[shard]:
-            place = dict(zip(names, values))
+    for place in table.select(["path", *PLACES]).to_pylist():
+        _, shard, offset, length = place.values()
+        if None in place.values() or not 0 <= offset <= offset + length <= ends[shard]:
             raise UserError(f"data.root: {str(file)!r}: {place} is not inside a shard; pack the collection again")
 
 
@@ -208,28 +205,25 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     """Return the sizes of files of a collection in bytes.
 
     where: the source of the paths, for messages.
-    Raises UserError (`data.root`) if a path is not a file, or is a link out of the root.
+    Raises UserError (`data.root`) with the number and the first of those that are no files, or links out of the root.
     """
     real = os.path.join(os.path.realpath(root), "")
     find_folder = functools.lru_cache(_PART)(lambda folder: os.path.realpath(os.path.join(root, folder)))
 
-    def look_up(path: str) -> int:
+    def look_up(path: str) -> int | None:
         folder, _, name = path.rpartition("/")
         file = os.path.join(find_folder(folder), name)
         file = os.path.realpath(file) if os.path.islink(file) else file
-        try:
-            status = os.stat(file)
-            fault = "" if stat.S_ISREG(status.st_mode) else "is not a file"
-        except OSError as error:
-            fault = f"does not exist ({error.strerror})"
-        if not file.startswith(real):
-            fault = f"is a link out of the collection, to {file!r}"
-        if fault:
-            raise UserError(f"data.root: {where}: {path!r} {fault}; list files inside {str(root)!r}")
-        return status.st_size
+        return os.path.getsize(file) if file.startswith(real) and os.path.isfile(file) else None
 
     parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
-    return list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))
+    sizes = list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))
+    if absent := [path for path, size in zip(paths, sizes) if size is None]:
+        raise UserError(
+            f"data.root: {where}: {len(absent):,} of {len(paths):,} are no files that can be read, or links out of the "
+            f"collection: {show_some(absent)}; list files inside {str(root)!r}"
+        )
+    return sizes
 
 
 def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:

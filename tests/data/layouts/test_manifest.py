@@ -108,13 +108,13 @@ def test_a_csv_manifest(opened, root):
         ({"path": "b.png", "weight": float("nan")}, ["row 1", "nan"]),
         ({"path": "b.png", "split": "fold 1"}, ["row 1", "'fold 1'", "validation"]),
         ({"path": "a.png"}, ["'a.png'", "twice"]),
-        ({"path": "no/b.png"}, ["'no/b.png'", "No such file"]),
-        ({"path": "sub"}, ["'sub'", "is not a file"]),
+        ({"path": "no/b.png"}, ["1 of 2", ": no/b.png;"]),
+        ({"path": "sub"}, ["1 of 2", ": sub;"]),
         ({"path": "/etc/passwd"}, ["'/etc/passwd'", "absolute"]),
         ({"path": "sub/../b.png"}, ["'sub/../b.png'", "is absolute, or"]),
-        ({"path": "out.png"}, ["'out.png'", "link out"]),
-        ({"path": "away/b.png"}, ["'away/b.png'", "link out"]),
-        ({"path": "itself.png"}, ["'itself.png'", "symbolic links"]),
+        ({"path": "out.png"}, ["links out", ": out.png;"]),
+        ({"path": "away/b.png"}, ["links out", ": away/b.png;"]),
+        ({"path": "itself.png"}, ["1 of 2", ": itself.png;"]),
     ],
 )
 def test_rows_are_refused(refuse, root, tmp_path, row, words):
@@ -124,6 +124,12 @@ def test_rows_are_refused(refuse, root, tmp_path, row, words):
     (root / "away").symlink_to(tmp_path / "root_elsewhere")
     (root / "itself.png").symlink_to("itself.png")
     refuse(jsonl(root, [{"path": "a.png"}, row]), "manifest.jsonl", *words)
+
+
+def test_all_missing_files_are_one_refusal(refuse, root):
+    names = [f"{number}.png" for number in range(9)]
+    put(root, *names[:2])
+    refuse(jsonl(root, [{"path": name} for name in names]), "7 of 9", "2.png, 3.png, 4.png")
 
 
 def test_links_inside_the_root_are_fine(opened, root):
