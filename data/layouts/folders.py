@@ -15,14 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from data.layouts.listed import read_listed_images
-from data.layouts.metadata import read_metadata, read_posts, read_tables
+from data.layouts.metadata import read_metadata, read_posts
 from data.layouts.names import (
     CORRECTIONS,
     IMAGE_SUFFIXES,
     PARQUET,
     POSTS,
     SHARD_SUFFIXES,
-    TABLES,
     is_image_name,
     is_mask_name,
     is_raw,
@@ -35,7 +34,7 @@ from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
 from data.layouts.table import build_table, show_some
 from data.layouts.tables import TableChoice, find_one
 from data.layouts.unused import ORPHANS, Unused
-from data.layouts.walk import unreadable, walk_folders
+from data.layouts.walk import walk_folders
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -43,8 +42,8 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _MASKS = "masks, which task.mask alone reads, and OneTrainer's conditioning images"
-_BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
-_BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
+# Folders of dumps: the last digits of a post's id, with zeros before them, or the first ones of a hash.
+_OF_POST = re.compile(r"0*(\d{2,3})/\d*\1|([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\2.*")
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
@@ -85,14 +84,11 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
     known = dict(zip(sidecars, known))
     try:
-        rows = read_tables(root, tables, images, unused, choice.columns)
-        metadata = read_metadata(root, images, unused)
+        described = read_metadata(root, tables, images, unused, choice.columns)
     except (OSError, ValueError) as error:  # UserError is one
-        fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
-        rows = {}
-        metadata = {next(iter(images)): fault}
+        described = {next(iter(images)): Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")}
     none = Sidecar()
-    records = [known.get(path, none).updated(rows.get(path, none)).updated(metadata.get(path, none)) for path in images]
+    records = [known.get(path, none).updated(described.get(path, none)) for path in images]
     return _build_rows(images, splits, _add_labels(list(images), labels, records))
 
 
@@ -116,13 +112,11 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
         for entry in entries:
             if is_image_name(entry.name) and entry.name not in twins:
-                try:
-                    images[folder + entry.name] = entry.stat().st_size
-                except OSError as error:
-                    unused.add(unreadable(error), folder + entry.name)
+                images[folder + entry.name] = entry.stat().st_size
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
-        tables += sorted(folder + name for name in names.intersection(TABLES))
+        own = {*itertools.chain(*paired.values())}
+        tables += sorted(path for path in map(folder.__add__, names) if is_table(path) and path not in own)
         unused.add(_MASKS, *map(folder.__add__, filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
@@ -150,38 +144,32 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
 def _check_places(root: Path, paths: list[str], splits: list[str | None], labels: list[str | None]) -> list[str]:
     """Return the split of each path; train if folders say none.
 
-    Raises UserError if only some images are in split folders, or only some of a split in class folders.
+    Raises UserError if only some images are in split folders, or only some of train and val in class folders.
     """
-    is_outside = [split is None and any(splits) for split in splits]
-    for lacking, given, what in (
-        (is_outside, splits, "a split folder (train/, val/, test/)"),
-        (lacks_labels(splits, labels), labels, "a class folder"),
-    ):
-        if any(lacking):
-            no = paths[lacking.index(True)]
-            yes = next(path for path, value in zip(paths, given) if value is not None)
+    is_outside = [any(splits) and split is None for split in splits]
+    kinds = {"a split folder (train/, val/, test/)": is_outside, "a class folder": lacks_labels(splits, labels)}
+    for what, lacking in kinds.items():
+        others = [path for path, lacks in zip(paths, lacking) if lacks]
+        if others:
             raise UserError(
-                f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move all images into "
-                "such folders, or none, or list images, splits and labels in a manifest.jsonl"
+                f"data.root: {str(root)!r} mixes layouts: {len(others):,} of {len(paths):,} images are not in {what}: "
+                f"{show_some(others)}; move all images into such folders, or none, or list images, splits and labels "
+                "in a manifest.jsonl"
             )
     return [split or "train" for split in splits]
 
 
 def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidecar]) -> list[Sidecar]:
-    """Return the sidecars with labels from folders; if most images are posts of a booru, with ids instead.
+    """Return the sidecars with labels from folders, unless most images are posts of a booru.
 
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
     `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
     """
-    ids = []
     posts = 0
     for path, label, sidecar in zip(paths, labels, sidecars):
         name = f"{label}/{os.path.splitext(os.path.basename(path))[0]}".lower()
-        number = _BY_ID.fullmatch(name)
-        is_id = number is not None and int(number[2]) % 10 ** min(len(number[1]), 3) == int(number[1])
-        ids.append(int(number[2]) if is_id and sidecar.id is None else sidecar.id)
-        posts += is_id or _BY_HASH.fullmatch(name) is not None or None not in (sidecar.id, sidecar.tags)
+        posts += _OF_POST.fullmatch(name) is not None or None not in (sidecar.id, sidecar.tags)
     if posts <= len(paths) / 2 or not any(labels):
         return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
-    return [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
+    return sidecars

@@ -11,13 +11,13 @@ machine matches by its last parts.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from data.layouts.names import TABLES, is_metadata
+from data.layouts.names import is_metadata
 from data.layouts.sidecars import (
     Sidecar,
     decode,
@@ -37,97 +37,79 @@ from utils.io.files import readable
 from utils.io.names import Names
 
 
-def read_tables(
-    root: Path, files: Iterable[str], images: Mapping[str, int], unused: Unused, stated: Columns
+def read_metadata(
+    root: Path, tables: Iterable[str], images: Iterable[str], unused: Unused, stated: Columns
 ) -> dict[str, Sidecar]:
-    """Return metadata of images by path, from tables of imagefolder: TABLES in any folder. stated: `data.columns`.
+    """Return metadata of images by path: that of imagefolder's tables, then that of kohya's. stated: `data.columns`.
 
-    Raises UserError (`data.root`) if one cannot be read, or if a folder has two.
+    Raises UserError (`data.root`) if a table cannot be read, or if a folder has two of one kind.
     """
-    found = {}
-    for name in files:
-        file = find_one((root / name).parent, TABLES)
-        refuse_link_out(root, file)
-        table = read_columns(file)
-        names = name_columns(table, stated)
-        key = next((column for column, field in names.items() if field == "path"), None)
-        if key is None:
-            unused.add("tables without a column file_name", name)
-            continue
-        known = Names(images)
-        del names[key]
-        for image, record in zip(table[key].to_pylist(), read_records(name, table, unused, names)):
-            path = os.path.normpath(os.path.join(os.path.dirname(name), str(image).replace("\\", "/")))
-            with about(f"data.root: {name}"):
-                path = known.find(path)
-            if path is not None:
-                found[path] = record
-            else:
-                unused.add("rows of tables without an image", f"{image} in {name}")
-    return found
-
-
-def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str, Sidecar]:
-    """Return what the metadata file says about the images `paths`, by path; {} if there is no such file.
-
-    Raises UserError (`data.root`) if the file cannot be read, or if there is more than one.
-    """
-    by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
+    by_key = {key: path for path in images for key in (os.path.splitext(path)[0], path)}
     known = Names(by_key)
-    found: dict[str, dict[str, Any]] = {}
-    for name in sorted(filter(is_metadata, os.listdir(root))):
-        if entries := _read_entries(root, root / name):
-            found[name] = entries
-        elif os.path.splitext(name)[0] not in by_key:
-            unused.add("files with the name of kohya's metadata, but no entry per image", name)
-    find_one(root, found)
+    first: dict[tuple[str, bool], str] = {}  # table of each folder and kind
     sidecars: dict[str, Sidecar] = {}
-    for name, entries in found.items():
-        for key, record in entries.items():
-            parts = key.replace("\\", "/").split("/")
+    for name in sorted(tables, key=is_metadata):
+        refuse_link_out(root, root / name)
+        folder = os.path.dirname(name)
+        rows = _read_entries(root / name, unused) if is_metadata(name) else _read_table(root / name, unused, stated)
+        if rows:
+            find_one(root, {first.setdefault((folder, is_metadata(name)), name): None, name: None})
+        else:
+            unused.add("tables that name no image", name)
+        for key, record in rows:
+            parts = os.path.normpath(f"{folder}/{key}".replace("\\", "/")).strip("/").split("/")
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             with about(f"data.root: {name}"):
                 end = next(filter(None, map(known.find, ends)), None)
             if end is not None:
-                sidecars[by_key[end]] = _parse_entry(f"{str(root / name)!r}, {key!r}", record, unused)
+                path = by_key[end]
+                sidecars[path] = sidecars.get(path, Sidecar()).updated(record)
             else:
-                unused.add(f"entries of {name} without an image", key)
+                unused.add("rows of tables without an image", f"{key} in {name}")
     return sidecars
 
 
-def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
-    """Return the records of a file by their keys; {} if it holds something else."""
-    refuse_link_out(root, file)
+def _read_table(file: Path, unused: Unused, stated: Columns) -> list[tuple[str, Sidecar]]:
+    """Return the metadata in each row of a table, after its path; none without a column of paths."""
+    table = read_columns(file)
+    names = name_columns(table, stated)
+    key = {ours: theirs for theirs, ours in names.items()}.get("path")
+    paths = table[key].to_pylist() if names.pop(key, None) else ()
+    return [*zip(map(str, paths), read_records(str(file), table, unused, names))]
+
+
+def _read_entries(file: Path, unused: Unused) -> list[tuple[str, Sidecar]]:
+    """Return the entries of kohya's metadata, after their keys; none if the file holds something else."""
     if file.suffix == ".json":
         entries = load_json(decode(file.read_bytes()), repr(str(file)))
     else:
         entries = {_path_of(record): record for _, record in read_lines(file)}
-    is_kohyas = isinstance(entries, dict) and all(isinstance(key, str) for key in entries)
-    return entries if is_kohyas and all(isinstance(record, dict) for record in entries.values()) else {}
+    if not isinstance(entries, dict) or not all(isinstance(record, dict) for record in entries.values()):
+        return []
+    return [(key, _parse_entry(f"{str(file)!r}, {key!r}", record, unused)) for key, record in entries.items()]
 
 
-def _path_of(record: dict[str, Any]) -> Any:
+def _path_of(record: dict[str, Any]) -> str:
     """Return the path in a row, under any of its names."""
-    return next((value for name, value in record.items() if name_field(name) == "path"), None)
+    return next((str(value) for name, value in record.items() if name_field(name) == "path"), "no path")
 
 
 def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
     """Read an entry; without tags, its caption is a list of tags. `probs` of predict.py has the tags' categories."""
     tags = record.get("tags")
-    probs = record.get("probs")
     if isinstance(tags, str):
         tags = split_tags(tags)
-        if isinstance(probs, dict) and all(isinstance(names, dict) for names in probs.values()):
+        if isinstance(probs := record.get("probs"), dict):
             tags = [text for tag in tags for text in _add_category(tag, probs)]
     sidecar = parse_record(where, {**record, "tags": tags})
     return sidecar if sidecar.tags is not None else parse_text(where, sidecar.caption or "", unused).updated(sidecar)
 
 
-def _add_category(text: str, probs: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a tag with each category that has its name, or as it is."""
+def _add_category(text: str, probs: dict[str, Any]) -> list[str]:
+    """Return a tag with each category whose probabilities have its name, or as it is."""
     tag = parse_tag(text)
-    found = [category for category, names in probs.items() if tag.category is None and tag.name in names]
-    return [write_tag(Tag(CATEGORIES.get(category), tag.name)) for category in found] or [text]
+    found = [category for category, names in probs.items() if isinstance(names, dict) and tag.name in names]
+    return [write_tag(Tag(CATEGORIES.get(category), tag.name)) for category in found if tag.category is None] or [text]
 
 
 def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) -> dict[str, Sidecar]:

@@ -76,7 +76,6 @@ def _is_wrapped(folders: Sequence[_Folders], outer: str) -> bool:
 
 
 def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:
-    """Return for each image whether it must have a label and has none: in a split that has some, but the test split."""
-    labelled = {split for split, label in zip(splits, labels) if label is not None}
-    needed = {*splits} - {TEST} if labelled - {TEST} else labelled
-    return [label is None and split in needed for split, label in zip(splits, labels)]
+    """Return for each image whether it has no label, but others of train and val have one. The test split may lack."""
+    is_needed = any(label for split, label in zip(splits, labels) if split != TEST)
+    return [is_needed and label is None and split != TEST for split, label in zip(splits, labels)]

@@ -124,7 +124,9 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
     file, *others = [file for file in map(root.joinpath, names) if file.is_file() or file.is_dir()] or [None]  # no pipe
     if others:
-        raise UserError(f"data.root: {str(root)!r} holds both {file.name} and {others[0].name}; keep the correct one")
+        raise UserError(
+            f"data.root: {str(file.parent)!r} holds both {file.name} and {others[0].name}; keep the correct one"
+        )
     return file
 
 

@@ -4,6 +4,7 @@ What cannot be read costs itself alone: it is added to what is not used, with th
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,13 +96,10 @@ def _find_fault(entry: os.DirEntry[str], path: str) -> str | None:
     if not is_utf8(entry.name):
         return NOT_UTF8
     try:
-        # data.on_bad_sidecar says what becomes of one that cannot be read
-        if entry.is_dir() or is_sidecar(path) or entry.is_file():
-            return None
-        entry.stat()
+        mode = entry.stat().st_mode
     except OSError as error:
-        return unreadable(error)
-    return _SPECIAL
+        return None if is_sidecar(path) else unreadable(error)  # data.on_bad_sidecar says what becomes of one
+    return None if stat.S_ISDIR(mode) or stat.S_ISREG(mode) or is_sidecar(path) else _SPECIAL
 
 
 def unreadable(error: OSError) -> str:

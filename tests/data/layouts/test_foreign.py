@@ -260,9 +260,9 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
     ]
     assert f"1 rows of tables without an image: gone.png in train/metadata.{form}" in log.text
     assert NAMED + "score" in log.text
-    (root / "train" / ("metadata.csv" if form == "jsonl" else "metadata.jsonl")).touch()
+    write_rows(root / "train" / ("metadata.csv" if form == "jsonl" else "metadata.jsonl"), rows)
     load(root)
-    assert "holds both metadata.jsonl and metadata." in log.text
+    assert "/root/train' holds both metadata." in log.text
 
 
 @pytest.mark.parametrize(

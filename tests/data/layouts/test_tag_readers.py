@@ -170,7 +170,7 @@ def test_metadata_of_kohya(tmp_path, log):
         "x/d.png": (["kept"], None, "kept", None),
         "x/meta_c.png": ([], None, None, None),
     }
-    assert "not used: 1 entries of meta_lat.json without an image: /elsewhere/x/gone.png" in log.text
+    assert "not used: 1 rows of tables without an image: /elsewhere/x/gone.png in meta_lat.json" in log.text
 
 
 def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
@@ -180,7 +180,7 @@ def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
     write(write(tmp_path, "meta_b.json", {"tags": "own"}), "meta_info.json", {"version": 1})
     found = rows(tmp_path)
     assert found["a.png"][0] == ["1girl", "solo"] and found["b.png"][:2] == (["x", "y"], "g")
-    assert found["meta_b.png"][0] == ["own"] and "no entry per image: meta_info.json" in log.text
+    assert found["meta_b.png"][0] == ["own"] and "tables that name no image: meta_info.json" in log.text
 
 
 # Tables of posts.
