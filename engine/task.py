@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from utils.contracts import Batch, State, Tensors, TrainStream
 from utils.errors import UserError, close_names
-from utils.io.files import sha256_text
+from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, hash_tensors
 
@@ -44,7 +44,7 @@ class Streams:
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
-    trained_on: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: Values = field(default_factory=dict)
     class_images: Sequence[int] = ()
     earlier: Sequence[TrainStream] = ()
 
@@ -75,7 +75,7 @@ class Report:
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
+    tables: dict[str, list[Json]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
     images: dict[str, np.ndarray | Callable[[], np.ndarray]] = field(default_factory=dict)  # [H, W, 3] uint8
 
     def draw(self) -> dict[str, np.ndarray]:
@@ -108,12 +108,12 @@ class Task(nn.Module):
     helpers: tuple[str, ...] = ()
     offloaded: tuple[str, ...] = ()
     exported: tuple[str, ...] = ("network",)
-    metadata: Mapping[str, Any] = {}
+    metadata: Values = {}
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
     may_be_recorded: ClassVar[bool] = False
     choices: Mapping[str, bool] = {}
-    origin: dict[str, Any] | None = None
+    origin: Json | None = None
 
     def choose_best(self, metric: str | None) -> None:
         """Let a scalar select the best weights (`loop.best`); None: `best_metric`. Raises UserError (`loop.best`)."""

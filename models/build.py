@@ -1,7 +1,5 @@
 """Build a network from the `model` group of the configuration."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -9,6 +7,7 @@ from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.small_maps import use_small_maps
 from utils.errors import UserError, close_names
+from utils.io.files import Json
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -65,7 +64,7 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
     return None
 
 
-def timm_arguments(config: TimmConfig) -> dict[str, Any]:
+def timm_arguments(config: TimmConfig) -> Json:
     """Return the arguments of timm's network that its name does not imply, but for regularisation."""
     sizes = {} if config.image_size_hw is None else {"img_size": config.image_size_hw}
     if config.channels is not None:

@@ -5,7 +5,7 @@ tagger of the WD form.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from utils.formats.vocabulary import (
     read_vocabulary,
     vocabulary_of,
 )
-from utils.io.files import readable
+from utils.io.files import Json, Values, readable
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -72,7 +72,7 @@ class Predictor:
 
     embeds: bool = True  # False: an ONNX file without an embedding
 
-    def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
+    def __init__(self, metadata: Values, run: Callable[[Tensor, str], np.ndarray]) -> None:
         self.metadata = dict(metadata)
         self._run = run
         self.output = OUTPUTS[metadata["output"]]
@@ -82,7 +82,7 @@ class Predictor:
         self.has_ratings = bool(counts[self.categories == RATING].any())
         self.thresholds: list[float] | None = metadata.get("thresholds")
         self.weights_hash: str | None = metadata.get("weights_hash")
-        self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
+        self.preprocessing: Json = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:
         """Return probabilities float32 [B, K], or features [B, C], for uint8 images [B, C, H, W]."""
@@ -118,12 +118,12 @@ class Predictor:
         """Return the user's options for `rows`, with the columns of this predictor."""
         return RowOptions(self.names, self.categories, self.has_ratings, top, thresholds, **further)
 
-    def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
+    def rows(self, images: Tensor, options: RowOptions) -> list[Json]:
         """Return an output row for each of some uint8 images [B, C, H, W]."""
         return [self.output.make_row(values, options) for values in self.predict(images)]
 
 
-def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> Predictor:
+def torch_predictor(model: ImageModel, metadata: Values, device: torch.device) -> Predictor:
     """Return the predictor of a model from a weight file."""
     model = model.to(device)
 
@@ -208,7 +208,7 @@ def refuse_external_data(path: Path) -> None:
             raise UserError(f"{path} takes data from another file, {name[:200]!a}; export it as one (export.py does)")
 
 
-def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
+def _read_metadata(path: Path, session: Any) -> Json:
     """Return the metadata of one of our files, or the equivalent for a file in the WD form."""
     texts = session.get_modelmeta().custom_metadata_map
     if "atelier" not in texts:
@@ -221,7 +221,7 @@ def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
     return metadata
 
 
-def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> Json:
     """Return the metadata that one of our files would have, for a tagger in the WD form, as published by SmilingWolf.
 
     The file has only a graph, and selected_tags.csv is in its folder. By convention, images are centred on a white

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from optim.config import OptimConfig, RuleConfig
 from optim.schedules import GroupValues
 from utils.errors import UserError, close_names
+from utils.io.files import Json, Values
 from utils.record.figures import align_columns
 
 
@@ -103,9 +104,9 @@ def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
-def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, Any]]:
+def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, Json]:
     """Return the fields that the rules set, by parameter."""
-    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    settings: dict[str, Json] = {name: {} for name in names}
     sources: dict[tuple[str, str], str] = {}
     for index, rule in enumerate(rules):
         matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
@@ -164,7 +165,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
-def is_frozen(group: Mapping[str, Any], step: int) -> bool:
+def is_frozen(group: Values, step: int) -> bool:
     """Return whether a group is frozen in update number `step` (from 0)."""
     return step < group.get("freeze_steps", 0)
 

@@ -1,8 +1,5 @@
 """Save and load an optimiser's state by parameter name."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,6 +8,7 @@ from optim.build import skips_on_device
 from optim.groups import GroupSettings
 from utils.contracts import State, Tensors
 from utils.errors import UserError
+from utils.io.files import Json, Values
 from utils.ranks import sharded
 from utils.ranks.sharded import Part
 
@@ -20,7 +18,7 @@ _COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
 _SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 
 
-def optimizer_state(optimizer: Optimizer) -> tuple[State, dict[str, Any]]:
+def optimizer_state(optimizer: Optimizer) -> tuple[State, Json]:
     """Return the optimiser's tensors and other values by `<parameter>/<key>`.
 
     State of sharded parameters is sharded likewise (optim/build.py: check_shardable). State in groups (timm's lamb and
@@ -39,14 +37,14 @@ def optimizer_state(optimizer: Optimizer) -> tuple[State, dict[str, Any]]:
     return tensors, others
 
 
-def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Mapping[str, Any], source: str) -> None:
+def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values, source: str) -> None:
     """Load the state of an optimiser of the same kind. Raises UserError if it has other parameters."""
     groups = {group["names"][0]: group for group in optimizer.param_groups}
     parameters = {
         name: parameter for group in groups.values() for name, parameter in zip(group["names"], group["params"])
     }
     index = {name: position for position, name in enumerate(parameters)}
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, Json] = {}
     for full, value in [*tensors.items(), *others.items()]:
         name, _, key = full.rpartition("/")
         is_group = name.endswith("/")

@@ -3,13 +3,14 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from utils.io.files import Values
+
 _SHOWN = 3  # classes
 
-Table = Sequence[Mapping[str, Any]]
+Table = Sequence[Values]
 
 
 def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str]:

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +35,8 @@ from engine.update.parallel import is_sharded
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
 from utils.io.files import (
+    Json,
+    Values,
     fsync_path,
     ignore_write_errors,
     link_or_copy,
@@ -62,9 +63,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    final: Path, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
-) -> None:
+def save_checkpoint(final: Path, tensors: Groups, state: Json, texts: Mapping[str, Mapping[str, str]]) -> None:
     """Write a checkpoint folder, `.../step_XXXXXXXX`. texts: metadata by group."""
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +103,7 @@ class Saver:
     thread logs would inherit the logger's lock.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainingConfig, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, config: TrainingConfig, facts: Json) -> None:
         self.folder = folder
         self._facts = facts
         self._loop = config.loop
@@ -118,9 +117,7 @@ class Saver:
         minutes = self._loop.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
 
-    def save(
-        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None], *, last: bool
-    ) -> None:
+    def save(self, learner: Learner, tensors: Groups, state: Json, sync: Callable[[], None], *, last: bool) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
         sync: flushes this rank's rows before the checkpoint is published. last: wait for the write, and raise UserError
@@ -135,7 +132,7 @@ class Saver:
             distributed.rank_zero_call(lambda: self.wait(last=True))
         self._saved_at = time.monotonic()
 
-    def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
+    def _start(self, learner: Learner, tensors: Groups, state: Json, sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""
         step = learner.step
         folder = self.folder.path
@@ -191,7 +188,7 @@ class Saver:
 
         return distributed.rank_zero_call(write)
 
-    def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
+    def _metadata(self, learner: Learner, *, averaged: bool) -> Json:
         """Return the metadata of a weight file."""
         task = learner.task
         made = {
@@ -285,13 +282,13 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> Json:
     """Return the state.json of a checkpoint."""
     return read_json(path / "state.json")
 
 
 @about("resume")
-def read_groups(path: Path, state: Mapping[str, Any]) -> Groups:
+def read_groups(path: Path, state: Values) -> Groups:
     """Read a checkpoint's tensors. Raises UserError (`resume`) if a value is not finite."""
     groups = {}
     for group in state["groups"]:
@@ -328,7 +325,7 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
     return bool(existing)
 
 
-def _check_recipe(config: TrainingConfig, saved: Mapping[str, Any], path: Path) -> list[str]:
+def _check_recipe(config: TrainingConfig, saved: Values, path: Path) -> list[str]:
     """Return how a run's recipe differs from its checkpoint's, by `resume_allow`. Raises UserError for other keys."""
     values = hide_secrets_in(config.model_dump(mode="json"))
     return check_resumable(saved, values, config.resume_allow, str(path))

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from engine.update.learner import Learner
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
-from utils.io.files import ignore_write_errors, write_json
+from utils.io.files import Json, ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
@@ -162,7 +161,7 @@ def find_lr(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, re
     return rate
 
 
-def _write(folder: Path, curve: _Curve, about: dict[str, Any]) -> None:
+def _write(folder: Path, curve: _Curve, about: Json) -> None:
     from utils.record.plots import plot_range_test  # imports matplotlib
 
     smoothed = curve.smoothed.tolist()

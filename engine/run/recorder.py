@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from engine.update.learner import Learner
 from engine.update.step import StepResult
 from utils.contracts import Batch, TrainStream
 from utils.hardware import peak_memory
-from utils.io.files import AppendFile, ignore_write_errors, sha256_text
+from utils.io.files import AppendFile, Json, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
@@ -149,9 +148,7 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def open(
-        self, step: int, train: TrainStream, run_config: dict[str, Any] | None, owes_evaluation: bool = False
-    ) -> None:
+    def open(self, step: int, train: TrainStream, run_config: Json | None, owes_evaluation: bool = False) -> None:
         """Open the row files, drop their rows beyond `step`, and start the tracker.
 
         run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps
@@ -240,7 +237,7 @@ class Recorder:
         left = self.bar.left_sec if state == "running" else None
         write_progress(self.folder, state, step=self._step, total_steps=self._plan.total_steps, left_sec=left)
 
-    def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
+    def add_row(self, step: int, kind: str, figures: Json) -> None:
         """Write a row of metrics, on rank 0."""
         if self._metrics is not None:
             self._metrics.add(step, kind, figures)
@@ -331,7 +328,7 @@ class Recorder:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """Return the state for a checkpoint (JSON values)."""
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
@@ -339,7 +336,7 @@ class Recorder:
             "clock": (self.clock.seconds, self.clock.waited, self._epoch),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Json) -> None:
         """Restore what `state` returned."""
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])

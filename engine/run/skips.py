@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.update.step import StepResult
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.files import AppendFile, Json, ignore_write_errors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.metrics_log import keep_rows
@@ -88,7 +87,7 @@ class SkipWatch:
             file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
             file.sync()
 
-    def _describe(self, number: int, result: StepResult, ids: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    def _describe(self, number: int, result: StepResult, ids: Sequence[tuple[list[int], list[int]]]) -> Json:
         """Return the row of a skipped step. ids: of each rank, from `_sample_ids`."""
         ranks = [rank for rank, (bad, _) in enumerate(ids) if bad]
         what = "gradient"

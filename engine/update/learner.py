@@ -4,9 +4,8 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
 from utils.contracts import Batch, State, Tensors
 from utils.errors import UserError
+from utils.io.files import Json, Values
 from utils.ranks import distributed, sharded
 from utils.record.logging import get_logger
 
@@ -212,7 +212,7 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------------- state
 
-    def state(self) -> tuple[Groups, dict[str, Any]]:
+    def state(self) -> tuple[Groups, Json]:
         """Return the tensors by group and name, and the optimiser's other state; on all ranks.
 
         Groups: `weights` (the exported networks, named as in weight files), `task` (the rest of the task),
@@ -236,7 +236,7 @@ class Learner:
         return sharded.gather_parts(self._task_groups()["weights"])
 
     @torch.no_grad()
-    def load_state(self, tensors: Groups, others: Mapping[str, Any] | None, source: str) -> None:
+    def load_state(self, tensors: Groups, others: Values | None, source: str) -> None:
         """Load what `state` returned. others: None keeps the optimiser's state.
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.

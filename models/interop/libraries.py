@@ -25,7 +25,7 @@ from models.weights.timm_hub import filter_state
 from utils.contracts import State
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.io.files import read_json, write_json
+from utils.io.files import Json, read_json, write_json
 from utils.io.weights import write_tensors
 
 Metadata = Mapping[str, Any]
@@ -69,7 +69,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
 
 
-def _describe_images(stated: Preprocessing) -> dict[str, Any]:
+def _describe_images(stated: Preprocessing) -> Json:
     """Return our preprocessing in timm's words."""
     return {
         "input_size": [stated.channels, *stated.image_size_hw],
@@ -136,7 +136,7 @@ def open_transformers(folder: Path) -> Outputs:
     return lambda images: network(images).logits
 
 
-def _processor(stated: Preprocessing) -> dict[str, Any]:
+def _processor(stated: Preprocessing) -> Json:
     """Return our preprocessing as the configuration of transformers' image processor."""
     height, width = stated.image_size_hw
     size = {"height": height, "width": width}

@@ -1,20 +1,19 @@
 """The licence, origin and names in the metadata of a weight file, which a stranger may have written."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from models.outputs import OUTPUTS
 from utils.errors import UserError
+from utils.io.files import Values
 
 
-def dict_of(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def dict_of(metadata: Values, key: str) -> Values:
     """Return a dictionary in the metadata; empty if the value is something else."""
     value = metadata.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def licence_of(metadata: Mapping[str, Any]) -> str | None:
+def licence_of(metadata: Values) -> str | None:
     """Return the licence of a model's source weights, `unknown` if it is not stated.
 
     Return None if training began with random weights, because then no other licence applies.
@@ -23,13 +22,13 @@ def licence_of(metadata: Mapping[str, Any]) -> str | None:
     return str(origin["license"] or "unknown") if "license" in origin else None
 
 
-def licence_entry(metadata: Mapping[str, Any]) -> dict[str, str]:
+def licence_entry(metadata: Values) -> dict[str, str]:
     """Return `license` for an exported file, or nothing without a licence."""
     licence = licence_of(metadata)
     return {} if licence is None else {"license": licence}
 
 
-def refuse_licence(metadata: Mapping[str, Any]) -> None:
+def refuse_licence(metadata: Values) -> None:
     """Raise UserError (`license`) if the licence of the source weights is unknown, or forbids to share changed ones."""
     licence = licence_of(metadata) or ""
     if licence == "unknown":
@@ -41,12 +40,12 @@ def refuse_licence(metadata: Mapping[str, Any]) -> None:
     raise UserError(f"license: the licence of the source weights {reason}; set license=NAME if you know another one")
 
 
-def label_names(metadata: Mapping[str, Any]) -> list[str]:
+def label_names(metadata: Values) -> list[str]:
     """Return the names of a head's classes or tags; empty for a backbone."""
     return list(metadata.get(OUTPUTS[metadata["output"]].names_key, ())) if metadata["output"] else []
 
 
-def base_model(metadata: Mapping[str, Any]) -> str | None:
+def base_model(metadata: Values) -> str | None:
     """Return the hub's name of the weights that training began with; None if they are not from there."""
     match = re.match(r"(?:hf:([\w.-]+/[\w.-]+)[/@]|timm ([\w.-]+)$)", str(dict_of(metadata, "origin").get("source")))
     return None if match is None else match[1] or f"timm/{match[2]}"

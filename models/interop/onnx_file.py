@@ -11,9 +11,8 @@ Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +27,7 @@ from models.interop.parity import refuse_difference, vary_weights
 from models.predictor import open_session
 from utils.errors import UserError
 from utils.formats.vocabulary import FACTS
+from utils.io.files import Values
 
 # ONNX Runtime reads both since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
 OPSET = 18
@@ -38,7 +38,7 @@ _GRAPH_TOLERANCE = 1e-3  # for the float32 graph with varied weights, when expor
 _LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
-def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, precision: str, accepted: float) -> float:
+def export_onnx(model: ImageModel, metadata: Values, path: Path, precision: str, accepted: float) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 
     accepted: the largest difference, relative to the largest output.
@@ -67,7 +67,7 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, prec
 
 
 def _write_and_compare(
-    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[Tensor], precision: str
+    model: ImageModel, metadata: Values, path: Path, samples: Sequence[Tensor], precision: str
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
     traced = to_inference_form(model)
@@ -81,7 +81,7 @@ def _write_and_compare(
     return _compare(model, path, samples)
 
 
-def _draw_samples(preprocessing: Mapping[str, Any]) -> list[Tensor]:
+def _draw_samples(preprocessing: Values) -> list[Tensor]:
     """Return images of noise in [0, 1] in all batch sizes to compare. The model is traced with the last."""
     shape = preprocessing["channels"], *preprocessing["image_size_hw"]
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def _trace(model: ImageModel, sample: Tensor) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageModel) -> None:
+def _clean(proto: onnx.ModelProto, metadata: Values, model: ImageModel) -> None:
     """Set the file's metadata and version, and remove the exporter's notes, which name files of this machine."""
     graph = proto.graph
     for holder in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph, proto):

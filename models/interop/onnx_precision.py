@@ -1,7 +1,7 @@
 """A model in fp16 for an ONNX file: norms, softmax and sums compute in float32."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from models.image_model import ImageModel
 from models.interop.inference_form import ChannelScale
 from models.layers import GRN
+from utils.io.files import Values
 
 # Whole modules stay in float32, with the squares before a sum: they exceed the range of fp16 (65,504), or small terms
 # are lost, and TensorRT gives wrong results for GRN in fp16 (facebookresearch/ConvNeXt-V2 issue 66).
@@ -33,7 +34,7 @@ class SumsInFloat32(TorchFunctionMode):
         function: Callable[..., Any],
         types: Any,
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Values | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         is_narrow = any(isinstance(each, Tensor) and each.dtype == torch.float16 for each in args)

@@ -19,7 +19,6 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from utils.formats.vocabulary import (
     category_name,
     write_vocabulary,
 )
+from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -139,7 +139,7 @@ def to_wd_order(vocabulary: Vocabulary) -> tuple[Vocabulary, list[int]]:
     return Vocabulary(names, categories, counts, tag_ids), list(rows)
 
 
-def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]:
+def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> Json:
     """Return, for the report, the number of skipped tags per category, and the outputs that are always 0."""
     missing = vocabulary.columns.keys() - kept.columns.keys()
     skipped = dict(Counter(category_name(category) for category, _ in sorted(missing)))

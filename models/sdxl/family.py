@@ -1,10 +1,11 @@
 """SDXL in one table: its networks and their files, its latents, and its noise."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from utils.io.files import Json, Values
 
 
 class NetworkFiles(NamedTuple):
@@ -60,8 +61,8 @@ class Prediction(NamedTuple):
     """
 
     names: tuple[str, ...]
-    schedule: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    schedule: Values
+    scheduler: Values
     sampler: str
 
 
@@ -117,7 +118,7 @@ _TEXT = {"vocab_size": 49_408, "max_position_embeddings": 77, "layer_norm_eps": 
 _ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
+def list_configs(*, tiny: bool) -> dict[str, Json]:
     """Return the configs of the networks: the published ones, or tiny ones."""
     sizes = _TINY if tiny else _PUBLISHED
     unet = {
@@ -152,7 +153,7 @@ def _heads(width: int) -> int:
     return max(1, width // 64)
 
 
-def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
+def build_part(part: str, config: Values) -> nn.Module:
     """Return a network with random weights, in eval mode. config: all that determines its tensors and their meaning."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

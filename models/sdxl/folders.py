@@ -2,11 +2,10 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from models.sdxl.family import PARTS
 from utils.errors import UserError
-from utils.io.files import read_json, readable
+from utils.io.files import Json, read_json, readable
 from utils.io.hub import fetch, is_reference
 
 _VARIANTS = ("", ".fp16", ".bf16")  # of files
@@ -54,7 +53,7 @@ def local_base(path: str | Path) -> Path:
     return folder
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> Json:
     """Read a file with a JSON object."""
     with readable(file, "JSON"):
         return {**read_json(file)}  # a list is refused

@@ -6,7 +6,6 @@ Layers of kohya's files have the names of SDXL's original U-Net or of diffusers'
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from models.sdxl.family import PARTS
 from models.sdxl.lora import ADAPTED, LoRAConfig, add_changes, find_layers, kohya_name
 from models.sdxl.networks import unused_layer
 from utils.errors import UserError
-from utils.io.files import readable
+from utils.io.files import Values, readable
 from utils.io.weights import read_header, read_weights
 
 _ENDINGS = {
@@ -81,7 +80,7 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _stated_alphas(texts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, float]:
+def _stated_alphas(texts: Mapping[str, str], metadata: Values) -> dict[str, float]:
     """Return the alpha of each network for layers without one: of a run of ours, or of a newer file of diffusers."""
     if isinstance(task := metadata.get("task"), dict) and task.get("lora") is not None:
         return dict.fromkeys(ADAPTED, LoRAConfig.model_validate(task["lora"]).alpha)

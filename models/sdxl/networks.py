@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -31,7 +31,7 @@ from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.contracts import State, Tensors
 from utils.errors import UserError, about
-from utils.io.files import readable
+from utils.io.files import Json, Values, readable
 from utils.io.hub import stated_license
 from utils.io.weights import read_header, read_weights
 
@@ -203,7 +203,7 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     return networks
 
 
-def _read_upcast(path: Path, shapes: Tensors, stated: Mapping[str, Any]) -> bool:
+def _read_upcast(path: Path, shapes: Tensors, stated: Values) -> bool:
     """Return whether a VAE overflows in float16. Raises UserError if it is none of SDXL's kind."""
     inner = shapes.get("decoder.conv_in.weight")
     if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:
@@ -245,7 +245,7 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 
 
 @about("model.path")
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path) -> Json:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
     `layout`, `license`, `prediction_type` (epsilon if a file does not say, `is_stated`), `zero_terminal_snr`, `shift`
@@ -267,7 +267,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def _describe_file(path: Path) -> Json:
     if path.suffix != ".safetensors":
         raise unusable(f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one")
     names, texts = read_header(path)
@@ -315,7 +315,7 @@ def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
     return None, f"its tensor {name} is another noise table"
 
 
-def _describe_folder(path: Path) -> dict[str, Any]:
+def _describe_folder(path: Path) -> Json:
     index = read_config(path / "model_index.json")
     kind = str(index.get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):

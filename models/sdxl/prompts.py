@@ -9,7 +9,7 @@ scripts/prompts_from_file.py.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field
@@ -18,7 +18,7 @@ from models.sdxl.sampling import Prompt, PromptText
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import about
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -60,7 +60,7 @@ def read_prompts(file: str, size_hw: Sequence[int], key: str = "prompts") -> lis
         raise ConfigError(*(line.replace("prompts", key, 1) for line in error.args)) from None
 
 
-def _read_line(line: str, size_hw: Sequence[int]) -> str | dict[str, Any]:
+def _read_line(line: str, size_hw: Sequence[int]) -> str | Json:
     """Return a prompt of a line, with its options. A number that cannot be read stays a text, which is refused."""
     text, *pieces = _OPTION.split(line)
     values = {"text": text.strip()}

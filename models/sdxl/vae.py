@@ -6,7 +6,7 @@ ignore `shift_factor`, so the configuration of a network states a shift as `late
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -19,7 +19,7 @@ from utils.config.bounds import Positive
 from utils.config.schema import Strict
 from utils.contracts import State, Tensors
 from utils.errors import UserError
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.io.weights import find_weights, hash_tensors, is_run, read_weights
 
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
@@ -76,7 +76,7 @@ def read_vae(path: str | Path, read: Callable[[Path], Tensors]) -> State:
     return state
 
 
-def stated_config(path: str | Path) -> dict[str, Any]:
+def stated_config(path: str | Path) -> Json:
     """Return what a VAE says of itself: config.json of its folder, or `vae` in the header that Atelier writes."""
     path = Path(path)
     if path.is_dir() and not is_run(path):
@@ -94,7 +94,7 @@ def _folder(path: Path) -> Path:
     return path / "vae" if (path / "vae").is_dir() else path
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> Json:
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is no .safetensors file; name one, a folder of diffusers, or a run of finetune_vae.py")
     return read_weights(file, shapes_only=True)[1]
@@ -156,7 +156,7 @@ def settle_values(given: VAEValues, path: str | Path | None, *, is_replaced: boo
     return {**known, **given}
 
 
-def unlike_sdxls(values: VAEValues) -> dict[str, Any]:
+def unlike_sdxls(values: VAEValues) -> Json:
     """Return the values that are not SDXL's."""
     return {name: value for name, value in values.items() if value != SDXLS[name]}
 

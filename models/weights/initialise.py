@@ -1,6 +1,6 @@
 """`init_from`: the initial weights of a training run, from a run, a file in any known layout, or timm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.contracts import State, Tensors
 from utils.errors import UserError, about
-from utils.io.files import read_json
+from utils.io.files import Json, Values, read_json
 from utils.io.hub import is_reference, stated_license
 from utils.io.weights import FOLDER_FILES, InitFrom, read_weights
 from utils.record.logging import get_logger
@@ -27,7 +27,7 @@ RELEASED_LICENCE = "cc-by-nc-4.0"
 @about("init_from")
 def initialise_from(
     network: nn.Module, source: InitFrom | None, *, keep_head: bool, class_names: Sequence[str] | None = None
-) -> dict[str, Any] | None:
+) -> Json | None:
     """Load the weights named by `init_from` and return their origin; do nothing for None.
 
     With `keep_head` and `class_names`, the file must have a head for these classes, and its rows are put into their
@@ -73,7 +73,7 @@ def convert(network: nn.Module, state: Tensors) -> tuple[str, State]:
     return layout, filter_state(network, fit_prefix(official, network.state_dict()))
 
 
-def _read_config_beside(path: Path) -> dict[str, Any]:
+def _read_config_beside(path: Path) -> Json:
     """Return the config.json in the folder of a weight file of timm or transformers; empty if it cannot be read."""
     file = path.parent / "config.json"
     if path.name not in FOLDER_FILES or not file.is_file():
@@ -86,7 +86,7 @@ def _read_config_beside(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | None:
+def read_class_names(path: Path, metadata: Values) -> list[Any] | None:
     """Return the class names of a weight file, from its metadata or from timm's or transformers' config.json.
 
     Return None if the file does not name its classes, or only numbers them.
@@ -132,7 +132,7 @@ def _shorten(names: Sequence[Any]) -> str:
     return (shown + (", ..." if len(names) > 3 else "")) or "none"
 
 
-def _find_origin(source: str, path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _find_origin(source: str, path: Path, layout: str, metadata: Json) -> Json:
     """Return the origin of a file's weights, and log their licence, which also applies to weights trained from them.
 
     An origin has JSON values: `source` (file, or name in timm), `layout`, `license` (an identifier, or None: unknown).
@@ -152,7 +152,7 @@ def _find_origin(source: str, path: Path, layout: str, metadata: dict[str, Any])
     return {**origin, "license": _log_licence(path, licence, reason)}
 
 
-def _find_licence(source: str, path: Path, layout: str, metadata: Mapping[str, Any], stated: Any) -> tuple[Any, str]:
+def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated: Any) -> tuple[Any, str]:
     """Return the licence of a file that is not a run's, and who states it."""
     if stated is not None:
         return stated, "the file states it"

@@ -11,6 +11,7 @@ from models.config import TimmConfig
 from models.weights.fit import TimmFamily
 from utils.contracts import State, Tensors
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -18,7 +19,7 @@ log = get_logger(__name__)
 _CACHED = "models--timm--"  # begins the name of a repository's folder in the cache
 
 
-def read_timm(network: nn.Module) -> tuple[State, dict[str, Any]]:
+def read_timm(network: nn.Module) -> tuple[State, Json]:
     """Return timm's weights for a timm network, and their origin. A head for other classes is left away.
 
     Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
@@ -102,7 +103,7 @@ def filter_state(network: nn.Module, state: Tensors) -> State:
         return dict(state)
 
 
-def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
+def stated_preprocessing(model: TimmConfig) -> Json:
     """Return the keys of `augment` that timm states for a network's weights.
 
     For one channel, mean and std are averaged, as in timm. Raises UserError if timm does not know the network, or if

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from utils.config.help import CONF
 from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
-from utils.io.files import sha256_text
+from utils.io.files import Json, Values, sha256_text
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
@@ -95,7 +95,7 @@ class Sweep:
         for values in itertools.product(*(key.sweep_string_iterator() for key in self.swept)):
             yield self.job(dict(zip(names, values)))
 
-    def job(self, chosen: Mapping[str, Any], trial: Any = None) -> SweepJob:
+    def job(self, chosen: Values, trial: Any = None) -> SweepJob:
         """Return the job with the `chosen` values.
 
         Its folder's name has the last part of each swept key, or the whole key if two keys end alike, and a hash if
@@ -234,7 +234,7 @@ def _suggest(trial: Any, override: Override) -> str | int | float:
     return float(f"{value:.4g}")  # short, for the folder's name; Optuna keeps more digits
 
 
-def _tell(job: SweepJob, result: dict[str, Any] | None) -> None:
+def _tell(job: SweepJob, result: Json | None) -> None:
     """Report a job's result to Optuna; None means that the trial failed."""
     from optuna.trial import TrialState
 

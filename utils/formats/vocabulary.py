@@ -19,7 +19,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from utils.io.files import readable, sha256_text
+from utils.io.files import Json, Values, readable, sha256_text
 from utils.io.names import to_nfc
 from utils.record.report import write_table
 
@@ -90,17 +90,17 @@ class Vocabulary:
         """Return the outputs in a category, int64 [n], ascending."""
         return np.flatnonzero(np.asarray(self.categories) == category)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Return the vocabulary as metadata for a weight file."""
         return dict(zip(FACTS, map(list, (self.names, self.categories, self.counts, self.tag_ids))))
 
 
-def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
+def vocabulary_of(metadata: Values) -> Vocabulary:
     """Return the vocabulary from metadata that `Vocabulary.facts` wrote."""
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
 
 
-def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
+def read_facts(path: Path, metadata: Values) -> Vocabulary:
     """Return the vocabulary from a file's metadata. Raises UserError, which names the first wrong value."""
     with readable(path, "tag"):
         return TypeAdapter(Vocabulary).validate_python(metadata)

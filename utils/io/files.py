@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -22,6 +22,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")
+Json = dict[str, Any]  # a JSON object, or other values by name
+Values = Mapping[str, Any]  # such values, to read
 ANOTHER_PATH = "make room there, or name another path"
 _SHOWN_CHARACTERS = 200  # of a library's error
 _FULL = (errno.ENOSPC, errno.EDQUOT)

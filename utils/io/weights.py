@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.contracts import State, Tensors
 from utils.errors import UserError, about
-from utils.io.files import fsync_path, readable, write_atomically
+from utils.io.files import Json, fsync_path, readable, write_atomically
 from utils.io.hub import fetch, is_reference
 from utils.ranks import distributed
 from utils.record.run_reader import RunReader
@@ -60,14 +60,14 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | No
     fsync_path(path)
 
 
-def write_weights(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
+def write_weights(path: Path, tensors: Tensors, metadata: Json) -> None:
     """Write a weight file on rank 0. metadata: model, preprocessing, classes, step and more."""
     if distributed.is_main():
         texts = weight_metadata(metadata, tensors)
         write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
 
 
-def weight_metadata(metadata: dict[str, Any], tensors: Tensors) -> dict[str, str]:
+def weight_metadata(metadata: Json, tensors: Tensors) -> dict[str, str]:
     """Return metadata for a safetensors header: JSON under `atelier`, and the tensors' checksum."""
     return {"atelier": json.dumps(metadata), _CHECKSUM: hash_tensors(tensors)}
 
@@ -83,7 +83,7 @@ def hash_tensors(tensors: Tensors) -> str:
 
 def read_weights(
     path: Path, which: Literal["model", "ema"] = "model", *, shapes_only: bool = False
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[State, Json]:
     """Read a weight file: its tensors, and Atelier's metadata (`{}` for a foreign file).
 
     Files that do not end in .safetensors are read by torch with weights_only, so no code in them runs. float8 becomes
@@ -124,7 +124,7 @@ def read_weights(
     return tensors, metadata
 
 
-def read_torch(path: Path, which: str = "model") -> tuple[State, dict[str, Any]]:
+def read_torch(path: Path, which: str = "model") -> tuple[State, Json]:
     """Return the state dict of a torch file, on the CPU, or the weights or average (`ema`) of a checkpoint.
 
     The metadata of a checkpoint are the names of its `entries`, whether the result is the `average`, and its licence as

@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from utils.io.files import Values
+
 INK = "#212529"  # the colour of texts in plots and pictures
 COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
 # Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
@@ -72,7 +74,7 @@ def show_cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+def show_rows(rows: Sequence[Values]) -> str:
     """Return rows with equal keys, at least one, as an aligned table with a header."""
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 

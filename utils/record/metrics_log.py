@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.io.files import AppendFile, ignore_write_errors, write_text
+from utils.io.files import AppendFile, Json, ignore_write_errors, write_text
 from utils.record.logging import get_logger
 from utils.record.report import write_table
 
@@ -95,7 +95,7 @@ class MetricsLog(AppendFile):
         self._csv_at = time.monotonic()
 
 
-def _cells(row: Row) -> dict[str, Any]:
+def _cells(row: Row) -> Json:
     """Return an epoch's columns in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
     cells = {}
     for name, value in row.items():

@@ -24,6 +24,7 @@ from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
 from utils.io.files import (
     AppendFile,
+    Json,
     file_lock,
     ignore_write_errors,
     output_errors,
@@ -49,22 +50,22 @@ class RunFolder:
     """A run's folder and configuration."""
 
     path: Path
-    config: dict[str, Any]
+    config: Json
     job: Job
 
     @property
-    def saved_config(self) -> dict[str, Any]:
+    def saved_config(self) -> Json:
         """The content of config.json."""
         return {"script": self.job.script, **self.config}
 
 
-def default_run_dir(config: dict[str, Any], job: Job) -> Path:
+def default_run_dir(config: Json, job: Job) -> Path:
     """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run; it may not exist."""
     model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
     return Path(config["run_dir"] or f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}")
 
 
-def git_state() -> dict[str, Any]:
+def git_state() -> Json:
     """Return the code's commit and changed files; None for each outside a git checkout.
 
     In a copy of the code (submit/slurm.py) they are in a file.
@@ -83,7 +84,7 @@ def git_state() -> dict[str, Any]:
     return {"commit": ask("rev-parse", "HEAD"), "changed_files": None if status is None else status.splitlines()}
 
 
-def environment_state(**more: Any) -> dict[str, Any]:
+def environment_state(**more: Any) -> Json:
     """Return the environment of a run: command, versions, platform, devices."""
     import torch
 
@@ -96,7 +97,7 @@ def environment_state(**more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
+def open_run_folder(config: Json, job: Job) -> Iterator[RunFolder]:
     """Create or reopen the run folder on rank 0, lock it, and copy the log into it.
 
     Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
@@ -122,7 +123,7 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
         stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
 
-def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
+def write_config(folder: RunFolder, environment: Json) -> None:
     """Write overrides, configuration and, at the first start, environment. Raises UserError for a full disk."""
     with output_errors("run_dir", folder.path):
         write_text(folder.path / OVERRIDES_FILE, "".join(f"{hide_secrets(text)}\n" for text in folder.job.overrides))

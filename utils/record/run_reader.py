@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
 from utils.errors import UserError, about
-from utils.io.files import canonical_json, ignore_write_errors, is_locked, read_json, readable, write_atomically
+from utils.io.files import Json, canonical_json, ignore_write_errors, is_locked, read_json, readable, write_atomically
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
@@ -34,7 +34,7 @@ class RunReader:
     path: Path
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The run's configuration, with the key `script`. Raises UserError (`run_dir`)."""
         file = self.path / CONFIG_FILE
         if not file.is_file():
@@ -65,18 +65,18 @@ class RunReader:
         return [row for _, row in read_rows(self.path / METRICS_FILE)]
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Json | None:
         """The best `value` of a `metric`, its `step` and `is_lowest_best`; None if it is missing or unreadable."""
         found = self._read(RESULT_FILE)
         is_whole = {"metric", "value", "is_lowest_best"} <= found.keys()
         return found if is_whole and isinstance(found["value"], int | float | None) else None
 
     @property
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What `write_progress` wrote last; nothing for a run of an older release or a damaged file."""
         return self._read(PROGRESS_FILE)
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> Json:
         try:
             found = read_json(self.path / name)
         except (OSError, ValueError):

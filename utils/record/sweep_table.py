@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from utils.errors import EXIT_OK, EXIT_USER_ERROR
+from utils.io.files import Json
 from utils.record.figures import align_columns
 from utils.record.run_reader import OVERRIDES_FILE, RunReader
 
@@ -26,7 +26,7 @@ class SweptRun:
 
     overrides: frozenset[str]
     state: str
-    result: dict[str, Any] | None = None
+    result: Json | None = None
 
 
 def read_jobs(folder: Path) -> list[SweptRun]:

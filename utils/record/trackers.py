@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.io.files import write_text
+from utils.io.files import Values, write_text
 from utils.record.config import TrackingConfig
 from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader
@@ -58,7 +58,7 @@ class _Tensorboard:
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, config: Values, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes 0.5 s
 
         path = folder / "tensorboard"
@@ -85,7 +85,7 @@ class _Wandb:
 
     name = "W&B"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, config: Values, step: int) -> None:
         import wandb  # takes 0.6 s
 
         self._logged_step = 0
@@ -144,7 +144,7 @@ def choose_mode() -> str:
 _WRITERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
 
 
-def start_tracker(options: TrackingConfig, folder: Path, config: Mapping[str, Any], step: int) -> Tracker | None:
+def start_tracker(options: TrackingConfig, folder: Path, config: Values, step: int) -> Tracker | None:
     """Start a run's tracker. Return None for jsonl, or with a warning if the start fails.
 
     config: the saved configuration, with `script`; step: the first step of the run or its resumption.

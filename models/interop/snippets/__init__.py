@@ -4,13 +4,12 @@ Each runs unchanged in the folder of the export, with an image.png in it. The .t
 string.Templates of the programs, and this module fills in what depends on the weights.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from models.outputs import OUTPUTS
 from utils.formats.preprocessing import Preprocessing
+from utils.io.files import Values
 
 _OPEN = 'image = Image.open("image.png")'
 _DRAFT = """whole = image.size
@@ -42,7 +41,7 @@ left, top = round((image.width - $width) / 2), round((image.height - $height) / 
 image = image.crop((left, top, left + $width, top + $height))"""
 
 
-def image_program(template: str, metadata: Mapping[str, Any], file: str) -> str:
+def image_program(template: str, metadata: Values, file: str) -> str:
     """Return the program that predicts with an image network in the exported file."""
     output = OUTPUTS[metadata["output"]]
     stated = Preprocessing.model_validate(metadata["preprocessing"])
@@ -88,7 +87,7 @@ def resize_image(stated: Preprocessing) -> str:
     return Template(_SQUASH if stated.squashes else _CROP).substitute(values)
 
 
-def sdxl_program(template: str, load: str, task: Mapping[str, Any], file: str, base: str | None) -> str:
+def sdxl_program(template: str, load: str, task: Values, file: str, base: str | None) -> str:
     """Return the program that draws the first prompt of a task, as its evaluation does, or decodes an image again.
 
     load: the call that loads the file. base: the hub's name of the base model.
