@@ -6,11 +6,11 @@ source = keep_in_memory(source, collection, config.cache)           one copy for
 
 import fcntl
 import functools
+import io
 import mmap
 import os
 import socket
 import struct
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -133,80 +133,69 @@ def keep_on_disk(images: Images, config: CacheConfig) -> Cached:
 class Pool:
     """Records by row in an anonymous file (memfd_create): int64 numbers, then the records.
 
-    The numbers are the offset of the next record, the end of the space, and the offset of each row's record (0:
-    missing). A record is its length as int64, then its bytes. Nothing is evicted: an epoch reads every image once, so
-    eviction would not increase hits.
+    The numbers are the bytes in use and those allowed, and the length (0: missing) and first byte of each row's record.
+    Nothing is evicted: an epoch reads every image once, so eviction would not increase hits.
 
     An anonymous file leaves nothing behind after a kill, does not count against the size of /dev/shm, and ends with its
-    last process. The offset of a row is written after its record is complete, so a killed process leaves unused space
+    last process. The length of a row is written after its record is complete, so a killed process leaves unused space
     but no broken record.
 
     path: lets another process open the file.
     """
 
-    def __init__(self, descriptor: int, rows: int) -> None:
-        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        self._descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
-        self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-        self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // _WORD_BYTES)
-        self._content = self._words.view(np.uint8)
-        self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
+    def __init__(self, file: io.FileIO, rows: int) -> None:
+        self.path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        self._file = file
+        content = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        numbers, self._content = np.split(content, [_WORD_BYTES * (2 + 2 * rows)])
+        self._room, self._lengths, self._starts = np.split(numbers.view(np.int64), (2, 2 + rows))
         self._reserve = int(_LEFT_SHARE * free_memory())
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
         """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
-        first = _WORD_BYTES * (2 + rows)
-        descriptor = os.memfd_create("atelier-images")
-        os.ftruncate(descriptor, first + budget)
-        pool = cls(descriptor, rows)
-        pool._next[0] = first
-        pool._end[0] = first + budget
+        file = open(os.memfd_create("atelier-images"), "r+b", buffering=0)
+        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget)
+        pool = cls(file, rows)
+        pool._room[1] = budget
         return pool
 
     def used_bytes(self) -> int:
         """Return the bytes used by records."""
-        return int(self._next[0]) - _WORD_BYTES * (2 + len(self._starts))
+        return int(self._room[0])
 
     def has(self, row: int) -> bool:
         """Return whether a row has a record."""
-        return self._starts[row] != 0
+        return self._lengths[row] != 0
 
     def get(self, row: int) -> np.ndarray | None:
         """Return the record of a row, uint8 [N], which must not be modified; or None."""
-        if (start := int(self._starts[row])) == 0:
-            return None
-        first = start + _WORD_BYTES
-        return self._content[first : first + int(self._words[start // _WORD_BYTES])]
+        length = self._lengths[row]
+        return self._content[self._starts[row] :][:length] if length else None
 
     def add(self, row: int, content: bytes) -> None:
         """Store the record of a row if there is room and no other process has stored it."""
-        bytes_taken = _WORD_BYTES + -(-len(content) // _WORD_BYTES) * _WORD_BYTES
-        if self._next[0] + bytes_taken > self._end[0]:
-            return
         with self._locked():
-            start = int(self._next[0])
-            end = start + bytes_taken
+            start = self.used_bytes()
+            end = start + len(content)
             if end // _CHECKED_BYTES > start // _CHECKED_BYTES and free_memory() < self._reserve:
-                self._end[0] = start
-            if end > self._end[0] or self.has(row):
+                self._room[1] = start
+            if end > self._room[1] or self.has(row):
                 return
-            self._next[0] = end
-        self._words[start // _WORD_BYTES] = len(content)
-        first = start + _WORD_BYTES
-        self._content[first : first + len(content)] = np.frombuffer(content, np.uint8)
+            self._room[0] = end
+        self._content[start:end] = np.frombuffer(content, np.uint8)
+        self._starts[row] = start
         with self._locked():  # a barrier for the writes before it, on any processor
-            self._starts[row] = start
+            self._lengths[row] = len(content)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Exclude all other processes. The system releases the lock of a killed process."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
@@ -231,7 +220,7 @@ def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
     path = distributed.gather_objects(None if pool is None else pool.path)[first]
     if pool is None and path is not None:
         try:
-            pool = Pool(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
+            pool = Pool(open(path, "r+b", buffering=0), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
     distributed.barrier()  # the first rank must not end before all have opened it

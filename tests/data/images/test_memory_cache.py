@@ -98,7 +98,7 @@ def record_of(row):
 
 
 def test_a_full_pool_keeps_the_first_images():
-    pool = Pool.create(100, 5 * (6000 + 8))
+    pool = Pool.create(100, 5 * 6000 + 7)
     for row in range(100):
         pool.add(row, record_of(row))
     assert [row for row in range(100) if pool.has(row)] == [0, 1, 2, 3, 4]
@@ -123,7 +123,7 @@ def fill(pool, first):
 
 
 def test_killed_writers_leave_no_bad_image():
-    pool = Pool.create(2000, 2000 * (6000 + 8) * 2)
+    pool = Pool.create(2000, 2000 * 6000 * 2)
     for number in range(12):
         writers = [FORK.Process(target=fill, args=(pool, 150 * number + 700 * place)) for place in range(2)]
         for writer in writers:
