@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
+from data.collection.tag_rows import NamedTags
 from data.layouts.sidecars import FIELDS
 from data.layouts.table import TAG_LISTS, count_values
 from utils.errors import UserError, about
@@ -48,7 +49,7 @@ class Search:
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self._table = collection.table
-        self._lists = cache(self._read_lists)
+        self._lists = cache(lambda name: NamedTags.of(self._table[name]))
         self.leads = cache(lambda: lead_rows(self._table, FINGERPRINTS))
         self.columns = list(self._table.column_names)
         filled = [name for name in self.columns if self._table[name].null_count < len(collection)]
@@ -78,11 +79,9 @@ class Search:
         """Count the values, or tags, of a column of texts over some rows, the most frequent first."""
         if name not in TAG_LISTS:
             return count_values(self._table[name].take(rows))
-        names, ids, offsets = self._lists(name)
-        chosen = np.zeros(len(self.collection), bool)
-        chosen[rows] = True
-        counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
-        return {names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
+        tags = self._lists(name)
+        counts = tags.count(rows, len(tags.names))
+        return {tags.names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
 
     def _accepts_all(self, terms: list[tuple[str, ...]]) -> np.ndarray:
         """Return whether each row has what all terms ask for, bool [N]."""
@@ -114,21 +113,14 @@ class Search:
         return found.fill_null(False).to_numpy()
 
     def _has_tag(self, name: str, value: str) -> np.ndarray:
-        names, ids, offsets = self._lists(name)
+        tags = self._lists(name)
         wanted = parse_tag(value)
         has = np.zeros(len(self.collection), bool)
         is_name = re.compile(".*".join(map(re.escape, wanted.name.split("*")))).fullmatch
-        tags = map(parse_tag, names)
-        chosen = [wanted.category in (None, tag.category or 0) and bool(is_name(tag.name)) for tag in tags]
-        has[np.searchsorted(offsets, np.flatnonzero(np.array(chosen, bool)[ids]), "right") - 1] = True
+        parsed = map(parse_tag, tags.names)
+        chosen = [wanted.category in (None, tag.category or 0) and bool(is_name(tag.name)) for tag in parsed]
+        has[tags.owners()[np.array(chosen, bool)[tags.ids]]] = True
         return has
-
-    def _read_lists(self, name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Return the tags of a column, the number of each tag of each row, row after row, and where rows begin."""
-        lists = self._table[name]
-        flat = pc.list_flatten(lists).dictionary_encode().unify_dictionaries().combine_chunks()
-        offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).fill_null(0).to_numpy())])
-        return flat.dictionary.to_pylist(), flat.indices.to_numpy(), offsets
 
     def _numbers(self, name: str) -> np.ndarray | None:
         """Return a column as numbers, [N], NaN if unknown; None for a column of texts."""

@@ -154,7 +154,7 @@ class Pool:
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
         """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
-        file = open(os.memfd_create("atelier-images"), "r+b", buffering=0)
+        file = io.FileIO(os.memfd_create("atelier-images"), "r+")
         file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget)
         pool = cls(file, rows)
         pool._room[1] = budget
@@ -220,7 +220,7 @@ def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
     path = distributed.gather_objects(None if pool is None else pool.path)[first]
     if pool is None and path is not None:
         try:
-            pool = Pool(open(path, "r+b", buffering=0), rows)
+            pool = Pool(io.FileIO(path, "r+"), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
     distributed.barrier()  # the first rank must not end before all have opened it

@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from data.collection.collection import Collection
+from data.collection.tag_rows import TagRows
 from data.layouts.table import TAG_LISTS
 from data.tags.rules import TagRules
 from utils.errors import UserError, about
@@ -35,28 +36,6 @@ log = get_logger(__name__)
 _VERSION = 6  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
-
-
-@dataclass(frozen=True, eq=False)
-class TagRows:
-    """Ragged tag ids: `ids` int32 [N], row after row, and `offsets` int64 [rows + 1]."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-
-    def of_row(self, row: int) -> np.ndarray:
-        """Return the ids of a row, int32 [n]."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
-
-    def owners(self) -> np.ndarray:
-        """Return the row of each id, int64 [N]."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-    def count(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Count each id over `rows`, int64 [width]."""
-        chosen = np.zeros(len(self.offsets) - 1, bool)
-        chosen[rows] = True
-        return np.bincount(self.ids[np.repeat(chosen, np.diff(self.offsets))], minlength=width)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ weights = weigh_images(collection, rows, config, captions)
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,8 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from data.collection.collection import Collection
+from data.collection.tag_rows import NamedTags
 from data.tags.captions import CaptionConfig, Captions, spell
-from data.tags.tag_index import TagRows
 from utils.config.bounds import Factor, Positive
 from utils.config.schema import Strict
 from utils.formats.spelling import is_sentence, parse_tag
@@ -41,11 +40,8 @@ class TagWeightsConfig(Strict):
         return np.clip((median / np.maximum(counts, 1)) ** self.power, self.low, self.high) * factors
 
 
-@dataclass(frozen=True, eq=False)
-class ImageTags(TagRows):
-    """The tags of all rows; ids are indices into `names`."""
-
-    names: list[str]
+class ImageTags(NamedTags):
+    """The tags of all rows."""
 
     def factors(self, config: TagWeightsConfig) -> np.ndarray:
         """Return the factor for the category of each tag, float64 [T]; 1 by default."""
@@ -70,8 +66,7 @@ def read_tags(collection: Collection, captions: Captions) -> ImageTags:
     )
     parts = ([part for tag in row for part in tag.split(fixed or "\0") if part.strip()] for row, fixed in texts)
     tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in parts]
-    encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
-    return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
+    return ImageTags.of(pa.chunked_array([tags], pa.list_(pa.string())))
 
 
 def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
