@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.collection.concepts import CONCEPT, count_positions
-from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, POSSIBLE_LABELS, SEEN, TWINS, map_index
+from data.collection.index import CONCEPT_LIST, FACTS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, refuse_faults
-from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, show_some
+from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, has_value, show_some
 from utils.errors import UserError
 from utils.io.names import to_nfc
 from utils.record.logging import get_logger
@@ -64,12 +64,12 @@ class Collection:
         self.arrow = arrow
         self.table = map_index(arrow)
         assert self.table is not None, arrow
-        facts = self.table.schema.metadata
-        self.fingerprint = facts[FINGERPRINT].decode()
-        self.seen = facts[SEEN].decode()
-        self.twins: dict[str, int] = json.loads(facts[TWINS])
-        self.concepts = CONCEPT_LIST.validate_json(facts.get(CONCEPTS, b"[]"))
-        self.possible_labels: list[str] = json.loads(facts[POSSIBLE_LABELS])
+        facts = json.loads(self.table.schema.metadata[FACTS])
+        self.fingerprint: str = facts["fingerprint"]
+        self.seen: str = facts["seen"]
+        self.twins: dict[str, int] = facts["twins"]
+        self.concepts = CONCEPT_LIST.validate_python(facts["concepts"])
+        self.possible_labels: list[str] = facts["possible_labels"]
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
@@ -187,7 +187,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     known, missing, unknown = (
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
-    tagged = (pc.list_value_length(collection.table["tags"].take(rows)).to_numpy() > 0).sum()
+    tagged = has_value(collection.table["tags"].take(rows)).sum()
     if len(train) < 2:
         further = show_some(collection.possible_labels)
         others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""

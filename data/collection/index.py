@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
-from data.layouts.table import PLACES, SCHEMA, TEST, build_table, hash_table, replace_column
+from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, hash_table, replace_column
 from data.layouts.tables import POSSIBLE, TableChoice
 from data.layouts.unused import Unused, list_unused, say_unused
 from data.layouts.walk import check_root
@@ -33,14 +33,9 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
-FINGERPRINT = b"fingerprint"
-SEEN = b"seen"  # the fingerprint without the test split
-_UNUSED = b"unused"
-POSSIBLE_LABELS = b"possible_labels"
-TWINS = b"twins"
-CONCEPTS = b"concepts"
+FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 15  # format version; increment it to rebuild every index
+_INDEX = 16  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -90,13 +85,12 @@ def index_collection(
     choice = TableChoice(**tables)
     parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
-    stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
-    settings = (validation_fraction, on_bad_sidecar, tables, *map(str, stated.values()))
-    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, *settings)
+    stated = CONCEPT_LIST.dump_json([*concepts])
+    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, tables, stated.decode())
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
-        say_unused(json.loads(known.schema.metadata[_UNUSED]))
+        say_unused(json.loads(known.schema.metadata[FACTS])["unused"])
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
@@ -107,24 +101,24 @@ def index_collection(
     say_unused(lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
-        seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
-        metadata = {
-            FINGERPRINT: fingerprint,
-            SEEN: seen,
-            _UNUSED: json.dumps(lines),
-            TWINS: json.dumps(count_twins(rows)),
+        facts = {
+            "fingerprint": fingerprint,
+            "seen": _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated),
+            "unused": lines,
+            "twins": count_twins(rows),
+            "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
+            "concepts": json.loads(stated),
         }
-        metadata[POSSIBLE_LABELS] = json.dumps(sorted({*unused.get(POSSIBLE, ())}))
-        rows = rows.replace_schema_metadata({**metadata, **stated})
+        rows = rows.replace_schema_metadata({FACTS: json.dumps(facts)})
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(rows, str(file), "uncompressed", chunksize=len(rows)))
     return target
 
 
-def _hash(table: pa.Table, stated: Mapping[bytes, bytes]) -> str:
+def _hash(table: pa.Table, stated: bytes) -> str:
     """Return the fingerprint of a table and of the concepts, if there are any."""
     fingerprint = hash_table(table)
-    return sha256_text(f"{fingerprint} {stated[CONCEPTS]}")[:16] if stated else fingerprint
+    return fingerprint if stated == b"[]" else sha256_text(f"{fingerprint} {stated}")[:16]
 
 
 def _find_parts(
@@ -183,9 +177,8 @@ def _add_trigger(table: pa.Table, trigger: str | None) -> pa.Table:
     """Return a table with the trigger of a concept as the caption of rows without a caption and tags."""
     if trigger is None:
         return table
-    has_caption = pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False)
-    has_text = pc.or_(has_caption, pc.greater(pc.list_value_length(table["tags"]), 0))
-    return replace_column(table, "caption", pc.if_else(has_text, table["caption"], trigger))
+    has_text = has_value(table["caption"]) | has_value(table["tags"])
+    return replace_column(table, "caption", pc.if_else(pa.array(has_text), table["caption"], trigger))
 
 
 def _place(table: pa.Table, number: int, base: str, folder: str, inner: Sequence[str]) -> pa.Table:

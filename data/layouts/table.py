@@ -119,6 +119,13 @@ def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> No
         update(column.to_numpy().tobytes())
 
 
+def has_value(column: pa.ChunkedArray) -> np.ndarray:
+    """Return which rows of a column of texts or lists have something in it, bool [N]."""
+    if pa.types.is_list(column.type):
+        return pc.greater(pc.list_value_length(column), 0).to_numpy()
+    return pc.not_equal(pc.utf8_trim_whitespace(column), "").fill_null(False).to_numpy()
+
+
 def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     """Count the values of a column of texts or lists of texts, the most frequent first, then by name."""
     flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column.drop_null()

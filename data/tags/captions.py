@@ -13,12 +13,11 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
 from data.collection.collection import Collection, Row
-from data.layouts.table import show_some
+from data.layouts.table import has_value, show_some
 from utils.config.bounds import CountOrZero, Fraction
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
@@ -210,11 +209,7 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
 
     Raises UserError (`data.root`) if no row has a text.
     """
-    table = collection.table
-    has = {
-        "caption": pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False).to_numpy()[rows],
-        "tags": pc.greater(pc.list_value_length(table["tags"]), 0).to_numpy()[rows],
-    }
+    has = {name: has_value(collection.table[name])[rows] for name in ("caption", "tags")}
     other = "tags" if config.source == "caption" else "caption"
     collection.refuse_faults(config.source, rows=rows)
     collection.refuse_faults(other, rows=rows[~has[config.source]])
