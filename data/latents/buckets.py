@@ -132,6 +132,9 @@ class Fit(NamedTuple):
         return np.concatenate([self.original_hw, self.crop_top_left, self.target_hw], axis=-1)
 
 
+FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
+
+
 def fit_into(
     size_hw: np.ndarray, bucket_hw: np.ndarray, choose_corner: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Fit:
@@ -161,6 +164,8 @@ class Buckets:
     rows: the row of each sample, int64 [N], ascending. groups: its bucket, an index into `sizes_hw` [K, 2]; ascending
     within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
     """
+
+    config: BucketConfig
 
     rows: np.ndarray
     groups: np.ndarray
@@ -198,9 +203,16 @@ class Buckets:
         first, end = np.searchsorted(self.rows, (row, row + 1))
         return int(first + np.searchsorted(self.groups[first:end], group))
 
-    def draw_fit(self, row: int, key: int, group: int, config: BucketConfig) -> tuple[Fit, bool]:
-        """Return how a row's image fills a bucket, and whether it is mirrored, from the sample's key."""
-        return draw_fit(self.image_hw[self.number_of(row, group)], self.sizes_hw[group], key, config)
+    def draw_fit(self, row: int, key: int, group: int) -> tuple[Fit, bool]:
+        """Return how the image of a sample fills its bucket, and whether it is mirrored, from the sample's key."""
+        generator = torch.Generator().manual_seed(rng.hash_counters(key, _FIT_DRAW))
+        flip = bool(torch.rand((), generator=generator) < self.config.flip)
+
+        def draw_corner(slack: np.ndarray) -> np.ndarray:
+            return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
+
+        choose_corner = draw_corner if self.config.crop == "random" else None
+        return fit_into(self.image_hw[self.number_of(row, group)], self.sizes_hw[group], choose_corner), flip
 
 
 def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -255,32 +267,16 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
         dropped[reason] = without
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())
         log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
-    return Buckets(rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
+    return Buckets(config, rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
 
 
-def draw_fit(image_hw: np.ndarray, bucket_hw: np.ndarray, key: int, config: BucketConfig) -> tuple[Fit, bool]:
-    """Return how the image of a sample fills its bucket, and whether it is mirrored, from the sample's key."""
-    generator = torch.Generator().manual_seed(rng.hash_counters(key, _FIT_DRAW))
-    flip = bool(torch.rand((), generator=generator) < config.flip)
-
-    def draw_corner(slack: np.ndarray) -> np.ndarray:
-        return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
-
-    return fit_into(image_hw, bucket_hw, draw_corner if config.crop == "random" else None), flip
-
-
-def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
+def fitted_views(find_fit: FindFit) -> Views:
     """Return the views of an image in its bucket: `images`, and `fit` (`Fit.conditions`), which are of one fit."""
 
-    def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
-        return draw_fit(np.array(image.shape[-2:]), sizes_hw[draw.group], draw.key, config)
+    def fit(draw: Draw) -> tuple[Fit, bool]:
+        return find_fit(draw.index, draw.key, draw.group)
 
-    return views_of(fit)
-
-
-def views_of(fit: Callable[[Tensor, Draw], tuple[Fit, bool]]) -> Views:
-    """Return the views of an image by a function that gives its fit, and whether it is mirrored."""
     return {
-        "images": lambda image, draw: place(image, *fit(image, draw)),
-        "fit": lambda image, draw: torch.tensor(fit(image, draw)[0].conditions()),
+        "images": lambda image, draw: place(image, *fit(draw)),
+        "fit": lambda image, draw: torch.tensor(fit(draw)[0].conditions()),
     }

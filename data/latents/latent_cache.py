@@ -1,6 +1,6 @@
 """A cache of latents: the VAE's mean and log variance of each image in its bucket, encoded once.
 
-    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, inputs, hashes)
+    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, inputs, hashes)
     cache.fill(encode, open_images(...), machine, batch_size, unreadable)
     data = data.read_from(cache, cache.fingerprints)
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.images.record_store import TensorStore, record_key
-from data.latents.buckets import BucketConfig, Buckets, Fit, fit_into, place
+from data.latents.buckets import Buckets, Fit, fit_into, place
 from data.stream.loader import EvaluationStream, Example, Loader, UnreadableLog
 from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
@@ -37,7 +37,7 @@ EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LatentCache(Source):
-    """A source of latents for the samples of `buckets`, and for their mirror images if `config.flip` is above 0.
+    """A source of latents for the samples of `buckets`, and for their mirror images if their `flip` is above 0.
 
     inputs: what the latents depend on beside the images, such as a hash of the VAE. hashes: from `image_hashes`.
     fits: [samples, variants, 2]; variant 1 is the mirror image. keys: record keys [samples, variants], 32 hexadecimal
@@ -49,15 +49,14 @@ class LatentCache(Source):
         store: TensorStore,
         collection: Collection,
         buckets: Buckets,
-        config: BucketConfig,
         inputs: Sequence[Any],
         hashes: list[str],
     ) -> None:
         self.store = store
         self.collection = collection
         self.buckets = buckets
-        self._flip = config.flip
-        self.variants = 2 if config.flip > 0 else 1
+        self._flip = buckets.config.flip
+        self.variants = 2 if self._flip > 0 else 1
         digests = bytes.fromhex("".join(f"{digest[:32]:0>32}" for digest in hashes))
         words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 1, 2)
         variant = np.arange(self.variants, dtype=np.uint64)[:, None]
@@ -67,7 +66,7 @@ class LatentCache(Source):
 
         shape = len(hashes), self.variants, 2
         bucket_hw = np.broadcast_to(buckets.sizes_hw[buckets.groups][:, None], shape)
-        choose_corner = draw_corner if config.crop == "random" else None
+        choose_corner = draw_corner if buckets.config.crop == "random" else None
         self.fits = fit_into(buckets.image_hw[:, None], bucket_hw, choose_corner)
         done = np.concatenate([self.fits.resized_hw, self.fits.conditions()], axis=-1).astype(np.uint64)
         made_by = np.uint64(int(record_key(_VERSION, inputs)[:16], 16))

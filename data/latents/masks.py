@@ -9,7 +9,7 @@ A mask is resized, mirrored and cropped as its image is, and averaged over the p
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from data.collection.collection import Collection
 from data.images.convert import convert, is_transparent, load_upright
 from data.images.open import UNLIMITED, open_image, read_file
 from data.images.sizes import size_of
-from data.latents.buckets import Buckets, Fit, place
+from data.latents.buckets import Buckets, FindFit, place
 from data.latents.latent_cache import SHRINK, STORED
 from data.layouts.names import CONDITION, is_image_name, masked_stem
 from data.layouts.table import show_some
@@ -42,7 +42,6 @@ _MEASURED = Path("outputs/cache/masks.jsonl")
 _FOLDERS = 512  # whose names are kept
 
 Masks = Mapping[int, tuple[str, str, bool]]  # by row: a file, its SHA-256, and whether the mask is its alpha channel
-FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
 
 
 class MaskConfig(Strict):

@@ -283,7 +283,7 @@ class AutoencoderKind(BucketedKind):
         """Return the images of some rows, in training random crops. Raises UserError (`task.crop_px`)."""
         crop_px = setup.task.crop_px
         buckets = find_buckets(data, setup, rows)
-        view = fitted_views(buckets.sizes_hw, setup.task.buckets)["images"]
+        view = fitted_views(buckets.draw_fit)["images"]
         if training:
             least = buckets.sizes_hw.min(initial=crop_px)
             if least < crop_px:

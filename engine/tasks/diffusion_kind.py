@@ -15,7 +15,7 @@ from data.collection.collection import Collection, describe_concepts
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.images.sizes import SIZES, image_hashes, image_sizes
-from data.latents.buckets import Buckets, fitted_views, make_buckets, views_of
+from data.latents.buckets import Buckets, fitted_views, make_buckets
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.latents.text_cache import TextCache, vary_caption
@@ -163,12 +163,12 @@ class DiffusionKind(BucketedKind):
         fields = caption_fields(collection, task.captions, encode, vary, parts, weights)
         read = data
         if task.latent_cache is None:
-            find_fit = partial(buckets.draw_fit, config=task.buckets)
-            views = fitted_views(buckets.sizes_hw, task.buckets)
+            find_fit = buckets.draw_fit
+            views = fitted_views(find_fit)
         else:
             latents = _open_latents(data, setup, buckets)
             find_fit = latents.find_fit
-            views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
+            views = fitted_views(find_fit)
             if not data.dry_run:
                 _fill_latents(latents, data, setup)
                 read = data.read_from(latents, latents.fingerprints)
@@ -350,7 +350,7 @@ def _open_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
     inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, padding)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-    return LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
+    return LatentCache(store, data.collection, buckets, inputs, hashes)
 
 
 def _fill_latents(latents: LatentCache, data: Data, setup: Setup) -> None:

@@ -15,7 +15,6 @@ from data.latents.buckets import (
     BucketConfig,
     Fit,
     assign,
-    draw_fit,
     fit_into,
     fitted_views,
     make_buckets,
@@ -78,12 +77,12 @@ def test_an_index_image_gives_back_the_recorded_coordinates(is_random, flip):
 
 def test_a_view_and_its_conditions_are_of_one_fit():
     image = torch.rand(3, 100, 200)
-    settings = config(crop="random", flip=0.5)
-    views = fitted_views(np.array([[64, 64], [64, 96]]), settings)
+    made = assign_all([(100, 200)], crop="random", flip=0.5, sizes_hw=[[[64, 96]]], max_upscale=9.0)
+    views = fitted_views(made.draw_fit)
     seen = set()
     for key in range(20):
-        pixels, found = (views[name](image, Draw(key, 0, key, 1)) for name in ("images", "fit"))
-        fit, is_mirrored = draw_fit(np.array([100, 200]), np.array([64, 96]), key, settings)
+        pixels, found = (views[name](image, Draw(key, 0, key, 0)) for name in ("images", "fit"))
+        fit, is_mirrored = made.draw_fit(0, key, 0)
         assert torch.equal(pixels, place(image, fit, is_mirrored)) and found.tolist() == fit.conditions().tolist()
         assert found.tolist() == [100, 200, 0, found[3], 64, 96]
         seen.add((is_mirrored, int(found[3])))

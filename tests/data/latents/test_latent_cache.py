@@ -61,7 +61,7 @@ def open_cache(folder, config=CONFIG, recipe=RECIPE):
     rows = np.arange(len(collection))
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, folder / "sizes.json"), config)
     hashes = image_hashes(collection, buckets.rows, folder / "hashes.json")
-    return LatentCache(TensorStore(folder / "store", "cache.latents"), collection, buckets, config, recipe, hashes)
+    return LatentCache(TensorStore(folder / "store", "cache.latents"), collection, buckets, recipe, hashes)
 
 
 def missing(cache):

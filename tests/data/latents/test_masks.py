@@ -55,8 +55,8 @@ def opened(request, tmp_path, monkeypatch):
 
 def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
     images, buckets, find = opened
-    masked = Masked(images, find(), buckets, partial(buckets.draw_fit, config=RANDOM))
-    seen, view = set(), fitted_views(buckets.sizes_hw, RANDOM)["images"]
+    masked = Masked(images, find(), buckets, buckets.draw_fit)
+    seen, view = set(), fitted_views(buckets.draw_fit)["images"]
     for key in range(12):
         record = masked.read(key % 2, key, 0)
         shown = view(record[IMAGE], Draw(key, key % 2, key, 0))[:1]
@@ -76,7 +76,7 @@ def test_a_concept_without_masks_has_none(opened, monkeypatch):
 def test_a_mask_that_is_damaged_later_is_an_unreadable_image(opened):
     images, buckets, find = opened
     masks = find()
-    masked = Masked(images, masks, buckets, partial(buckets.draw_fit, config=RANDOM))
+    masked = Masked(images, masks, buckets, buckets.draw_fit)
     with open(masks[1][0], "r+b") as file:
         file.truncate(150)
     with pytest.raises(UnreadableImage):
