@@ -101,9 +101,10 @@ def index_collection(
     say_unused(lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
+        seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
         facts = {
             "fingerprint": fingerprint,
-            "seen": _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated),
+            "seen": seen,
             "unused": lines,
             "twins": count_twins(rows),
             "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
