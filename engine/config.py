@@ -50,7 +50,8 @@ class _LoopConfig(Strict):
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
     minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
-    early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
+    early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last one that was better
+    early_stop_least: Annotated[float, Field(ge=0)] = 0.0  # by more than this; a run from before this key has 0
     batch_size: Count
     micro_batch_size: Literal["auto"] | Count  # auto: all samples of a rank
     sampling: Literal["shuffled", "blocks", "balanced"]

@@ -60,6 +60,7 @@ class Best:
 class Run:
     """One run: learner, recorder, saver and progress.
 
+    gain: the last evaluation that was better than the gain before it by more than `loop.early_stop_least`.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
     range test. These and `best` are checkpointed.
     """
@@ -89,6 +90,7 @@ class Run:
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
         self._phase = 0
         self.best = Best()
+        self.gain = Best()
         self.last_report: dict[str, float] = {}
         self.last_evaluated = 0
         self.found_lr: float | None = None
@@ -101,11 +103,11 @@ class Run:
 
     @property
     def has_stalled(self) -> bool:
-        """Whether the best evaluation is `loop.early_stop_epochs` or more before the newest one."""
+        """Whether the last gain is `loop.early_stop_epochs` or more before the newest evaluation."""
         patience = self.config.loop.early_stop_epochs
-        if patience is None or self.best.step is None:
+        if patience is None or self.gain.step is None:
             return False
-        return self.plan.epoch_at(self.last_evaluated) - self.plan.epoch_at(self.best.step) >= patience - 1e-9
+        return self.plan.epoch_at(self.last_evaluated) - self.plan.epoch_at(self.gain.step) >= patience - 1e-9
 
     @property
     def owes_evaluation(self) -> bool:
@@ -238,9 +240,12 @@ class Run:
         learner.sync_buffers()
         with learner.evaluated():
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
-            if self._is_best(report) and self.saver.write_alone(learner, "best_weights.safetensors"):
-                metric = learner.task.best_metric
-                self.best = Best(report.scalars[metric], step, interval(metric, report.scalars))
+            metric = learner.task.best_metric
+            value = report.scalars.get(metric, math.nan)
+            if self._is_better(value, self.best) and self.saver.write_alone(learner, "best_weights.safetensors"):
+                self.best = Best(value, step, interval(metric, report.scalars))
+            if self._is_better(value, self.gain, self.config.loop.early_stop_least):
+                self.gain = Best(value, step)
         prefix = "ema/" if learner.exports_average else ""
         self.last_report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
         self.last_evaluated = step
@@ -257,13 +262,11 @@ class Run:
         if step > 0:  # a run without steps has no curves
             recorder.plot(step, draws=draws)
 
-    def _is_best(self, report: Report) -> bool:
-        """Return whether a report is the best so far."""
-        task = self.learner.task
-        best = self.best.value
-        value = report.scalars.get(task.best_metric, math.nan)
-        is_better = best is None or (value < best if task.best_is_lowest else value > best)
-        return is_better and math.isfinite(value)
+    def _is_better(self, value: float, before: Best, least: float = 0.0) -> bool:
+        """Return whether a figure is better than that of another evaluation by more than `least`."""
+        sign = -1 if self.learner.task.best_is_lowest else 1
+        gain = math.inf if before.value is None else sign * (value - before.value)
+        return gain > least and math.isfinite(value)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""
@@ -319,6 +322,7 @@ class Run:
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
             "best": asdict(self.best),
+            "gain": asdict(self.gain),
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
@@ -343,6 +347,7 @@ class Run:
         learner.task.origin = state["origin"]
         if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose
             self.best = Best(**state["best"])
+            self.gain = Best(**state.get("gain", state["best"]))
         self.last_report = state["last_report"]
         self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)

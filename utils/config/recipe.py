@@ -26,7 +26,7 @@ FREE_KEYS = (
     "data.cache.folder",
     "loop.total_*",
     "loop.auto.*",
-    "loop.early_stop_epochs",
+    "loop.early_stop_*",
     "loop.micro_batch_size",
     "loop.*_every*",
     "task.probe.*",
