@@ -1,6 +1,6 @@
 """The schema of `data`. Values and defaults are in conf/data/."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -9,6 +9,7 @@ from data.layouts.tables import TableChoice
 from utils.config.bounds import BelowOne, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
+from utils.io.files import Json
 
 
 class CacheConfig(Strict):
@@ -55,7 +56,7 @@ class DataConfig(Strict):
         """Return what `table` and `columns` say."""
         return TableChoice(self.table, self.columns or {})
 
-    def index_settings(self) -> dict[str, Any]:
+    def index_settings(self) -> Json:
         """Return what an index depends on beside the files, as `index_collection` takes it."""
         names = ("validation_fraction", "on_bad_sidecar", "corrections")
         stated = {name: getattr(self, name) for name in names}

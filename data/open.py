@@ -40,6 +40,7 @@ from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from utils.contracts import Machine
 from utils.formats.preprocessing import Decoding
+from utils.io.files import Values
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -84,7 +85,7 @@ def describe_collection(collection: Collection) -> str:
 
 
 def load_files(
-    paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
+    paths: Sequence[Path], preprocessing: Values, machine: Machine, *, max_pixels: int, batch_size: int
 ) -> tuple[EvaluationStream, Mapping[str, str]]:
     """Return batches of image files with the preprocessing of evaluation, and the reason for each unreadable file.
 
@@ -97,22 +98,20 @@ def load_files(
     return EvaluationStream(loader, range(len(paths)), batch_size), reasons
 
 
-def prepare_image(content: bytes, name: str, preprocessing: Mapping[str, Any], *, max_pixels: int) -> Tensor:
+def prepare_image(content: bytes, name: str, preprocessing: Values, *, max_pixels: int) -> Tensor:
     """Return an encoded image as `load_files` returns that of a file, uint8 [1, C, H, W]. Raises UnreadableImage."""
     image = _decoder_of(preprocessing, max_pixels)(content, name)
     return EvalTransform(preprocessing)(image)[None]
 
 
-def _decoder_of(preprocessing: Mapping[str, Any], max_pixels: int, background: Any = None) -> Decoder:
+def _decoder_of(preprocessing: Values, max_pixels: int, background: Any = None) -> Decoder:
     """Return the decoder for a preprocessing; background: if set, it replaces that of the training."""
     stated = Decoding.model_validate(preprocessing)
     background = stated.background if background is None else background
     return Decoder(stated.channels, max_pixels, background, stated.shortest_px)
 
 
-def open_images(
-    collection: Collection, config: DataConfig, preprocessing: Mapping[str, Any], *, repeats: bool = False
-) -> Source:
+def open_images(collection: Collection, config: DataConfig, preprocessing: Values, *, repeats: bool = False) -> Source:
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
     preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
@@ -172,7 +171,7 @@ class Data:
         """Return a stream of `rows`, each exactly once over all ranks; groups: as in `evaluation_batches`."""
         return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self._seed)
 
-    def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
+    def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Values) -> EvaluationStream:
         """Return a stream of `rows` with the preprocessing of a weight file."""
         return self.evaluation(rows, fields, evaluation_views(preprocessing))
 

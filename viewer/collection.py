@@ -24,6 +24,7 @@ from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import category_name
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.parts import filtered_table, make_columns, run_name
@@ -56,9 +57,7 @@ search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 class Tiles:
     """A grid of thumbnails that scrolls over any number of rows. tile: makes one; choose: called with a tile's row."""
 
-    def __init__(
-        self, tile: Callable[[int], dict[str, Any]], choose: Callable[[int], Any], height: str = "72vh"
-    ) -> None:
+    def __init__(self, tile: Callable[[int], Json], choose: Callable[[int], Any], height: str = "72vh") -> None:
         self._tile = tile
         self._rows = np.empty(0, np.int64)
         self._seen = (0.0, 700.0, 600.0)
@@ -118,7 +117,7 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
     return facts
 
 
-def value_rows(search: Search, rows: np.ndarray, column: str) -> list[dict[str, Any]]:
+def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
     """Return the rows of the table of values: images, share, and how many times as frequent as in all images."""
     every = np.arange(len(search.collection))
     usual = search.count(every, column)
@@ -214,7 +213,7 @@ class _Browser:
         self._box = ui.dialog().props("full-width")
         await self._find()
 
-    def _tile(self, row: int) -> dict[str, Any]:
+    def _tile(self, row: int) -> Json:
         view = self._collection.row(row)
         src = image_address(self._name, self._collection, row)
         path = escape_controls(view.path)

@@ -1,13 +1,14 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from fastapi import HTTPException, Query
 from nicegui import run as background
 from nicegui import ui
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, smooth, thin
 from utils.record.figures import GROUPS, group_of, list_curves, title_curve
@@ -21,7 +22,7 @@ _MARKED = 40  # points, at most, of a curve whose points are marked
 
 def chart_options(
     curves: dict[str, Curves], figure: str, smoothing: float, *, logarithmic: bool, by_time: bool = False
-) -> dict[str, Any] | None:
+) -> Json | None:
     """Return the ECharts options of a figure: training and evaluation of each run; None if no run has it.
 
     by_time: over minutes of training, instead of steps.
@@ -49,13 +50,13 @@ def to_points(across: np.ndarray, values: np.ndarray) -> list[list[float | None]
     return [[x, y if y == y else None] for x, y in zip(across.tolist(), values.tolist())]
 
 
-def draw_line(name: str, colour: str, points: list[list[float | None]]) -> dict[str, Any]:
+def draw_line(name: str, colour: str, points: list[list[float | None]]) -> Json:
     """Return the ECharts options of a line; few points are marked."""
     look = {"showSymbol": len(points) <= _MARKED, "symbolSize": 6, "animation": False}
     return {"type": "line", "name": name, "color": colour, "data": points, **look}
 
 
-def plot(lines: list[dict[str, Any]], x_axis: dict[str, Any], *, logarithmic: bool = False) -> dict[str, Any]:
+def plot(lines: list[Json], x_axis: Json, *, logarithmic: bool = False) -> Json:
     """Return the ECharts options of lines."""
     text = {"color": GREY}
     faint = {"lineStyle": {"color": GREY, "opacity": 0.25}}
@@ -125,7 +126,7 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
     ui.timer(REFRESH_SEC, draw)
 
 
-def redraw(chart: ui.echart, options: dict[str, Any]) -> None:
+def redraw(chart: ui.echart, options: Json) -> None:
     """Give a chart other options."""
     if chart.options != options:
         chart.options.clear()

@@ -18,7 +18,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, category_name
-from utils.io.files import ignore_write_errors, readable, sha256_text
+from utils.io.files import Json, ignore_write_errors, readable, sha256_text
 from utils.io.memo import own_cache
 from utils.record.run_index import is_inside
 from viewer.images import Shelf, image_address
@@ -165,9 +165,7 @@ def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
     return prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
 
 
-def _make_bars(
-    predictor: "Predictor", values: np.ndarray, row: dict[str, Any], least: np.ndarray | None
-) -> dict[str, list[Bar]]:
+def _make_bars(predictor: "Predictor", values: np.ndarray, row: Json, least: np.ndarray | None) -> dict[str, list[Bar]]:
     """Return the bars of an answer by category. least: thresholds, if each tag has its own."""
     bars = dict[str, list[Bar]]()
     chosen = {"classes": [row.get("class")], "rating": [row.get("rating")], **row.get("probs", {})}

@@ -4,11 +4,11 @@ import shlex
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastapi import HTTPException
 from nicegui import ui
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 from utils.record.run_reader import STATES
@@ -25,7 +25,7 @@ def show_command(words: Sequence[str]) -> None:
     ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
 
 
-def make_columns(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def make_columns(labels: Mapping[str, str]) -> list[Json]:
     """Return the columns of a table that can be sorted. labels: by the field of a row."""
     shared = {"align": "left", "sortable": True}
     return [{"name": field, "label": label, "field": field, **shared} for field, label in labels.items()]

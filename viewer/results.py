@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -10,6 +9,7 @@ from fastapi import HTTPException
 from nicegui import run as background
 from nicegui import ui
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
@@ -67,14 +67,14 @@ async def show_thresholds(path: Path) -> None:
     draw()
 
 
-def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[dict[str, Any]]]:
+def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[Json]]:
     """Return precision, recall and F1 at a threshold as text, and the options of charts: of both, and reliability."""
     thresholds, predicted, correct, precision, recall, f1 = decisions
     row = int(np.abs(thresholds - threshold).argmin())
     text = f"Threshold {threshold:.2f}: precision {precision[row]:.3f}, recall {recall[row]:.3f}, F1 {f1[row]:.3f}; "
     text += f"{correct[row]:,.0f} of {predicted[row]:,.0f} decisions are correct"
 
-    def line(name: str, colour: str, across: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    def line(name: str, colour: str, across: np.ndarray, values: np.ndarray) -> Json:
         return draw_line(name, colour, to_points(across, values))
 
     ends = np.array([0.0, 1.0])
@@ -118,7 +118,7 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     await draw()
 
 
-def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any]:
+def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:
     """Return the ECharts options of the confusions between some classes."""
     at = {name: number for number, name in enumerate(names)}
     cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
@@ -133,7 +133,7 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any
     }
 
 
-async def _show_images(path: Path, shelf: Shelf, rows: list[dict[str, Any]] | None) -> None:
+async def _show_images(path: Path, shelf: Shelf, rows: list[Json] | None) -> None:
     if rows is None:
         ui.label("No table of images yet. This command writes it:").classes("muted")
         show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
@@ -160,7 +160,7 @@ def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | No
     return [None] * len(images)
 
 
-def describe_image(row: dict[str, Any]) -> list[str]:
+def describe_image(row: Json) -> list[str]:
     """Return the lines under an image: label, prediction and confidence, or wrong (+) and missed (-) tags."""
     if "missed" not in row:
         return [str(row.get("label", row["path"])), f"→ {row.get('prediction')} ({row.get('probability', 0):.2f})"]

@@ -17,6 +17,7 @@ from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_tag, write_tag
 from utils.formats.vocabulary import RATINGS
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.tables import find_differences, images_root
 from viewer.images import Shelf, find_rows, image_address
@@ -122,7 +123,7 @@ class Review:
         names = dict.fromkeys([*self.questions[self.here].names, *self.classes])
         return {name: name in value if self.field == "tags" else name == value for name in [*names][:_CHOICES]}
 
-    def card(self, number: int, image: str) -> dict[str, Any]:
+    def card(self, number: int, image: str) -> Json:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
         last = self.last(number)
         had = self.questions[number].had

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
 from nicegui import app, ui
 from nicegui import run as background
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls, safe_lines
 from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
@@ -52,7 +52,7 @@ _SLOTS = {
 }
 
 
-def make_row(index: RunIndex, state: RunState) -> dict[str, Any]:
+def make_row(index: RunIndex, state: RunState) -> Json:
     """Return a run's row of the table."""
     name = run_name(index, state.path)
     shown = "" if state.best is None else f"{show_name(state.metric)} {show_cell(round(state.best, 4))}"
@@ -64,7 +64,7 @@ def make_row(index: RunIndex, state: RunState) -> dict[str, Any]:
     return row | _progress_of(state)
 
 
-def _progress_of(state: RunState) -> dict[str, Any]:
+def _progress_of(state: RunState) -> Json:
     """Return the share of a run's steps, and them as text."""
     share = int(state.state == "finished")
     steps = f"{state.step:,}"
@@ -76,7 +76,7 @@ def _progress_of(state: RunState) -> dict[str, Any]:
     return {"share": share, "steps": steps}
 
 
-def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[dict[str, Any]]:
+def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[Json]:
     """Return rows, those with `pinned` paths first. A sweep is one row, with its best run's figures."""
     groups = {}
     for state in states:
@@ -87,7 +87,7 @@ def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) 
     return sorted(rows, key=lambda row: not row["pinned"])
 
 
-def _fold(index: RunIndex, path: Path, states: list[RunState]) -> dict[str, Any]:
+def _fold(index: RunIndex, path: Path, states: list[RunState]) -> Json:
     sign = 1 if any(state.job.result["is_lowest_best"] for state in states if state.job.result) else -1
     ranked = sorted(states, key=lambda state: math.inf if state.best is None else sign * state.best)
     jobs = [{**make_row(index, state), "run": escape_controls(state.path.name)} for state in ranked]

@@ -4,7 +4,6 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -13,6 +12,7 @@ import psutil
 from nicegui import app, ui
 from nicegui import run as background
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls, hide_secrets, safe_lines
 from utils.record.curves import Curves
 from utils.record.logging import get_logger
@@ -94,7 +94,7 @@ class Watch:
         if self._limits.webhook:
             httpx.post(self._limits.webhook, json={"text": text}, timeout=_TELL_SEC).raise_for_status()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Json]:
         """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
         found = []
 

@@ -1,12 +1,13 @@
 """The schema of `augment`. Values and defaults are in conf/augment/."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from utils.config.bounds import Fraction, Share, Side
 from utils.config.schema import Strict
+from utils.io.files import Json
 
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 _POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
@@ -72,7 +73,7 @@ class AugmentConfig(Strict):
     mean: list[Fraction]  # for values in [0, 1], one per channel; applied on the device
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
-    def preprocessing(self, channels: int) -> dict[str, Any]:
+    def preprocessing(self, channels: int) -> Json:
         """Return the preprocessing of evaluation, as weight files store it."""
         names = {"image_size_hw", "pad", "eval_resize", "eval_crop", "interpolation", "mean", "std"}
         return {**self.model_dump(include=names), "channels": channels, "shortest_px": self.shortest_px()}

@@ -8,7 +8,7 @@ Normalisation happens on the device (models/image_model.py), so batches hold byt
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from data.stream.order import Draw
 from utils import rng
 from utils.formats.background import DEFAULT, background_levels
 from utils.formats.preprocessing import LONGEST, Preprocessing
+from utils.io.files import Json, Values
 
 _TRIES = 4  # crops of a random shape, before torchvision's
 
@@ -56,7 +57,7 @@ class NoiseErasing(v2.RandomErasing):
     def __init__(self, config: AugmentConfig) -> None:
         super().__init__(p=config.random_erasing, scale=(0.02, 1 / 3), value=0)
 
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+    def transform(self, inpt: Tensor, params: Json) -> Tensor:
         """Return the image with noise in the rectangle, or unchanged if there is none."""
         if params["v"] is None:
             return inpt
@@ -127,7 +128,7 @@ class ResizedCrop(v2.RandomResizedCrop):
         top, left, height, width = self.make_params([image]).values()
         return resize(image[:, top : top + height, left : left + width], self.size, self._interpolation)
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self, flat_inputs: list[Any]) -> Json:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
         height, width = flat_inputs[0].shape[-2:]
         least, most = self.scale
@@ -185,7 +186,7 @@ class EvalTransform:
     resize and centre crop. Only the middle of a very long image is resized, because the whole may exceed the memory.
     """
 
-    def __init__(self, preprocessing: Mapping[str, Any]) -> None:
+    def __init__(self, preprocessing: Values) -> None:
         self._stated = Preprocessing.model_validate(preprocessing)
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:

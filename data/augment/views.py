@@ -1,6 +1,5 @@
 """The views of an image: what training and what evaluation makes of it (`Views` of data/stream/order.py)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from data.augment.config import AugmentConfig
@@ -8,6 +7,7 @@ from data.augment.on_device import AUGMENT, IMAGES, DeviceAugment
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.stream.order import Views
 from utils.formats.background import DEFAULT
+from utils.io.files import Values
 
 
 def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
@@ -19,6 +19,6 @@ def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
     return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images
 
 
-def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
+def evaluation_views(preprocessing: Values) -> Views:
     """Return the view of an evaluation image."""
     return {IMAGES: EvalTransform(preprocessing)}

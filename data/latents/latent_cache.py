@@ -24,6 +24,7 @@ from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
 from utils.contracts import Machine
+from utils.io.files import Json
 from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
@@ -101,7 +102,7 @@ class LatentCache(Source):
         def view(variant: int, image: Tensor, draw: Draw) -> Tensor:
             return place(image, self.fit(buckets.number_of(draw.index, draw.group), variant), flip=variant == 1)
 
-        def size(example: Example) -> dict[str, Any]:
+        def size(example: Example) -> Json:
             number = buckets.number_of(example.draw.index, example.draw.group)
             return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:]), "number": number}
 

@@ -8,8 +8,7 @@ If captions vary (shuffled or dropped tags), `vary_caption` creates K variants o
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from data.latents.latent_cache import STORED
 from data.stream.source import Record
 from utils import rng
 from utils.errors import UserError
-from utils.io.files import sha256_text
+from utils.io.files import Values, sha256_text
 from utils.ranks import distributed
 from utils.record.progress import track
 
@@ -41,7 +40,7 @@ class TextCache:
     Rows of `prompt_embeds` that are zero are padding, up to `length` rows, and are not stored.
     """
 
-    def __init__(self, store: TensorStore, inputs: Mapping[str, Any], length: int) -> None:
+    def __init__(self, store: TensorStore, inputs: Values, length: int) -> None:
         self.store = store
         self._inputs = inputs
         self._length = length

@@ -19,7 +19,6 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -27,7 +26,7 @@ from data.layouts.manifest import save_manifest
 from data.layouts.names import GLYPHS, PARQUET
 from data.layouts.table import build_table
 from utils.errors import UserError
-from utils.io.files import output_errors, read_json, write_json
+from utils.io.files import Json, output_errors, read_json, write_json
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
@@ -140,7 +139,7 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
 def _draw_into(root: Path) -> None:
     """Draw all faces into a new folder, then write its manifest and glyphs.json."""
     codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for face, code in track(codes, len(codes), "drawing the glyphs"):
         if (image := draw_glyph(face, code)) is None:
             continue
@@ -158,7 +157,7 @@ def _draw_into(root: Path) -> None:
     write_json(root / GLYPHS, {"version": GLYPHS_VERSION})
 
 
-def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:
+def _name_classes(rows: list[Json]) -> dict[int, str]:
     """Return the class of each code point in nearly all faces: the lowest code point that looks the same."""
     faces = Counter(row["code"] for row in rows)
     looks = {row["code"]: row["sha256"] for row in rows if row["face"] == _MERGED_IN}

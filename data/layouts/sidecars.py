@@ -23,7 +23,7 @@ from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.io.names import Names
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
@@ -93,7 +93,7 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
     return Sidecar(_unique(tags) or None, None, caption or None)
 
 
-def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
+def parse_record(where: str, record: Json) -> Sidecar:
     """Read a record of a booru, of gallery-dl or of our predecessor. A field that cannot be read is a fault.
 
     where: the position of the record, for faults.
@@ -110,7 +110,7 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
     return Sidecar(**values, id=number, sidecar_fault="\n".join(faults) or None)
 
 
-def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
+def _read_tags(record: Json) -> tuple[str, ...] | None:
     """Return the tags of a record, or None: from `tags`, else `tag_string`, else the fields of categories.
 
     Categories come from the names of fields, or from `tags` if it is an object.
@@ -144,7 +144,7 @@ def _words(field: str, value: Any) -> list[str]:
     return value
 
 
-def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
+def _read_value(field: str, largest: int, record: Json) -> str | None:
     """Return a field of one text, or of a number; a negative one, as of Hugging Face, is none."""
     value = record.get(field)
     if value is None or isinstance(value, str):
@@ -154,7 +154,7 @@ def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
     raise ValueError(f"the {field} {reprlib.repr(value)}; write a text, or a whole number of at most {largest}")
 
 
-def _read_caption(record: dict[str, Any]) -> str | None:
+def _read_caption(record: Json) -> str | None:
     """Return the caption of a record; several ones of a list on a line each."""
     caption = record.get("caption")
     texts = caption if isinstance(caption, list) else [caption]
@@ -257,7 +257,7 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
         )
 
 
-def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_lines(file: Path) -> Iterator[tuple[str, Json]]:
     """Yield the JSON object of each line, after its position for messages. Raises UserError (`data.root`)."""
     with about("data.root"), readable(file, file.suffix):
         with open(file, "rb") as content:

@@ -20,7 +20,7 @@ from data.layouts.sidecars import Sidecar, decode, is_field, parse_record, read_
 from data.layouts.table import TYPES
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -156,7 +156,7 @@ def read_parquet(file: Path) -> pa.Table:
         return parquet.read()
 
 
-def _read_rows(rows: Iterable[dict[str, Any]]) -> pa.Table:
+def _read_rows(rows: Iterable[Json]) -> pa.Table:
     """Return the table of JSON objects. Arrow's reader would take texts that are dates for timestamps."""
     rows = list(rows)
     names = dict.fromkeys(itertools.chain.from_iterable(rows))

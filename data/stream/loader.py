@@ -31,9 +31,9 @@ from data.stream.order import BlockSampler, Draw, Sampler, Views, evaluation_bat
 from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
-from utils.contracts import Batch, Machine
+from utils.contracts import Batch, Machine, State, Tensors
 from utils.errors import UserError
-from utils.io.files import ignore_write_errors
+from utils.io.files import Json, ignore_write_errors
 from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
 from utils.ranks.processes import end_with_parent, shorten_socket_folder
@@ -56,7 +56,7 @@ class Example:
     row: Row
     training: bool
     record: Record
-    views: Mapping[str, Tensor]
+    views: Tensors
 
     @functools.cached_property  # most fields draw nothing
     def generator(self) -> torch.Generator:
@@ -67,7 +67,7 @@ class Example:
 Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
 
 
-def no_fields(example: Example) -> dict[str, Tensor]:
+def no_fields(example: Example) -> State:
     """Return no fields."""
     return {}
 
@@ -160,7 +160,7 @@ class Loader(Dataset):
         workers = self.machine.workers
         if workers > 0 and sys.platform == "darwin":  # a fork of a process with threads may crash there
             raise UserError(f"runtime.workers: {workers} need Linux; set runtime.workers=0 or auto")
-        of_workers: dict[str, Any] = {}
+        of_workers: Json = {}
         if workers > 0:
             shorten_socket_folder()
             of_workers["prefetch_factor"] = self.machine.prefetch_batches

@@ -8,9 +8,9 @@ Captions(config, collection).of(row)    # the config of a row, where concepts ha
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from utils.errors import UserError
 from utils.formats.emphasis import MARK, escape, read_emphasis
 from utils.formats.spelling import is_sentence, parse_tag, split_tags, with_spaces
 from utils.formats.vocabulary import GENERAL, RATING, category_name
+from utils.io.files import Values
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -80,7 +81,7 @@ class CaptionConfig(Strict):
     suffix: str
     emphasis: bool
 
-    def changed(self, key: str, values: Mapping[str, Any]) -> Self:
+    def changed(self, key: str, values: Values) -> Self:
         """Return the config with the values of a concept. Raises ValueError; key: where the values are."""
         for name in ("dropout_to", "emphasis"):
             if name in values:

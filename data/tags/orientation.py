@@ -12,9 +12,9 @@ The maps for booru tags and for the embedded glyphs are in this folder.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import yaml
@@ -26,7 +26,7 @@ from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError, about
 from utils.formats.vocabulary import CATEGORIES, GENERAL, Vocabulary
-from utils.io.files import readable
+from utils.io.files import Json, Values, readable
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -70,7 +70,7 @@ class OrientationMap(Strict):
         return name
 
 
-def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, Any]:
+def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Json:
     """Return how a mirror image changes the outputs of a vocabulary; name: `booru`, `glyphs`, or the path of a map.
 
     pairs: outputs that are exchanged. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
@@ -123,7 +123,7 @@ class Mirror(nn.Module):
     orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict.
     """
 
-    def __init__(self, orientation: Mapping[str, Any], width: int) -> None:
+    def __init__(self, orientation: Values, width: int) -> None:
         super().__init__()
         with torch.device("cpu"):  # with values in a dry run, too
             permutation = torch.arange(width)

@@ -15,12 +15,13 @@ from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
 from utils.formats.spelling import parse_rating, parse_tag
 from utils.formats.vocabulary import RATING
+from utils.io.files import Values
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-Image = Mapping[str, Any]  # a row of the collection, its `FileFacts`, and `claims`
+Image = Values  # a row of the collection, its `FileFacts`, and `claims`
 
 
 class Duplicates(Finder):
