@@ -6,7 +6,6 @@ from typing import Literal
 
 import pyarrow as pa
 
-from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
@@ -17,6 +16,7 @@ from data.layouts.sidecars import list_faults
 from data.layouts.table import TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import COPY, check_root
+from data.tools.duplicates import find_groups
 from data.tools.measure import measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
@@ -31,7 +31,7 @@ _NAMED = 20  # unreadable images in the log
 class Manifest(Tool):
     """Check the images of `data.root` and write a manifest with the SHA-256 of every file.
 
-    verify: decode every image, and fill in the columns _DECODED and `group` (see `group_duplicates`), which the splits
+    verify: decode every image, and fill in the columns _DECODED and `group` (see `find_groups`), which the splits
     keep together. Damaged images get weight 0 and a reason; without verify, only files that cannot be opened.
     """
 
@@ -57,16 +57,21 @@ class Manifest(Tool):
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=self.verify)
-            damaged = {path: f"unreadable: {fact.reason}" for path, fact in zip(paths, facts) if fact.is_damaged}
+            damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
             columns: dict[str, list] = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
             if damaged:
-                columns["reason"] = [damaged.get(path) for path in paths]
+                columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
             for name in ("sha256", *(_DECODED if self.verify else ())):
                 columns[name] = [getattr(fact, name) for fact in facts]
             if self.verify:
-                drawn = {path: fact.thumbnail for path, fact in zip(paths, facts) if fact.thumbnail is not None}
-                numbers = dict(zip(drawn, group_duplicates(list(drawn.values())).tolist()))
+                groups = find_groups(dict(zip(paths, facts)), "near")
+                numbers = {path: number for number, group in enumerate(groups) for path in group}
                 columns["group"] = [numbers.get(path) for path in paths]
+                log.info(
+                    "near-duplicates: %d groups, the largest has %d images (column group)",
+                    len(groups),
+                    max(map(len, groups), default=0),
+                )
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
             table = assign_validation(table, data.validation_fraction)
@@ -76,17 +81,13 @@ class Manifest(Tool):
             save_manifest(folder, table, scanned_ns)
         if damaged:
             for path in list(damaged)[:_NAMED]:
-                log.warning("%s: %s", path, damaged[path])
-            kinds = Counter(fact.kind for fact in facts if fact.is_damaged).most_common()
+                log.warning("%s: unreadable: %s", path, damaged[path].reason)
+            kinds = Counter(fact.kind for fact in damaged.values()).most_common()
             log.warning(
                 "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
                 "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",
                 ", ".join(f"{kind}: {count:,}" for kind, count in kinds),
             )  # fmt: skip
-        if self.verify:
-            sizes = [count for count in Counter(table["group"].drop_null().to_pylist()).values() if count > 1]
-            largest = max(sizes, default=0)
-            log.info("near-duplicates: %d groups, the largest has %d images (column group)", len(sizes), largest)
         splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
         log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(damaged)} unreadable"
