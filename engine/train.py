@@ -14,6 +14,7 @@ import shlex
 
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
+from engine.recipe.batch import fit_batch
 from engine.recipe.pretrained import use_pretrained
 from engine.recipe.prodigy import use_factor
 from engine.recipe.rules import plan_recipe
@@ -43,6 +44,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     collection = load_collection(config.data)
     if config.loop.minutes is not None:
         config, job = plan_recipe(config, job, kind, collection, runtime)
+    config = fit_batch(config, collection, job.overrides)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)
