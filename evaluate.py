@@ -23,9 +23,8 @@ begin(__doc__)
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -44,7 +43,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.thresholds import ThresholdTable, find_thresholds, thresholds_path, write_thresholds
-from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
+from utils.io.files import Values, canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
@@ -169,12 +168,12 @@ class Evaluate(Strict):
         return weights.task.evaluate(loaders, weights.metadata["step"]), None
 
 
-def result_folder(place: Path, source: Mapping[str, Any]) -> Path:
+def result_folder(place: Path, source: Values) -> Path:
     """Return the folder of results that are not a run's own: `place`, with a hash of their source in its name."""
     return place.with_name(f"{place.name}-{sha256_text(canonical_json(source))[:8]}")
 
 
-def write_results(file: Path, title: str, figures: Mapping[str, Any], report: Report, other: str | None = None) -> None:
+def write_results(file: Path, title: str, figures: Values, report: Report, other: str | None = None) -> None:
     """Write figures into a file, and tables, pictures and a page beside it. other: suffix of an evaluation."""
     folder = file.parent
     with output_errors("output", file):

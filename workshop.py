@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.help import ROOT
 from utils.config.schema import PathText, Strict
 from utils.errors import EXIT_OK, UserError
-from utils.io.files import file_lock, output_errors, read_json, readable, write_json
+from utils.io.files import Json, file_lock, output_errors, read_json, readable, write_json
 from utils.io.safe_text import Lines, hide_secrets
 from utils.ranks.processes import end_with_parent
 from utils.record.figures import show_rows
@@ -45,7 +45,7 @@ log = get_logger(__name__)
 
 _STAGES = "stages.json"  # the finished stages
 Source = dict[str, str]  # command and images of a stage
-Done = dict[str, dict[str, Any]]  # the sources of finished stages, with their seconds
+Done = dict[str, Json]  # the sources of finished stages, with their seconds
 
 
 def _is_command(text: str) -> str:

@@ -22,6 +22,7 @@ from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, hash_tensors
 
 Use = Literal["training", "evaluation", "export"]
+Loaders = dict[str, Iterable[Batch]]  # of an evaluation, by name
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 IMAGE_HASHES = Path("outputs/cache/image_hashes.jsonl")
 
@@ -40,7 +41,7 @@ class Streams:
     """
 
     train: TrainStream
-    evaluation: Mapping[str, Iterable[Batch]]
+    evaluation: Loaders
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
@@ -153,7 +154,7 @@ class Task(nn.Module):
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update other state, such as an EMA teacher. applied: a device scalar, 0 if the step was skipped."""
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
 

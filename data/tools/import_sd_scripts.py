@@ -6,7 +6,7 @@ Source: kohya-ss/sd-scripts:library/config_util.py and docs/config_README-en.md.
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
@@ -18,7 +18,7 @@ from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import split_tags
-from utils.io.files import output_errors, readable, write_text
+from utils.io.files import Json, output_errors, readable, write_text
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -71,7 +71,7 @@ class _Options(Strict):
         width, height = self.resolution if isinstance(self.resolution, list) else (self.resolution, self.resolution)
         return height, width
 
-    def captions(self) -> dict[str, Any]:
+    def captions(self) -> Json:
         """Return the values of task.captions. A prefix counts among the tags that are kept."""
         fixed = self.keep_tokens_separator or "\0"
         prefix, suffix = (split_tags(text.replace(fixed, ",")) for text in (self.caption_prefix, self.caption_suffix))
@@ -132,7 +132,7 @@ class Import(Tool):
         return subsets
 
 
-def _check(values: dict[str, Any], notes: list[str]) -> _Options:
+def _check(values: Json, notes: list[str]) -> _Options:
     """Return the options of a subset; add to `notes` those without a counterpart. Raises UserError."""
     for key in _WITHOUT.keys() & values.keys():
         if value := values.pop(key):
@@ -144,7 +144,7 @@ def _check(values: dict[str, Any], notes: list[str]) -> _Options:
         raise UserError(f"job.source: {where}: {'; '.join(error.args)}") from None
 
 
-def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
+def _convert(subsets: list[_Options], notes: list[str]) -> Json:
     """Return the values of an experiment; add to `notes` what differs in it."""
     first = subsets[0]
     for key in (*_OF_ALL, *_LIMITS.values()):
@@ -178,7 +178,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
         concept["mask"] = subset.alpha_mask if has_masks else None
         concepts.append(concept)
     # sd-scripts skips no image, however much of it is cropped.
-    buckets: dict[str, Any] = {"max_crop": 1.0, "assign": "all" if is_several else "no_upscale"}
+    buckets: Json = {"max_crop": 1.0, "assign": "all" if is_several else "no_upscale"}
     buckets["flip"] = 0.5 * first.flip_aug
     buckets["crop"] = "random" if first.random_crop else "centre"
     if first.enable_bucket:

@@ -16,7 +16,7 @@ import tarfile  # noqa: TID251 (shards are written)
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ from data.tools.tool import Tool
 from utils import rng
 from utils.config.schema import PathText
 from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.io.files import Json, write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -110,7 +110,7 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
     return {f"{number:06}{TAR}": rows for number, rows in enumerate(groups)}
 
 
-def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> list[dict[str, Any]]:
+def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> list[Json]:
     """Write a shard; return byte range, SHA-256 and size of each image."""
     places = []
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -134,7 +134,7 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
     return places
 
 
-def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[Json, bytes]]:
     """Yield the columns of rows, with SHA-256 and upright size, and their encoded images; threads read ahead.
 
     Raises UserError (`data.root`).
@@ -142,7 +142,7 @@ def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[
     contents = open_contents(collection)
     names = [name for name in collection.table.column_names if name not in PLACES]
 
-    def load(row: int) -> tuple[dict[str, Any], bytes]:
+    def load(row: int) -> tuple[Json, bytes]:
         view = collection.row(row)
         record = {name: getattr(view, name) for name in names}
         try:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,7 +19,7 @@ from models.interop.metadata import base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
-from utils.io.files import read_json, write_json
+from utils.io.files import Json, Values, read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets_in, safe_lines
 from utils.record.figures import COUNTS, show_figure, show_rows
 
@@ -61,7 +60,7 @@ class Card:
     about: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Values:
         """The weights' metadata."""
         return self.weights.metadata
 
@@ -141,9 +140,9 @@ class Card:
             lines.append("It forbids commercial use, also of these weights.")
         return lines
 
-    def _front_matter(self, results: Results) -> dict[str, Any]:
+    def _front_matter(self, results: Results) -> Json:
         """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
-        front: dict[str, Any] = {}
+        front: Json = {}
         if (licence := licence_of(self.metadata)) is not None:
             is_known = _LICENCES.fullmatch(licence.lower())
             front = {"license": licence.lower()} if is_known else {"license": "other", "license_name": licence}
@@ -180,11 +179,11 @@ def _show_results(results: Results, thresholds: ThresholdTable | None) -> list[s
     return lines
 
 
-def _list(facts: Mapping[str, Any]) -> list[str]:
+def _list(facts: Values) -> list[str]:
     return [*(f"- {name}: {code_span(value)}" for name, value in facts.items() if value is not None), ""]
 
 
-def add_report(folder: Path, report: dict[str, Any]) -> None:
+def add_report(folder: Path, report: Json) -> None:
     """Write the report of `report["file"]` into export.json, and keep the reports of other files."""
     path = folder / REPORT
     try:

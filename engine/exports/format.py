@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from engine.exports.weights import Weights
 from models.outputs import OUTPUTS
+from utils.io.files import Json
 
 # From the weights, an empty folder and the settings (ExportConfig) to the report. It writes and compares the files.
-Write = Callable[[Weights, Path, Any], dict[str, Any]]
+Write = Callable[[Weights, Path, Any], Json]
 
 
 class Format(NamedTuple):

@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from engine.exports.weights import Weights
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
 from models.sdxl.changes import SHOWN
+from utils.io.files import Json, Values
 
 _TRAINED_ON = {
     "ss_num_train_images": "images",
@@ -29,7 +29,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     images = dict_of(metadata, "trained_on").get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
-    facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
+    facts: Json = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
     facts |= {**licence_entry(metadata), "ss_output_name": weights.title}
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
@@ -43,9 +43,9 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
 
 
-def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_training(task: DiffusionTaskConfig, metadata: Values) -> Json:
     trained_on = dict_of(metadata, "trained_on")
-    facts: dict[str, Any] = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
+    facts: Json = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
     facts |= {
         "prediction_type": task.noise.prediction_type,
         "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),

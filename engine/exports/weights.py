@@ -6,7 +6,7 @@ network is allocated.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from models.image_model import ImageModel
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.record.run_reader import RunReader, run_of
 
 
@@ -28,7 +29,7 @@ class Weights:
     path: Path
     model: ImageModel | None  # from images to outputs; None if the task has no output for a single image
     whole: nn.Module | None  # the complete network, such as an FCMAE with its decoder
-    metadata: dict[str, Any]  # from the file, with `output`
+    metadata: Json  # from the file, with `output`
     kind: Kind | None = None
     task: Task | None = None  # in eval mode
     setup: Setup | None = None

@@ -1,6 +1,5 @@
 """Weights and the images to measure them on, for evaluate.py."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,9 @@ from data.layouts.table import count_values, show_some
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import MovedBase, Weights, open_weights
+from engine.task import Loaders
 from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained
-from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -84,7 +83,7 @@ class Measured:
         """Whether the weights are a tagger's, with thresholds."""
         return self.weights.kind.output == "tags"
 
-    def loaders(self) -> dict[str, Iterable[Batch]]:
+    def loaders(self) -> Loaders:
         """Return the loaders of the evaluation, with their progress, and move the task to the device."""
         task = self.weights.task.to(self.runtime.device)
         if self.runtime.channels_last:

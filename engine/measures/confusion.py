@@ -6,13 +6,13 @@ The matrix is sparse, so 22,000 classes need no more memory than their samples.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array, csr_array, triu
 from torch import Tensor
 
+from utils.io.files import Json
 from utils.ranks import distributed
 
 
@@ -56,7 +56,7 @@ class Confusion:
             "macro_f1": float((2 * correct / (samples + predicted)).mean()),
         }
 
-    def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def class_rows(self, names: Sequence[str]) -> list[Json]:
         """Return a row per class, with None for scores that would divide by zero and for missing confusions."""
         worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
         rows = []
@@ -72,7 +72,7 @@ class Confusion:
             rows.append(row)
         return rows
 
-    def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
+    def pair_rows(self, names: Sequence[str], most: int) -> list[Json]:
         """Return a row for each of the `most` most frequent wrong pairs."""
         samples = self.samples.tolist()
         return [

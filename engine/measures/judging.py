@@ -1,11 +1,13 @@
 """How well drawn pictures show what was asked: a tagger's view of them beside its view of real pictures."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from utils.io.files import Json
 
 
 class Seen(NamedTuple):
@@ -33,9 +35,7 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     return {name: float(value) for name, value in figures.items()}
 
 
-def tag_rows(
-    names: Sequence[str], prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: Seen
-) -> list[dict[str, Any]]:
+def tag_rows(names: Sequence[str], prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: Seen) -> list[Json]:
     """Return a row for each tag that was prompted or is seen unprompted, the most prompted ones first."""
     counts = {"prompted": prompted, "seen": prompted & drawn.tags, "seen_in_real": prompted & real.tags}
     counts |= {"leaked": others & drawn.tags, "leaked_in_real": others & real.tags}

@@ -1,16 +1,16 @@
 """Exact means of per-sample values."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from utils.contracts import Batch
+from utils.contracts import Batch, Tensors
 from utils.errors import UserError
 from utils.ranks import distributed
 
 
-def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, float]:
+def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Tensors]) -> dict[str, float]:
     """Return `Means.reduce` of the per-sample values [B] that `compute` returns for each batch."""
     means = Means()
     for batch in batches:
@@ -25,7 +25,7 @@ class Means:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # [1 + N]: the count, then a sum for each name
 
-    def add(self, values: Mapping[str, Tensor], valid: Tensor) -> None:
+    def add(self, values: Tensors, valid: Tensor) -> None:
         """Add a batch: values [B] by name, with the same names each time, and valid [B] bool."""
         self._names = list(values)
         rows = torch.stack(

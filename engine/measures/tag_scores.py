@@ -7,7 +7,6 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from utils import rng
 from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
 from utils.formats.vocabulary import RATING, Vocabulary, category_name
+from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -39,7 +39,7 @@ def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple
     return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
 
 
-def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[dict[str, Any]]:
+def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[Json]:
     """Return a row for each of 100 thresholds: decisions of at least this probability, and the correct ones, [BINS]."""
     names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
     columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
@@ -139,7 +139,7 @@ class TagScores:
         """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
-    def tables(self) -> dict[str, list[dict[str, Any]]]:
+    def tables(self) -> dict[str, list[Json]]:
         """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)

@@ -1,12 +1,13 @@
 """The samples with the highest scores, for pictures of an evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.contracts import State, Tensors
 from utils.ranks import distributed
 
 
@@ -15,14 +16,14 @@ class TopSamples:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: dict[str, Tensor] = {}
+        self._kept: State = {}
 
-    def add(self, score: Tensor, eligible: Tensor, fields: Mapping[str, Tensor]) -> None:
+    def add(self, score: Tensor, eligible: Tensor, fields: Tensors) -> None:
         """Add a batch: score [B], eligible [B] bool, and the fields to keep, which include sample_id [B]."""
         best = self._best({**fields, "score": torch.where(eligible, score.double(), -torch.inf)})
         self._kept = self._best(_join([self._kept, best])) if self._kept else best
 
-    def _best(self, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _best(self, samples: Tensors) -> State:
         order = samples["sample_id"].argsort(stable=True)
         order = order[samples["score"][order].argsort(descending=True, stable=True)][: self._size]
         return {name: tensor[order] for name, tensor in samples.items()}
@@ -35,7 +36,7 @@ class TopSamples:
         return {name: tensor[eligible].numpy() for name, tensor in best.items()}
 
 
-def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _join(parts: Sequence[Tensors]) -> State:
     """Concatenate samples; images [B, C, H, W] of several sizes are padded with white at the right and bottom."""
     joined = {}
     for name in parts[0]:

@@ -5,12 +5,11 @@ Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/update/
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from engine.run.advice import advise
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
 from engine.run.recorder import Recorder
-from engine.task import Report, Streams, Task, fingerprint_helpers
+from engine.task import Loaders, Report, Streams, Task, fingerprint_helpers
 from engine.update.learner import Learner
 from engine.update.parallel import reshard
 from engine.update.runtime import Runtime
@@ -28,7 +27,7 @@ from optim.build import at_average
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable
 from utils.contracts import Batch
-from utils.io.files import ignore_write_errors, write_json
+from utils.io.files import Values, ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, check_stop, is_stop_requested
@@ -94,7 +93,7 @@ class Run:
         self.last_report: dict[str, float] = {}
         self.last_evaluated = 0
         self.found_lr: float | None = None
-        self._tables: Mapping[str, Any] = {}  # of this process's newest evaluation
+        self._tables: Values = {}  # of this process's newest evaluation
 
     @property
     def step(self) -> int:
@@ -288,7 +287,7 @@ class Run:
             learner.task.train()
             reshard(learner.model)
 
-    def _due_loaders(self, most: int | None) -> Mapping[str, Iterable[Batch]]:
+    def _due_loaders(self, most: int | None) -> Loaders:
         """Return the loaders due at this step, in batches that fit the device if micro-batches are chosen or halved."""
         size = self.learner.micro_batches.size
         is_chosen = self.config.loop.micro_batch_size == "auto" or size < self.plan.micro_batch_size

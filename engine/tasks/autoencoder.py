@@ -9,8 +9,8 @@ Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from engine.config import TrainingConfig
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
-from engine.task import Report, StepOutput, Task, Use, log_mean
+from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
 from engine.tasks.diffusion_kind import BucketedKind, Reading, find_buckets
 from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
 from models.perceptual import (
@@ -42,8 +42,9 @@ from models.perceptual import (
 from models.sdxl.networks import SDXLConfig, describe, open_networks
 from utils.config.bounds import Count, CountOrZero, Factor, Side
 from utils.config.schema import Strict
-from utils.contracts import Batch
+from utils.contracts import Batch, State
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.io.hub import stated_license
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -179,7 +180,7 @@ class AutoencoderTask(Task):
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not overflows):
             return self.vae.decode(latents).sample.float()
 
-    def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, State]:
         """Return the loss of each image [B] without the players', and its parts."""
         pixel = absolute_error(decoded - images)
         with torch.autocast(images.device.type, enabled=False):
@@ -214,7 +215,7 @@ class AutoencoderTask(Task):
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones."""
         means = Means()
         worst = TopSamples(_WORST)
@@ -226,7 +227,7 @@ class AutoencoderTask(Task):
             worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
         return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
 
-    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each image [B], and the decoded images."""
         images = _to_levels(batch["images"])
         decoded = self._decode(self._encode(images))
@@ -270,7 +271,7 @@ class AutoencoderKind(BucketedKind):
     next_commands = ("python export.py format=vae run_dir={run}",)
     schema = VAETrainingConfig
 
-    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
         """Check the perceptual network and its files. There are no facts."""
         if (perceptual := config.task.perceptual).network is not None:
             with torch.device("meta"):

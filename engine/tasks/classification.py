@@ -1,7 +1,6 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +17,14 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
-from engine.task import Report, StepOutput, log_mean
+from engine.task import Loaders, Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, label_fields
 from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
+from utils.io.files import Json
 from utils.ranks import distributed
 
 _MISTAKES = 48  # images in a picture
@@ -80,7 +80,7 @@ class ClassificationTask(MixingTask):
         targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
         return self.mixing(images, targets, batch["weight"])
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`.
 
         Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
@@ -147,7 +147,7 @@ class ClassificationKind(Kind):
         "python export.py format=onnx run_dir={run}",
     )
 
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the class names, checked against the validation split."""
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 

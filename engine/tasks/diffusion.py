@@ -15,7 +15,6 @@ Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from data.latents.masks import MASK
 from engine.measures.means import measure_means
 from engine.task import (
     FILE_HASHES,
+    Loaders,
     Report,
     StepOutput,
     Task,
@@ -49,9 +49,9 @@ from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
 from models.weights.fit import is_meta, refuse_misfits
 from utils import rng
-from utils.contracts import Batch
+from utils.contracts import Batch, State
 from utils.errors import UserError, about
-from utils.io.files import readable
+from utils.io.files import Values, readable
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, read_header, read_weights
@@ -154,7 +154,7 @@ class DiffusionTask(Task):
         self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
 
-    def _refuse_other_noise(self, path: Path, metadata: Mapping[str, Any]) -> None:
+    def _refuse_other_noise(self, path: Path, metadata: Values) -> None:
         task = metadata.get("task")
         stated = task.get("noise") if isinstance(task, dict) else None
         if self._config.noise.convert or not isinstance(stated, dict):
@@ -163,7 +163,7 @@ class DiffusionTask(Task):
             if stated.get(name) != ours:
                 raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
 
-    def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[dict[str, Tensor], str]:
+    def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[State, str]:
         """Return a file's tensors as those of `adapter`, and advice if they do not fit."""
         with torch.device("meta"):
             shapes = open_networks(self._model, ADAPTED)
@@ -171,7 +171,7 @@ class DiffusionTask(Task):
         kinds = " and ".join(sorted({change.kind for change in changes.values()}))
         if kinds != lora.kind:
             raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
-        tensors: dict[str, Tensor] = {}
+        tensors: State = {}
         for name, change in changes.items():
             scaled = change.rescaled(lora.alpha)  # so that another alpha changes nothing
             tensors |= {f"{name}.{key}": tensor for key, tensor in scaled.tensors.items()}
@@ -199,7 +199,7 @@ class DiffusionTask(Task):
             loss = loss * batch["loss_weight"]
         return StepOutput(loss, logs)
 
-    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
         error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
@@ -305,7 +305,7 @@ class DiffusionTask(Task):
             texts.append(f"of {height} x {width}, crop {top}, {left}, weight {weight:.3g}\n{caption or '(no caption)'}")
         return images, texts
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure the loss of `val` at fixed noise and timesteps, and generate a picture per `task.samples.prompts`.
 
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).

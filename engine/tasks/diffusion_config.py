@@ -1,6 +1,6 @@
 """The schema of `task=diffusion`: noise, loss, timesteps, and which settings exclude each other."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,7 @@ from utils.config.bounds import Count, Factor, Fraction, Positive
 from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -50,7 +51,7 @@ class NoiseConfig(Strict):
             )
         return self
 
-    def settled(self, path: str | None) -> dict[str, Any]:
+    def settled(self, path: str | None) -> Json:
         """Return the values, without auto. path: of the base model; None: a tiny one."""
         values = self.model_dump()
         if "auto" not in (self.prediction_type, self.zero_terminal_snr):
@@ -117,7 +118,7 @@ class DiffusionTaskConfig(TaskConfig):
         return self.train_text_encoders or (self.lora is not None and self.lora.trains_text)
 
     @property
-    def stated_noise(self) -> dict[str, Any]:
+    def stated_noise(self) -> Json:
         """Return the noise as exports state it and as pictures are sampled: arguments of `scheduler_config`."""
         stated = self.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
         if self.noise.prediction_type == "flow":

@@ -1,10 +1,9 @@
 """SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from data.tags.captions import CaptionConfig, Captions, count_tags, describe_cap
 from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
 from engine.recipe.memory import fit_memory
-from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
+from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
 from engine.tasks.diffusion import DiffusionTask
 from engine.tasks.diffusion_config import DiffusionTaskConfig, NoiseConfig
 from engine.tasks.judge import Judge, judged_stream, text_field
@@ -40,8 +39,9 @@ from models.sdxl.step import encode_captions, encode_images
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from models.sdxl.vae import unlike_sdxls
 from utils.config.entry_point import Job
-from utils.contracts import Batch
+from utils.contracts import State, Tensors
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.io.memo import hash_once
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -52,7 +52,7 @@ _TEXTS_AT_ONCE = 16
 
 Reading = tuple[Buckets, Data, Views, Fields]
 
-Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
+Encode = Callable[[str], Tensors]  # from a caption to the network's inputs
 VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
 
 
@@ -66,7 +66,7 @@ class SDXLTrainingConfig(TaskTrainingConfig):
 class BucketedKind(Kind):
     """Images in the buckets of `task.buckets`."""
 
-    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
+    def preprocessing(self, config: TrainingConfig) -> Json:
         """Return nothing: weight files do not describe images."""
         return {}
 
@@ -86,7 +86,7 @@ class BucketedKind(Kind):
         trained_on = {"buckets": buckets.count()}
         return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on)
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, in buckets, with centred crops and whole captions."""
         still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
         buckets, read, views, fields = self.read(data, replace(setup, task=still), rows, 1, training=False)
@@ -117,7 +117,7 @@ class DiffusionKind(BucketedKind):
         """Return the configuration with the settings that make it fit."""
         return fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
 
-    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
         """Check the base model and its VAE. There are no facts.
 
         Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
@@ -183,7 +183,7 @@ class DiffusionKind(BucketedKind):
 
         return buckets, read, views, add
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, and the pictures of `judge`, if it is on."""
         loaders = super().evaluation(data, setup, rows, training=training)
         judge = setup.task.judge
@@ -312,7 +312,7 @@ def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) ->
     return store
 
 
-def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> dict[str, Tensor]:
+def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
     ids, weights = tokenize([caption], chunks, emphasis=emphasis)
     return {"token_ids": ids[0]} if weights is None else {"token_ids": ids[0], "token_weights": weights[0]}
 

@@ -11,10 +11,9 @@ Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.052
 2022 (arXiv 2205.14141), equation 2, features, here pooled.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from data.collection.collection import Collection
 from data.tags.rules import TagRulesConfig
 from engine.measures.means import measure_means
-from engine.task import Report, StepOutput, Task, Use
+from engine.task import Loaders, Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
 from engine.tasks.mixing import Mixing, MixingConfig
@@ -40,6 +39,7 @@ from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError, about, close_names
 from utils.formats.vocabulary import RATING
+from utils.io.files import Json
 from utils.io.weights import InitFrom, find_weights, read_weights
 
 _BCE = TagLossConfig(name="bce", gamma_neg=0.0, clip=0.0)
@@ -160,7 +160,7 @@ class DistillationTask(Task):
             return bce(logits, target.sigmoid()).sum(dim=1)
         return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure `val` by the loss. Raises UserError without a teacher."""
         if self.teacher is None:
             raise UserError("weights: a student of features can be measured only in its run, with its teacher")
@@ -178,7 +178,7 @@ def _find_file(source: str) -> Path | None:
 
 
 @about("task.teacher")
-def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def find_teacher(source: str, channels: int) -> tuple[Json, Json]:
     """Return a teacher's model, preprocessing and outputs, as a fact, and the names of its outputs ({} without a head).
 
     channels: the channels of the student's images. Raises UserError (`task.teacher`).
@@ -215,7 +215,7 @@ class DistillationKind(Kind):
     output = "features"
     network = "student.network"
 
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the teacher, and the names of its outputs if the student learns them."""
         task = config.task
         teacher, names = find_teacher(task.teacher, config.model.in_channels)

@@ -3,9 +3,9 @@
 The loader's workers draw the mask from each sample's key, so it does not depend on the number of ranks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,15 @@ from data.open import Data
 from data.stream.loader import Example, Fields
 from engine.measures.means import Means
 from engine.measures.probe import measure_probes
-from engine.task import Report, StepOutput, Streams
+from engine.task import Loaders, Report, StepOutput, Streams
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask, repeat_sites
 from utils.config.bounds import Count, Duration, Side, Width
 from utils.config.schema import Strict
-from utils.contracts import Batch
+from utils.contracts import Batch, State
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.record import pictures
 from utils.record.logging import get_logger
 
@@ -119,7 +120,7 @@ class FCMAETask(ImageTask):
         pred = self.network(images, batch["mask"])
         return images, pred, self.network.loss_per_sample(images, pred, batch["mask"])
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
 
         With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder's
@@ -165,7 +166,7 @@ class FCMAEKind(Kind):
     network = "network.encoder"
     next_commands = ("python finetune.py init_from={run} {data}",)
 
-    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+    def preprocessing(self, config: ImageTrainingConfig) -> Json:
         """Return how evaluation prepares an image. Raises UserError unless patches, images and network fit."""
         patch_count(config.model, config.task, config.augment.image_size_hw)
         return super().preprocessing(config)
@@ -175,7 +176,7 @@ class FCMAEKind(Kind):
         patch_px = _patch_px(setup.model, setup.task)
         mask_ratio = setup.task.mask_ratio
 
-        def mask(example: Example) -> dict[str, Tensor]:
+        def mask(example: Example) -> State:
             height, width = example.views[IMAGES].shape[-2:]
             patches = (height // patch_px) * (width // patch_px)
             return {"mask": draw_mask(example.generator, patches, mask_ratio)}
@@ -189,7 +190,7 @@ class FCMAEKind(Kind):
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, in a run with at most VALIDATION_IMAGES images, and the probe's loaders."""
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
         loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}

@@ -6,10 +6,10 @@
 The figures are exact on any number of ranks: pictures are drawn on all of them, and looked at one by one on rank 0.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import parse_tag
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, RATING
+from utils.io.files import Values
 from utils.io.weights import find_weights
 from utils.ranks import distributed
 from utils.record.figures import INK
@@ -70,7 +71,7 @@ class Held(NamedTuple):
     image: Tensor
 
 
-def prepare(picture: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
+def prepare(picture: np.ndarray, preprocessing: Values) -> Tensor:
     """Return a picture, uint8 [H, W, 3], as a tagger takes it, uint8 [C, h, w]."""
     pixels = torch.from_numpy(convert(Image.fromarray(picture), preprocessing["channels"], None))
     return EvalTransform(preprocessing)(pixels.permute(2, 0, 1))

@@ -10,7 +10,7 @@ A kind's config, task and Kind are in one file; kinds.py has an entry for each.
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +29,7 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
-from engine.task import Streams, Task, Use, join_exported, split_exported
+from engine.task import Loaders, Streams, Task, Use, join_exported, split_exported
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
@@ -39,10 +39,9 @@ from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
 from utils.config.entry_point import Job
 from utils.config.schema import Strict
-from utils.contracts import Batch
 from utils.errors import UserError, close_names
 from utils.formats.background import DEFAULT
-from utils.io.files import canonical_json, readable, sha256_text
+from utils.io.files import Json, Values, canonical_json, readable, sha256_text
 from utils.io.weights import InitFrom, read_weights
 
 
@@ -66,9 +65,9 @@ class Setup:
     model: Any
     task: Any
     # How evaluation prepares an image (AugmentConfig.preprocessing); empty for kinds without images.
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Values = field(default_factory=dict)
     # Facts about the training collection, such as class names (JSON values).
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Values = field(default_factory=dict)
 
     def normalise(self) -> Normalise:
         """Return the normalisation of images."""
@@ -160,19 +159,17 @@ class Kind:
             "to null"
         )
 
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""
         return {}
 
-    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+    def preprocessing(self, config: ImageTrainingConfig) -> Json:
         """Return how evaluation prepares an image."""
         background = DEFAULT if config.data.background is None else config.data.background
         preprocessing = config.augment.preprocessing(config.model.in_channels)
         return {**preprocessing, "background": background}
 
-    def set_up(
-        self, config: ImageTrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None
-    ) -> Setup:
+    def set_up(self, config: ImageTrainingConfig, collection: Collection, facts: Values | None = None) -> Setup:
         """Return the setup of a new run. facts: of the run, for one of its phases."""
         if facts is None:
             facts = self.find_facts(config, collection)
@@ -243,7 +240,7 @@ class Kind:
         counts = self.count_classes(collection, setup, rows)
         return Streams(train, {}, data.fingerprints, described=described, class_images=counts)
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`: the images of `rows` that the task can use."""
         is_usable, fields = self.samples(data.collection, setup)
         return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}
@@ -269,7 +266,7 @@ def label_fields(class_ids: np.ndarray) -> Fields:
 
 def read_setup(
     path: Path, kinds: Mapping[str, Kind], moved: Mapping[str, str] | None = None
-) -> tuple[Kind, Setup, dict[str, Any]]:
+) -> tuple[Kind, Setup, Json]:
     """Return the kind, one of `kinds`, the setup and the metadata of a weight file, from its header alone.
 
     moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names

@@ -1,10 +1,10 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
-from engine.task import Report, StepOutput
+from engine.task import Loaders, Report, StepOutput
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
 from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.tasks.new_tags import fit_new_tags
@@ -40,10 +40,11 @@ from models.weights.fit import is_meta
 from models.weights.initialise import convert
 from utils.config.bounds import BelowOne, Count
 from utils.config.schema import PathText, Strict
-from utils.contracts import Batch
+from utils.contracts import Batch, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
+from utils.io.files import Json
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -189,7 +190,7 @@ class TaggingTask(MixingTask):
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 at equal precision and recall, and more (measures/tag_scores.py).
 
         Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
@@ -283,7 +284,7 @@ def _select(values: np.ndarray, mask: np.ndarray, kind: pa.DataType) -> pa.Array
     return pa.array([row[kept] for row, kept in zip(values, mask)], pa.list_(kind))
 
 
-def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> State:
     """Return each image [B] and its worst tags of each kind of mistake, with the error of their probabilities."""
     found = {name: batch[name] for name in ("sample_id", "images")}
     errors = {"wrong": probs * (targets == 0), "missed": (1 - probs) * (targets == 1)}
@@ -394,7 +395,7 @@ class TaggingKind(Kind):
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
 
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
+    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         vocabulary = choose_vocabulary(config.task, collection)
         facts = vocabulary.facts()
@@ -410,7 +411,7 @@ class TaggingKind(Kind):
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
 
-    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+    def preprocessing(self, config: ImageTrainingConfig) -> Json:
         """Return how evaluation prepares an image; with `append_to`, as the existing tagger does."""
         if config.task.append_to is None:
             return super().preprocessing(config)

@@ -66,17 +66,6 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
                 run("prepare", job, tmp_path)
 
 
-def test_a_split_is_written_into_the_manifest(root, tmp_path):
-    run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", ["job=manifest", *FOLDER[:2], "data.validation_fraction=0.34"], tmp_path)
-    table = pq.read_table(root / "manifest.parquet").to_pylist()
-    sides = {}
-    for row in table:
-        sides.setdefault(row["group"], set()).add(row["split"])
-    assert {row["split"] for row in table} == {"train", "val"}
-    assert all(len(found) == 1 for group, found in sides.items() if group is not None)
-
-
 def test_the_test_split_stays_and_its_copies_leave_training(tmp_path):
     for name in ("train/a/1.png", "train/a/2.png", "test/a/1.png", "test/a/2.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
