@@ -4,7 +4,7 @@ import numpy as np
 
 from data.collection.collection import Collection
 from data.collection.search import find_rows
-from data.collection.split import hash_paths
+from data.collection.split import hash_paths, rank_by_hash
 from utils.contracts import TrainChoice
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -49,10 +49,9 @@ def _lowest(collection: Collection, rows: np.ndarray, limit: int | float, classe
 
     classes: int [N]. A share, a float, is rounded up.
     """
-    order = rows[np.lexsort((hash_paths(collection.table["path"].take(rows)), classes[rows]))]
-    first, end = (np.searchsorted(classes[order], classes[order], side) for side in ("left", "right"))
-    most = np.ceil(limit * (end - first)) if isinstance(limit, float) else limit
-    return np.sort(order[np.arange(len(order)) - first < most])
+    rows, ranks, sizes = rank_by_hash(rows, classes, hash_paths(collection.table["path"]))
+    most = np.ceil(limit * sizes) if isinstance(limit, float) else limit
+    return np.sort(rows[ranks < most])
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:

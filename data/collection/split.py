@@ -77,25 +77,32 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
             chosen = np.where(has_id, by_id, chosen)
     leads = lead_rows(table)
     is_lead = leads == np.arange(len(table))
-    rows = np.flatnonzero(is_lead & (labels >= 0))
-    rows = rows[np.lexsort((hashes[rows], labels[rows]))]  # by class and hash
-    classes = labels[rows]
-    counts = np.bincount(classes, minlength=len(names))
-    shares = np.where(counts > 1, np.clip(np.floor(fraction * counts + 0.5), 1, np.maximum(counts - 1, 1)), 0)
-    ranks = np.arange(len(rows)) - (np.cumsum(counts) - counts)[classes]
-    chosen[rows] = ranks < shares[classes]
+    rows, ranks, sizes = rank_by_hash(np.flatnonzero(is_lead & (labels >= 0)), labels, hashes)
+    chosen[rows] = ranks < np.where(
+        sizes > 1, np.clip(np.floor(fraction * sizes + 0.5), 1, np.maximum(sizes - 1, 1)), 0
+    )
     free = np.flatnonzero(is_lead & (labels < 0))
     if len(free) and not chosen[is_lead].any():
         chosen[free[hashes[free].argmin()]] = is_lead.sum() > 1
     elif len(free) and chosen[is_lead].all():
         chosen[free[hashes[free].argmax()]] = False
-    if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
+    if single := sorted(names.take(pa.array(labels[rows[sizes == 1]])).to_pylist()):
         log.warning(
             "data.root: %d classes have a single image (of weight above 0), which stays in training: %s; add a second "
             "image to each class, or remove it",
             len(single), show_some(single),
         )  # fmt: skip
     return chosen[leads]
+
+
+def rank_by_hash(rows: np.ndarray, classes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return rows by class and hash, the rank of each in its class, and how many are in it; each [n].
+
+    classes, hashes: of all rows, [N].
+    """
+    rows = rows[np.lexsort((hashes[rows], classes[rows]))]
+    first, end = (np.searchsorted(classes[rows], classes[rows], side) for side in ("left", "right"))
+    return rows, np.arange(len(rows)) - first, end - first
 
 
 def hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
@@ -109,14 +116,12 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray
 
     prints: columns that may tell the group; the first one with a value does.
     """
-    leads = np.arange(len(table))
-    names = (name for name in prints if name in table.column_names and table[name].null_count < len(table))
-    if (name := next(names, None)) is not None:
-        members = np.flatnonzero(pc.is_valid(table[name]).to_numpy())
-        groups = table[name].drop_null().to_numpy()
-        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-        leads[members] = members[first][group]
-    return leads
+    rows = np.arange(len(table))
+    for name in prints:
+        if name in table.column_names and table[name].null_count < len(table):
+            first = pc.index_in(table[name], value_set=table[name].combine_chunks(), skip_nulls=True)
+            return np.where(first.is_valid(), first.fill_null(0), rows)
+    return rows
 
 
 def count_twins(table: pa.Table) -> dict[str, int]:
