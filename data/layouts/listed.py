@@ -26,6 +26,7 @@ from utils.io.names import to_nfc
 
 _MAPPED = ("label", "tags", "caption", "split")  # other names of ours mean something else in a user's table: weight
 _Splits = Mapping[str, str | None]  # of images by path
+_Find = Callable[[str, str], str | None]  # the image of a name, and of the split that it is looked for
 
 
 class _Listed(NamedTuple):
@@ -61,7 +62,7 @@ def read_listed_images(
     return _read_rows(tables[0], images, splits, choice, unused) if tables else None
 
 
-def build_finder(splits: _Splits) -> Callable[[str, str], str | None]:
+def build_finder(splits: _Splits) -> _Find:
     """Return a function that finds the image of a name: with or without its ending, in any folder."""
     images: dict[str, list[str]] = {}
     for path in splits:
@@ -101,9 +102,7 @@ def _find_files(root: Path, choice: TableChoice, unused: Unused) -> list[Path]:
     return [file]
 
 
-def _match(
-    file: Path, find: Callable[[str, str], str | None], splits: _Splits, choice: TableChoice, unused: Unused
-) -> _Listed | None:
+def _match(file: Path, find: _Find, splits: _Splits, choice: TableChoice, unused: Unused) -> _Listed | None:
     """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
     Raises UserError (`data.table`) if it is the stated one, and cannot be read or names none.

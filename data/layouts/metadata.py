@@ -28,7 +28,7 @@ from data.layouts.sidecars import (
     read_lines,
     refuse_link_out,
 )  # fmt: skip
-from data.layouts.tables import Columns, find_one, name_columns, name_field, read_columns, read_records
+from data.layouts.tables import Columns, find_one, name_columns, read_columns, read_records
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
@@ -83,15 +83,10 @@ def _read_entries(file: Path, unused: Unused) -> list[tuple[str, Sidecar]]:
     if file.suffix == ".json":
         entries = load_json(decode(file.read_bytes()), repr(str(file)))
     else:
-        entries = {_path_of(record): record for _, record in read_lines(file)}
+        entries = {str(row.get("path", row.get("image_path", "no path"))): row for _, row in read_lines(file)}
     if not isinstance(entries, dict) or not all(isinstance(record, dict) for record in entries.values()):
         return []
     return [(key, _parse_entry(f"{str(file)!r}, {key!r}", record, unused)) for key, record in entries.items()]
-
-
-def _path_of(record: dict[str, Any]) -> str:
-    """Return the path in a row, under any of its names."""
-    return next((str(value) for name, value in record.items() if name_field(name) == "path"), "no path")
 
 
 def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
@@ -119,9 +114,8 @@ def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) ->
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in images}
     sidecars: dict[str, Sidecar] = {}
     for where, post in _iterate_posts(file):
-        names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
-        path = next((by_name[name] for name in names if name in by_name), None)
-        if path is not None and path not in sidecars:
+        path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))
+        if path and path not in sidecars:
             sidecars[path] = parse_record(where, post)
     if not sidecars:
         raise UserError(

@@ -25,18 +25,20 @@ from data.layouts.names import IMAGE_SUFFIXES, POSTS, SHARD_SUFFIXES, is_image_n
 from data.layouts.places import place_images, read_split
 from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
 from data.layouts.table import TYPES, build_table, show_some
-from data.layouts.tables import POSSIBLE, Columns, list_labels, name_columns, name_field, read_records
+from data.layouts.tables import POSSIBLE, Columns, list_labels, name_columns, read_records
 from data.layouts.unused import Unused
 from data.layouts.walk import walk_folders
 from utils.errors import UserError, about
 from utils.io.files import readable, write_atomically
 from utils.io.memo import files_key
+from utils.io.names import Names
 from utils.ranks.processes import count_cores, map_in_processes
 from utils.record.progress import track
 
 _TAR = ".tar"
 _PARQUET = ".parquet"
 _ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
+_IMAGE = re.compile(r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary.*>")  # types of columns
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 _BATCH_ROWS = 64
 _MAX_TEXT_BYTES = 2**20
@@ -92,7 +94,8 @@ def _read_shard(stated: Columns, shard: tuple[str, str, Path]) -> tuple[pa.Table
     """
     name, place, file = shard
     unused = Unused()
-    rows = _read_tar(file, name, unused) if name.endswith(_TAR) else _read_arrow(file, name, unused, stated)
+    with about("data.root"):
+        rows = _read_tar(file, name, unused) if name.endswith(_TAR) else _read_arrow(file, name, unused, stated)
     by_name = next(filter(None, map(read_split, name.split("/"))), "train")
     rows = [{**row, "split": row.get("split") or by_name, "shard": place} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
@@ -114,10 +117,10 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             where = f"{name}/{path}"
             stem, suffix = os.path.splitext(path)
             suffix = suffix.lower()
-            if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                unused.add_files(*([where] if _is_plain(member) else []))
-            elif not _is_plain(member) or re.search(OUTSIDE, path):
+            if not _is_plain(member) or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", where)
+            elif suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
+                unused.add_files(where)
             elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
                 unused.add("masks, hidden names and thumbnails in shards", where)
             elif suffix in IMAGE_SUFFIXES:
@@ -132,14 +135,16 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     rows = []
     places = dict(zip(images, zip(*place_images(list(images)))))
     stems = {os.path.splitext(path)[0] for path in images}
+    known = Names(texts)
     read = set()
     for path, member in images.items():
         stem = os.path.splitext(path)[0]
         key = re.sub(r"\.[^/]*$", "", path)
-        if stem not in texts and key != stem and key in stems:
+        own = known.find(stem)
+        if own is None and key != stem and key in stems:
             unused.add("further images of a sample", f"{name}/{path}")
             continue
-        read.add(owner := stem if stem in texts else key)
+        read.add(owner := own or known.find(key))
         columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
@@ -162,7 +167,8 @@ def _read_members(stream: IO[bytes], name: str, unused: Unused) -> Iterator[tarf
                 offset = member.offset
                 if _is_plain(member) and not 0 <= member.size <= end - member.offset_data:
                     raise ValueError(f"a member of {member.size:,} bytes")
-                yield member
+                if not member.isdir():
+                    yield member
             offset = tar.offset
         rest = os.pread(stream.fileno(), _MAX_TEXT_BYTES, offset)
         fault = "" if rest else "the mark of its end is missing"
@@ -203,7 +209,7 @@ def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
-    with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
+    with readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
         whole = mapped.read_buffer()
         table = pa.ipc.open_stream(whole).read_all()  # its buffers are slices of `whole`
         table.validate(full=True)
@@ -224,24 +230,21 @@ def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[
 
 
 def _find_image(schema: pa.Schema) -> str | None:
-    """Return the column of images: a struct with bytes, else plain bytes, first those of a usual name."""
-    structs = [field.name for field in schema if pa.types.is_struct(field.type) and "bytes" in field.type.names]
-    plain = [field.name for field in schema if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)]
-    plain.sort(key=lambda name: name_field(name) != "path")
-    return next(iter((*structs, *plain)), None)
+    """Return the column of images: a struct with bytes, else plain bytes."""
+    found = [field for field in schema if _IMAGE.fullmatch(str(field.type))]
+    return min(found, key=lambda field: not pa.types.is_struct(field.type)).name if found else None
 
 
 def _find_bytes(name: str, images: pa.Array, whole: pa.Buffer) -> Iterator[tuple[str, int, int]]:
     """Return the ending, the first byte in `whole`, and the length of each image; length 0 without an image."""
-    is_plain = not pa.types.is_struct(images.type)
-    content = images if is_plain else pc.struct_field(images, "bytes")
+    columns = dict(zip(images.type.names, images.flatten())) if pa.types.is_struct(images.type) else {"bytes": images}
+    content = columns["bytes"]
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
     ends = ends[content.offset : content.offset + len(content)].astype(np.int64)
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
-    has_names = not is_plain and "path" in images.type.names
-    files = pc.struct_field(images, "path").to_pylist() if has_names else [None] * len(images)
+    files = columns.get("path", pa.nulls(len(images))).to_pylist()
     endings = [os.path.splitext(file or "")[1].lower() for file in files]
     return zip(endings, (begin + ends).tolist(), pc.binary_length(content).fill_null(0).to_pylist())

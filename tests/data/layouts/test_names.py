@@ -13,6 +13,7 @@ from data.collection.concepts import ConceptConfig
 from data.layouts.corrections import Decision, append_corrections
 from data.tools.predictions import find_images
 from tests.data.collection.test_collection import columns, load, put
+from tests.data.layouts.test_foreign import png, write_tar
 from tests.in_process import run
 from tests.support import data_config, refuses
 from utils.io.names import find_path
@@ -42,6 +43,12 @@ def test_a_text_finds_its_image_in_the_other_form(opened, tmp_path, kind, ours, 
     name = kind if kind[0] != "x" else f"{ours}/{kind.replace('x', theirs, 1)}"
     (root / name).write_text(text.replace("path", "file_name") if "metadata" in kind else text)
     assert (f"{ours}/{ours}.png", "Föhn", "found") in columns(opened(root), "path", "label", "caption")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FORMS)
+def test_a_text_in_a_tar_finds_its_image_in_the_other_form(opened, tmp_path, ours, theirs):
+    write_tar(tmp_path / "root/0.tar", {f"{ours}.png": png(1), f"{theirs}.txt": b"found"})
+    assert columns(opened(tmp_path / "root"), "caption") == [("found",)]
 
 
 def test_classes_are_one_over_the_splits_of_two_systems(opened, tmp_path):
