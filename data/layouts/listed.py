@@ -117,14 +117,15 @@ def _match(file: Path, find: _Find, splits: _Splits, choice: TableChoice, unused
         return None
     split = read_split(file.stem) or "train"
     table = pa.table({name: column for name, column in zip(table.column_names, table.columns) if name})
-    found = {}
+    found = [(0, "", [])]
     for name in table.column_names:
         if choice.columns.get("path") in (None, name):
-            found[name] = [find(str(value), split) for value in table[name].to_pylist()]
-    count, key = max(((len({*paths} - {None}), name) for name, paths in found.items()), default=(0, ""))
+            paths = [find(str(value), split) for value in table[name].to_pylist()]
+            found.append((len({*paths} - {None}), name, paths))
+    count, key, paths = max(found)
     if count if is_stated else 2 * count > min(len(table), len(splits)):
         is_prediction = {"path", "error"} <= {*table.column_names}  # of predict.py
-        return None if is_prediction and not is_stated else _Listed(file, split, table, key, found[key])
+        return None if is_prediction and not is_stated else _Listed(file, split, table, key, paths)
     if not is_stated:
         return None
     raise UserError(

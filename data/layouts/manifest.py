@@ -76,7 +76,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
     table = build_table(table, split=read_splits(file, table["split"], "train"))
     is_packed = PLACES.keys() <= set(table.column_names)
-    if root is not None and not is_packed and not pc.all(pc.string_is_ascii(table["path"])).as_py():
+    if root is not None and not is_packed:
         table = _spell_paths(root, table)
     paths = table["path"]
     where = f"{str(file)!r}, column path"

@@ -7,7 +7,10 @@ Source: huggingface/datasets:src/datasets/data_files.py, SPLIT_KEYWORDS.
 """
 
 import functools
+import itertools
+import os
 import re
+import sys
 from collections.abc import Sequence
 
 from data.layouts.table import SPLIT_NAMES, TEST
@@ -39,23 +42,23 @@ def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | Non
     """Return the split and the label of each path by its folders; None where they say none."""
     folders = [re.split(r"[/\\]", path)[:-1] for path in paths]  # a zip of Windows may have backslashes
     depth = _find_depth(folders)
-    splits = [None if depth is None or len(parts) <= depth else read_split(parts[depth]) for parts in folders]
-    above = [parts[:depth] if split else [] for parts, split in zip(folders, splits)]
-    inner = [parts[len(outer) + 1 :] if split else parts for parts, outer, split in zip(folders, above, splits)]
-    groups: dict[str, list[int]] = {}  # of one split folder each, or all without
-    for row, (parts, split) in enumerate(zip(folders, splits)):
-        groups.setdefault(parts[depth] if split else "", []).append(row)
-    for name, rows in groups.items():
-        while _is_wrapped([inner[row] for row in rows], name.lower()):
-            for row in rows:
-                inner[row] = inner[row][1:]
-    if not any(inner) and len({*map(tuple, above)}) > 1:  # cat/train/, dog/train/
-        inner = [parts[-1:] for parts in above]
-    return splits, [parts[0] if parts else None for parts in inner]
+    outer = [next(filter(read_split, parts[depth:][:1]), "") for parts in folders]
+    inner = [parts[depth:][1:] if name else parts for parts, name in zip(folders, outer)]
+    for name in {*outer}:
+        rows = [row for row, own in enumerate(outer) if own == name]
+        # Folders around all images of a split are no classes if they are `images`, or named as the split's.
+        wrapper = re.compile(rf"(?:{_FILLER})+|{re.escape(name)}", re.I)
+        shared = os.path.commonprefix([inner[row] for row in rows])
+        count = len([*itertools.takewhile(wrapper.fullmatch, shared)])
+        for row in rows:
+            inner[row] = inner[row][count:]
+    if not any(inner) and len({tuple(parts[:depth]) for parts in folders}) > 1:  # cat/train/, dog/train/
+        inner = [parts[:depth][-1:] for parts in folders]
+    return [*map(read_split, outer)], [parts[0] if parts else None for parts in inner]
 
 
-def _find_depth(folders: Sequence[_Folders]) -> int | None:
-    """Return how many folders are above those of splits; None without splits.
+def _find_depth(folders: Sequence[_Folders]) -> int:
+    """Return how many folders are above those of splits; more than there are without splits.
 
     At the root, one folder whose name says only a split is enough: the others are then beside it, and refused.
     """
@@ -66,13 +69,7 @@ def _find_depth(folders: Sequence[_Folders]) -> int | None:
         names = {parts[depth] if len(parts) > depth else "" for parts in folders}
         if all(map(read_split, names)):
             return depth
-    return None
-
-
-def _is_wrapped(folders: Sequence[_Folders], outer: str) -> bool:
-    """Return whether all images are in one folder that is no class: `images`, or one named as the split's, `outer`."""
-    name, *others = {parts[0].lower() if parts else "" for parts in folders}
-    return not others and bool(name) and (name == outer or re.fullmatch(rf"(?:{_FILLER})+", name) is not None)
+    return sys.maxsize
 
 
 def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:

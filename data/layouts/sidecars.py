@@ -166,9 +166,13 @@ def _read_caption(record: Json) -> str | None:
     return "\n".join(filter(None, lines)) or None
 
 
-_READERS = {"tags": _read_tags, "caption": _read_caption}
-_READERS["unknown_tags"] = lambda record: _unique(_words("unknown_tags", record.get("unknown_tags") or [])) or None
-_READERS |= {name: functools.partial(_read_value, name, largest) for name, largest in (("rating", 3), ("label", 2**63))}
+_READERS = {
+    "tags": _read_tags,
+    "caption": _read_caption,
+    "unknown_tags": lambda record: _unique(_words("unknown_tags", record.get("unknown_tags") or [])) or None,
+    "rating": functools.partial(_read_value, "rating", 3),
+    "label": functools.partial(_read_value, "label", 2**63),
+}
 FIELDS = tuple(_READERS)
 
 

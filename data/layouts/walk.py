@@ -38,13 +38,13 @@ def check_root(root: str) -> Path:
     return Path(folder)
 
 
-def list_folder(folder: Path, key: str = "data.root") -> list[os.DirEntry[str]]:
-    """List a folder. Raises UserError (`key`) if that is not possible."""
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder. Raises UserError (`data.root`) if that is not possible."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise UserError(f"{key}: {str(folder)!r} cannot be listed ({error.strerror}); {_ADVICE}") from error
+        raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror}); {_ADVICE}") from error
 
 
 def walk_folders(root: Path, unused: Unused, *, follows_links: bool = True) -> Iterator[_Folder]:
@@ -67,12 +67,10 @@ def walk_folders(root: Path, unused: Unused, *, follows_links: bool = True) -> I
                     continue
                 elif not entry.is_dir():
                     files.append(entry)
-                elif not entry.is_symlink():
-                    below.append((f"{path}/", (*chain, f"{chain[-1]}/{entry.name}")))
-                elif follows_links and (real := os.path.realpath(entry.path)) not in chain:
-                    below.append((f"{path}/", (*chain, real)))
-                else:
+                elif entry.is_symlink() and (not follows_links or os.path.realpath(entry.path) in chain):
                     unused.add(_NOT_FOLLOWED, path)
+                else:
+                    below.append((f"{path}/", (*chain, os.path.realpath(entry.path))))
             names = {entry.name for entry in files}
             unused.add_files(*(folder + name for name in names if not has_reader(folder + name)))
             yield folder, files, names
