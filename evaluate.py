@@ -24,15 +24,15 @@ begin(__doc__)
 import time
 from collections import deque
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data.config import DataConfig
 from engine.config import MachineConfig
 from engine.exports.results import read_results
-from engine.exports.weights import MovedBase, load_predictor
+from engine.exports.weights import MovedBase, WeightsChoice, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
 from engine.judging.measured import Measured, choose_images, list_kept, open_measured
 from engine.judging.per_image import ImageRows
@@ -45,7 +45,7 @@ from utils.errors import UserError, about
 from utils.formats.thresholds import ThresholdTable, find_thresholds, thresholds_path, write_thresholds
 from utils.io.files import Values, canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.safe_text import Lines, hide_secrets
-from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
+from utils.io.weights import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
@@ -69,35 +69,23 @@ class _Targets(Strict):
     recall: Annotated[float, Field(gt=0, lt=1)]
 
 
-class Evaluate(Strict):
+class Evaluate(WeightsChoice):
     """Measure one weight file.
 
-    run_dir, weights: best, last or ema of a run, or a weight file. output: a folder. split: auto is val; of other
-    images val, else test, else all. per_image: also write a row for each image. calibrate: also write a tagger's
-    thresholds.
+    output: a folder. split: auto is val; of other images val, else test, else all. per_image: also write a row for each
+    image. calibrate: also write a tagger's thresholds.
     """
 
     name: Literal["evaluate"]
-    run_dir: PathText | None
-    weights: PathText
     output: PathText | None
-    model: MovedBase
     split: Literal["auto", "val", "test", "train", "all"]
     per_image: bool
     calibrate: bool
     calibration: _Targets
 
-    def check(self, data: DataConfig | None) -> None:
-        """Raise ValueError if nothing says what to measure."""
-        if self.run_dir is None and self.weights in WEIGHT_NAMES:
-            raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
-        if self.run_dir is None and data is None:
-            raise ValueError("data: must be given without run_dir; add data.root=PATH")
-
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
-        with about("weights"):
-            path = choose_weights(self.run_dir or "", self.weights)
+        path = self.find()
         images = choose_images(config.data, self.run_dir, self.split)
         folder = Path(self.output or self.run_dir or "")
         if self.output is None and (not images.is_own or self.weights not in WEIGHT_NAMES):
@@ -212,13 +200,10 @@ class Compare(ArenaConfig):
     models: PathList
     output: PathText | None
 
-    def check(self, data: DataConfig | None) -> None:
-        """Raise ValueError without images."""
-        if data is None:
-            raise ValueError("data: must be given for job=compare; add data.root=PATH")
-
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure the models, and return the line of the best one."""
+        if config.data is None:
+            raise UserError("data: must be given for job=compare; add data.root=PATH")
         models = {}
         for name in self.models:
             with about("models"):
@@ -249,9 +234,6 @@ class Grid(Strict):
     run_dir: PathList
     output: PathText | None
     model: MovedBase
-
-    def check(self, data: DataConfig | None) -> None:
-        """Accept all: without `data`, each run has its own."""
 
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure each file, and write a row for it, and its pictures of `task.samples`."""
@@ -287,11 +269,6 @@ class EvaluateConfig(Strict):
     batch_size: Count
     dry_run: bool
     runtime: MachineConfig
-
-    @model_validator(mode="after")
-    def _says_what_to_measure(self) -> Self:
-        self.job.check(self.data)
-        return self
 
 
 @entry_point("evaluate", EvaluateConfig)

@@ -27,7 +27,6 @@ from utils.io.files import refuse_links_out
 from utils.io.hub import upload
 from utils.io.journal import open_journal
 from utils.io.safe_text import Lines
-from utils.io.weights import choose_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -38,8 +37,7 @@ def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
-        weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model)
-    weights = weights.for_export(config.license)
+        weights = open_weights(config.find(), base=config.model).for_export(config.license)
     find_format(config.format, weights)
     if config.hub.name is not None:
         refuse_licence(weights.metadata)

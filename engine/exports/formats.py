@@ -18,7 +18,7 @@ from torch import nn
 from engine.exports.card import Card
 from engine.exports.format import Format
 from engine.exports.sdxl_facts import modelspec_facts
-from engine.exports.weights import MovedBase, Weights
+from engine.exports.weights import Weights, WeightsChoice
 from models.interop import libraries, tag_forms
 from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
@@ -39,7 +39,7 @@ from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import vocabulary_of
 from utils.io.files import readable
-from utils.io.weights import WEIGHT_NAMES, write_weights
+from utils.io.weights import write_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -261,12 +261,10 @@ class HubConfig(Strict):
     dry_run: bool
 
 
-class ExportConfig(Strict):
-    """conf/export.yaml, checked. `weights`: best, last or ema of `run_dir`, or a weight file of Atelier."""
+class ExportConfig(WeightsChoice):
+    """conf/export.yaml, checked."""
 
     format: Literal[tuple(FORMATS)]
-    run_dir: PathText | None
-    weights: PathText
     output: PathText | None
     precision: Literal["fp32", "fp16"]
     tolerance: Positive | None
@@ -277,7 +275,6 @@ class ExportConfig(Strict):
     trigger: str | None
     card: PathText | None
     hub: HubConfig
-    model: MovedBase
     dry_run: bool
 
     @property
@@ -287,8 +284,6 @@ class ExportConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.run_dir is None and self.weights in WEIGHT_NAMES:
-            raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and self.output is None:
             raise ValueError("output: must be given without a run_dir; add output=FOLDER")
         if self.precision == "fp16" and not FORMATS[self.format].fp16:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from pydantic import model_validator
 from torch import nn
 
 from engine.task import Task, Use, fingerprint_helpers
@@ -17,8 +18,9 @@ from engine.tasks.kinds import KINDS
 from models.image_model import ImageModel
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import Json
+from utils.io.weights import WEIGHT_NAMES, choose_weights
 from utils.record.run_reader import RunReader, run_of
 
 
@@ -72,6 +74,25 @@ class MovedBase(Strict):
 
     path: PathText | None
     vae: PathText | None
+
+
+class WeightsChoice(Strict):
+    """A weight file: `weights` is best, last, ema or a kept step of `run_dir`, or names a file."""
+
+    run_dir: PathText | None
+    weights: PathText
+    model: MovedBase
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if self.run_dir is None and self.weights in WEIGHT_NAMES:
+            raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
+        return self
+
+    @about("weights")
+    def find(self) -> Path:
+        """Return the file."""
+        return choose_weights(self.run_dir or "", self.weights)
 
 
 def open_weights(
