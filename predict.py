@@ -68,6 +68,8 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
+Predict = Callable[[Tensor], Iterable[Row]]  # from images to a row for each
+
 
 CategoryThresholds = create_model(  # None: from `threshold` or by `profile`
     "CategoryThresholds", __base__=Strict, **{name: (Fraction | None, ...) for name in CATEGORIES if name != "rating"}
@@ -182,7 +184,7 @@ def choose_paths(
 
 
 def predict_all(
-    predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Callable[[Tensor], Iterable[Row]]
+    predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Predict
 ) -> Iterator[list[Row]]:
     """Yield the rows of each batch: an image's path, and the result of `predict` or an error.
 
@@ -213,12 +215,12 @@ def predict_all(
         yield rows
 
 
-def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
+def embed_with(predictor: Predictor) -> Predict:
     """Return the function from images to rows with their embeddings."""
     return lambda images: embedding_rows(predictor.embed(images))
 
 
-def name_probs(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
+def name_probs(predictor: Predictor) -> Predict:
     """Return the function from images to rows with all probabilities by name."""
 
     def predict(images: Tensor) -> Iterator[Row]:

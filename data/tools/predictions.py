@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -317,12 +318,12 @@ def stack_rows(rows: Iterable[Row], key: str) -> tuple[list[str], np.ndarray]:
     return list(paths), np.stack(vectors)
 
 
+@dataclass(frozen=True)
 class Embeddings(Destination):
     """The paths and embeddings of images and the hash of the weights, as .npz."""
 
-    def __init__(self, file: Path, weights: str) -> None:
-        self._file = file
-        self._weights = weights
+    file: Path
+    weights: str
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the file."""
@@ -330,9 +331,9 @@ class Embeddings(Destination):
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as stream:
-                np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(self._weights))
+                np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(self.weights))
 
-        write_atomically(self._file, write)
+        write_atomically(self.file, write)
 
 
 def read_embeddings(file: Path, weights: str) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ Every model prepares images as its file states. A comparison is fair only on ima
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import compress
 
 import numpy as np
@@ -40,25 +41,25 @@ class ArenaConfig(TagRulesConfig):
     min_support: Count
 
 
+@dataclass
 class Arena:
     """Models by name, the tags that all of them know, and the images with at least one of these tags.
 
     Raises UserError (`models`, `data.root`, `job...`) if there are no such tags or images.
     """
 
-    def __init__(
-        self, models: Mapping[str, Predictor], data: DataConfig, config: ArenaConfig, runtime: Runtime, batch_size: int
-    ) -> None:
-        self._models = models
-        self._data = data
-        self._min_support = config.min_support
-        self._runtime = runtime
-        self._batch_size = batch_size
+    models: Mapping[str, Predictor]
+    data: DataConfig
+    config: ArenaConfig
+    runtime: Runtime
+    batch_size: int
+
+    def __post_init__(self) -> None:
         with about("models"):
-            self._outputs = {name: known_outputs(name, predictor) for name, predictor in models.items()}
+            self._outputs = {name: known_outputs(name, predictor) for name, predictor in self.models.items()}
         self._shared = share_tags(self._outputs)
-        self._collection = load_collection(data)
-        self._index = index_tags(self._collection, self._shared, read_rules(config, "job."), CACHE)
+        self._collection = load_collection(self.data)
+        self._index = index_tags(self._collection, self._shared, read_rules(self.config, "job."), CACHE)
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe(self._shared))
 
     def measure(self) -> Report:
@@ -71,7 +72,7 @@ class Arena:
         groups = []
         wholes = {}
         tags = {}
-        for name in self._models:
+        for name in self.models:
             scores, images = self._measure(name)
             tables = scores.tables()
             wholes[name] = scores.groups["all"]
@@ -83,19 +84,19 @@ class Arena:
                 tags.setdefault((row["category"], row["tag"]), kept)[name] = row["ap"]
         rows.sort(key=lambda row: -row["mAP"])
         return Report(
-            {"tags": len(tags), "images": images, "min_support": self._min_support},
+            {"tags": len(tags), "images": images, "min_support": self.config.min_support},
             {"arena": rows, "arena_groups": groups, "arena_tags": list(tags.values())},
             {"pr_curves": draw_pr_curves(wholes)},
         )
 
     def _measure(self, name: str) -> tuple[TagScores, int]:
         """Return a model's scores on the shared tags with enough support, and the number of readable images."""
-        predictor = self._models[name]
+        predictor = self.models[name]
         shared = self._shared
         outputs = [self._outputs[name][key] for key in shared.columns]
         preprocessing = predictor.preprocessing
-        source = open_images(self._collection, self._data, preprocessing)
-        data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
+        source = open_images(self._collection, self.data, preprocessing)
+        data = Data(self._collection, source, self.runtime, seed=0, batch_size=self.batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index), preprocessing)
         histograms = TagHistograms(len(shared))
         for batch in track(loader, len(loader), f"measuring {name}"):
@@ -110,10 +111,10 @@ class Arena:
             histograms.add(logits, targets, batch["weight"] > 0)
         counts = histograms.reduce()
         support = counts.histograms[:, 1].sum(1)
-        kept = support >= self._min_support
+        kept = support >= self.config.min_support
         if not kept.any():
             raise UserError(
-                f"job.min_support: {self._min_support}, but the most frequent shared tag is on only "
+                f"job.min_support: {self.config.min_support}, but the most frequent shared tag is on only "
                 f"{int(support.max())} images; set a lower value, or add images"
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])

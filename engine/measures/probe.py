@@ -25,13 +25,14 @@ TEMPERATURE = 0.07
 # Candidates for the ridge penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FIELDS = "labels", "sample_id", "weight"
+Pairs = Iterable[tuple[Tensor, Batch]]  # features [B, C] and their batch
 _AT_ONCE = 2_000  # images whose neighbours are found between two looks for a stop request
 
 
-def gather_features(pairs: Iterable[tuple[Tensor, Batch]]) -> tuple[Tensor, Tensor]:
+def gather_features(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return features [N, C] float64 and labels [N] of all readable samples, sorted by sample_id, on the CPU.
 
-    pairs: features [B, C] and their batch. All ranks call it together, with batches of the same sizes.
+    All ranks call it together, with batches of the same sizes.
     """
     parts = [(features.float(), *(batch[name] for name in _FIELDS)) for features, batch in pairs]
     features, labels, ids, weight = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*parts))
@@ -40,9 +41,7 @@ def gather_features(pairs: Iterable[tuple[Tensor, Batch]]) -> tuple[Tensor, Tens
     return features[order].double(), labels[order]
 
 
-def measure_probes(
-    train: Iterable[tuple[Tensor, Batch]], val: Iterable[tuple[Tensor, Batch]], k: int
-) -> dict[str, float]:
+def measure_probes(train: Pairs, val: Pairs, k: int) -> dict[str, float]:
     """Return `probe/knn` and `probe/linear`, the accuracies on `val` of classifiers fitted to `train`.
 
     Samples of a class without training images count as errors. If a set is empty or features are not finite, warn and
