@@ -83,9 +83,10 @@ def map_in_processes(
                     done += 1
         finally:  # the consumer may stop early
             workers = list((pool._processes or {}).values())
+            for worker in workers:  # first: Python 3.14 waits for them under the lock that `shutdown` takes
+                worker.kill()  # they ignore its SIGTERM
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
-                worker.kill()  # they ignore the SIGTERM of Python 3.14, which waits for them
                 worker.join()  # frees its memory
         if chunk := items[done : done + chunk_size]:  # an item of it, or of a later chunk, has killed its process
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
