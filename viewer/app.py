@@ -1,5 +1,6 @@
 """The local page: its routes, and who may read it."""
 
+import logging
 import secrets
 import socket
 from contextlib import suppress
@@ -13,6 +14,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.config import DataConfig
+from data.layouts.remote import is_remote
+from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
@@ -30,10 +33,10 @@ _PORTS = 20  # tried, beginning with view.port
 
 
 class Guard:
-    """Refuse requests that do not know the token, and on this machine those that another site's page sends.
+    """Refuse requests that do not know the token, and those that another site's page sends.
 
     Without a token, only requests that name this machine as their host pass: a page of another site could let its own
-    name point to 127.0.0.1. Web sockets are checked alike.
+    name point to 127.0.0.1. Web sockets are checked alike. No site may show the page in a frame.
     """
 
     def __init__(self, inner: ASGIApp, token: str | None) -> None:
@@ -45,12 +48,14 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             return await self._inner(scope, receive, send)
         request = HTTPConnection(scope)
+        host = request.headers.get("host", "")
         given = request.query_params.get("token", "")
         is_new = self._is_token(given)
         if self._token is None:
-            is_allowed = request.headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
+            is_allowed = host.rsplit(":", 1)[0] in _LOOPBACK
         else:
             is_allowed = is_new or self._is_token(request.cookies.get(_COOKIE, ""))
+        is_allowed &= request.headers.get("origin", host).rpartition("/")[2] == host
         # Without a length, a body would have no bound.
         is_bounded = "transfer-encoding" not in request.headers
         is_bounded &= int(request.headers.get("content-length", 0)) <= MAX_BYTES
@@ -58,13 +63,15 @@ class Guard:
             refusal = PlainTextResponse("open the address that view.py prints; uploads are bounded", 403)
             return await refusal(scope, receive, send)
 
-        async def remember(message: dict) -> None:
-            if message["type"] == "http.response.start" and is_new:  # whatever else is given stays out of headers
-                cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
-                MutableHeaders(scope=message).append("set-cookie", cookie)
+        async def answer(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["content-security-policy"] = "frame-ancestors 'none'"
+                if is_new:  # whatever else is given stays out of headers
+                    headers.append("set-cookie", f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/")
             await send(message)
 
-        return await self._inner(scope, receive, remember)
+        return await self._inner(scope, receive, answer)
 
     def _is_token(self, word: str) -> bool:
         return self._token is not None and secrets.compare_digest(word.encode(), self._token.encode())
@@ -73,13 +80,13 @@ class Guard:
 def choose_port(host: str, first: int) -> int:
     """Return the first free port. Raises UserError (`view.port`) if the next ones are used, too."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    last = first + _PORTS - 1
-    for port in range(first, last + 1):
+    ports = range(first, first + _PORTS)
+    for port in ports:
         with suppress(OSError), socket.create_server((host, port), family=family):
             if port != first:
                 log.info("port %d is in use; taking %d", first, port)
             return port
-    raise UserError(f"view.port: {first} to {last} are in use or refused; set another of 1024 or more")
+    raise UserError(f"view.port: {first} to {ports[-1]} are in use or refused; set another of 1024 or more")
 
 
 def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
@@ -91,8 +98,10 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
             f"view.host: {host} lets other machines in; set view.token to a long random text, too, or "
             "view.host=127.0.0.1"
         )
+    if data.root and not is_remote(data.root):
+        check_root(data.root)
     for root in roots:
-        if not Path(root).is_dir():
+        if not Path(root).is_dir() and not data.root:
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     port = choose_port(host, view.port)
     index = RunIndex([Path(root) for root in roots])
@@ -101,14 +110,16 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     set_looks()
     for page in (runs, run, curves, collection, try_image, review, watch):
         page.add_page(site)
+    logging.getLogger("nicegui").setLevel("ERROR")  # its line about a 404 has the whole address
+    # Of a tab that is closed before its answer.
+    logging.getLogger("uvicorn.error").addFilter(lambda line: "No response returned" not in str(line.exc_info))
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
     app.add_middleware(Guard, token=token)
     name = f"[{host}]" if ":" in host else host
-    address = f"http://{name}:{port}/"
-    how = "" if token is None else "?token=TOKEN"
-    app.on_startup(lambda: log.info("open %s%s in a browser; Ctrl+C ends it", address, how))
-    opened = address if token is None else f"{address}?token={token}"
+    query = "" if token is None else "?token=TOKEN"
+    app.on_startup(lambda: log.info("open http://%s:%d/%s in a browser; Ctrl+C ends it", name, port, query))
+    opened = "/" + query.replace("TOKEN", str(token))
     ui.run(
-        host=host, port=port, title="Atelier", reload=False, show=opened if view.open else False,
-        show_welcome_message=False, favicon="🖼", dark=None, uvicorn_logging_level="error",
+        host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
+        favicon="🖼", dark=None, uvicorn_logging_level="error",
     )  # fmt: skip

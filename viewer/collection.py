@@ -3,15 +3,14 @@
 Only the thumbnails near the visible part exist, so a collection may have millions of rows.
 """
 
+import asyncio
 import functools
 import itertools
-from asyncio import Lock
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
-from nicegui import run as background
 from nicegui import ui
 from PIL import ExifTags
 
@@ -153,7 +152,7 @@ def add_page(site: Site) -> None:
     async def show_all() -> None:
         with site.page("Collections"):
             ui.add_css(_STYLE)
-            rows = await background.io_bound(lambda: list(list_collections(shelf)))
+            rows = await asyncio.to_thread(lambda: list(list_collections(shelf)))
             for name, title, about, runs in rows:
                 with ui.column().classes("gap-1 w-full"):
                     ui.link(title, f"/collection/{name}").classes("text-weight-medium")
@@ -174,7 +173,7 @@ def add_page(site: Site) -> None:
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:
-                collection = await background.io_bound(shelf.open, name, again=True)
+                collection = await asyncio.to_thread(shelf.open, name, again=True)
             except UserError as error:
                 ui.label(escape_controls(str(error))).classes("text-negative")
             else:
@@ -191,7 +190,7 @@ class _Browser:
         self._search = search
         self._collection = search.collection
         self._found = np.empty(0, np.int64)
-        self._lock = Lock()
+        self._lock = asyncio.Lock()
 
     async def build(self, text: str) -> None:
         """Build the page for some terms."""
@@ -228,7 +227,7 @@ class _Browser:
         async with self._lock:  # the last search stays, also if one before it takes longer
             text = self._terms.value or ""
             try:
-                self._found = await background.io_bound(self._search.find, text)
+                self._found = await asyncio.to_thread(self._search.find, text)
             except UserError as error:
                 self._said.set_text(escape_controls(str(error)))
                 return
@@ -242,10 +241,10 @@ class _Browser:
         if not table.columns:
             table.on("rowClick", lambda event: self._add(event.args[1]["term"]))
         table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
-        table.rows = await background.io_bound(value_rows, self._search, self._found, column)
+        table.rows = await asyncio.to_thread(value_rows, self._search, self._found, column)
 
     async def _open(self, row: int) -> None:
-        facts = await background.io_bound(describe_image, self._shelf, self._name, self._collection, row)
+        facts = await asyncio.to_thread(describe_image, self._shelf, self._name, self._collection, row)
         self._box.clear()
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
             shown = ui.image(image_address(self._name, self._collection, row, 1024))
@@ -255,7 +254,7 @@ class _Browser:
                     ui.label(escape_controls(key)).classes("muted")
                     ui.label(escape_controls(value))
         self._box.open()
-        leads = await background.io_bound(self._search.leads)
+        leads = await asyncio.to_thread(self._search.leads)
         copies = np.flatnonzero(leads == leads[row])
         if len(copies) > 1 and not card.is_deleted:
             with card:

@@ -1,11 +1,11 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 from fastapi import HTTPException, Query
-from nicegui import run as background
 from nicegui import ui
 
 from utils.io.files import Json
@@ -94,7 +94,7 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
     grid = ui.element("div").classes("w-full charts")
 
     async def draw() -> None:
-        curves = await background.io_bound(read)
+        curves = await asyncio.to_thread(read)
         state = [*(its.size for its in curves.values()), smoothing.value, logarithmic.value, by_time.value]
         if state == drawn:
             return
@@ -142,7 +142,7 @@ def add_page(site: Site) -> None:
     @ui.page("/compare")
     async def show(run: Annotated[list[str], Query()] = ()) -> None:
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
-        every = await background.io_bound(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
+        every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
         named = {name: path for name, path in every.items() if f"{name}/".startswith(wanted)}
         if wanted and not named:
             raise HTTPException(404, "no such run")

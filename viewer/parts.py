@@ -3,6 +3,7 @@
 import shlex
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastapi import HTTPException
@@ -65,7 +66,7 @@ def run_name(index: RunIndex, path: Path) -> str:
 def find_run(index: RunIndex, name: str) -> Path:
     """Return a run's folder by its name. Raises HTTPException 404 for whatever is no run below the roots."""
     number, _, relative = name.partition("/")
-    if number.isdecimal() and int(number) < len(index.roots):
+    with suppress(OSError, ValueError, IndexError):  # no number, NUL, or too long
         root = index.roots[int(number)]
         path = (root / relative).resolve()
         if path.is_relative_to(root) and is_own_run(path):

@@ -1,12 +1,12 @@
 """Parts of a run's page that show its evaluation: tables, thresholds, mistakes and their images."""
 
+import asyncio
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 from fastapi import HTTPException
-from nicegui import run as background
 from nicegui import ui
 
 from utils.io.files import Json
@@ -28,13 +28,13 @@ _MATRIX = {
 
 async def show_tables(path: Path) -> None:
     """Show a run's tables."""
-    files = await background.io_bound(tables.find_tables, path)
+    files = await asyncio.to_thread(tables.find_tables, path)
     if not files:
         ui.label("No tables yet: evaluations write them.").classes("muted")
         return
 
     async def fill(table: ui.table, name: str) -> None:
-        names, rows = await background.io_bound(tables.read_csv, files[name])
+        names, rows = await asyncio.to_thread(tables.read_csv, files[name])
         table.columns = make_columns({name: escape_controls(show_name(name)) for name in names})
         table.rows = [{**dict(zip(names, map(tables.to_cell, row))), "": place} for place, row in enumerate(rows)]
 
@@ -43,7 +43,7 @@ async def show_tables(path: Path) -> None:
 
 async def show_thresholds(path: Path) -> None:
     """Show precision, recall and F1 at a threshold that the user moves, and the curves that they lie on."""
-    groups = await background.io_bound(tables.read_decisions, path)
+    groups = await asyncio.to_thread(tables.read_decisions, path)
     if not groups:
         ui.label("No counts by threshold yet: evaluations of classifiers and taggers write them.").classes("muted")
         return
@@ -93,7 +93,7 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[J
 async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     """Show which classes are confused, and the images of a confusion, or the worst of all."""
     ui.link("Review the labels", f"/review?run={quote(name)}")
-    rows = await background.io_bound(tables.read_newest, path, "confusions")
+    rows = await asyncio.to_thread(tables.read_newest, path, "confusions")
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
     chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")
@@ -109,13 +109,13 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
         chosen.set_value((names[row], names[column]))
 
     async def draw() -> None:
-        images = await background.io_bound(tables.worst_images, path, _IMAGES, chosen.value)
+        images = await asyncio.to_thread(tables.worst_images, path, _IMAGES, chosen.value, describe_image)
         part.clear()
         with part:
             await _show_images(path, shelf, images)
 
-    chosen.on_value_change(draw)
     await draw()
+    chosen.on_value_change(draw)
 
 
 def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:
@@ -133,18 +133,18 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:
     }
 
 
-async def _show_images(path: Path, shelf: Shelf, rows: list[Json] | None) -> None:
+async def _show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) -> None:
     if rows is None:
         ui.label("No table of images yet. This command writes it:").classes("muted")
         show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
         return
-    addresses = await background.io_bound(find_addresses, path, shelf, [row["path"] for row in rows])
+    addresses = await asyncio.to_thread(find_addresses, path, shelf, [name for name, *_ in rows])
     with ui.element("div").classes("w-full tiles"):
-        for row, address in zip(rows, addresses):
+        for (_, *texts), address in zip(rows, addresses):
             with ui.column().classes("gap-1"):
                 if address:
                     ui.image(address).props("ratio=1").classes("w-full")
-                for text in describe_image(row):
+                for text in texts:
                     ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
     if not any(addresses):
         ui.label("These are no images of the run's collection." if rows else "No image is wrong.").classes("muted")
@@ -161,9 +161,10 @@ def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | No
 
 
 def describe_image(row: Json) -> list[str]:
-    """Return the lines under an image: label, prediction and confidence, or wrong (+) and missed (-) tags."""
+    """Return the path, and the lines under an image: label and prediction, or wrong (+) and missed (-) tags."""
+    path = str(row["path"])
     if "missed" not in row:
-        return [str(row.get("label", row["path"])), f"→ {row.get('prediction')} ({row.get('probability', 0):.2f})"]
+        return [path, str(row.get("label", path)), f"→ {row.get('prediction')} ({row.get('probability', 0):.2f})"]
     probs = dict(zip(row["prediction"], row["probability"]))
-    wrong = sorted(row["wrong"], key=probs.get, reverse=True)[:_TAGS]
-    return [*(f"+ {name} ({probs[name]:.2f})" for name in wrong), *(f"− {name}" for name in row["missed"][:_TAGS])]
+    wrong = [f"+ {name} ({probs[name]:.2f})" for name in sorted(row["wrong"], key=probs.get, reverse=True)[:_TAGS]]
+    return [path, *wrong, *(f"− {name}" for name in row["missed"][:_TAGS])]

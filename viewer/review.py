@@ -184,8 +184,8 @@ class Review:
     def _add(self, number: int, now: Any, verdict: str) -> Decision:
         path, _, was, says, _ = self.questions[number]
         at = datetime.now(UTC).isoformat(timespec="microseconds")
-        verdict = verdict or _judge(now, was, says)
-        line = Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at)
+        kind = verdict or _judge(now, was, says)
+        line = Decision(path=path, field=self.field, was=was, now=now, verdict=kind, by=self.by, at=at)
         self.decisions.setdefault((path, self.field), []).append(line)
         return line
 

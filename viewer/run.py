@@ -1,6 +1,8 @@
 """`/run/...`: one run: its curves, pictures, tables, settings and log, live."""
 
+import asyncio
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -8,7 +10,6 @@ from urllib.parse import quote
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
 from nicegui import app, ui
-from nicegui import run as background
 
 from utils.config.recipe import flatten
 from utils.io.safe_text import escape_controls
@@ -37,9 +38,10 @@ def add_page(site: Site) -> None:
     def picture(name: str, file: str) -> FileResponse:
         run = find_run(index, name)
         path = run / file
-        if path.suffix not in _PICTURES or not is_inside(path, run) or not path.is_file():
-            raise HTTPException(404, "no such picture")
-        return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+        with suppress(OSError, ValueError):  # NUL, or too long
+            if path.suffix in _PICTURES and is_inside(path, run) and path.is_file():
+                return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+        raise HTTPException(404, "no such picture")
 
     @ui.page("/run/{name:path}")
     async def show(name: str) -> None:
@@ -97,7 +99,7 @@ def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
 
 
 async def _show_pictures(name: str, path: Path) -> None:
-    pictures = await background.io_bound(find_pictures, path)
+    pictures = await asyncio.to_thread(find_pictures, path)
     if _SEEN not in pictures:
         ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
         show_command([*_command_of(path), "dry_run=true"])
@@ -135,7 +137,7 @@ def _read_settings(path: Path) -> dict[str, str]:
 
 
 async def _show_settings(index: RunIndex, path: Path) -> None:
-    settings = await background.io_bound(_read_settings, path)
+    settings = await asyncio.to_thread(_read_settings, path)
     alone = "compare with"
     others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
 
@@ -143,7 +145,7 @@ async def _show_settings(index: RunIndex, path: Path) -> None:
         labels = {"key": "Key", "value": "This run"}
         rows = [{"key": key, "value": value} for key, value in settings.items()]
         if name != alone:
-            other = await background.io_bound(_read_settings, others[name])
+            other = await asyncio.to_thread(_read_settings, others[name])
             labels["other"] = escape_controls(name)
             keys = (key for key in {**settings, **other} if settings.get(key) != other.get(key))
             rows = [{"key": key, "value": settings.get(key, ""), "other": other.get(key, "")} for key in keys]

@@ -1,5 +1,6 @@
 """`/`: every run below the given folders, live."""
 
+import asyncio
 import math
 import time
 from collections.abc import Collection
@@ -10,7 +11,6 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 from nicegui import app, ui
-from nicegui import run as background
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls, safe_lines
@@ -137,7 +137,7 @@ def add_page(site: Site) -> None:
             find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
             async def refresh() -> None:
-                states = await background.io_bound(site.index.states)
+                states = await asyncio.to_thread(site.index.states)
                 rows = make_rows(site.index, states, app.storage.general.get("pinned", []))
                 if rows != table.rows or table.props.get("loading"):
                     names = {row["name"] for row in table.selected}

@@ -1,10 +1,10 @@
 """`/try`: what a network says of an image that is dropped, chosen or pasted, and a collection's images most like it."""
 
+import asyncio
 from typing import NamedTuple
 
 from fastapi import HTTPException
 from nicegui import events, ui
-from nicegui import run as background
 
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
@@ -43,7 +43,7 @@ def add_page(site: Site) -> None:
 
     @ui.page("/try")
     async def show() -> None:
-        own, collections = await background.io_bound(list_choices, site.shelf)
+        own, collections = await asyncio.to_thread(list_choices, site.shelf)
         with site.page("Try an image"):
             TryPage(site, own, collections)
 
@@ -113,7 +113,7 @@ class TryPage:
         self._message.text = "computing; the first answer of a network takes seconds"
         said = "a defect: see the terminal"
         try:
-            answer = await background.io_bound(self._site.networks.ask, *question)
+            answer = await asyncio.to_thread(self._site.networks.ask, *question)
             said = answer.facts
         except (UserError, UnreadableImage) as error:
             said = str(error)
@@ -139,7 +139,7 @@ class TryPage:
         self._stop.set_visibility(True)
         try:
             while self._stop.visible and not self._stop.is_deleted:
-                step = await background.io_bound(next, steps, None)
+                step = await asyncio.to_thread(next, steps, None)
                 if step is None:
                     break
                 self._progress.value, found = step
@@ -148,7 +148,7 @@ class TryPage:
         finally:
             self._stop.set_visibility(False)
             self._search.enable()
-            await background.io_bound(steps.close)
+            await asyncio.to_thread(steps.close)
         self._alike.clear()
         with self._alike:
             for address, text in found:

@@ -1,5 +1,6 @@
 """`/watch`: what is wrong with the runs, told to the user's command and webhook, too; and the load of this machine."""
 
+import asyncio
 import re
 import subprocess
 import time
@@ -10,7 +11,6 @@ import httpx
 import numpy as np
 import psutil
 from nicegui import app, ui
-from nicegui import run as background
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls, hide_secrets, safe_lines
@@ -128,7 +128,7 @@ def add_page(site: Site) -> None:
     watch = Watch(site.index, site.limits)
 
     async def check() -> None:
-        await background.io_bound(watch.check)
+        await asyncio.to_thread(watch.check)
         site.alerts = len(watch.raised)
 
     app.timer(_CHECK_SEC, check)
@@ -141,7 +141,7 @@ def add_page(site: Site) -> None:
             table.props("hide-header").add_slot("body-cell-row", _SLOT)
 
             async def refresh() -> None:
-                table.rows = await background.io_bound(watch.rows)
+                table.rows = await asyncio.to_thread(watch.rows)
                 said.text = "\n".join([f"Alerts: {len(watch.raised)}", *watch.failures.values()])
 
             await refresh()

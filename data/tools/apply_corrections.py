@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,12 +24,11 @@ from data.layouts.walk import check_root
 from data.tools.tool import Tool
 from utils.errors import UserError
 from utils.formats.spelling import join_tags
-from utils.io.files import AppendFile, remove_temporary, write_atomically, write_text
+from utils.io.files import AppendFile, Json, remove_temporary, write_atomically, write_text
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-_Row = Mapping[str, Any]
 _LACK = "images whose sidecars lack the corrections"
 
 
@@ -90,8 +89,7 @@ def _apply(root: Path, choice: TableChoice) -> str:
     absent = [path for path, now in written.items() if _find_changes(rows[path], now)]
     left.add(f"{_LACK}: a table goes before these, or a tag has a comma", *absent)
     say_unused(left.describe())
-    done = len(written) - len(absent)
-    return f"the sidecars of {done:,} images have their labels and tags; job.undo=true takes them back"
+    return f"the corrections of {len(written) - len(absent):,} images are in sidecars; job.undo=true takes them back"
 
 
 def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
@@ -105,11 +103,11 @@ def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Tabl
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 
 
-def _find_changes(row: _Row, now: _Row) -> dict[str, Any]:
+def _find_changes(row: Json, now: Json) -> Json:
     return {field: now[field] for field in ("label", "tags") if row[field] != now[field]}
 
 
-def _rewrite(texts: Mapping[str, str], row: _Row, now: _Row) -> dict[str, str]:
+def _rewrite(texts: Mapping[str, str], row: Json, now: Json) -> dict[str, str]:
     """Return the texts of an image's sidecars that change, by suffix. texts: of all; row, now: what they say.
 
     What goes before the others is the last, and has all at once: the job finds its place after a kill.

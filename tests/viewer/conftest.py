@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -27,7 +28,8 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for number, name in enumerate(("a", HOSTILE.replace("/", ""), "c")):
-        rows = "".join(line(step, loss=1 / step, **{HOSTILE: 1.0}) for step in range(1, 30))
+        rows = '{"kind": "train", "loss": 1.0}\n'  # without its step
+        rows += "".join(line(step, loss=1 / step, **{HOSTILE: 1.0}) for step in range(1, 30))
         rows += line(10, "evaluate", loss=0.5, top1=0.25 * number)
         run = make_run(folder / name, f"WARNING {HOSTILE}\n", metrics_jsonl=rows, progress_json=said("running", 29))
         (run / "tables").mkdir()
@@ -47,18 +49,18 @@ def add_data(run, **data):
 
 @contextmanager
 def serve(*words):
-    """Start view.py with a storage of its own; yields the address that it prints."""
+    """Start view.py with a storage of its own; yields the address that it prints. Its terminal has no traceback."""
     command = [sys.executable, "view.py", "view.open=false", "view.port=18080", *words]
     # NiceGUI behaves otherwise in a test of pytest.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     with TemporaryDirectory() as storage:
         own["NICEGUI_STORAGE_PATH"] = storage
-        process = subprocess.Popen(command, cwd=ROOT, env=own, stderr=subprocess.PIPE, text=True)
+        log = Path(storage, "log")
+        process = subprocess.Popen(command, cwd=ROOT, env=own, stderr=log.open("w"))
         try:
-            address = None
-            while address is None and (text := process.stderr.readline()):
-                address = re.search(r"http://[^/]+:(\d+)/", text)
-            assert address, "view.py has ended"
+            while not (address := re.search(r"http://[^/]+:(\d+)/", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
             for _ in range(100):  # the address is printed a moment before the port is bound
                 with suppress(OSError), socket.create_connection(("127.0.0.1", int(address[1]))):
                     break
@@ -67,6 +69,7 @@ def serve(*words):
         finally:
             process.terminate()
             process.wait()
+        assert not re.search("Traceback|token=a", log.read_text())
 
 
 @pytest.fixture(scope="module")

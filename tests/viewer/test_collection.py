@@ -30,7 +30,7 @@ def words(tmp_path_factory):
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = tmp_path_factory.mktemp("runs")
     add_data(make_run(runs / "run"), root=str(runs / "gone"))
-    return [f"runs={runs}", f"data.root={root}"]
+    return [f"runs=[{runs},{runs}/none]", f"data.root={root}"]
 
 
 def test_a_collection_is_searched_and_shown(page, address):

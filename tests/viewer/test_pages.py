@@ -11,6 +11,7 @@ from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import assert_fits, serve
 
+LONG = "a" * 5_000
 TABS = ("Curves", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Log", "Commands")
 
 
@@ -76,13 +77,24 @@ def status_of(url, **headers):
 @pytest.mark.parametrize("path", [
     "/run/0/../../etc", "/run/0/%2e%2e/%2e%2e/etc", "/run/1/a", "/run/x", "/picture/0/a?file=../c/plots/x.png",
     "/picture/0/a?file=config.json", "/picture/0/a?file=/etc/passwd", "/compare?run=0/nowhere", "/review?run=0/nowhere",
+    "/run/0/a%00", f"/run/0/{LONG}", f"/run/{LONG}/a", f"/picture/0/{LONG}?file=x.png", f"/picture/0/a?file={LONG}.png",
+    "/picture/0/a?file=%00.png", "/review?run=0/%00",
 ])  # fmt: skip
 def test_only_runs_below_the_roots_are_shown(address, path):
     assert status_of(address + path) == 404
 
 
-def test_other_sites_and_other_machines_are_refused(address, runs, tmp_path):
-    assert status_of(address, Host="evil.example") == 403
+@pytest.mark.parametrize("path", ["/", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"])
+def test_pages_of_other_sites_are_refused(address, path):
+    assert [status_of(address + path, Origin=origin) for origin in (address, "http://evil.example", "null")] == [
+        200, 403, 403,
+    ]  # fmt: skip
+    assert status_of(address + path, Host="evil.example") == 403
+    with urllib.request.urlopen(address + path) as answer:
+        assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
+
+
+def test_other_machines_are_refused(address, runs, tmp_path):
     token = "a-long-random-text"
     with serve(f"runs={runs}", "view.host=0.0.0.0", f"view.token={token}") as known:
         port = known.rpartition(":")[2]
@@ -90,9 +102,21 @@ def test_other_sites_and_other_machines_are_refused(address, runs, tmp_path):
         bare = f"http://127.0.0.1:{port}/"
         assert [status_of(f"{bare}{word}") for word in ("", "?token=wrong", f"?token={token}")] == [403, 403, 200]
         assert status_of(bare, Cookie=f"atelier_token={token}") == 200
-    for words, reason in ((["view.host=0.0.0.0"], "set view.token"), ([f"runs={tmp_path}/none"], "is no folder")):
-        done = command("python", "view.py", f"runs={runs}", *words)
+        assert status_of(f"{bare}none?token={token}") == 404
+    wrong = {"view.host=0.0.0.0": "set view.token", f"runs={tmp_path}/none": "is no folder"}
+    wrong[f"data.root={tmp_path}/none"] = "does not exist"
+    for words, reason in wrong.items():
+        done = command("python", "view.py", f"runs={runs}", words)
         assert done.returncode == 2 and reason in done.stderr
+
+
+def test_a_tab_may_close_at_any_time(browser, address):
+    for path in ("/", "/run/0/a", "/watch"):
+        for wait_ms in (0, 50, 400):
+            page = browser.new_page()
+            page.goto(address + path, wait_until="commit")
+            page.wait_for_timeout(wait_ms)
+            page.close()
 
 
 def test_a_run_that_is_deleted_leaves_the_table(page, address, runs):

@@ -3,18 +3,21 @@
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
+from utils.io.files import Json, readable
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
+_DIFFERENCE = TypeAdapter(tuple[str, float, str | dict[str, bool]] | None)
 _TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
 
@@ -65,17 +68,18 @@ def reliability(decisions: np.ndarray) -> np.ndarray:
     return np.stack([threshold + 0.05, correct / np.maximum(predicted, 1)])[:, predicted > 0]
 
 
-def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[str, Any]] | None:
+def worst_images(run: Path, most: int, pair: Sequence[str] = (), of: Callable[[Json], Any] = dict) -> list | None:
     """Return rows of images.parquet, the highest loss first, of a classifier mistakes alone; None without the file.
 
-    pair: only those of this label and prediction. Raises OSError, ValueError.
+    pair: only those of this label and prediction. of: what is made of a row. Raises UserError, also for odd columns.
     """
     if (path := _find_images(run)) is None:
         return None
-    wanted = [("rank", "<=", most)]
-    if "label" in pq.read_schema(path).names:
-        wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
-    return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+    with readable(path, "Parquet", "evaluate.py per_image=true writes it"):
+        wanted = [("rank", "<=", most)]
+        if "label" in pq.read_schema(path).names:
+            wanted = [*zip(("label", "prediction"), ("==", "=="), pair)] or [("wrong", "==", True)]
+        return [of(row) for row in pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()]
 
 
 def _find_images(run: Path) -> Path | None:
@@ -96,16 +100,20 @@ def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
 
     The distance, 0 to 1, is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold.
     The prediction is a class, or the tags to add (True) or to take away, the farthest from its threshold first. There
-    are none without images.parquet. Raises OSError, ValueError.
+    are none without images.parquet. Raises UserError.
     """
-    found = []
-    for row in worst_images(run, most) or ():
-        if "label" in row:
-            found.append((row["path"], 1 - math.exp(-row["loss"]), row["prediction"]))
-            continue
+    found = worst_images(run, most, of=_differ) or ()
+    return sorted(filter(None, found), key=lambda difference: -difference[1])
+
+
+def _differ(row: Json) -> tuple | None:
+    found = None
+    if "label" in row:
+        found = row["path"], 1 - math.exp(-row["loss"]), row["prediction"]
+    else:
         tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
         tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
         tags.sort(reverse=True)
         if tags:
-            found.append((row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}))
-    return sorted(found, key=lambda difference: -difference[1])
+            found = row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}
+    return _DIFFERENCE.validate_python(found)
