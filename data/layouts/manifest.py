@@ -98,9 +98,10 @@ def _spell_paths(root: Path, table: pa.Table) -> pa.Table:
     """Return a table sorted by its paths as the folders spell them: a manifest may have their other Unicode form."""
     listed = functools.lru_cache(_PART)(list_names)
     base = os.path.join(root, "")
+    paths = table["path"].to_pylist()
     with about("data.root"):
-        paths = [find_path(base + path, listed).removeprefix(base) for path in table["path"].to_pylist()]
-    return build_table(table, path=paths)
+        spelled = [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
+    return build_table(table, path=spelled)
 
 
 def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({})) -> pa.Table:

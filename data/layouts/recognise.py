@@ -1,7 +1,6 @@
 """Recognise the layout of a collection. No other code needs to know the layout.
 
-A layout is the files that determine the table of a collection, and how to read it. A new layout is a function in the
-list of recognisers.
+A layout is the files that determine the table of a collection, and how to read it.
 """
 
 from collections.abc import Callable
@@ -31,39 +30,20 @@ class Layout(NamedTuple):
 
 
 def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout:
-    """Return the layout of a collection. Fetched and unpacked files go to `cache`. Raises UserError (`data.root`)."""
-    found = (recognise_one(root, cache, unused, choice) for recognise_one in _RECOGNISERS)
-    return next(layout for layout in found if layout is not None)
+    """Return the layout of a collection: the first that fits. Fetched and unpacked files go to `cache`.
 
-
-def _remote_shards(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
-    if not is_remote(root):
-        return None
-    manifest = fetch_manifest(root, cache)
-    return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
-
-
-def _manifest(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
+    Raises UserError (`data.root`).
+    """
+    if is_remote(root):
+        manifest = fetch_manifest(root, cache)
+        return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
     folder = check_root(root)
-    manifest = find_manifest(folder)
-    if manifest is None:
-        return None
-    if choice.table not in ("auto", "none"):
-        what = "is not read, because the manifest goes first; move it away to read the table"
-        log.warning("data.table: %s %s: %s", choice.table, what, manifest)
-    find_newer(folder, manifest)
-    return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
-
-
-def _shards(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
-    """WebDataset or Hugging Face shards, in a folder without an image."""
-    folder = check_root(root)
-    files = find_shards(folder, cache, unused)
-    return Layout(list(files.values()), partial(read_shards, folder, files, unused, choice.columns)) if files else None
-
-
-def _folder(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
-    return Layout([], partial(read_folder, check_root(root), unused, choice))
-
-
-_RECOGNISERS = (_remote_shards, _manifest, _shards, _folder)  # the first that knows the root has it
+    if (manifest := find_manifest(folder)) is not None:
+        if choice.table not in ("auto", "none"):
+            what = "is not read, because the manifest goes first; move it away to read the table"
+            log.warning("data.table: %s %s: %s", choice.table, what, manifest)
+        find_newer(folder, manifest)
+        return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
+    if files := find_shards(folder, cache, unused):
+        return Layout(list(files.values()), partial(read_shards, folder, files, unused, choice.columns))
+    return Layout([], partial(read_folder, folder, unused, choice))
