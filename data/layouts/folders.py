@@ -103,9 +103,9 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
 
     Raises UserError as `read_folder` does.
     """
-    images: dict[str, int] = {}
-    sidecars: dict[str, list[str]] = {}
-    tables: list[str] = []
+    images = {}
+    sidecars = {}
+    tables = []
     for folder, entries, names in walk_folders(root, unused):
         stems = {os.path.splitext(name)[0] for name in names if is_image_name(name) and not is_raw(name)}
         twins = {name for name in names if is_raw(name) and os.path.splitext(name)[0] in stems}

@@ -140,7 +140,7 @@ def _read_rows(
     """Return the rows that name an image, one for each, and the test images that wait; say what is read as what."""
     name = each.file.name
     values = each.table[each.key].to_pylist()
-    rows: dict[str, int | None] = {}
+    rows = {}
     for row, path in enumerate(each.paths):
         if path is None:
             unused.add(f"{ROWS} {name} without an image", str(values[row]))

@@ -46,8 +46,8 @@ def read_metadata(
     """
     by_key = {key: path for path in images for key in (os.path.splitext(path)[0], path)}
     known = Names(by_key)
-    first: dict[tuple[str, bool], str] = {}  # table of each folder and kind
-    sidecars: dict[str, Sidecar] = {}
+    first = {}  # table of each folder and kind
+    sidecars = {}
     for name in sorted(tables, key=is_metadata):
         refuse_link_out(root, root / name)
         folder = os.path.dirname(name)
@@ -112,7 +112,7 @@ def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) ->
     refuse_link_out(root, file)
     images = sorted(images)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in images}
-    sidecars: dict[str, Sidecar] = {}
+    sidecars = {}
     for where, post in _iterate_posts(file):
         path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))
         if path and path not in sidecars:

@@ -228,10 +228,10 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
 
     folder: its path with a final slash. images, names: the names of its images, and of all its files.
     """
-    pairs: dict[str, list[str]] = {}
-    orphans: list[str] = []
+    pairs = {}
+    orphans = []
     files = sorted((name for name in names if is_sidecar(folder + name)), key=lambda name: (-len(name), name))
-    owners: dict[str, list[str]] = {}
+    owners = {}
     for image in images if files else ():
         for owner in (image, os.path.splitext(image)[0]):
             owners.setdefault(owner, []).append(image)

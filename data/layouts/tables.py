@@ -72,7 +72,7 @@ def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns = MappingProx
     given = {theirs: ours for ours, theirs in stated.items()}
     if absent := next((name for name in given if name not in names), None):
         raise UserError(f"data.columns: {given[absent]}: {absent!r} is no column; the table has {', '.join(names)}")
-    ours: dict[str, str] = {}
+    ours = {}
     for name in sorted(names, key=lambda name: (name not in given, _ORDER.get(_fold(name), -1))):
         field = given.get(name) or name_field(name)
         field = name if field in ours.values() else field
@@ -100,7 +100,7 @@ def read_records(
     where: str, table: pa.RecordBatch | pa.Table, unused: Unused, names: Mapping[str, str]
 ) -> list[Sidecar]:
     """Return the metadata in each row of a table. names: ours by theirs. Columns that are not read are named."""
-    columns: dict[str, list[Any]] = {}
+    columns = {}
     for name in filter(table.schema.names.__contains__, names):
         if is_field(field := names[name]):
             columns[field] = _name_numbers(table, name)
