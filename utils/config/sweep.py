@@ -32,7 +32,7 @@ from utils.config.help import CONF
 from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
-from utils.io.files import Json, Values, sha256_text
+from utils.io.files import Json, Values, output_errors, sha256_text
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
@@ -175,7 +175,8 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
 def _start(job: SweepJob, script: str, gpu: int | None) -> subprocess.Popen:
     """Start a job. Its output goes to the terminal, or with a GPU of its own to a file beside its folder."""
     folder = Path(job.folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors("run_dir", folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {"WANDB_RUN_GROUP": folder.parent.name, **os.environ}
     output = nullcontext()
     if gpu is not None:
@@ -209,7 +210,8 @@ def _trials(sweep: Sweep) -> Iterator[SweepJob]:
     if not sweep.swept:
         raise UserError("sweep.trials: nothing is swept; add a range, optim.lr=tag(log,interval(1e-4,1e-2))")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    Path(sweep.base).mkdir(parents=True, exist_ok=True)
+    with output_errors("run_dir", Path(sweep.base)):
+        Path(sweep.base).mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(f"{sweep.base}/optuna.log"))
     study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):  # interrupted trials: repeat them

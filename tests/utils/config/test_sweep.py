@@ -158,3 +158,10 @@ def test_a_search_without_a_range_and_jobs_on_gpus_under_a_launcher_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refuses(r"^sweep.gpus, sweep.trials: "):
         run(script, "top=1,2", "sweep.gpus=[0]")
+
+
+@pytest.mark.parametrize("words", [[], ["sweep.trials=2"]])
+def test_a_folder_that_cannot_be_made_is_named(script, words, tmp_path):
+    (tmp_path / "file").touch()
+    with refuses(r"^run_dir: .*file/rates cannot be written"):
+        run(script, "top=1,2", f"run_dir={tmp_path}/file/rates", *words)
