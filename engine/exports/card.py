@@ -15,7 +15,7 @@ from engine.exports.format import Format
 from engine.exports.results import read_results
 from engine.exports.weights import Weights
 from models.interop import snippets
-from models.interop.metadata import base_model, dict_of, label_names, licence_of
+from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
@@ -25,11 +25,6 @@ from utils.record.figures import COUNTS, show_figure, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _SAMPLES = "plots/evaluate_samples.png"  # of a run
-# Licences that the hub knows by name; another one is `other`, with its name.
-_LICENCES = re.compile(
-    r"apache-2\.0|mit|(bigscience-|creativeml-|bigcode-)?openrail(\+\+|-m)?|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0"
-    r"|[al]?gpl-[23]\.[01]|bsd-[23]-clause|unlicense|wtfpl|gemma|llama[23]|unknown|other"
-)
 _SHOWN_NAMES = 100  # classes or tags in a card
 _LIMITS = {
     "classes": "It always answers with one of its classes, also for an image of none of them.",
@@ -144,8 +139,8 @@ class Card:
         """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
         front: Json = {}
         if (licence := licence_of(self.metadata)) is not None:
-            is_known = _LICENCES.fullmatch(licence.lower())
-            front = {"license": licence.lower()} if is_known else {"license": "other", "license_name": licence}
+            is_known = LICENCES.fullmatch(licence)
+            front = {"license": licence} if is_known else {"license": "other", "license_name": licence}
         if (base := base_model(self.metadata)) is not None:
             relation = "adapter" if self.form.is_adapter else "finetune"
             front |= {"base_model": base, "base_model_relation": relation}

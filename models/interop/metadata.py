@@ -13,13 +13,24 @@ def dict_of(metadata: Values, key: str) -> Values:
     return value if isinstance(value, dict) else {}
 
 
+# Licences that the hub knows by name; another one is `other`, with its name.
+LICENCES = re.compile(
+    r"apache-2\.0|mit|(bigscience-|creativeml-|bigcode-)?openrail(\+\+|-m)?|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0"
+    r"|[al]?gpl-[23]\.[01]|bsd-[23]-clause|unlicense|wtfpl|gemma|llama[23]|unknown|other"
+)
+
+
 def licence_of(metadata: Values) -> str | None:
-    """Return the licence of a model's source weights, `unknown` if it is not stated.
+    """Return the licence of a model's source weights, as the hub spells it if it knows it; `unknown` if not stated.
 
     Return None if training began with random weights, because then no other licence applies.
     """
     origin = dict_of(metadata, "origin")
-    return str(origin["license"] or "unknown") if "license" in origin else None
+    if "license" not in origin:
+        return None
+    stated = str(origin["license"] or "unknown")
+    spelled = re.sub(r"[\s_-]+", "-", stated.lower())
+    return spelled if LICENCES.fullmatch(spelled) else stated
 
 
 def licence_entry(metadata: Values) -> dict[str, str]:

@@ -22,6 +22,7 @@ from models.config import ConvNeXtV2Config, TimmConfig
 from models.image_model import ImageModel, Normalise
 from models.interop import libraries
 from models.interop.inference_form import to_inference_form
+from models.interop.metadata import licence_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import vary_weights
 from models.layers import GRN
@@ -112,6 +113,9 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     lines = (tmp_path / "README.md").read_text().splitlines()
     front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
     assert (front["license"], front["license_name"]) == ("other", texts["license"]) and lines.count("---") == 2
+    spellings = {"CC-BY-NC 4.0": "cc-by-nc-4.0", "Apache_2.0": "apache-2.0", "My Own 2.0": "My Own 2.0"}
+    for stated, shown in spellings.items():
+        assert licence_of({"origin": {"license": stated}}) == shown
     assert r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
 
 
