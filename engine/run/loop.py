@@ -375,7 +375,7 @@ class Run:
         rows += [
             ("weights", f"{folder}/weights"),
             ("curves", f"{folder}/plots/curves.png"),
-            ("tables", f"{folder}/tables, training_log.txt"),
+            ("tables", f"{folder}/training_log.txt" + (", tables" if (folder / "tables").exists() else "")),
         ]
         unreadable = self.streams.train.unreadable_count
         if unreadable:

@@ -147,4 +147,5 @@ def test_without_labels_one_line_says_that_the_probe_is_off(collection, tmp_path
             shutil.copy(path, tmp_path / "flat" / split / f"{path.parent.name}{path.name}")
     said = pretrain(tmp_path / "flat", tmp_path / "run", "loop.total_steps=2")
     assert said.count("probe: off") == said.count("task.probe.every_epochs=null") == 1
+    assert not (tmp_path / "run/tables").exists() and ", tables" not in said
     assert "loss" in rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1] and probed(tmp_path / "run") == []
