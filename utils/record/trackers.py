@@ -15,6 +15,7 @@ import numpy as np
 from utils.io.files import Values, write_text
 from utils.record.config import TrackingConfig
 from utils.record.logging import get_logger
+from utils.record.run_folder import git_state
 from utils.record.run_reader import RunReader
 
 log = get_logger(__name__)
@@ -101,9 +102,8 @@ class _Wandb:
         )  # fmt: skip
         named = {"id": file.read_text("utf-8").strip(), "name": folder.resolve().name}
         named |= {"project": config["tracking"]["project"], "job_type": config["script"], "dir": folder.resolve()}
-        self._run = wandb.init(
-            mode=choose_mode(), resume="allow", allow_val_change=True, config=dict(config), settings=settings, **named
-        )
+        named["config"] = {**config, "git": git_state()}
+        self._run = wandb.init(mode=choose_mode(), resume="allow", allow_val_change=True, settings=settings, **named)
         unsent = f"send it later: wandb sync {folder}/wandb/offline-run-*"
         log.info("W&B: %s", unsent if self._run.offline else self._run.url)
 

@@ -80,7 +80,8 @@ def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(
     (first,) = logged
     assert (first.name, first.project, first.tags) == ("run", "tests", ("small", "glyphs"))
     assert first.id == (run_dir / "wandb_run_id.txt").read_text().strip()
-    assert dict(first.config) == read_json(run_dir / "config.json")
+    git = read_json(run_dir / "environment.json")["git"]
+    assert dict(first.config) == {**read_json(run_dir / "config.json"), "git": git}
     figures = {step: {name: row[name] for name in row if not is_reading(name)} for step, row in logged[first].items()}
     pictures = [name for row in figures.values() for name in [*row] if name.startswith("images/") and row.pop(name)]
     assert figures == expected_rows(run_dir) and "images/confusion" in pictures
