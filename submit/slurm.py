@@ -107,7 +107,9 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
-        log.error("nothing is queued: the dry run of %s.py failed", launch.script)
+        own = [f"launch.{word}" for word in words if word.partition("=")[0] in LaunchConfig.model_fields]
+        advice = f"; keys of the job are {' '.join(own)}" if own else ""
+        log.error("nothing is queued: the dry run of %s.py failed%s", launch.script, advice)
         raise SystemExit(done.returncode)
 
 

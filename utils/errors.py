@@ -87,8 +87,13 @@ def lost_worker(error: BaseException | None) -> str | None:
 
 
 def close_names(name: str, known: Iterable[str]) -> str:
-    """Return `close: a, b` with the nearest known names, or `known: ...` with the first names if none is near."""
+    """Return `close: a, b` with the nearest known names; if none is near, `known: ...` with the first names.
+
+    Of dotted keys, the first names of the same group.
+    """
     known = sorted(set(known))
     near = [key for key in known if key.endswith(f".{name}")]  # lr: optim.lr
     near = near[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"close: {', '.join(near)}" if near else f"known: {', '.join(known[:_SHOWN])}"
+    group = name.rpartition(".")[0]
+    beside = [key for key in known if name and key.rpartition(".")[0] == group] or known
+    return f"close: {', '.join(near)}" if near else f"known: {', '.join(beside[:_SHOWN])}"

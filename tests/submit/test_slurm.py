@@ -205,11 +205,12 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     [
         ("prepare", ["job=manifest", "data=image_folder", "data.root=nowhere"], "data.root: 'nowhere' does not exist"),
         ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),
+        ("finetune", [*TINY, "script=train", "data.root=images"], "keys of the job are launch.script=train"),
         ("finetune", [*TINY, "loop.batch_size=100", "data.root=images"], "100 does not divide by the 64 ranks"),
     ],
 )
 def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(
-    script, words, said, tmp_path, monkeypatch, capsys, collection
+    script, words, said, tmp_path, monkeypatch, capsys, caplog, collection
 ):
     def dry_run(command, *, env, **_):
         for name, value in env.items():
@@ -221,4 +222,4 @@ def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(
     words = [word.replace("=images", f"={collection}") for word in words]
     with pytest.raises(SystemExit) as refused:
         slurm.check_script(launch(f"script={script}", *size), words)
-    assert refused.value.code == 2 and said in capsys.readouterr().err
+    assert refused.value.code == 2 and said in capsys.readouterr().err + caplog.text

@@ -1,7 +1,7 @@
 """Validate a configuration, and turn errors of Hydra, OmegaConf and pydantic into lines `dotted.key: problem; fix`."""
 
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -98,7 +98,13 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
 
 
 def _unknown(key: str, schema: type[Strict]) -> str:
-    known = {known for known, _ in walk_keys(schema)}
+    # A group's own `name` is no key to type: the group is, as in optim=sgd.
+    names = re.compile(r"\w+\.name")
+    known = {
+        known
+        for known, field in walk_keys(schema)
+        if not (names.fullmatch(known) and get_origin(field.annotation) is Literal)
+    }
     return f"unknown key; {close_names(key, known - {key})}"
 
 

@@ -46,6 +46,7 @@ MESSAGES = [
     ("data.root", "???", "must be given; add data.root=VALUE"),
     ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adamw8bit"),
     ("optm", {"lr": 1.0}, "unknown key; close: optim, optim.lr, optim.opt"),
+    ("sweep.zzzzzzzzzzz", 1, "unknown key; known: sweep.gpus, sweep.name, sweep.trials"),
     ("runtime.workers", -1, "must be 'auto', or greater than or equal to 0, found -1"),
     ("optim.betas.1", 2, "must be less than 1, found 2"),
 ]
