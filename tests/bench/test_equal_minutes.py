@@ -58,12 +58,3 @@ def test_the_best_of_a_rivals_trials_runs_with_all_seeds_and_a_killed_bench_goes
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-3]) + '{"trial": "tor')
     assert len(bench("timm_script=timm.py")[1]) == 3
     assert bench("timm_script=timm.py")[1] == []
-
-
-def test_a_run_has_its_core_and_thread_and_a_failed_one_shows_its_output(tmp_path):
-    core = minutes.DEFAULTS["core"]
-    code = "import os; print(os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])"
-    wall_sec, cpu_sec = minutes.run_on(core, [sys.executable, "-c", code], tmp_path / "log")
-    assert (tmp_path / "log").read_text() == f"{{{core}}} 1\n" and min(wall_sec, cpu_sec) > 0
-    with pytest.raises(RuntimeError, match="(?s)status 1, .*no time"):
-        minutes.run_on(core, [sys.executable, "-c", "raise SystemExit('no time')"], tmp_path / "log")

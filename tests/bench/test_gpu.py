@@ -1,7 +1,6 @@
-"""bench/gpu.py with parts that only print: their order, rows and limits."""
+"""bench/gpu.py with parts that only print: their rows and limits."""
 
 import importlib
-import json
 
 import pytest
 import torch
@@ -20,18 +19,6 @@ GOOD = part("""print('{"figure": 0.5, "spread": [0.4, 0.6]}')""")
 
 def states(journal):
     return [(row["part"], row["state"]) for row in journal.rows()]
-
-
-def test_what_a_device_lacks_comes_first_and_then_the_oldest(tmp_path):
-    journal = Journal(tmp_path / "gpu.jsonl", FACTS)
-    rows = [  # part, device, commit, date
-        ("new", "H200", "new", "3"), ("old", "H200", "new", "2"),
-        ("earlier", "H200", "old", "1"), ("before", "H200", "old", "0"), ("never", "A100", "new", "4"),
-    ]  # fmt: skip
-    lines = [dict(zip(("part", "device", "commit", "date"), row)) for row in rows]
-    journal.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ["new", "earlier", "worth", "never", "before", "old"]
-    assert journal.order(names) == ["worth", "never", "before", "earlier", "old", "new"]
 
 
 def test_a_part_that_hangs_or_fails_loses_only_itself(tmp_path, capsys):
