@@ -107,9 +107,8 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
-        own = [f"launch.{word}" for word in words if word.partition("=")[0] in LaunchConfig.model_fields]
-        advice = f"; keys of the job are {' '.join(own)}" if own else ""
-        log.error("nothing is queued: the dry run of %s.py failed%s", launch.script, advice)
+        line = "nothing is queued: the dry run of %s.py failed; keys of the job begin with launch., as launch.script"
+        log.error(line, launch.script)
         raise SystemExit(done.returncode)
 
 

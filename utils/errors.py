@@ -87,13 +87,12 @@ def lost_worker(error: BaseException | None) -> str | None:
 
 
 def close_names(name: str, known: Iterable[str]) -> str:
-    """Return `close: a, b` with the nearest known names; if none is near, `known: ...` with the first names.
+    """Return `close: a, b` with the nearest known names, or `known: ...` with the first names if none is near.
 
-    Of dotted keys, the first names of the same group.
+    Dotted keys of the same group come first.
     """
-    known = sorted(set(known))
+    group = name.rpartition(".")[0]
+    known = sorted(set(known), key=lambda key: (key.rpartition(".")[0] != group, key))
     near = [key for key in known if key.endswith(f".{name}")]  # lr: optim.lr
     near = near[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    group = name.rpartition(".")[0]
-    beside = [key for key in known if name and key.rpartition(".")[0] == group] or known
-    return f"close: {', '.join(near)}" if near else f"known: {', '.join(beside[:_SHOWN])}"
+    return f"close: {', '.join(near)}" if near else f"known: {', '.join(known[:_SHOWN])}"

@@ -205,7 +205,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     [
         ("prepare", ["job=manifest", "data=image_folder", "data.root=nowhere"], "data.root: 'nowhere' does not exist"),
         ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),
-        ("finetune", [*TINY, "script=train", "data.root=images"], "keys of the job are launch.script=train"),
+        ("finetune", [*TINY, "script=train", "data.root=images"], "launch.script"),
         ("finetune", [*TINY, "loop.batch_size=100", "data.root=images"], "100 does not divide by the 64 ranks"),
     ],
 )

@@ -1,7 +1,7 @@
 """Validate a configuration, and turn errors of Hydra, OmegaConf and pydantic into lines `dotted.key: problem; fix`."""
 
 import re
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, TypeVar
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +14,7 @@ from utils.config.schema import Strict, path_keys, walk_keys
 from utils.errors import UserError, close_names
 
 Schema = TypeVar("Schema", bound=Strict)
+_CHOICES = re.compile(r"(data|job|optim|schedule|task|tracking)\.name")  # no keys to type: the group is, optim=sgd
 
 
 class ConfigError(UserError):
@@ -98,13 +99,7 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
 
 
 def _unknown(key: str, schema: type[Strict]) -> str:
-    # A group's own `name` is no key to type: the group is, as in optim=sgd.
-    names = re.compile(r"\w+\.name")
-    known = {
-        known
-        for known, field in walk_keys(schema)
-        if not (names.fullmatch(known) and get_origin(field.annotation) is Literal)
-    }
+    known = {known for known, _ in walk_keys(schema) if not _CHOICES.fullmatch(known)}
     return f"unknown key; {close_names(key, known - {key})}"
 
 
