@@ -8,9 +8,9 @@ transformers.AutoImageProcessor.from_pretrained("FOLDER")
 Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_from_path.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,15 @@ from models.weights.timm_hub import filter_state
 from utils.contracts import State
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.io.files import Json, read_json, write_json
+from utils.io.files import Json, Values, read_json, write_json
 from utils.io.weights import write_tensors
 
-Metadata = Mapping[str, Any]
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
 _IMAGES = 4  # to compare
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+def write_timm(network: nn.Module, metadata: Values, folder: Path) -> None:
     """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
@@ -91,7 +90,7 @@ def open_timm(folder: Path) -> Outputs:
     return network if network.num_classes else network.forward_features
 
 
-def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> None:
+def write_transformers(network: nn.Module, metadata: Values, folder: Path) -> None:
     """Write weights, configuration and image processor. Raises UserError (`format`) if transformers lacks a feature."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
     from transformers.utils.logging import disable_progress_bar
@@ -165,7 +164,7 @@ def _read_official(network: nn.Module, library: str) -> tuple[State, Geometry]:
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
-def _state_images(library: str, metadata: Metadata) -> Preprocessing:
+def _state_images(library: str, metadata: Values) -> Preprocessing:
     """Return the preprocessing. Raises UserError (`format`) if the library prepares images differently."""
     stated = Preprocessing.model_validate(metadata["preprocessing"])
     height, width = stated.image_size_hw
@@ -181,7 +180,7 @@ def _state_images(library: str, metadata: Metadata) -> Preprocessing:
 class Library(NamedTuple):
     """How a library's files are written, and loaded as its users do."""
 
-    write: Callable[[nn.Module, Metadata, Path], None]
+    write: Callable[[nn.Module, Values, Path], None]
     load: Callable[[Path], Outputs]
 
 
@@ -189,7 +188,7 @@ TIMM = Library(write_timm, open_timm)
 TRANSFORMERS = Library(write_transformers, open_transformers)
 
 
-def write_compared(library: Library, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float) -> float:
+def write_compared(library: Library, network: nn.Module, metadata: Values, folder: Path, tolerance: float) -> float:
     """Write a network's files into an empty folder and load them like their users; return the largest difference.
 
     A copy with varied weights comes first, because with small weights a wrong converter gives almost the right outputs.
@@ -207,7 +206,7 @@ def write_compared(library: Library, network: nn.Module, metadata: Metadata, fol
 
 
 @torch.no_grad()
-def _compare(network: nn.Module, loaded: Outputs, metadata: Metadata) -> tuple[float, float]:
+def _compare(network: nn.Module, loaded: Outputs, metadata: Values) -> tuple[float, float]:
     """Return the largest difference of the outputs for normalised images of noise, and the largest output.
 
     Outputs are logits, or a backbone's last feature map.
