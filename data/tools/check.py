@@ -50,7 +50,7 @@ class Check(Tool):
         kinds = Counter(kind for _, kind, _ in faults).most_common()
         found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
         if faults:
-            reasons: dict[str, str] = {}
+            reasons = {}
             for path, _, reason in faults:
                 reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
             found += f" ({list_files(self.report, self.name, reasons)})"

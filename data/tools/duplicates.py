@@ -46,8 +46,8 @@ class Duplicates(Finder):
             if row["weight"] or not why or why.startswith(f"{self.name}: ")
         }  # fmt: skip
         facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
-        reasons: dict[str, str] = {}
-        others: dict[str, str] = {}
+        reasons = {}
+        others = {}
         rows = []
         groups = find_groups(facts, self.match)
         for number, group in enumerate(groups, start=1):
@@ -75,7 +75,7 @@ def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[s
     long chain the ends are not alike, so several may be kept.
     """
     pictures = read_thumbnails([image["thumbnail"] for image in images])
-    kept: list[int] = []
+    kept = []
     for number, image in enumerate(images):
         is_alike = are_alike(pictures[[number]], pictures[kept])
         alike = [images[other] for other, same in zip(kept, is_alike) if same]
@@ -114,7 +114,7 @@ def find_groups(facts: Mapping[str, FileFacts], match: str) -> list[list[str]]:
     keys = [fact.sha256 for fact in drawn.values()]
     if match == "near":
         keys = group_duplicates([fact.thumbnail for fact in drawn.values()]).tolist()
-    members: dict[int | str, list[str]] = {}
+    members = {}
     for path, key in zip(drawn, keys):
         members.setdefault(key, []).append(path)
     return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))

@@ -101,7 +101,7 @@ class Import(Tool):
 
     def run(self, data: DataConfig) -> str:
         """Convert the file. Raises UserError (`job.source`, `job.output`)."""
-        notes: list[str] = []
+        notes = []
         subsets = self._read_subsets(notes)
         values = _convert(subsets, notes)
         notes = sorted(set(notes))
@@ -150,7 +150,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> Json:
     for key in (*_OF_ALL, *_LIMITS.values()):
         if any(getattr(subset, key) != getattr(first, key) for subset in subsets):
             notes.append(f"{key}: {getattr(first, key)!r} for all, although subsets differ")
-    places: dict[str, _Options] = {}
+    places = {}
     for subset in subsets:
         places.setdefault(os.path.abspath(os.path.expanduser(subset.image_dir)), subset)
     is_several = len(places) < len(subsets)
@@ -178,7 +178,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> Json:
         concept["mask"] = subset.alpha_mask if has_masks else None
         concepts.append(concept)
     # sd-scripts skips no image, however much of it is cropped.
-    buckets: Json = {"max_crop": 1.0, "assign": "all" if is_several else "no_upscale"}
+    buckets = {"max_crop": 1.0, "assign": "all" if is_several else "no_upscale"}
     buckets["flip"] = 0.5 * first.flip_aug
     buckets["crop"] = "random" if first.random_crop else "centre"
     if first.enable_bucket:

@@ -58,7 +58,7 @@ class Manifest(Tool):
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=self.verify)
             damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
-            columns: dict[str, list] = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
+            columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
             if damaged:
                 columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
             for name in ("sha256", *(_DECODED if self.verify else ())):

@@ -99,7 +99,7 @@ class Pack(Tool):
 
 def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
     """Return the rows of each shard, by name. A shard has rows of one split only."""
-    groups: list[np.ndarray] = []
+    groups = []
     sizes = collection.table["size"].to_numpy()
     for split in SPLITS:
         rows = collection.rows(split)

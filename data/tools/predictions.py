@@ -61,8 +61,8 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     names = [source] if isinstance(source, str) else source
     if source == "-":
         names = [os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line]
-    folders: set[Path] = set()
-    paths: dict[Path, None] = {}
+    folders = set()
+    paths = {}
     absent = []
     unused = Unused()
     for path in map(Path, map(find_path, names)):
@@ -260,8 +260,8 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
 
 def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> list[Tag]:
     """Return tags after their aliases and in their order, without implied tags; `expand_series` splits characters."""
-    kept: list[Tag] = []
-    implied: set[str] = set()
+    kept = []
+    implied = set()
     for tag, *others in map(rules.expand, tags):
         kept.append(tag)
         if tag.name not in implied:  # of two tags that imply each other, the first stays
@@ -285,13 +285,13 @@ def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
 
     Texts that would be read as a sentence keep their underscores.
     """
-    categories: dict[str, list[int | None]] = {}  # of each name; two tags may share one
+    categories = {}  # of each name; two tags may share one
     for category, names in row["probs"].items():
         for name in names:
             categories.setdefault(name, []).append(CATEGORIES.get(category))
     tags = arrange_tags((Tag(categories[name].pop(0), name) for name in row["tags"]), config, rules)
     rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
-    words: list[str] = []
+    words = []
     for spaces in (config.spaces, False):
         words = [write_tag(tag, category=config.categories, spaces=spaces, escape=config.escape) for tag in tags]
         words = [*rating, *words] if config.rating == "first" else [*words, *rating]

@@ -137,7 +137,7 @@ class Card:
 
     def _front_matter(self, results: Results) -> Json:
         """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
-        front: Json = {}
+        front = {}
         if (licence := licence_of(self.metadata)) is not None:
             is_known = LICENCES.fullmatch(licence)
             front = {"license": licence} if is_known else {"license": "other", "license_name": licence}

@@ -66,7 +66,7 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """
     network = weights.model.network
     metadata = weights.metadata
-    report: Entry = {}
+    report = {}
     if weights.model.output.has_tags:
         vocabulary = vocabulary_of(metadata)
         preprocessing = {**metadata["preprocessing"], "pad": "none"}  # programs pad before they call timm

@@ -29,7 +29,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     images = dict_of(metadata, "trained_on").get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
-    facts: Json = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
+    facts = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
     facts |= {**licence_entry(metadata), "ss_output_name": weights.title}
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
@@ -45,7 +45,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
 
 def _describe_training(task: DiffusionTaskConfig, metadata: Values) -> Json:
     trained_on = dict_of(metadata, "trained_on")
-    facts: Json = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
+    facts = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
     facts |= {
         "prediction_type": task.noise.prediction_type,
         "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),

@@ -171,7 +171,7 @@ class DiffusionTask(Task):
         kinds = " and ".join(sorted({change.kind for change in changes.values()}))
         if kinds != lora.kind:
             raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
-        tensors: State = {}
+        tensors = {}
         for name, change in changes.items():
             scaled = change.rescaled(lora.alpha)  # so that another alpha changes nothing
             tensors |= {f"{name}.{key}": tensor for key, tensor in scaled.tensors.items()}

@@ -269,7 +269,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     task = setup.task
     captions = task.captions
     rules = Captions(captions, data.collection)
-    pairs: list[tuple[str, CaptionConfig]] = []
+    pairs = []
     for row in rows.tolist():
         own = rules.of(row)
         texts = own.read(data.collection.row(row))

@@ -40,7 +40,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     network = task.network
     head = find_head(task.network)
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
-    seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
+    seen = {}  # outputs of layer norms, and the head's input
     hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
     hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
     task.to(runtime.device).eval()

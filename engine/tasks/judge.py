@@ -162,9 +162,9 @@ def judged_stream(
         marked[outputs[ids]] = True
         return marked[:width]
 
-    texts: dict[int, str] = {}
-    prompted: dict[int, np.ndarray] = {}
-    wanted: set[int] = set()  # tags
+    texts = {}
+    prompted = {}
+    wanted = set()  # tags
     for row in rows.tolist():
         own = rules.of(row)
         texts[row] = own.complete(own.read(collection.row(row))[0])
