@@ -139,7 +139,7 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
 def _draw_into(root: Path) -> None:
     """Draw all faces into a new folder, then write its manifest and glyphs.json."""
     codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
-    rows: list[Json] = []
+    rows = []
     for face, code in track(codes, len(codes), "drawing the glyphs"):
         if (image := draw_glyph(face, code)) is None:
             continue
@@ -162,5 +162,5 @@ def _name_classes(rows: list[Json]) -> dict[int, str]:
     faces = Counter(row["code"] for row in rows)
     looks = {row["code"]: row["sha256"] for row in rows if row["face"] == _MERGED_IN}
     codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)
-    lowest: dict[str | int, int] = {}
+    lowest = {}
     return {code: name_code(lowest.setdefault(looks.get(code, code), code)) for code in codes}

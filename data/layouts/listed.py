@@ -64,7 +64,7 @@ def read_listed_images(
 
 def build_finder(splits: _Splits) -> _Find:
     """Return a function that finds the image of a name: with or without its ending, in any folder."""
-    images: dict[str, list[str]] = {}
+    images = {}
     for path in splits:
         images.setdefault(_split_name(path)[0], []).append(path)
 
@@ -93,7 +93,8 @@ def _split_name(name: str) -> list[str]:
 def _find_files(root: Path, choice: TableChoice, unused: Unused) -> list[Path]:
     """Return the stated table, or those at the root that may be one. Raises UserError (`data.table`)."""
     if choice.table == "auto":
-        return [root / name for name in sorted(unused.get(UNREAD, ())) if is_table_of_user(name)]
+        files = map(root.joinpath, sorted(filter(is_table_of_user, unused.get(UNREAD, ()))))
+        return [*filter(Path.is_file, files)]  # `unused` may have those of another concept
     if choice.table == "none":
         return []
     places = (root / choice.table, Path(choice.table).expanduser())

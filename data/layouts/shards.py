@@ -108,9 +108,9 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row. Without any
     text, folders are splits and classes.
     """
-    images: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, str]] = {}  # their names, by stem and suffix
-    contents: dict[str, bytes] = {}
+    images = {}
+    texts = {}  # their names, by stem and suffix
+    contents = {}
     with open(file, "rb") as stream:
         for member in _read_members(stream, name, unused):
             path = member.name.removeprefix("./")

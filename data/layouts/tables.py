@@ -63,7 +63,7 @@ def _fold(name: str) -> str:
     return re.sub(r"[\s.-]+", "_", name.strip().lower())
 
 
-def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns = MappingProxyType({})) -> dict[str, str]:
+def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns) -> dict[str, str]:
     """Return our name of each column with values: of several columns for one field, the first has its name.
 
     stated: these names come first. Raises UserError (`data.columns`) for one that the table has not.

@@ -86,7 +86,7 @@ def find_ending(name: str) -> str:
 
 def list_unused(unused: Unused, folder: Path) -> list[str]:
     """Write all names into a CSV file, if the lines of `describe` leave out some; return a line of it."""
-    if not any(len(names) > SHOWN for names in unused.values()):
+    if not any(len(names) > SHOWN for reason, names in unused.items() if reason not in _COUNTED):
         return []
     rows = [("name", "why it is not used")]
     for reason, names in sorted(unused.items()):

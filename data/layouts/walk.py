@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.layouts.names import RESOURCE_FORK, has_reader, is_image_name, is_passed_over, is_sidecar
+from data.layouts.names import RESOURCE_FORK, has_reader, is_image_name, is_passed_over, is_sidecar, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -20,7 +20,6 @@ _NOT_FOLLOWED = "links to folders that are not followed (circles; predict.py fol
 _SPECIAL = "pipes, sockets and devices"
 # Of a file beside the images, whose place no key names.
 COPY = "make room, let your user write there, or work on a copy: prepare.py job=copy data.root=PATH job.to=FOLDER"
-_ADVICE = "give your user the right to read it, or name another folder"
 _NOT_READ = "files and folders that cannot be read"
 _Folder = tuple[str, list[os.DirEntry[str]], set[str]]
 
@@ -44,7 +43,10 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror}); {_ADVICE}") from error
+        raise UserError(
+            f"data.root: {str(folder)!r} cannot be listed ({error.strerror}); give your user the right to read it, or "
+            "name another folder"
+        ) from error
 
 
 def walk_folders(root: Path, unused: Unused, *, follows_links: bool = True) -> Iterator[_Folder]:
@@ -93,11 +95,14 @@ def _find_fault(entry: os.DirEntry[str], path: str) -> str | None:
         return HIDDEN if is_picture or entry.is_dir(follow_symlinks=False) else None
     if not is_utf8(entry.name):
         return NOT_UTF8
+    fault = None
     try:
         mode = entry.stat().st_mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            fault = _SPECIAL
     except OSError as error:
-        return None if is_sidecar(path) else unreadable(error)  # data.on_bad_sidecar says what becomes of one
-    return None if stat.S_ISDIR(mode) or stat.S_ISREG(mode) or is_sidecar(path) else _SPECIAL
+        fault = unreadable(error)
+    return None if is_sidecar(path) and not is_table(path) else fault  # data.on_bad_sidecar says what becomes of one
 
 
 def unreadable(error: OSError) -> str:

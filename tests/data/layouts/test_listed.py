@@ -3,6 +3,7 @@
 import pytest
 
 from data.collection.collection import Collection
+from data.collection.concepts import ConceptConfig
 from data.collection.index import index_collection
 from tests.data.collection.test_collection import columns, put
 from tests.support import refuses
@@ -51,6 +52,17 @@ def test_several_tags_of_an_image(read):
     assert read("a.png b.png c.png", tables, columns={"tags": "labels"}) == [
         "a.png train  wet+cold", "b.png train  wet", "c.png train  cold",
     ]  # fmt: skip
+
+
+def test_a_table_of_one_concept_is_not_looked_for_in_another(read, log):
+    concepts = [ConceptConfig(path="a"), ConceptConfig(path="b")]
+    tables = {"a/notes.csv": "x\n5\n", "b/t.csv": "id,label\n1,x\n2,y\n"}
+    assert [row.split()[-1] for row in read("a/1.png b/1.png b/2.png", tables, concepts=concepts)] == [
+        "train",
+        "x",
+        "y",
+    ]
+    assert "1 tables that nobody has read" in log.text and "cannot be read" not in log.text
 
 
 def test_several_tables_are_named_with_the_key(read):
