@@ -164,14 +164,18 @@ def test_few_networks_are_kept_and_a_changed_file_is_read_again(place):
     assert len(read) == 5
 
 
-@pytest.mark.parametrize("header", [(b"content-length", b"%d" % (MAX_BYTES + 1)), (b"transfer-encoding", b"chunked")])
-def test_a_request_without_a_bound_is_refused(header):
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize("header", [
+    (b"content-length", b"%d" % (MAX_BYTES + 1)), (b"transfer-encoding", b"chunked"), (b"origin", b"http://evil.example"),
+])  # fmt: skip
+def test_a_request_without_a_bound_or_of_another_site_is_refused(kind, header):
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "headers": [(b"host", b"localhost:1"), header], "query_string": b""}
+    scope = {"type": kind, "extensions": {"websocket.http.response": {}}, "query_string": b""}
+    scope["headers"] = [(b"host", b"localhost:1"), header]
     asyncio.run(Guard(None, None)(scope, None, send))
     assert sent[0]["status"] == 403
 
