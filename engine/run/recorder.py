@@ -138,6 +138,7 @@ class Recorder:
         self._epoch = Mark()  # the epoch's start
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self._next_tell = -math.inf
+        self._best: float | None = None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
@@ -148,11 +149,11 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def open(self, step: int, train: TrainStream, run_config: Json | None, owes_evaluation: bool = False) -> None:
+    def open(self, step: int, train: TrainStream, run_config: Json | None, evaluates: bool = False) -> None:
         """Open the row files, drop their rows beyond `step`, and start the tracker.
 
         run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps
-        the row of its last, partial epoch.
+        the row of its last, partial epoch. evaluates: this step's evaluation is still to come, as at a start from zero.
         """
         self._step = step
         self._logged = self.clock.mark(step)
@@ -164,7 +165,7 @@ class Recorder:
             self._tell("running")
             is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)
             limits = {} if run_config is None or is_whole else {"epoch": step - 1}
-            if owes_evaluation:  # a kill after the evaluation may have left its rows
+            if evaluates:  # a kill after the evaluation may have left its rows
                 limits = {"evaluate": step - 1, "epoch": step - 1}
             self._metrics = MetricsLog(self.folder, step, limits)
         if self._tracking.samples:
@@ -231,11 +232,17 @@ class Recorder:
         self.bar.advance(step)
         self.clock.end_step()
 
+    def use_best(self, value: float | None) -> None:
+        """Tell the best figure so far at the next phase."""
+        self._best = value
+        self._next_tell = -math.inf
+
     def _tell(self, state: str) -> None:
         """Write what the run is doing, for who watches it."""
         self._next_tell = time.perf_counter() + _TELL_SEC
         left = self.bar.left_sec if state == "running" else None
-        write_progress(self.folder, state, step=self._step, total_steps=self._plan.total_steps, left_sec=left)
+        figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self._best}
+        write_progress(self.folder, state, **figures)
 
     def add_row(self, step: int, kind: str, figures: Json) -> None:
         """Write a row of metrics, on rank 0."""

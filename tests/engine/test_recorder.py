@@ -5,6 +5,7 @@ What it writes is tested with whole runs, too (test_survival, test_exactness).
 
 import csv
 import json
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -87,6 +88,20 @@ def train_to(recorder, clock, first, last, evaluation=5.0):
 
 def last_row(recorder):
     return recorder._metrics.rows[-1]
+
+
+def test_a_start_from_zero_keeps_no_row_of_a_killed_one(tmp_path):
+    """A kill between the evaluation and the checkpoint. What a checkpoint of step 0 has stays in a longer run."""
+    images = make_images(tmp_path / "images")
+    words = [*TINY, f"data.root={images}", "run_dir=run", "resume_allow=[loop]"]
+    run("finetune", [*words, "loop.total_steps=0"], tmp_path)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    run("finetune", [*words, "loop.total_steps=0"], tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0]
+    run("finetune", words, tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0, 2]
+    progress = read_json(tmp_path / "run/progress.json")
+    assert progress["best"] == read_json(tmp_path / "run/result.json")["value"]
 
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):

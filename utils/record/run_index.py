@@ -102,7 +102,8 @@ class RunIndex:
         changed = max(told, *others)
         names = {key: _name(config.get(key)) for key in ("task", "model")}
         if result is not None:
-            names |= {"metric": escape_controls(str(result["metric"])), "best": _number(result["value"])}
+            best = said.get("best", result["value"])
+            names |= {"metric": escape_controls(str(result["metric"])), "best": _number(best)}
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
         last = int(max([step or 0, *steps[-1:]]))
         times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}

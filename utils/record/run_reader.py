@@ -121,7 +121,7 @@ class RunReader:
 
 
 def write_progress(path: Path, state: str, **figures: float | None) -> None:
-    """Write a run's state, `step`, `total_steps` and `left_sec`; those not given stay. Write errors are logged."""
+    """Write a run's state, `step`, `total_steps`, `left_sec`, `best`; those not given stay. Logs write errors."""
     with ignore_write_errors(file := path / PROGRESS_FILE):
         text = json.dumps({**RunReader(path).progress, **figures, "state": state})
         write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"), flush=False)

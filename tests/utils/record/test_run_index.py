@@ -33,7 +33,7 @@ def test_states_steps_and_results(tmp_path):
     for name, text in {**progress, "damaged": odd}.items():
         make_run(tmp_path / name, progress_json=text)
     make_run(tmp_path / "sweep/a=1", progress_json=said("finished", 20), **finished)
-    running = make_run(tmp_path / "d", progress_json=said("running", 7), result_json=result)
+    running = make_run(tmp_path / "d", progress_json=said("running", 7, best=0.25), result_json=result)
     make_run(tmp_path / "older/finished", **finished)
     make_run(tmp_path / "older/other", metrics_jsonl=line(3, loss=1.5))
     (tmp_path / "e/weights").mkdir(parents=True)  # no configuration
@@ -46,7 +46,7 @@ def test_states_steps_and_results(tmp_path):
         "a=1": "finished", "b": "stopped", "c": "dead", "d": "running", "requeued": "requeued", "failed": "failed",
         "finished": "finished", "other": "stopped", "damaged": "dead",
     }  # fmt: skip
-    assert (states["d"].step, states["d"].total, states["d"].left_sec, states["d"].best) == (7, 20, 42.0, 0.5)
+    assert (states["d"].step, states["d"].total, states["d"].left_sec, states["d"].best) == (7, 20, 42.0, 0.25)
     assert (states["other"].step, states["other"].total, states["damaged"].step) == (3, None, 0)
     assert states["a=1"].spark == (1.5,) and states["a=1"].task == "tagging" and states["b"].left_sec is None
     assert states["a=1"].job.state == "finished" and states["b"].job is None
