@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from utils.io.files import Values
+from utils.record.figures import interval
 
 _SHOWN = 3  # classes
+_JUDGE = 0.5  # the accuracy above which a network may doubt a label
 
 Table = Sequence[Values]
 
 
 def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str]:
-    """Return lines that say what is known; none without a table of the classes.
+    """Return lines that say what is known beyond chance; none without a table of the classes.
+
+    A class is named if its accuracy is below that of all images, so that their intervals do not touch. Labels are to be
+    checked by a network that is right more often than not, by its interval.
 
     tables: of the last evaluation. class_images: the training images of each class.
     """
@@ -22,8 +27,9 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
     decisions = tables.get("decisions", ())
     if not class_images or len(classes) != len(class_images) or not decisions:
         return []
+    low, _ = _bounds(classes)
     wrong = [row["samples"] - row["correct"] for row in classes]
-    worst = sorted((number for number, count in enumerate(wrong) if count), key=lambda number: -wrong[number])
+    worst = sorted((number for number, row in enumerate(classes) if _bounds([row])[1] < low), key=lambda n: -wrong[n])
     lines = []
     if worst:
         shown = []
@@ -33,11 +39,17 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
             shown.append(f"{row['class']} {share:.0%} (accuracy {row['recall']:.2g}, {class_images[number]:,} images)")
         lines.append(f"most errors: {', '.join(shown)}")
     sure, differ = _count_sure(decisions)
-    if 0 < 2 * differ < sure:  # else the network is no judge of labels
+    if differ and low > _JUDGE:
         command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
         differing = f"{differ:,} of {sure:,} sure predictions differ from the label"
         lines.append(f"labels to check: {differing}; {command}, then Review in view.py")
     return lines
+
+
+def _bounds(classes: Table) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy on the images of classes."""
+    correct, images = (sum(row[name] for row in classes) for name in ("correct", "samples"))
+    return interval("top1", {"top1": correct / max(1, images), "samples": images}) or (0.0, 1.0)
 
 
 def _count_sure(decisions: Table) -> tuple[int, int]:

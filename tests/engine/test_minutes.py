@@ -2,6 +2,7 @@
 
 import pytest
 
+import engine.run.loop
 from engine.run import length as minutes
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import assert_equal_runs, refuses
@@ -65,13 +66,14 @@ def test_what_is_no_length_is_refused(more, said, words, tmp_path):
     assert not (tmp_path / "run/minutes.json").exists()
 
 
-def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, tmp_path, capsys):
+def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine.run.loop, "advise", lambda *_: ["more images"])
     run("finetune", [*words[0], "loop.minutes=2"], tmp_path)
     said = capsys.readouterr().err
     assert "1 steps, 0.5 epochs" in said
     found = read_json(tmp_path / "run/result.json")
     (low, high), value = found["interval"], found["value"]
     assert low < value < high and f"top-1 {value:.4g} (95 % interval: {low:.4g} to {high:.4g})" in said
-    assert f"to improve  {found['help'][0]}" in said
+    assert found["help"] == ["more images"] and "to improve  more images" in said
     run("finetune", [*words[0], "loop.minutes=2"], tmp_path)  # a complete run keeps it
     assert read_json(tmp_path / "run/result.json") == found

@@ -26,11 +26,3 @@ def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
     plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "$MODEL_$SEED")  # no mathematics
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 20
-
-
-def test_without_a_row_there_is_no_picture(tmp_path):
-    rows = fill(tmp_path, 0, 0, False)
-    plot_curves(rows, tmp_path / "curves.png", "run")
-    rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
-    plot_curves(rows, tmp_path / "curves.png", "run")
-    assert not (tmp_path / "curves.png").exists()
