@@ -7,6 +7,7 @@ byte ranges of shards, and `path` is only a name.
 
 import functools
 import itertools
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,17 @@ import pyarrow.parquet as pq
 
 from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar, is_table
 from data.layouts.sidecars import pair_sidecars
-from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column, show_some
+from data.layouts.table import (
+    PLACES,
+    SCHEMA,
+    SIDECARS,
+    SPLIT_NAMES,
+    TAG_LISTS,
+    TYPES,
+    build_table,
+    replace_column,
+    show_some,
+)
 from data.layouts.tables import (
     POSSIBLE,
     Columns,
@@ -46,9 +57,8 @@ log = get_logger(__name__)
 _OURS = ("id", "reason")  # columns of job=manifest beside TYPES
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
-_SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
+_TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # refused if of a wrong type
-_COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PART = 512  # files per task of a thread, and cached folders
 
 
@@ -110,7 +120,7 @@ def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({}
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
     table = read_columns(file)
-    if scanned_at(file) is not None:  # job=manifest has given our names to some
+    if read_sources(file) is not None:  # job=manifest has given our names to some
         stated = {ours: theirs for ours, theirs in stated.items() if theirs in table.column_names}
     fields = {*map(name_field, table.column_names), *stated}
     if len(set(table.column_names)) < table.num_columns or "path" not in fields:
@@ -227,28 +237,28 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     return sizes
 
 
-def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:
+def save_manifest(root: Path, table: pa.Table, tables: Mapping[str, str] | None = None) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
-    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced.
+    tables: what job=manifest has read of `find_sources`; None: as in the manifest that is replaced.
     Raises UserError (`data.root`) if it cannot be written.
     """
-    scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
-    table = table.replace_schema_metadata({} if scanned_ns is None else {_SCANNED: str(scanned_ns)})
+    tables = read_sources(root / PARQUET) if tables is None else tables
+    table = table.replace_schema_metadata({} if tables is None else {_TABLES: json.dumps(tables)})
     with output_errors("data.root", root / PARQUET, COPY):
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
-def scanned_at(file: Path) -> int | None:
-    """Return when job=manifest has read the folder of its manifest, in ns; None if it did not write the file."""
+def read_sources(file: Path) -> dict[str, str] | None:
+    """Return the tables that job=manifest has read for its manifest (`find_sources`); None if it did not write it."""
     with suppress(pa.ArrowException, OSError, TypeError, KeyError, ValueError):  # reading refuses a broken file
-        return int(pq.read_schema(file).metadata[_SCANNED])
+        return json.loads(pq.read_schema(file).metadata[_TABLES])
     return None
 
 
 def refuse_foreign(file: Path) -> None:
     """Raise UserError for a manifest that job=manifest did not write."""
-    if scanned_at(file) is None:
+    if read_sources(file) is None:
         raise UserError(
             f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
             "from the folder, move it away"
@@ -264,7 +274,7 @@ def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> 
     for folder, _, names in walk_folders(root, others):
         paths = {folder + name for name in names} - listed
         unused.add("images that the manifest does not list", *filter(is_image_name, paths))
-        if scanned_at(manifest) is None:
+        if read_sources(manifest) is None:
             unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
     others.pop(HIDDEN, None)
     for reason, paths in others.items():
@@ -272,32 +282,39 @@ def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> 
     return table
 
 
-def find_newer(root: Path, manifest: Path) -> list[str]:
-    """Return and log the sidecars that changed after job=manifest has read them; none for another manifest."""
-    scanned = scanned_at(manifest)
-    if scanned is None:
-        return []
-    status = manifest.stat()
-    was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is the time of the copy
-    newer = []
+def find_sources(root: Path) -> dict[str, str]:
+    """Return name, size and time of change of each table, and of the sidecars of each image, by path."""
+    found = {}
     for folder, entries, names in walk_folders(root, Unused()):
-        changed = set()
+        facts = {}
         for entry in entries:
             path = folder + entry.name
-            with suppress(OSError):  # a dangling link
-                if (is_sidecar(path) or is_table(path)) and _changed_ns(entry, was_copied) > scanned:
-                    changed.add(path)
-        if changed:
-            _, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
-            newer += sorted(changed.difference(orphans))
-    if newer:
+            if is_sidecar(path) or is_table(path):
+                with suppress(OSError):  # a dangling link
+                    status = entry.stat()
+                    facts[path] = f"{entry.name} {status.st_size} {status.st_mtime_ns}"
+        found |= {path: fact for path, fact in facts.items() if is_table(path)}
+        pairs, _ = pair_sidecars(folder, filter(is_image_name, names), names)
+        for image, files in pairs.items():
+            found[image] = ", ".join(facts.get(file, file) for file in files)
+    return found
+
+
+def find_changed(root: Path, manifest: Path) -> list[str]:
+    """Return and log the tables, and the images with sidecars, that differ from what job=manifest has read.
+
+    None for another manifest. Sizes and times are compared with those of then, and with no clock.
+    """
+    tables = read_sources(manifest)
+    if tables is None:
+        return []
+    images = pq.read_table(manifest, columns=["path", SIDECARS]).to_pydict()
+    before = {**dict(zip(images["path"], images[SIDECARS])), **tables}
+    now = find_sources(root)
+    changed = sorted(path for path in {*before, *filter(is_table, now)} if before.get(path, "") != now.get(path, ""))
+    if changed:
         log.warning(
-            "data.root: %s sidecars are newer than %s and are not read: %s; prepare.py job=manifest reads them",
-            f"{len(newer):,}", manifest.name, show_some(newer),
+            "data.root: sidecars of %s images, or tables, are not as %s has read them: %s; prepare.py job=manifest "
+            "reads them", f"{len(changed):,}", manifest.name, show_some(changed),
         )  # fmt: skip
-    return newer
-
-
-def _changed_ns(entry: os.DirEntry[str], was_copied: bool) -> int:
-    times = entry.stat()
-    return times.st_mtime_ns if was_copied else max(times.st_mtime_ns, times.st_ctime_ns)
+    return changed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, find_newer, read_listed, read_manifest
+from data.layouts.manifest import find_changed, find_manifest, read_listed, read_manifest
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.shards import find_shards, read_shards
 from data.layouts.tables import TableChoice
@@ -42,7 +42,7 @@ def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> La
         if choice.table not in ("auto", "none"):
             what = "is not read, because the manifest goes first; move it away to read the table"
             log.warning("data.table: %s %s: %s", choice.table, what, manifest)
-        find_newer(folder, manifest)
+        find_changed(folder, manifest)
         return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
     if files := find_shards(folder, cache, unused):
         return Layout(list(files.values()), partial(read_shards, folder, files, unused, choice.columns))

@@ -24,11 +24,13 @@ _COLUMNS = {
     "weight": pa.float32(),  # weight in the loss; 0 excludes the image from training
 }
 SCHEMA = pa.schema([*_COLUMNS.items()])
+SIDECARS = "sidecars"  # a column: name, size and time of change of each
 # Columns that prepare.py fills from the files. They are not in the fingerprint, because they only depend on the files'
-# content: runs can be resumed after the manifest is written again. phash: only earlier versions wrote and read it.
+# content and times: runs can be resumed after the manifest is written again. phash: only earlier versions had it.
 MEASURED = {
     **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
     "mode": pa.string(),
+    SIDECARS: pa.string(),
     "sharpness": pa.float64(),
 }
 # The byte range of a packed row: a file of the collection, and bytes. Not in the fingerprint either.

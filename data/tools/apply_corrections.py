@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
 from data.layouts.folders import read_folder, scan_folder
-from data.layouts.manifest import find_manifest, scanned_at
+from data.layouts.manifest import find_manifest, read_sources
 from data.layouts.names import CORRECTIONS, POSTS, UNDO
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
@@ -53,7 +53,7 @@ class ApplyCorrections(Tool):
 def _apply(root: Path, choice: TableChoice) -> str:
     file = find_manifest(root)
     decisions = read_corrections(root, left := Unused())
-    if file is None or scanned_at(file) is not None:
+    if file is None or read_sources(file) is not None:
         file = find_one(root, POSTS)
     if file is not None:
         raise UserError(

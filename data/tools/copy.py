@@ -16,9 +16,9 @@ from data.collection.search import find_rows
 from data.config import DataConfig
 from data.images.open import Unsupported, open_image, read_file
 from data.layouts.folders import list_descriptions
-from data.layouts.manifest import find_manifest, read_table, save_manifest, scanned_at
+from data.layouts.manifest import find_manifest, read_sources, read_table, save_manifest
 from data.layouts.names import PARQUET
-from data.layouts.table import MEASURED
+from data.layouts.table import MEASURED, SIDECARS
 from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
@@ -40,7 +40,7 @@ _WARNED = 20  # warnings about images that are copied unchanged
 _PRESENT = "present"
 _COPIED = "copied"
 _SHRUNK = "shrunk"
-_CHANGED = {"size", "sha256", *MEASURED} - {"group"}  # columns that differ in a smaller image
+_CHANGED = {"size", "sha256", *MEASURED} - {"group", SIDECARS}  # columns that differ in a smaller image
 _WRITTEN = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF")
 _QUALITY = 95  # of all but PNG
 _SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
@@ -99,8 +99,7 @@ def _copy_rows(manifest: Path, target: Path, images: Sequence[str], *, is_change
     table = table.filter(pc.is_in(table["path"], pa.array(images, pa.string())))
     if is_changed:
         table = table.drop_columns([name for name in table.column_names if name in _CHANGED])
-    save_manifest(target, table, scanned_at(manifest))
-    shutil.copystat(manifest, target / PARQUET)  # so that no copied sidecar is newer
+    save_manifest(target, table, read_sources(manifest))
 
 
 def _copy_all(copy: functools.partial, files: Sequence[str], fallback: functools.partial) -> Iterable[str]:

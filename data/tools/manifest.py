@@ -1,6 +1,5 @@
 """Write `manifest.parquet` for a folder (prepare.py job=manifest)."""
 
-import time
 from collections import Counter
 from typing import Literal
 
@@ -10,10 +9,10 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, find_sizes, refuse_foreign, save_manifest
-from data.layouts.names import PARQUET
+from data.layouts.manifest import find_manifest, find_sizes, find_sources, refuse_foreign, save_manifest
+from data.layouts.names import PARQUET, is_table
 from data.layouts.sidecars import list_faults
-from data.layouts.table import TYPES, count_values, replace_column
+from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import COPY, check_root
 from data.tools.duplicates import find_groups
@@ -48,7 +47,7 @@ class Manifest(Tool):
         with open_journal("data.root", folder / PARQUET, advice=COPY):
             if (manifest := find_manifest(folder)) is not None:
                 refuse_foreign(manifest)
-            scanned_ns = time.time_ns()
+            sources = find_sources(folder)
             table = read_folder(folder, unused := Unused(), data.choice())
             table = list_faults(table, unused, data.on_bad_sidecar)
             for line in unused.said:
@@ -61,6 +60,7 @@ class Manifest(Tool):
             columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
             if damaged:
                 columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+            columns[SIDECARS] = [sources.get(path, "") for path in paths]
             for name in ("sha256", *(_DECODED if self.verify else ())):
                 columns[name] = [getattr(fact, name) for fact in facts]
             if self.verify:
@@ -78,7 +78,7 @@ class Manifest(Tool):
             if data.corrections:
                 table = correct(table, read_corrections(folder, left := Unused()), left)
                 say_unused(left.describe())
-            save_manifest(folder, table, scanned_ns)
+            save_manifest(folder, table, {path: fact for path, fact in sources.items() if is_table(path)})
         if damaged:
             for path in list(damaged)[:_NAMED]:
                 log.warning("%s: unreadable: %s", path, damaged[path].reason)

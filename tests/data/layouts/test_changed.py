@@ -1,12 +1,13 @@
 """Sidecars that change after job=manifest are said at the start, and job=manifest reads them again."""
 
 import os
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.layouts.manifest import find_newer
+from data.layouts.manifest import find_changed
 from data.open import load_collection
 from tests.in_process import run
 from tests.support import data_config, write_manifest
@@ -23,36 +24,38 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "root"
 
 
-def newer(root):
-    return find_newer(root, root / "manifest.parquet")
+def changed(root):
+    return find_changed(root, root / "manifest.parquet")
 
 
-def test_edited_and_new_sidecars_are_said_and_read_again(root, log):
-    assert newer(root) == []
+def test_edited_new_and_deleted_sidecars_are_said_and_read_again(root, log):
+    assert changed(root) == []
     (root / "sub/a.txt").write_text("new")
-    times = (root / "sub/b.txt").stat()
-    (root / "sub/b.txt").write_text("odd")  # of the same size, and with its time set back
-    os.utime(root / "sub/b.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.utime(root / "sub/a.txt", (0, 0))  # no clock is asked
+    (root / "sub/b.txt").unlink()
     (root / "sub/c.json").write_text('{"rating": "e"}')
     (root / "sub/notes.txt").write_text("of no image")
-    run(
-        "prepare", ["job=filter", "data=image_folder", "data.root=root", "job.apply=true"], root.parent
-    )  # writes the manifest again
-    assert newer(root) == ["sub/a.txt", "sub/b.txt", "sub/c.json"]
+    (root / "metadata.jsonl").write_text("")
+    words = ["job=filter", "data=image_folder", "data.root=root", "job.apply=true"]
+    run("prepare", words, root.parent)  # writes the manifest again
+    assert changed(root) == ["metadata.jsonl", "sub/a.png", "sub/b.png", "sub/c.png"]
+    (root / "metadata.jsonl").unlink()
     config = data_config(root=str(root), validation_fraction=0.0)
     assert load_collection(config).row(0).caption == "old"
-    assert "3 sidecars are newer than manifest.parquet" in log.text
+    assert "sidecars of 3 images, or tables, are not as manifest.parquet has read them" in log.text
     write_manifest(root, verify=True)
     rows = map(load_collection(config).row, range(3))
-    assert [(row.caption, row.rating) for row in rows] == [("new", None), ("odd", None), ("old", "e")]
-    assert newer(root) == []
+    assert [(row.caption, row.rating) for row in rows] == [("new", None), (None, None), ("old", "e")]
+    assert changed(root) == []
 
 
-def test_a_copy_of_a_collection_is_not_newer_and_other_manifests_are_not_asked(root, tmp_path):
+def test_sidecars_dated_ahead_copies_and_manifests_of_others_are_as_they_were(root, tmp_path):
+    os.utime(root / "sub/a.txt", (4e9, 4e9))  # a camera or a NAS with a wrong clock
+    write_manifest(root)
+    run("prepare", ["job=copy", "data=image_folder", "data.root=root", "job.to=copy"], tmp_path)
+    shutil.copytree(root, tmp_path / "other")
+    assert changed(root) == changed(tmp_path / "copy") == changed(tmp_path / "other") == []
     manifest = root / "manifest.parquet"
-    os.utime(manifest, ns=(0, 0))  # as a copy with its times looks: its ctime is late
-    os.utime(root / "sub/a.txt", ns=(0, 0))
-    assert newer(root) == []
     pq.write_table(pq.read_table(manifest).replace_schema_metadata(None), manifest)
     (root / "sub/a.txt").write_text("new")
-    assert newer(root) == []
+    assert changed(root) == []
