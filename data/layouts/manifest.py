@@ -285,19 +285,16 @@ def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> 
 def find_sources(root: Path) -> dict[str, str]:
     """Return name, size and time of change of each table, and of the sidecars of each image, by path."""
     found = {}
-    for folder, entries, names in walk_folders(root, Unused()):
-        facts = {}
-        for entry in entries:
-            path = folder + entry.name
-            if is_sidecar(path) or is_table(path):
-                with suppress(OSError):  # a dangling link
-                    status = entry.stat()
-                    facts[path] = f"{entry.name} {status.st_size} {status.st_mtime_ns}"
-        found |= {path: fact for path, fact in facts.items() if is_table(path)}
-        pairs, _ = pair_sidecars(folder, filter(is_image_name, names), names)
-        for image, files in pairs.items():
-            found[image] = ", ".join(facts.get(file, file) for file in files)
+    for folder, _, names in walk_folders(root, Unused()):
+        sources, _ = pair_sidecars(folder, filter(is_image_name, names), names)
+        sources |= {table: [table] for table in filter(is_table, map(folder.__add__, names))}
+        found |= {path: ", ".join(_describe(root / file) for file in files) for path, files in sources.items()}
     return found
+
+
+def _describe(file: Path) -> str:
+    status = file.stat(follow_symlinks=file.exists())  # a dangling link has a time of its own
+    return f"{file.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def find_changed(root: Path, manifest: Path) -> list[str]:

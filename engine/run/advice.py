@@ -10,7 +10,6 @@ from utils.io.files import Values
 from utils.record.figures import interval
 
 _SHOWN = 3  # classes
-_JUDGE = 0.5  # the accuracy above which a network may doubt a label
 
 Table = Sequence[Values]
 
@@ -27,9 +26,10 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
     decisions = tables.get("decisions", ())
     if not class_images or len(classes) != len(class_images) or not decisions:
         return []
-    low, _ = _bounds(classes)
+    low, _ = _bounds(decisions[0]["precision"], decisions[0]["predicted"])
     wrong = [row["samples"] - row["correct"] for row in classes]
-    worst = sorted((number for number, row in enumerate(classes) if _bounds([row])[1] < low), key=lambda n: -wrong[n])
+    worse = [number for number, row in enumerate(classes) if _bounds(row["recall"], row["samples"])[1] < low]
+    worst = sorted(worse, key=lambda number: -wrong[number])
     lines = []
     if worst:
         shown = []
@@ -39,17 +39,16 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
             shown.append(f"{row['class']} {share:.0%} (accuracy {row['recall']:.2g}, {class_images[number]:,} images)")
         lines.append(f"most errors: {', '.join(shown)}")
     sure, differ = _count_sure(decisions)
-    if differ and low > _JUDGE:
+    if differ and low > 0.5:
         command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
         differing = f"{differ:,} of {sure:,} sure predictions differ from the label"
         lines.append(f"labels to check: {differing}; {command}, then Review in view.py")
     return lines
 
 
-def _bounds(classes: Table) -> tuple[float, float]:
-    """Return the 95 % interval of the accuracy on the images of classes."""
-    correct, images = (sum(row[name] for row in classes) for name in ("correct", "samples"))
-    return interval("top1", {"top1": correct / max(1, images), "samples": images}) or (0.0, 1.0)
+def _bounds(share: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of images."""
+    return interval("top1", {"top1": share, "samples": images}) or (0.0, 1.0)
 
 
 def _count_sure(decisions: Table) -> tuple[int, int]:

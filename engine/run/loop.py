@@ -243,7 +243,7 @@ class Run:
             value = report.scalars.get(metric, math.nan)
             if self._is_better(value, self.best) and self.saver.write_alone(learner, "best_weights.safetensors"):
                 self.best = Best(value, step, interval(metric, report.scalars))
-                recorder.use_best(value)
+                recorder.best = value
             if self._is_better(value, self.gain, self.config.loop.early_stop_least):
                 self.gain = Best(value, step)
         prefix = "ema/" if learner.exports_average else ""
@@ -348,7 +348,7 @@ class Run:
         if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose
             self.best = Best(**state["best"])
             self.gain = Best(**state.get("gain", state["best"]))
-            self.recorder.use_best(self.best.value)
+            self.recorder.best = self.best.value
         self.last_report = state["last_report"]
         self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)

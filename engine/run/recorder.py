@@ -113,7 +113,7 @@ class _SampleLog(AppendFile):
 class Recorder:
     """Record one run. The run starts `watchdog` and `bar`; `open` opens the files.
 
-    stage, samples: what the main thread does, for messages.
+    stage, samples: what the main thread does, for messages. best: the best figure so far.
     """
 
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
@@ -138,7 +138,7 @@ class Recorder:
         self._epoch = Mark()  # the epoch's start
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self._next_tell = -math.inf
-        self._best: float | None = None
+        self.best: float | None = None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
@@ -232,16 +232,11 @@ class Recorder:
         self.bar.advance(step)
         self.clock.end_step()
 
-    def use_best(self, value: float | None) -> None:
-        """Tell the best figure so far at the next phase."""
-        self._best = value
-        self._next_tell = -math.inf
-
     def _tell(self, state: str) -> None:
         """Write what the run is doing, for who watches it."""
         self._next_tell = time.perf_counter() + _TELL_SEC
         left = self.bar.left_sec if state == "running" else None
-        figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self._best}
+        figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self.best}
         write_progress(self.folder, state, **figures)
 
     def add_row(self, step: int, kind: str, figures: Json) -> None:

@@ -13,9 +13,12 @@ def ask(recalls, class_images, samples=100):
         {"class": f"c{number}", "samples": samples, "correct": round(samples * recall), "recall": recall}
         for number, recall in enumerate(recalls)
     ]
+    images = samples * len(recalls)
+    right = sum(row["correct"] for row in classes)
     decisions = [
-        {"threshold": share / 100, "predicted": 60 - share // 2, "correct": 50 - share // 2} for share in range(100)
-    ]
+        {"threshold": share / 100, "predicted": images * (100 - share) // 100, "correct": right * (100 - share) // 100,
+         "precision": right / max(1, images)} for share in range(100)
+    ]  # fmt: skip
     return advise(Path("run"), {"classes": classes, "decisions": decisions}, class_images)
 
 
@@ -23,7 +26,7 @@ def test_the_classes_with_most_errors_and_labels_to_check():
     errors, labels = ask([0.9, 0.2, 0.8, 0.4, 0.6, 0.7], [90, 20, 80, 40, 60, 70])
     most = "c1 33% (accuracy 0.2, 20 images), c3 25% (accuracy 0.4, 40 images)"
     assert errors == f"most errors: {most}"
-    assert "10 of 35 sure" in labels and "evaluate.py run_dir=run" in labels  # the right ones have 0.5 on average
+    assert "120 of 300 sure" in labels and "evaluate.py run_dir=run" in labels  # the right ones have 0.5 on average
 
 
 @pytest.mark.parametrize("counts", [(), (9,)], ids=["a task without classes", "another number of classes"])
