@@ -84,10 +84,9 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
-    table = build_table(table, split=read_splits(file, table["split"], "train"))
     is_packed = PLACES.keys() <= set(table.column_names)
-    if root is not None and not is_packed:
-        table = _spell_paths(root, table)
+    paths = table["path"] if root is None or is_packed else _spell_paths(root, table["path"].to_pylist())
+    table = build_table(table, path=paths, split=read_splits(file, table["split"], "train"))
     paths = table["path"]
     where = f"{str(file)!r}, column path"
     repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
@@ -104,14 +103,12 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
     return replace_column(table, "size", pc.coalesce(table["size"], sizes))
 
 
-def _spell_paths(root: Path, table: pa.Table) -> pa.Table:
-    """Return a table sorted by its paths as the folders spell them: a manifest may have their other Unicode form."""
+def _spell_paths(root: Path, paths: Sequence[str]) -> list[str]:
+    """Return paths as the folders spell them: a manifest may have their other Unicode form."""
     listed = functools.lru_cache(_PART)(list_names)
     base = os.path.join(root, "")
-    paths = table["path"].to_pylist()
     with about("data.root"):
-        spelled = [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
-    return build_table(table, path=spelled)
+        return [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
 
 
 def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({})) -> pa.Table:
