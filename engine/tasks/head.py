@@ -11,12 +11,12 @@ held-out images, and the norm is an affine map.
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.measures.probe import fit_ridge, gather_features, standardise
+from engine.measures.probe import gather_features
+from engine.measures.ridge import Ridge, standardise
 from engine.tasks.kind import ImageTask
 from engine.update.runtime import Runtime
 from models.image_model import find_head
@@ -87,15 +87,17 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
     Penalty and scale minimise the cross-entropy of the leave-one-out scores. On its own training images, a head with
     many classes and few images of each is right too often, and would start overconfident.
     """
-    trials = []  # per penalty: loss, scale and accuracy
 
-    def quality(held_out: Tensor, labels: Tensor) -> float:
-        scores = held_out.float()
-        accuracy = (held_out.argmax(dim=1) == labels).double().mean().item()
-        trials.append((*min((float(F.cross_entropy(by * scores, labels)), by) for by in _SCALES), accuracy))
-        return -trials[-1][0]
+    def measure(targets: Tensor, scores: Tensor) -> Tensor:
+        labels = targets.argmax(dim=1)
+        losses = [F.cross_entropy(scale * scores.float(), labels, reduction="sum") for scale in _SCALES]
+        return torch.stack([*losses, (scores.argmax(dim=1) == labels).sum()]) / len(features)
 
-    ridge = fit_ridge(features, labels, num_classes, quality)
-    loss, scale, accuracy = min(trials, key=lambda trial: trial[0])
-    weight, bias = (scale * torch.from_numpy(np.asarray(values)) for values in (ridge.coef_, ridge.intercept_))
-    return weight.view(num_classes, -1), bias.view(num_classes), loss, accuracy
+    ridge = Ridge(features, F.one_hot(labels, num_classes).double())
+    measured = {penalty: values.tolist() for penalty, values in ridge.compare(measure).items()}
+    penalty = min(measured, key=lambda penalty: min(measured[penalty][:-1]))
+    *losses, accuracy = measured[penalty]
+    loss = min(losses)
+    scale = _SCALES[losses.index(loss)]
+    weight, bias = ridge.solve(penalty)
+    return scale * weight, scale * bias, loss, accuracy

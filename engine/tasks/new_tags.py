@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import TagIndex
-from engine.measures.probe import PENALTIES, gather_features, standardise
+from engine.measures.probe import gather_features
+from engine.measures.ridge import PENALTIES, standardise
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
 from utils.contracts import Batch

@@ -1,0 +1,66 @@
+"""Ridge regression in closed form, with the exact predictions of leaving each image out.
+
+All is float64 on the CPU. It uses no random numbers and no gradients. Source of the leave-one-out formula: Allen 1974,
+The relationship between variable selection and data augmentation and a method for prediction (PRESS).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from utils.ranks.signals import check_stop
+
+# Candidates for the penalty, per training image; features have variance 1.
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_AT_ONCE = 10_000  # images whose predictions are in memory
+
+
+class Ridge:
+    """Ridge regressions of targets [N, K] on features [N, C], both float64, for any penalty.
+
+    Features are standardised, and the intercept is free. One eigendecomposition serves all penalties.
+    """
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        self._mean, self._scale = standardise(features)
+        self._targets = targets
+        self._intercept = targets.mean(dim=0)
+        standard = (features - self._mean) / self._scale
+        values, self._axes = torch.linalg.eigh(standard.T @ standard)
+        self._values = values.clamp(min=0)
+        self._rotated = standard @ self._axes
+        self._moments = self._rotated.T @ (targets - self._intercept)
+
+    def _shrink(self, penalty: float) -> Tensor:
+        return 1 / (self._values + penalty * len(self._targets))
+
+    def left_out(self, penalty: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield targets [n, K] of some images, and what a regression without each image predicts for it, in order."""
+        shrink = self._shrink(penalty)
+        weight = shrink[:, None] * self._moments
+        for features, targets in zip(self._rotated.split(_AT_ONCE), self._targets.split(_AT_ONCE)):
+            check_stop(alone=True)
+            leverage = features.square() @ shrink + 1 / len(self._targets)
+            error = targets - self._intercept - features @ weight
+            yield targets, targets - error / (1 - leverage)[:, None]
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Return weight [K, C] and bias [K] for features as they were given."""
+        weight = (self._axes @ (self._shrink(penalty)[:, None] * self._moments)).T / self._scale
+        return weight, self._intercept - weight @ self._mean
+
+    def compare(self, measure: Callable[[Tensor, Tensor], Tensor]) -> dict[float, Tensor]:
+        """Return for each of `PENALTIES` the sum of a measure over the leave-one-out predictions.
+
+        measure: a function of targets [n, K] and predictions [n, K] that returns sums over these images.
+        """
+        return {penalty: sum(measure(*part) for part in self.left_out(penalty)) for penalty in PENALTIES}
+
+
+def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [C] of features [N, C]; infinity for constant ones, so they become 0."""
+    mean = features.mean(dim=0)
+    std = features.std(dim=0, correction=0)
+    # Ignore the rounding errors of a constant.
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
