@@ -9,6 +9,7 @@ without an image, and images without a row, are counted and listed in a file; th
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from utils.errors import UserError
 from utils.io.names import to_nfc
 
 _MAPPED = ("label", "tags", "caption", "split")  # other names of ours mean something else in a user's table: weight
+_FLAGS = {-1, 0, 1}  # the values of columns that say yes or no
 _Splits = Mapping[str, str | None]  # of images by path
 _Find = Callable[[str, str], str | None]  # the image of a name, and of the split that it is looked for
 
@@ -158,7 +160,7 @@ def _read_rows(
         names[:] = [other for other in names if other != name]
     rows |= dict.fromkeys(waiting)
     table = each.table.take([*rows.values()]).drop_columns([each.key])
-    names = _choose_columns(table, choice, unused)
+    table, names = _choose_columns(table, choice, unused)
     read = [f"{ours}: {theirs}" for theirs, ours in names.items() if ours in _MAPPED]
     unused.said += (f"{line}; {', '.join(read) or 'no label'}",)
     columns = cast_columns(each.file, table, names, unused)
@@ -168,14 +170,43 @@ def _read_rows(
     return build_table(columns, size=[images[path] for path in rows])
 
 
-def _choose_columns(table: pa.Table, choice: TableChoice, unused: Unused) -> dict[str, str]:
-    """Return our name of each column; without label, tags and caption, the only one that may be a label is one."""
+def _choose_columns(table: pa.Table, choice: TableChoice, unused: Unused) -> tuple[pa.Table, dict[str, str]]:
+    """Return the table, its flags as one column, and our name of each column.
+
+    Without label, tags and caption, the only one that may be a label is one.
+    """
     stated = {ours: theirs for ours, theirs in choice.columns.items() if ours != "path"}
     names = name_columns(table, stated)
     odd = [name for name, ours in names.items() if ours in TYPES and ours not in (*_MAPPED, *stated)]
     unused.add("columns of tables with a name of ours (data.columns={weight: NAME} takes one)", *odd)
-    names = {name: ours for name, ours in names.items() if name not in odd}
+    table, names = _join_flags(table, {name: ours for name, ours in names.items() if name not in odd})
     possible = list_labels(table, names)
     if len(possible) == 1 and not {"tags", "caption"} & {*names.values()}:
         names |= dict.fromkeys(possible, "label")
-    return names
+    return table, names
+
+
+def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
+    """Replace columns of yes and no by one of tags, or of the label if each image has one.
+
+    They stay beside a column that is a label or may be one, and beside tags and captions.
+    """
+    flags = [name for name, ours in names.items() if ours not in TYPES and _is_flag(table[name])]
+    others = {theirs: ours for theirs, ours in names.items() if theirs not in flags}
+    is_described = {"label", "tags", "caption"} & {*others.values()} or list_labels(table, others)
+    if len(flags) < 2 or is_described:
+        return table, names
+    tags = [[name for name in flags if (row[name] or 0) > 0] for row in table.select(flags).to_pylist()]
+    known = table[flags[0]].is_valid().to_pylist()  # not of test images that wait
+    field = "tags"
+    if all(len(each) == 1 for each, is_known in zip(tags, known) if is_known):
+        field = "label"
+        tags = [each[0] if each else None for each in tags]
+    name = f"the {len(flags)} columns of 0 and 1"
+    table = table.drop_columns(flags).append_column(name, pa.array(tags))
+    return table, others | {name: field}
+
+
+def _is_flag(column: pa.ChunkedArray) -> bool:
+    is_number = re.match("u?int|double|bool", str(column.type))
+    return bool(is_number) and _FLAGS.issuperset(column.drop_null().unique().to_pylist())

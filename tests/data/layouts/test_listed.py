@@ -31,6 +31,7 @@ def read(tmp_path):
         ("bild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
         ('note\tName\tSpecies\n"two\nlines"\tp/a.png\tx\n\tb\ty\n\tc\tx\n\td\ty\n', {}),
         ("photo,what\na,x\nb,y\nc,x\nd,y\n", {}),
+        ("photo,x,y\na,1.0,0.0\nb,0.0,1.0\nc,1.0,0.0\nd,0.0,1.0\n", {}),
         ("id,size,what,who\na,9,x,m\nb,8,y,n\nc,7,x,n\nd,6,y,m\n", {"columns": {"label": "what"}}),
     ],
 )
@@ -63,6 +64,11 @@ def test_a_table_of_one_concept_is_not_looked_for_in_another(read, log):
         "y",
     ]
     assert "1 tables that nobody has read" in log.text and "cannot be read" not in log.text
+
+
+def test_columns_of_yes_and_no_are_tags_unless_each_image_has_one(read):
+    text = "image,wet,cold\na,1,1\nb,1,-1\nc,0,0\n"
+    assert read("a.png b.png c.png", {"t.csv": text}) == ["a.png train  wet+cold", "b.png train  wet", "c.png train"]
 
 
 def test_several_tables_are_named_with_the_key(read):
