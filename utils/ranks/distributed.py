@@ -31,6 +31,7 @@ GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
 _GROUP_PATIENCE = 4  # the timeout of collectives, as a multiple of the watchdog's, which names the rank
+_ANSWER_SEC = 5.0  # torch's own limit ends first, where it has one
 _POLL_STEPS = 4  # between two votes: a gloo collective of many ranks takes milliseconds
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
     meeting = dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_sec))
     try:
         with ThreadPool(1) as pool:  # torch waits for ever for a program that holds the port and does not answer
-            store, _, _ = pool.apply_async(next, [meeting]).get(timeout_sec)
+            store, _, _ = pool.apply_async(next, [meeting]).get(timeout_sec + _ANSWER_SEC)
     except (dist.DistError, NoAnswer) as error:
         reason = str(error).partition("\n")[0] or f"no answer within {timeout_sec:.0f} s (runtime.hang_timeout_sec)"
         raise UserError(

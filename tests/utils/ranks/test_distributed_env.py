@@ -44,11 +44,13 @@ def test_the_processes_of_a_job_choose_one_port_and_another_step_another():
     assert ports[0] == ports[1] != ports[2] and all(1024 < port < 32768 for port in ports)
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_port_of_another_program_ends_every_rank(rank, monkeypatch):
+@pytest.mark.parametrize(("rank", "is_held"), [("0", True), ("1", True), ("0", False)])
+def test_a_port_of_another_program_or_a_lacking_rank_ends_every_rank(rank, is_held, monkeypatch):
     """Rank 0 cannot listen; the other program takes the connection of rank 1 and never answers."""
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
+        if not is_held:
+            server.close()
         variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
