@@ -59,13 +59,13 @@ def read_tags(collection: Collection, captions: Captions) -> ImageTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
     parse = functools.cache(parse_tag)
     first = {}
-    views = map(collection.row, range(len(collection)))
-    rules = map(captions.of, range(len(collection)))
-    texts = (
-        (view.tags or _find_tags(own.read(view), own), own.keep_tokens_separator) for view, own in zip(views, rules)
-    )
-    parts = ([part for tag in row for part in tag.split(fixed or "\0") if part.strip()] for row, fixed in texts)
-    tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in parts]
+    tags = []
+    for number in range(len(collection)):
+        row = collection.row(number)
+        own = captions.of(number)
+        joined = (own.keep_tokens_separator or "\0").join(row.tags or _find_tags(own.read(row), own))
+        parts = filter(str.strip, joined.split(own.keep_tokens_separator or "\0"))
+        tags.append(list(dict.fromkeys(first.setdefault(parse(part), part) for part in parts)))
     return ImageTags.of(pa.chunked_array([tags], pa.list_(pa.string())))
 
 
