@@ -1,6 +1,7 @@
 """Choose rows of a collection: those to train on, and small parts for estimates and probes."""
 
 import numpy as np
+from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.collection.search import find_rows
@@ -12,7 +13,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-def training_rows(collection: Collection, choice: TrainChoice, is_usable: np.ndarray | None = None) -> np.ndarray:
+def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarray | None = None) -> ndarray:
     """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
     `per_class`, a number or a share, and `count` choose the paths with the lowest hashes, so an added image moves at
@@ -44,7 +45,7 @@ def training_rows(collection: Collection, choice: TrainChoice, is_usable: np.nda
     return rows
 
 
-def _lowest(collection: Collection, rows: np.ndarray, limit: int | float, classes: np.ndarray) -> np.ndarray:
+def _lowest(collection: Collection, rows: ndarray, limit: int | float, classes: ndarray) -> ndarray:
     """Return the `limit` rows of each class, or this share of them, whose paths have the lowest hashes, ascending.
 
     classes: int [N]. A share, a float, is rounded up.
@@ -54,14 +55,12 @@ def _lowest(collection: Collection, rows: np.ndarray, limit: int | float, classe
     return np.sort(rows[ranks < most])
 
 
-def spread(rows: np.ndarray, limit: int) -> np.ndarray:
+def spread(rows: ndarray, limit: int) -> ndarray:
     """Return at most `limit` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // limit))]
 
 
-def choose_probe_rows(
-    class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, most: int
-) -> tuple[np.ndarray, np.ndarray]:
+def choose_probe_rows(class_ids: ndarray, train_rows: ndarray, val_rows: ndarray, most: int) -> tuple[ndarray, ndarray]:
     """Return at most `most` training rows and half as many of validation for a probe of features.
 
     Both are evenly spread over the classes.
@@ -70,7 +69,7 @@ def choose_probe_rows(
     Both may be empty.
     """
 
-    def pick(rows: np.ndarray, limit: int) -> np.ndarray:
+    def pick(rows: ndarray, limit: int) -> ndarray:
         return spread(rows[np.argsort(class_ids[rows], kind="stable")], limit)
 
     train = pick(train_rows[class_ids[train_rows] >= 0], most)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from data.collection.concepts import CONCEPT, count_positions
 from data.collection.index import CONCEPT_LIST, FACTS, map_index
@@ -85,12 +86,12 @@ class Collection:
         """Return the file of row i."""
         return Path(self.root) / self.row(i).path
 
-    def rows(self, split: str) -> np.ndarray:
+    def rows(self, split: str) -> ndarray:
         """Return the row indices of a split (train, val or test), int64 [n], ascending, without rows of weight 0."""
         assert split in SPLITS, split
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy() & (self.weights() > 0)).astype(np.int64)
 
-    def folder_of(self, rows: np.ndarray) -> str:
+    def folder_of(self, rows: ndarray) -> str:
         """Return the deepest folder with the files of some rows; of shards, the root."""
         if self.is_packed:
             return str(self.root)
@@ -100,27 +101,27 @@ class Collection:
         """Return the distinct labels of a split, sorted, without rows of weight 0."""
         return sorted(count_values(self.table["label"].take(self.rows(split))))
 
-    def class_ids(self, names: Sequence[str]) -> np.ndarray:
+    def class_ids(self, names: Sequence[str]) -> ndarray:
         """Return the position of each row's label in `names`, int64 [N]; -1 for other labels and rows without one."""
         ids = pc.index_in(self.table["label"], value_set=pa.array(map(to_nfc, names), pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
-    def weights(self) -> np.ndarray:
+    def weights(self) -> ndarray:
         """Return the weight of each row, float32 [N]; 0 excludes it from all splits."""
         return self.table["weight"].to_numpy()
 
-    def concept_ids(self) -> np.ndarray:
+    def concept_ids(self) -> ndarray:
         """Return the index of each row's concept, int64 [N]; 0 without concepts."""
         return self._columns[CONCEPT].to_numpy() if self.concepts else np.zeros(len(self), np.int64)
 
-    def leads(self, rows: np.ndarray) -> np.ndarray:
+    def leads(self, rows: ndarray) -> ndarray:
         """Return the first of `rows` with an equal or similar image, or the row itself, int64 [N], for all rows."""
         leads = np.arange(len(self))
         known = [name for name in FINGERPRINTS if name in self._columns]
         leads[rows] = rows[lead_rows(self.table.select(["path", *known]).take(rows), FINGERPRINTS)]
         return leads
 
-    def column(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> ndarray:
         """Return an extra column of the manifest, [N]; missing numbers are NaN.
 
         Raises UserError (`data.root`) if the collection has no such column.
@@ -130,13 +131,13 @@ class Collection:
             raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}")
         return self._columns[name].to_numpy()
 
-    def refuse_faults(self, *fields: str, rows: np.ndarray | None = None) -> None:
+    def refuse_faults(self, *fields: str, rows: ndarray | None = None) -> None:
         """Raise UserError (`data.on_bad_sidecar`) if `rows`, or all, have unreadable fields: tags, rating, caption."""
         if FAULT in self._columns:
             faults = self._columns[FAULT] if rows is None else self._columns[FAULT].take(rows)
             refuse_faults(faults.drop_null().to_pylist(), *fields)
 
-    def stated_sizes(self) -> np.ndarray | None:
+    def stated_sizes(self) -> ndarray | None:
         """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
         if not {"width", "height"} <= self._columns.keys():
             return None
@@ -144,7 +145,7 @@ class Collection:
         return np.nan_to_num(sizes).astype(np.int64)
 
 
-def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
+def describe_concepts(collection: Collection, rows: ndarray) -> str:
     """Return the table of a collection's concepts, for its training samples; warn of unused triggers."""
     ids = collection.concept_ids()[rows]
     concepts = collection.concepts

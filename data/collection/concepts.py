@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+from numpy import ndarray
 from pydantic import model_validator
 
 from data.layouts.folders import REPEATS
@@ -93,7 +94,7 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
     return [find_path(os.path.abspath(os.path.join(base, os.path.expanduser(each.path)))) for each in concepts]
 
 
-def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np.ndarray:
+def count_positions(concepts: Sequence[ConceptConfig], counts: ndarray) -> ndarray:
     """Return how many positions of an epoch each concept has, int64 [C]. counts: its samples, [C].
 
     repeats: that many for each sample. share: this part of the epoch. If no concept has repeats, only the ratio of the
@@ -114,7 +115,7 @@ def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np
     return share_out(shares, int(np.ceil((counts[used] * total / shares[used]).max() - 1e-9)))
 
 
-def share_out(weights: np.ndarray, count: int) -> np.ndarray:
+def share_out(weights: ndarray, count: int) -> ndarray:
     """Divide `count` by weights into whole numbers, int64, by largest remainders; of equal ones, the first."""
     exact = weights * (count / (weights.sum() or 1.0))
     whole = np.floor(exact + 1e-9).astype(np.int64)

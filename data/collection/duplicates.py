@@ -15,6 +15,7 @@ import base64
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 _LIMIT = 0.085  # copies are at 0.00 to 0.08, the flags of Romania and Chad at 0.10
@@ -30,7 +31,7 @@ _OWNERS = np.repeat(np.eye(3, dtype=np.float32), _CELLS, axis=0)
 _MIRROR = np.arange(292) ^ np.repeat([15, 3, 0], [256, 32, 4])  # rows have 16 or 4 cells
 
 
-def draw_thumbnail(pixels: np.ndarray) -> str:
+def draw_thumbnail(pixels: ndarray) -> str:
     """Return the thumbnail of an image, uint8 [H, W, 3], or of its grey levels [H, W], as text."""
     image = Image.fromarray(pixels).convert("RGB").resize((16, 16), Image.Resampling.HAMMING, reducing_gap=3.0)
     luma, *chroma = image.convert("YCbCr").split()
@@ -38,12 +39,12 @@ def draw_thumbnail(pixels: np.ndarray) -> str:
     return base64.b64encode(b"".join(band.tobytes() for band in bands)).decode()
 
 
-def read_thumbnails(texts: Sequence[str]) -> np.ndarray:
+def read_thumbnails(texts: Sequence[str]) -> ndarray:
     """Return thumbnails as bytes, uint8 [N, 288]."""
     return np.frombuffer(base64.b64decode("".join(texts)), np.uint8).reshape(-1, len(_OWNERS))
 
 
-def are_alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def are_alike(first: ndarray, second: ndarray) -> ndarray:
     """Return which thumbnails of two arrays, uint8 [N, 288] each or one for all, show one picture, bool [N]."""
     ours = _weigh(first)
     theirs = _weigh(second)
@@ -51,7 +52,7 @@ def are_alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.minimum(*distances) < _LIMIT
 
 
-def group_duplicates(thumbnails: Sequence[str]) -> np.ndarray:
+def group_duplicates(thumbnails: Sequence[str]) -> ndarray:
     """Return the group of each thumbnail, int64 [N]: the index of the first one that a chain of alike ones joins it to.
 
     Each is compared with its nearest ones by their coarse forms.
@@ -71,11 +72,11 @@ def group_duplicates(thumbnails: Sequence[str]) -> np.ndarray:
     return np.unique(groups, return_index=True)[1][groups]
 
 
-def _split(array: np.ndarray) -> list[np.ndarray]:
+def _split(array: ndarray) -> list[ndarray]:
     return np.array_split(array, len(array) // _CHUNK + 1)
 
 
-def _weigh(pictures: np.ndarray) -> np.ndarray:
+def _weigh(pictures: ndarray) -> ndarray:
     """Return what is compared of pictures, float32 [N, 292]: form, mean brightness and colour, and contrast.
 
     Form and means are in shares of the contrast, so they do not change when all levels are multiplied.
@@ -87,7 +88,7 @@ def _weigh(pictures: np.ndarray) -> np.ndarray:
     return np.concatenate([form / contrast, _OF_MEAN * means / contrast, _OF_CONTRAST * np.log(contrast)], axis=1)
 
 
-def _outline(pictures: np.ndarray) -> np.ndarray:
+def _outline(pictures: ndarray) -> ndarray:
     """Return what alike pictures and their mirror images nearly agree in, [N, 20]."""
     luma, _, rest = np.split(_weigh(pictures), (256, 288), axis=1)
     cells = luma.reshape(-1, 4, 4, 4, 4).sum((2, 4)) / 32**0.5

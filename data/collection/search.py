@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
@@ -56,7 +57,7 @@ class Search:
         self.columns += ["aspect"] if {"width", "height"} <= {*self.columns} else []
         self.columns += ["copies"] if {*FINGERPRINTS} & {*filled} else []
 
-    def find(self, text: str) -> np.ndarray:
+    def find(self, text: str) -> ndarray:
         """Return the rows that all terms accept; a term of copies puts them side by side. Raises UserError."""
         sides: list[list[tuple[str, ...]]] = [[]]
         for term in _TERM.findall(text):
@@ -75,7 +76,7 @@ class Search:
         names = {_unquote(name) for _, name, *_ in _TERM.findall(text)}
         return {name if name in self.columns else "tags" for name in names}
 
-    def count(self, rows: np.ndarray, name: str) -> dict[str, int]:
+    def count(self, rows: ndarray, name: str) -> dict[str, int]:
         """Count the values, or tags, of a column of texts over some rows, the most frequent first."""
         if name not in TAG_LISTS:
             return count_values(self._table[name].take(rows))
@@ -83,14 +84,14 @@ class Search:
         counts = tags.count(rows, len(tags.names))
         return {tags.names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
 
-    def _accepts_all(self, terms: list[tuple[str, ...]]) -> np.ndarray:
+    def _accepts_all(self, terms: list[tuple[str, ...]]) -> ndarray:
         """Return whether each row has what all terms ask for, bool [N]."""
         chosen = np.ones(len(self.collection), bool)
         for minus, name, sign, value in terms:
             chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
         return chosen
 
-    def _accepts(self, name: str, sign: str, value: str) -> np.ndarray:
+    def _accepts(self, name: str, sign: str, value: str) -> ndarray:
         """Return whether each row has a tag, or a value in a column, bool [N]."""
         if sign == ":" and name in {*TAG_LISTS} & {*self.columns}:
             return self._has_tag(name, value)
@@ -112,7 +113,7 @@ class Search:
         found = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
         return found.fill_null(False).to_numpy()
 
-    def _has_tag(self, name: str, value: str) -> np.ndarray:
+    def _has_tag(self, name: str, value: str) -> ndarray:
         tags = self._lists(name)
         wanted = parse_tag(value)
         has = np.zeros(len(self.collection), bool)
@@ -122,7 +123,7 @@ class Search:
         has[tags.owners()[np.array(chosen, bool)[tags.ids]]] = True
         return has
 
-    def _numbers(self, name: str) -> np.ndarray | None:
+    def _numbers(self, name: str) -> ndarray | None:
         """Return a column as numbers, [N], NaN if unknown; None for a column of texts."""
         if name in TAG_LISTS:
             return pc.list_value_length(self._table[name]).to_numpy()
@@ -134,7 +135,7 @@ class Search:
             return self.collection.column("width") / self.collection.column("height")
 
 
-def find_rows(collection: Collection, text: str, key: str) -> np.ndarray:
+def find_rows(collection: Collection, text: str, key: str) -> ndarray:
     """Return the rows that terms find, ascending. Raises UserError (`key`), also for bad sidecars that they read."""
     search = Search(collection)
     if fields := search.names(text).intersection(FIELDS):

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from data.layouts.table import SPLITS, TEST, replace_column, show_some
 from utils.record.logging import get_logger
@@ -54,7 +55,7 @@ def assign_validation(table: pa.Table, fraction: float | Literal["auto"]) -> pa.
     return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
 
-def _choose(table: pa.Table, fraction: float) -> np.ndarray:
+def _choose(table: pa.Table, fraction: float) -> ndarray:
     """Return the validation rows of a table that is sorted by path, bool [N].
 
     A class of n images gives round(fraction * n) images (halves up), at least 1 and at most n - 1: the ones with the
@@ -95,7 +96,7 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     return chosen[leads]
 
 
-def rank_by_hash(rows: np.ndarray, classes: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, ...]:
+def rank_by_hash(rows: ndarray, classes: ndarray, hashes: ndarray) -> tuple[ndarray, ...]:
     """Return rows by class and hash, the rank of each in its class, and how many are in it; each [n].
 
     classes, hashes: of all rows, [N].
@@ -105,13 +106,13 @@ def rank_by_hash(rows: np.ndarray, classes: np.ndarray, hashes: np.ndarray) -> t
     return rows, np.arange(len(rows)) - first, end - first
 
 
-def hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
+def hash_paths(paths: pa.ChunkedArray) -> ndarray:
     """Return a hash of each path, uint64 [N]."""
     digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray:
+def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> ndarray:
     """Return the first row of each row's group of near-duplicates, or the row itself, int64 [N].
 
     prints: columns that may tell the group; the first one with a value does.

@@ -6,24 +6,25 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class TagRows:
     """Ragged tag ids: `ids` int32 [N], row after row, and `offsets` int64 [rows + 1]."""
 
-    ids: np.ndarray
-    offsets: np.ndarray
+    ids: ndarray
+    offsets: ndarray
 
-    def of_row(self, row: int) -> np.ndarray:
+    def of_row(self, row: int) -> ndarray:
         """Return the ids of a row, int32 [n]."""
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
 
-    def owners(self) -> np.ndarray:
+    def owners(self) -> ndarray:
         """Return the row of each id, int64 [N]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
-    def count(self, rows: np.ndarray, width: int) -> np.ndarray:
+    def count(self, rows: ndarray, width: int) -> ndarray:
         """Count each id over `rows`, int64 [width]."""
         chosen = np.zeros(len(self.offsets) - 1, bool)
         chosen[rows] = True

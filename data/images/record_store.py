@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 
 from data.stream.source import Record
 from utils.errors import UserError
@@ -59,7 +60,7 @@ class Store:
         """Return whether a record exists, without reading it."""
         return self._file(key).exists()
 
-    def get(self, key: str) -> np.ndarray | None:
+    def get(self, key: str) -> ndarray | None:
         """Return the content of a record, uint8 [N], or None. A damaged record is removed."""
         try:
             record = np.fromfile(self._file(key), np.uint8)
@@ -77,7 +78,7 @@ class Store:
         record = _checksum(np.frombuffer(content, np.uint8)) + content
         write_atomically(self.own / key[:2] / key, lambda temporary: temporary.write_bytes(record), flush=False)
 
-    def note_use(self, keys: np.ndarray) -> None:
+    def note_use(self, keys: ndarray) -> None:
         """Note in the folder `uses` which records a run reads.
 
         A shared lock on the file lasts as long as this store, also in loader workers.
@@ -104,7 +105,7 @@ class Store:
         return old + [file for file in records if file.name.encode() not in used and file.stat().st_mtime < since]
 
 
-def _checksum(content: np.ndarray) -> bytes:
+def _checksum(content: ndarray) -> bytes:
     """Return the sum of words plus 1, four times as fast as CRC-32. It detects files of zeros after a power cut."""
     words = len(content) // 8 * 8
     rest = int.from_bytes(content[words:].tobytes(), "little")
@@ -169,10 +170,10 @@ class TensorStore:
         self._store = Store(folder)
         self.config_key = config_key
 
-    def is_missing(self, keys: np.ndarray) -> np.ndarray:
+    def is_missing(self, keys: ndarray) -> ndarray:
         """Return which keys have no record, bool, in the shape of `keys`; the same on all ranks."""
 
-        def find() -> np.ndarray:
+        def find() -> ndarray:
             self._store.note_use(keys.ravel())
             existing = np.array([file.name for file in self._store.files()], np.bytes_)
             return ~np.isin(keys.astype(np.bytes_), existing)

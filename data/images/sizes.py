@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 from data.collection.collection import Collection
@@ -48,7 +49,7 @@ def size_of(image: Image.Image) -> tuple[int, int]:
     return (width, height) if read_orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
-def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
+def image_sizes(collection: Collection, rows: ndarray, cache: Path) -> ndarray:
     """Return the sizes of rows, int64 [N, 2], from the manifest's width and height, else from the files' headers.
 
     0 for unreadable images. cache: a file in which rank 0 keeps measured sizes.
@@ -65,7 +66,7 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
     return sizes
 
 
-def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
+def image_hashes(collection: Collection, rows: ndarray, cache: Path) -> list[str]:
     """Return the SHA-256 of the rows' files, "" if a file cannot be opened; for shards, from the manifest."""
     if collection.is_packed and collection.table["sha256"].null_count == 0:
         return collection.table["sha256"].take(rows).to_pylist()
@@ -74,7 +75,7 @@ def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[
 
 
 def _measure(
-    collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
+    collection: Collection, rows: ndarray, cache: Path, measure: Callable[[Path], Any], what: str
 ) -> list[Any]:
     """Return the results of `measure` for the rows' files, on all ranks; rank 0 reads new and changed files.
 

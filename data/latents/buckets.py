@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy import ndarray
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class BucketConfig(Strict):
         """Return the same buckets without chance: no flip, and crops from the centre."""
         return self.model_copy(update={"flip": 0.0, "crop": "centre"})
 
-    def sizes(self) -> list[np.ndarray]:
+    def sizes(self) -> list[ndarray]:
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:
             return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
@@ -96,7 +97,7 @@ class BucketConfig(Strict):
         return self
 
 
-def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarray:
+def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> ndarray:
     """Return the default sizes of an area (see `BucketConfig`), int64 [K, 2], sorted."""
     square = math.isqrt(area_px) // step_px * step_px
     sizes = {(square, square)}
@@ -107,7 +108,7 @@ def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarr
     return np.array(sorted(sizes), dtype=np.int64)
 
 
-def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
+def assign(sizes_hw: ndarray, buckets_hw: ndarray) -> ndarray:
     """Return the bucket with the nearest log(height / width) for each size: int64 [N]."""
     ratios = np.log(buckets_hw[:, 0] / buckets_hw[:, 1])
     order = np.argsort(ratios, kind="stable")
@@ -122,12 +123,12 @@ class Fit(NamedTuple):
     flip, its left edge would have to be flipped, too: huggingface/diffusers#6547.)
     """
 
-    original_hw: np.ndarray
-    resized_hw: np.ndarray
-    crop_top_left: np.ndarray
-    target_hw: np.ndarray
+    original_hw: ndarray
+    resized_hw: ndarray
+    crop_top_left: ndarray
+    target_hw: ndarray
 
-    def conditions(self) -> np.ndarray:
+    def conditions(self) -> ndarray:
         """Return the size conditioning of SDXL (time_ids), [..., 6]."""
         return np.concatenate([self.original_hw, self.crop_top_left, self.target_hw], axis=-1)
 
@@ -135,9 +136,7 @@ class Fit(NamedTuple):
 FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
 
 
-def fit_into(
-    size_hw: np.ndarray, bucket_hw: np.ndarray, choose_corner: Callable[[np.ndarray], np.ndarray] | None = None
-) -> Fit:
+def fit_into(size_hw: ndarray, bucket_hw: ndarray, choose_corner: Callable[[ndarray], ndarray] | None = None) -> Fit:
     """Return how images fill buckets, int64 [..., 2], at the smallest size that covers the bucket.
 
     choose_corner: maps the excess size to the corners of the crops; None: centre crops.
@@ -167,11 +166,11 @@ class Buckets:
 
     config: BucketConfig
 
-    rows: np.ndarray
-    groups: np.ndarray
-    sizes_hw: np.ndarray
-    image_hw: np.ndarray
-    dropped: dict[str, np.ndarray]
+    rows: ndarray
+    groups: ndarray
+    sizes_hw: ndarray
+    image_hw: ndarray
+    dropped: dict[str, ndarray]
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
@@ -208,20 +207,20 @@ class Buckets:
         generator = torch.Generator().manual_seed(rng.hash_counters(key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < self.config.flip)
 
-        def draw_corner(slack: np.ndarray) -> np.ndarray:
+        def draw_corner(slack: ndarray) -> ndarray:
             return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
 
         choose_corner = draw_corner if self.config.crop == "random" else None
         return fit_into(self.image_hw[self.number_of(row, group)], self.sizes_hw[group], choose_corner), flip
 
 
-def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _measure_fit(image_hw: ndarray, target_hw: ndarray) -> tuple[ndarray, ndarray]:
     """Return the enlargement of each image [..., 2], and the cropped share of its area, float64 [...]."""
     zoom = (target_hw / image_hw).max(axis=-1)
     return zoom, 1 - (target_hw / (image_hw * zoom[..., None])).prod(axis=-1)
 
 
-def _choose(image_hw: np.ndarray, areas: Sequence[np.ndarray], config: BucketConfig) -> np.ndarray:
+def _choose(image_hw: ndarray, areas: Sequence[ndarray], config: BucketConfig) -> ndarray:
     """Return the bucket of each image [N, 2], int64 [1, N, 2], or with assign=all one of each area, [areas, N, 2].
 
     The ratio decides within an area, and the image's size between areas; orientation decides nothing.
@@ -236,7 +235,7 @@ def _choose(image_hw: np.ndarray, areas: Sequence[np.ndarray], config: BucketCon
     return np.take_along_axis(nearest, order[:1, :, None], axis=0)
 
 
-def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
+def make_buckets(collection: Collection, rows: ndarray, sizes_hw: ndarray, config: BucketConfig) -> Buckets:
     """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one."""
     target = _choose(np.maximum(sizes_hw, 1), config.sizes(), config)
     rows = np.tile(rows, len(target))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from data.collection.collection import Collection
@@ -62,7 +63,7 @@ class LatentCache(Source):
         words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 1, 2)
         variant = np.arange(self.variants, dtype=np.uint64)[:, None]
 
-        def draw_corner(slack: np.ndarray) -> np.ndarray:
+        def draw_corner(slack: ndarray) -> ndarray:
             return (rng.mix64(words + variant) % (slack + 1).astype(np.uint64)).astype(np.int64)
 
         shape = len(hashes), self.variants, 2

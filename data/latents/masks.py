@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from numpy import ndarray
 from torch.nn import functional
 
 from data.collection.collection import Collection
@@ -59,7 +59,7 @@ class MaskConfig(Strict):
     normalise: bool
 
 
-def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, source: str, *, training: bool) -> Masks:
+def find_masks(collection: Collection, rows: ndarray, sizes_hw: ndarray, source: str, *, training: bool) -> Masks:
     """Return the masks of rows, but not of concepts without; sizes_hw: of their images [N, 2].
 
     Raises UserError (`task.mask.source`): a mask that is unreadable, of another size than its image, or an image of the

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy import ndarray
 from torch import Tensor
 
 from data.collection.collection import Collection
@@ -55,7 +56,7 @@ class Turns:
     an epoch goes on where the one before ended. groups: of each slot, [slots].
     """
 
-    def __init__(self, concepts: np.ndarray, groups: np.ndarray, positions: np.ndarray, seed: int) -> None:
+    def __init__(self, concepts: ndarray, groups: ndarray, positions: ndarray, seed: int) -> None:
         """Plan the turns. concepts, groups: of each sample, [N]; positions: of each concept in an epoch."""
         shuffled = rng.mix64(np.arange(len(concepts), dtype=np.uint64) + np.uint64(seed))
         self._samples = np.lexsort((shuffled, groups, concepts))
@@ -112,7 +113,7 @@ class _BalancedSampler(Sampler):
     different augmentation), and some samples of large classes do not occur.
     """
 
-    def __init__(self, rows: Sequence[int], class_ids: np.ndarray, seed: int) -> None:
+    def __init__(self, rows: Sequence[int], class_ids: ndarray, seed: int) -> None:
         super().__init__(rows, seed)
         order = np.argsort(class_ids, kind="stable")
         self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
@@ -199,9 +200,7 @@ class GroupedSampler(Sampler):
     `chunk` epochs. groups: [len(rows)]; with turns, those of the slots count.
     """
 
-    def __init__(
-        self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int, turns: Turns | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[int], groups: ndarray, chunk: int, seed: int, turns: Turns | None = None) -> None:
         super().__init__(rows, seed, turns)
         self.chunk = chunk
         groups = groups if turns is None else turns.groups
@@ -235,7 +234,7 @@ class GroupedSampler(Sampler):
 
 
 def build_sampler(
-    name: str, rows: Sequence[int], collection: Collection, seed: int, groups: np.ndarray | None = None, chunk: int = 1
+    name: str, rows: Sequence[int], collection: Collection, seed: int, groups: ndarray | None = None, chunk: int = 1
 ) -> Sampler:
     """Return the sampler for `loop.sampling`, which alone decides how often a position names a row.
 
@@ -272,7 +271,7 @@ def _has_room_for(window: int, collection: Collection) -> bool:
     return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
 
 
-def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
+def _as_stored(rows: Sequence[int], collection: Collection) -> ndarray:
     """Return rows in storage order: by shard and offset, else by path."""
     if not collection.is_packed:
         return np.sort(rows)
@@ -292,7 +291,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    rows: Sequence[int], batch_size: int, seed: int, groups: np.ndarray | None, rank: int = 0, world_size: int = 1
+    rows: Sequence[int], batch_size: int, seed: int, groups: ndarray | None, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Draw]]:
     """Yield a rank's share of `rows`, each row exactly once over all ranks. All ranks get the same number of batches.
 
@@ -310,7 +309,7 @@ def evaluation_batches(
 
 
 def plan_batches(
-    rows: Sequence[int], batch_size: int, groups: np.ndarray | None, world_size: int
+    rows: Sequence[int], batch_size: int, groups: ndarray | None, world_size: int
 ) -> Iterator[tuple[int, Sequence[int], range]]:
     """Yield each group, the positions of its rows, and the start of each batch in the largest share of a rank."""
     for group in (0,) if groups is None else np.unique(groups).tolist():

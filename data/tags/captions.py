@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-import numpy as np
 import torch
+from numpy import ndarray
 from pydantic import Field
 
 from data.collection.collection import Collection, Row
@@ -205,7 +205,7 @@ class Captions:
         return self._configs[self._ids[row]]
 
 
-def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:
+def describe_captions(collection: Collection, rows: ndarray, config: CaptionConfig) -> str:
     """Describe in one line where the captions of `rows` come from; warn of images without one.
 
     Raises UserError (`data.root`) if no row has a text.
@@ -230,7 +230,7 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     return "; ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> dict[str, dict[str, int]]:
+def count_tags(collection: Collection, rows: ndarray, captions: Captions) -> dict[str, dict[str, int]]:
     """Count the rows that have a tag in their captions, by the folder's name and tag; only the most frequent tags.
 
     A short caption without a comma counts as a tag, as in sd-scripts, whose files hold these counts.

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.collection.tag_rows import TagRows
@@ -46,10 +47,10 @@ class TagIndex(TagRows):
     unknown outputs. set_ids, set_offsets: these sets, ragged.
     """
 
-    tagged: np.ndarray
-    unknown: np.ndarray
-    set_ids: np.ndarray
-    set_offsets: np.ndarray
+    tagged: ndarray
+    unknown: ndarray
+    set_ids: ndarray
+    set_offsets: ndarray
 
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
@@ -57,12 +58,12 @@ class TagIndex(TagRows):
         with about("data.root"):
             return cls(**{name: tensor.numpy() for name, tensor in read_tensors(file).items()})
 
-    def unknown_of(self, row: int) -> np.ndarray:
+    def unknown_of(self, row: int) -> ndarray:
         """Return the outputs with an unknown label in a row, int32 [n]. Those that the row has too are known."""
         start, end = self.set_offsets[self.unknown[row] :][:2]
         return self.set_ids[start:end]
 
-    def count_known(self, rows: np.ndarray, width: int) -> np.ndarray:
+    def count_known(self, rows: ndarray, width: int) -> ndarray:
         """Count the images of `rows`, each once, that have a known label of each output, int64 [width]."""
         chosen = np.zeros(len(self.unknown), bool)
         sizes = np.diff(self.set_offsets)
@@ -169,7 +170,7 @@ class _Mapper:
         self._outputs_of = cache(lambda text: [n for tag in rules.read(text) if (n := self._find(tag)) >= 0])
         self._number_of = cache(self._add_set)
         self.foreign: Counter[str] = Counter()
-        self.sets: list[np.ndarray] = []
+        self.sets: list[ndarray] = []
 
     def map_row(self, tags: list[str], rating: str | None, unknown: list[str] | None) -> tuple[list[int], int, bool]:
         """Return the outputs of a row, ascending, the number of its set, and whether it has a tag beside a rating."""

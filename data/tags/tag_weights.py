@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy import ndarray
 from pydantic import Field
 
 from data.collection.collection import Collection
@@ -30,7 +31,7 @@ class TagWeightsConfig(Strict):
     high: Positive
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
 
-    def weigh(self, counts: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    def weigh(self, counts: ndarray, factors: ndarray) -> ndarray:
         """Return the weight of each tag, float64 [T]; counts: its images; factors: for its category; both [T].
 
         The median is over tags with images.
@@ -43,7 +44,7 @@ class TagWeightsConfig(Strict):
 class ImageTags(NamedTags):
     """The tags of all rows."""
 
-    def factors(self, config: TagWeightsConfig) -> np.ndarray:
+    def factors(self, config: TagWeightsConfig) -> ndarray:
         """Return the factor for the category of each tag, float64 [T]; 1 by default."""
         categories = (category_name(parse_tag(name).category or 0) for name in self.names)
         return np.array([config.factors.get(category, 1.0) for category in categories])
@@ -74,7 +75,7 @@ def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
     return [tag for tags in map(captions.split, texts) if tags and not is_sentence(tags) for tag in tags]
 
 
-def weigh_images(collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: Captions) -> np.ndarray:
+def weigh_images(collection: Collection, rows: ndarray, config: TagWeightsConfig, captions: Captions) -> ndarray:
     """Return the weight of each image, float64 [N]: the mean over its tags that weigh anything, or 1 without any.
 
     Tags are counted in `rows`, whose images weigh 1 on average.
