@@ -37,14 +37,12 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
     shrink = LONGEST * max(image_size_hw) / max(image.shape[-2:])
     if shrink < 1:
         image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
-    channels, height, width = image.shape
+    height, width = image.shape[-2:]
     side = max(height, width)
-    levels = torch.tensor(background_levels(background, channels), dtype=torch.uint8)
-    canvas = levels.repeat(side, side, 1).permute(2, 0, 1)
-    top = (side - height) // 2
     left = (side - width) // 2
-    canvas[:, top : top + height, left : left + width] = image
-    return canvas
+    top = (side - height) // 2
+    edges = [left, top, side - width - left, side - height - top]
+    return v2.functional.pad(image, edges, fill=background_levels(background, len(image)))
 
 
 class NoiseErasing(v2.RandomErasing):

@@ -120,26 +120,24 @@ def _read(path: Path, key: str) -> OrientationMap:
 class Mirror(nn.Module):
     """Mirror half of the images, chosen by their keys, and adapt their tags.
 
-    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict.
+    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict; `pairs` is a permutation.
     """
 
     def __init__(self, orientation: Values, width: int) -> None:
         super().__init__()
-        with torch.device("cpu"):  # with values in a dry run, too
-            permutation = torch.arange(width)
-            pairs = torch.tensor(orientation["pairs"], dtype=torch.long).view(-1, 2)
-            permutation[pairs] = pairs.flip(1)
-            dropped = torch.zeros(width, dtype=torch.bool)
-            dropped[orientation["dropped"]] = True
-            no_flip = torch.tensor(orientation["no_flip"], dtype=torch.long)
-        for name, tensor in (("permutation", permutation), ("dropped", dropped), ("no_flip", no_flip)):
-            self.register_buffer(name, tensor, persistent=False)
+        permutation = list(range(width))
+        for first, second in orientation["pairs"]:
+            permutation[first] = second
+            permutation[second] = first
+        for name, outputs in {**orientation, "pairs": permutation}.items():
+            indices = torch.tensor(outputs, dtype=torch.long, device="cpu")  # with values in a dry run, too
+            self.register_buffer(name, indices, persistent=False)
 
     def forward(self, images: Tensor, targets: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return images [B, C, H, W] and targets [B, T], some mirrored by their keys [B]; without a host sync."""
         coin = rng.uniform(keys, (), _COIN_DRAW) < 0.5
         mirrored = coin & ~(targets.index_select(1, self.no_flip) > 0.5).any(dim=1)
-        exchanged = targets.index_select(1, self.permutation).masked_fill(self.dropped, 0)
+        exchanged = targets.index_select(1, self.pairs).index_fill(1, self.dropped, 0)
         return (
             torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images),
             torch.where(mirrored.view(-1, 1), exchanged, targets),
