@@ -27,7 +27,7 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
 from data.open import load_files
-from data.tags.rules import TagRules, TextConfig, read_text_rules
+from data.tags.rules import TagRules, TextConfig, read_rules
 from data.tools.form import Form, read_form
 from data.tools.predictions import (
     Destination,
@@ -276,7 +276,7 @@ def main(config: PredictConfig, job: Job) -> str:
 
     # --------------------------------------------------------------------------- 2. The images and the destination
     version = sha256_file(weights)
-    rules = read_text_rules(config.text)
+    rules = read_rules(config.text, "text.")
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
     stored = read_embeddings(Path(config.input), version) if is_stored else {}
     images = Images("", []) if is_stored else find_images(config.input, "input")

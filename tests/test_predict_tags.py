@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.tags.rules import TextConfig, read_text_rules
+from data.tags.rules import TextConfig, read_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
@@ -98,7 +98,7 @@ def test_the_text_is_arranged(config, text, tmp_path):
         (tmp_path / "table.csv").write_text(config[name])
         config = {**config, name: str(tmp_path / "table.csv")}
     config = TextConfig(**TEXT | config)
-    assert join_tags(spell_tags(row_of(0.35), config, read_text_rules(config)), config.separator) == text
+    assert join_tags(spell_tags(row_of(0.35), config, read_rules(config, "text.")), config.separator) == text
 
 
 def test_excluded_tags_are_found_in_any_spelling(log):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.images.bytes import image_key, open_contents
 from data.stream.source import UnreadableImage
-from data.tags.rules import TextConfig, read_text_rules
+from data.tags.rules import TextConfig, read_rules
 from data.tools import predictions
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
@@ -109,7 +109,7 @@ class Networks:
         row = output.make_row(values, options)
         caption = row.get("class", "")
         if output.has_tags:
-            caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
+            caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
         bars = _make_bars(predictor, values, row, least if output.has_tags else None)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)

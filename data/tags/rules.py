@@ -113,25 +113,17 @@ class TagRules:
         return self.rating_s if rating in AMBIGUOUS_RATINGS else rating
 
 
-def read_rules(config: TagRulesConfig, key: str) -> TagRules:
-    """Read the CSV files of aliases (alias, tag) and implications (tag, implied tag).
+def read_rules(config: TagRulesConfig | TextConfig, key: str) -> TagRules:
+    """Read the CSV files of aliases (alias, tag) and of implications or `drop_implied` (tag, implied tag).
 
     Raises UserError (`<key>aliases`, `<key>implications`) that names the file and the wrong line.
     """
-    return _read_tables(config.rating_s, config.aliases, config.implications, key, "implications")
-
-
-def read_text_rules(config: TextConfig) -> TagRules:
-    """Read the files of `aliases` and `drop_implied`. Raises UserError as `read_rules` does."""
-    return _read_tables(None, config.aliases, config.drop_implied, "text.", "drop_implied")
-
-
-def _read_tables(rating_s: str | None, aliases: str | None, implications: str | None, key: str, name: str) -> TagRules:
-    pairs = {alias.name: target for alias, target in _read_pairs(aliases, f"{key}aliases")}
-    rules = TagRules(rating_s, pairs, {}, key)
-    for alias in pairs:
+    name = "drop_implied" if isinstance(config, TextConfig) else "implications"
+    aliases = {alias.name: target for alias, target in _read_pairs(config.aliases, f"{key}aliases")}
+    rules = TagRules(getattr(config, "rating_s", None), aliases, {}, key)
+    for alias in aliases:
         rules.resolve(Tag(None, alias))  # raises for a circle
-    for tag, implied in _read_pairs(implications, f"{key}{name}"):
+    for tag, implied in _read_pairs(getattr(config, name), f"{key}{name}"):
         rules.implications.setdefault(rules.resolve(tag).name, []).append(implied)
     return rules
 
