@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import assign_validation, count_twins
+from data.collection.split import Share, assign_validation, count_twins
 from data.layouts.corrections import Decisions, correct, read_corrections
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
@@ -51,7 +52,7 @@ class _Part:
         """Return the files that determine its rows."""
         return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
 
-    def read(self, fraction: float | Literal["auto"], is_prior: bool = False) -> pa.Table:
+    def read(self, fraction: Share, is_prior: bool = False) -> Table:
         """Return its table with splits and corrections. is_prior: all of it is for training."""
         table = self.layout.read()
         if is_prior:
@@ -64,7 +65,7 @@ class _Part:
 def index_collection(
     root: str,
     *,
-    validation_fraction: float | Literal["auto"],
+    validation_fraction: Share,
     cache: Path,
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
@@ -116,7 +117,7 @@ def index_collection(
     return target
 
 
-def _hash(table: pa.Table, stated: bytes) -> str:
+def _hash(table: Table, stated: bytes) -> str:
     """Return the fingerprint of a table and of the concepts, if there are any."""
     fingerprint = hash_table(table)
     return fingerprint if stated == b"[]" else sha256_text(f"{fingerprint} {stated}")[:16]
@@ -149,9 +150,7 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     return _Part(folder, layout, decisions, unused)
 
 
-def _read_parts(
-    parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: float | Literal["auto"]
-) -> pa.Table:
+def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: Share) -> Table:
     """Return one table. Each concept is split as a collection of its own. Raises UserError."""
     if not concepts:
         return parts[0].read(fraction)
@@ -174,7 +173,7 @@ def _read_parts(
     return build_table(joined)
 
 
-def _add_trigger(table: pa.Table, trigger: str | None) -> pa.Table:
+def _add_trigger(table: Table, trigger: str | None) -> Table:
     """Return a table with the trigger of a concept as the caption of rows without a caption and tags."""
     if trigger is None:
         return table
@@ -182,7 +181,7 @@ def _add_trigger(table: pa.Table, trigger: str | None) -> pa.Table:
     return replace_column(table, "caption", pc.if_else(pa.array(has_text), table["caption"], trigger))
 
 
-def _place(table: pa.Table, number: int, base: str, folder: str, inner: Sequence[str]) -> pa.Table:
+def _place(table: Table, number: int, base: str, folder: str, inner: Sequence[str]) -> Table:
     """Return a concept's table with the index, and paths relative to `base`, or absolute outside it.
 
     Rows in the folders `inner`, of other concepts, are dropped, and so is the column `group`, which only counts within
@@ -209,7 +208,7 @@ def _naming(number: int) -> Iterator[None]:
         raise
 
 
-def map_index(arrow: Path) -> pa.Table | None:
+def map_index(arrow: Path) -> Table | None:
     """Map an index; None if it is missing, damaged or has another schema, so that it is made again."""
     with suppress(pa.ArrowException, OSError):
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()

@@ -8,19 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy import ndarray
+from pyarrow import Table
 
 from data.layouts.table import SPLITS, TEST, replace_column, show_some
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+Share = float | Literal["auto"]  # of the images, for validation
 FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images agree
 # `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
 _FRACTION = 0.1
 _LEAST_IMAGES = 100
 
 
-def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
+def settle_fraction(fraction: Share, images: int) -> float:
     """Return the share of images for validation; `auto` takes none from a small collection."""
     if fraction != "auto":
         return fraction
@@ -33,7 +35,7 @@ def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
     return 0.0
 
 
-def assign_validation(table: pa.Table, fraction: float | Literal["auto"]) -> pa.Table:
+def assign_validation(table: Table, fraction: Share) -> Table:
     """Return a table with a validation split, and log what was done. Test rows stay test rows.
 
     Without a validation split, `fraction` of the training rows becomes one.
@@ -55,7 +57,7 @@ def assign_validation(table: pa.Table, fraction: float | Literal["auto"]) -> pa.
     return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
 
-def _choose(table: pa.Table, fraction: float) -> ndarray:
+def _choose(table: Table, fraction: float) -> ndarray:
     """Return the validation rows of a table that is sorted by path, bool [N].
 
     A class of n images gives round(fraction * n) images (halves up), at least 1 and at most n - 1: the ones with the
@@ -112,7 +114,7 @@ def hash_paths(paths: pa.ChunkedArray) -> ndarray:
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> ndarray:
+def lead_rows(table: Table, prints: Sequence[str] = ("group",)) -> ndarray:
     """Return the first row of each row's group of near-duplicates, or the row itself, int64 [N].
 
     prints: columns that may tell the group; the first one with a value does.
@@ -125,7 +127,7 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> ndarray:
     return rows
 
 
-def count_twins(table: pa.Table) -> dict[str, int]:
+def count_twins(table: Table) -> dict[str, int]:
     """Return how many images of `val` and of `test` have an equal or similar image in training, without weight 0."""
     table = table.filter(pc.not_equal(table["weight"], 0.0))
     leads = lead_rows(table, FINGERPRINTS)

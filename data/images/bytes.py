@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TAR = ".tar"
 DAMAGED_SHARD = "the shard has other bytes there"
 NO_ANSWER = "the store did not return the bytes"
+_Answers = dict[int, bytes | Exception]  # of a store, by row
 _OPEN_SHARDS = 64  # open shards per process
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
@@ -96,7 +97,7 @@ class _RemoteShards(_Shards):
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
         self._root = open_store(self._root)[1]
-        self._batch: dict[int, bytes | Exception] = {}
+        self._batch = {}
 
     def file_of(self, row: int) -> FileRange | None:
         """Return None."""
@@ -113,13 +114,13 @@ class _RemoteShards(_Shards):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
         return self.check(row, content)
 
-    def _request(self, rows: Sequence[int]) -> dict[int, bytes | Exception]:
+    def _request(self, rows: Sequence[int]) -> _Answers:
         files = open_store(str(self.collection.root))[0]
         find = super().file_of
         return _read_ranges(files, {row: find(row) for row in rows})
 
 
-def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:
+def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> _Answers:
     """Return the bytes of each range, or the error of the store. Close ranges are one request."""
     joined = join_ranges(ranges.values())
     paths, starts, lengths = zip(*joined)
@@ -128,7 +129,7 @@ def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> 
         contents = files.cat_ranges(list(paths), list(starts), ends, on_error="return")
     except Exception as error:  # each store raises other errors
         return dict.fromkeys(ranges, error)
-    results: dict[int, bytes | Exception] = {}
+    results: _Answers = {}
     for key, (path, offset, length) in ranges.items():
         number = bisect_right(joined, (path, offset, float("inf"))) - 1
         content = contents[number]

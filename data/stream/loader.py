@@ -4,7 +4,6 @@ A worker reads the record of a sample from the source, creates the views of its 
 the fields of the task. An unreadable sample becomes blank with weight 0 and is reported by name; it never stops a run.
 """
 
-import copy
 import functools
 import itertools
 import json
@@ -12,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from multiprocessing.queues import Queue
@@ -98,6 +97,7 @@ class _WorkerContext(ForkContext):
         return _Results(maxsize, ctx=self)
 
 
+@dataclass(eq=False)
 class Loader(Dataset):
     """Read the samples of draws in workers, and give batches on the device.
 
@@ -106,25 +106,13 @@ class Loader(Dataset):
     additions of a task, such as labels. report: called with the (name, reason) of unreadable images.
     """
 
-    def __init__(
-        self,
-        collection: Collection | None,
-        source: Source,
-        views: Views,
-        fields: Fields,
-        machine: Machine,
-        report: Callable[[_Problems], None],
-        *,
-        training: bool,
-    ) -> None:
-        self.collection = collection
-        self.source = source
-        self.machine = machine
-        self.views = dict(views)
-        self.fields = fields
-        self.training = training
-        self._report = report
-        self._hooks = [view.on_device for view in views.values() if hasattr(view, "on_device")]
+    collection: Collection | None
+    source: Source
+    views: Views
+    fields: Fields
+    machine: Machine
+    report: Callable[[_Problems], None]
+    training: bool
 
     def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
@@ -177,7 +165,7 @@ class Loader(Dataset):
         )
         try:
             for loaded, problems in loader:
-                self._report(problems)
+                self.report(problems)
                 yield self.to_device(loaded)
         except RuntimeError as error:
             if (
@@ -193,8 +181,8 @@ class Loader(Dataset):
     def to_device(self, batch: Batch | Packed) -> Batch:
         """Return a batch on the device, after the hooks of the views."""
         batch = to_device(batch, self.machine.device)
-        for hook in self._hooks:
-            batch = hook(batch)
+        for view in self.views.values():
+            batch = view.on_device(batch) if hasattr(view, "on_device") else batch
         return batch
 
 
@@ -270,27 +258,22 @@ class TrainStream:
             yield list(itertools.islice(batches, batch_size // ranks // micro_batch_size))
 
 
+@dataclass(eq=False)
 class EvaluationStream:
     """Rows in batches, each row exactly once over all ranks (`evaluation_batches`); can be iterated repeatedly.
 
     batch_size: per rank. groups: the shape group of each row, [len(rows)].
     """
 
-    def __init__(
-        self, loader: Loader, rows: Sequence[int], batch_size: int, groups: np.ndarray | None = None, seed: int = 0
-    ) -> None:
-        self.loader = loader
-        self.rows = rows
-        self.batch_size = batch_size
-        self.groups = groups
-        self._seed = seed
-        self.samples = len(rows)  # over all ranks
+    loader: Loader
+    rows: Sequence[int]
+    batch_size: int
+    groups: np.ndarray | None = None
+    seed: int = 0
 
     def in_batches(self, size: int) -> "EvaluationStream":
         """Return the same rows in batches of another size."""
-        other = copy.copy(self)
-        other.batch_size = size
-        return other
+        return replace(self, batch_size=size)
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
@@ -301,4 +284,4 @@ class EvaluationStream:
         """Yield batches on the device."""
         rank = distributed.rank()
         ranks = distributed.world_size()
-        return self.loader.load(evaluation_batches(self.rows, self.batch_size, self._seed, self.groups, rank, ranks))
+        return self.loader.load(evaluation_batches(self.rows, self.batch_size, self.seed, self.groups, rank, ranks))

@@ -120,8 +120,8 @@ def _read(path: Path, key: str) -> OrientationMap:
 class Mirror(nn.Module):
     """Mirror half of the images, chosen by their keys, and adapt their tags.
 
-    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict; `pairs` is
-    a permutation.
+    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict; `pairs`
+    is a permutation.
     """
 
     def __init__(self, orientation: Values, width: int) -> None:
