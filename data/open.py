@@ -18,6 +18,7 @@ The path of an image:
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def open_images(collection: Collection, config: DataConfig, preprocessing: Value
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 
+@dataclass(eq=False)
 class Data:
     """A collection as streams of batches, read from a source.
 
@@ -131,25 +133,18 @@ class Data:
     fingerprints: values by configuration key that must not change when a run is resumed.
     """
 
-    def __init__(
-        self,
-        collection: Collection,
-        source: Source,
-        machine: Machine,
-        *,
-        seed: int,
-        batch_size: int,
-        run_path: Path | None,
-        dry_run: bool = False,
-    ) -> None:
-        self.collection = collection
-        self.source = source
-        self.dry_run = dry_run
-        self.fingerprints = {"data.root": collection.seen}
-        self.machine = machine
-        self.batch_size = batch_size
-        self._seed = seed
-        self.unreadable = UnreadableLog(None if dry_run or run_path is None else run_path / "unreadable.jsonl")
+    collection: Collection
+    source: Source
+    machine: Machine
+    seed: int
+    batch_size: int
+    run_path: Path | None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.fingerprints = {"data.root": self.collection.seen}
+        unwritten = self.dry_run or self.run_path is None
+        self.unreadable = UnreadableLog(None if unwritten else self.run_path / "unreadable.jsonl")
 
     def read_from(self, source: Source, fingerprints: Mapping[str, str]) -> "Data":
         """Return a copy that reads from another source, such as a cache of latents."""
@@ -162,14 +157,14 @@ class Data:
         self, rows: Sequence[int], fields: Fields, views: Views, *, sampler: Sampler | None = None
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
-        sampler = build_sampler("shuffled", rows, self.collection, self._seed) if sampler is None else sampler
+        sampler = build_sampler("shuffled", rows, self.collection, self.seed) if sampler is None else sampler
         return TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
 
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
     ) -> EvaluationStream:
         """Return a stream of `rows`, each exactly once over all ranks; groups: as in `evaluation_batches`."""
-        return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self._seed)
+        return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self.seed)
 
     def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Values) -> EvaluationStream:
         """Return a stream of `rows` with the preprocessing of a weight file."""

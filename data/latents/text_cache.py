@@ -9,6 +9,7 @@ If captions vary (shuffled or dropped tags), `vary_caption` creates K variants o
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,19 +35,19 @@ def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator
     return vary(caption, torch.Generator().manual_seed(rng.hash_counters(seed, number)))
 
 
+@dataclass(frozen=True)
 class TextCache:
     """Encoded captions. inputs: what they depend on beside the text, such as hashes of the encoders.
 
     Rows of `prompt_embeds` that are zero are padding, up to `length` rows, and are not stored.
     """
 
-    def __init__(self, store: TensorStore, inputs: Values, length: int) -> None:
-        self.store = store
-        self._inputs = inputs
-        self._length = length
+    store: TensorStore
+    inputs: Values
+    length: int
 
     def _key(self, caption: str) -> str:
-        return record_key(self._inputs, caption)
+        return record_key(self.inputs, caption)
 
     @torch.no_grad()
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
@@ -75,4 +76,4 @@ class TextCache:
             )
         record = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU cannot stack float16
         embeds = record["prompt_embeds"]
-        return {**record, "prompt_embeds": functional.pad(embeds, (0, 0, 0, self._length - len(embeds)))}
+        return {**record, "prompt_embeds": functional.pad(embeds, (0, 0, 0, self.length - len(embeds)))}

@@ -271,6 +271,11 @@ class EvaluationStream:
     groups: np.ndarray | None = None
     seed: int = 0
 
+    @property
+    def samples(self) -> int:
+        """The number of rows, over all ranks."""
+        return len(self.rows)
+
     def in_batches(self, size: int) -> "EvaluationStream":
         """Return the same rows in batches of another size."""
         return replace(self, batch_size=size)

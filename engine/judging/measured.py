@@ -93,9 +93,8 @@ class Measured:
         loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
         if len(self.rows) == 0:
             raise UserError(f"split: {self.data.collection.root} has no image of split={self.split}; set another one")
-        read = len(loaders["val"].rows)
-        if read < len(self.rows):
-            self._report_left(read)
+        if loaders["val"].samples < len(self.rows):
+            self._report_left(loaders["val"].samples)
         return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
 
     def _report_left(self, usable: int) -> None:
