@@ -80,13 +80,13 @@ def test_a_webhook_is_posted_to_and_failures_are_said(watch, tmp_path, monkeypat
         return httpx.Response(200 if len(posted) == 1 else 500, request=httpx.Request("POST", url))
 
     monkeypatch.setattr(httpx, "post", post)
-    watch = watch(command=["no-such-program"], webhook="http://hook/")
+    watch = watch(command=["no-such-program"], webhook="http://hook/secret-path")
     for number, run in enumerate("ab", start=1):
         make_run(tmp_path / "runs" / run, progress_json=said("failed"))
         watch.check()
-        assert posted[number - 1 :] == [("http://hook/", {"text": f"runs/{run}: ended without finishing"})]
+        assert posted[number - 1 :] == [("http://hook/secret-path", {"text": f"runs/{run}: ended without finishing"})]
         assert "no-such-program" in watch.failures["command"] and ("webhook" in watch.failures) == (number == 2)
-    assert "500" in watch.failures["webhook"]
+    assert "500" in watch.failures["webhook"] and "secret-path" not in watch.failures["webhook"]
 
 
 def test_the_rows_of_this_machine(watch, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ from utils.errors import (
     missing_package,
 )
 from utils.io.files import readable
-from utils.io.safe_text import Lines, hide_secrets, safe_lines
+from utils.io.safe_text import Lines, hide_secrets, message_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, own_place, setup_logging
@@ -235,7 +235,7 @@ class Command(Generic[Schema]):
 
     def _say(self, message: str, *, other_ranks: bool = False) -> None:
         """Show an error on rank 0. other_ranks: show its first line on other ranks, too, which may fail alone."""
-        lines = safe_lines(f"{self.script}.py: {message}").splitlines()
+        lines = message_lines(f"{self.script}.py: {message}").splitlines()
         if environment_rank():
             lines = lines[:1] if other_ranks else ()
         if lines:
@@ -252,7 +252,7 @@ class Command(Generic[Schema]):
         if message or (lost := lost_worker(error)):
             self._say(message or lost, other_ranks=True)
             return EXIT_USER_ERROR if message else EXIT_LOST_RANK
-        text = safe_lines("".join(traceback.format_exception(error)))  # a defect
+        text = message_lines("".join(traceback.format_exception(error)))  # a defect
         sys.stderr.write(textwrap.indent(text, own_place(), lambda line: True))
         return EXIT_CRASH
 

@@ -24,22 +24,32 @@ _NAME = re.compile(rf"(?i).*{_WORD}", re.DOTALL)
 _VARIABLE = re.compile(rf"(?i).*(?:{_WORD}|key|pass)")
 _QUOTED = r"""\"(?:\\.|[^"\\\n])*\"|'(?:\\.|[^'\\\n])*'|["'][^\n]*"""
 _AFTER = rf"""{_WORD}(?![\w-])[\\"'\]]*[^\S\n]*"""  # between a name and its separator
-_PATTERNS = (
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
-    # scheme://user:password@host, where the password may have slashes, and scheme://token@host
-    (re.compile(r"""(:(?:\\*/){2})(?:[^\s"<>/?#:]*:[^\s"<>]*|[^\s"<>/?#:]+)@"""), rf"\1{HIDDEN}@"),
-    (re.compile(rf"(?i)({_AFTER}:[^\S\n]+)(?:{_QUOTED}|[^\n]+)"), rf"\1{HIDDEN}"),  # headers, YAML and JSON
-    (re.compile(rf"""(?i)({_AFTER}(?:=>?[^\S\n]*|[:>])\\*)(?:{_QUOTED}|[^\s"]+)"""), rf"\1{HIDDEN}"),
-    (re.compile(rf"(?i)(--?[\w-]{{0,40}}{_WORD}[^\S\n]+)(?:{_QUOTED}|[^\s-]\S*)"), rf"\1{HIDDEN}"),
-    (re.compile(r"(\b(?i:bearer)\s+|\bBasic\s+(?=\S*[A-Z0-9=]))[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
-    # Keys and tokens with a prefix: W&B, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google, AWS; JSON web tokens.
-    (re.compile(
-        r"\b(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
-        r"|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|AIza[\w-]{35}|ya29\.[\w-]{20,}|A[KS]IA[A-Z0-9]{16}\b"
-        r"|eyJ[\w-]{5,}\.eyJ[\w-]{5,}\.[\w-]*)"
-    ), HIDDEN),
-    (re.compile(r"(?<!commit )(?<!@)\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
+_SHOWN = r"(?-i:(?!(?:[A-Z]+_)*(?:TOKEN|KEY|PASSWORD)\b))"  # what follows is no placeholder: our "a token: HF_TOKEN"
+_FORMS = (  # what follows the first group is secret
+    r"(?s)()-{4,5} ?BEGIN [A-Z0-9 ]+-{4,5}.*?(?:-{4,5} ?END [A-Z0-9 ]+-{4,5}|\Z)",  # PEM and PGP
+    # scheme://user:password@host, where the password may have slashes, scheme://token@host, and user:password@host
+    r"""(:(?:\\*/){2})(?:[^\s"<>/?#:]*:[^\s"<>]*|[^\s"<>/?#:]+)(?=@)""",
+    r"""(?<![\w/:@.\\-])(?!mailto:|hf:)([A-Za-z][\w.+-]*:)[^\s"'<>/\\]+(?=@\w)""",
+    # Addresses whose path is the secret
+    r"""((?:hooks\.slack\.com|discord(?:app)?\.com/api|webhook\.office\.com|api\.telegram\.org)\\*/)[^\s"'<>]+""",
+    rf"(?i)({_AFTER}:[^\S\n]+){_SHOWN}(?:{_QUOTED}|[^\n]+)",  # headers, YAML and JSON
+    rf"""(?i)({_AFTER}(?:=>?[^\S\n]*|[:>])\\*){_SHOWN}(?:{_QUOTED}|[^\s"]+)""",
+    # Names that are also ordinary words: before a `=` without a number after it, or in a query
+    r"""(?i)((?<![a-z])(?:pass|auth|session(?:[_-]?id)?)=\\*(?![\d.]+\b)|[?&](?:key|auth|pass|session)=)[^\s"]+""",
+    rf"(?i)(--?[\w-]{{0,40}}{_WORD}[^\S\n]+){_SHOWN}(?:{_QUOTED}|[^\s-]\S*)",
+    rf"(\bcurl\s(?:[^\n]{{0,200}}?\s)?(?:-[a-zA-Z]*u|--(?:proxy-)?user\b)[=\s]?[^\S\n]*)(?:{_QUOTED}|\S+)",
+    r"(\b(?i:bearer)\s+|\bBasic\s+(?=\S*[A-Z0-9=]))[\w.~+/=-]{8,}",
+    # Keys and tokens with a form of their own, by service
+    r"\b()(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|gl[a-z]{2,6}-[\w-]{20,}"
+    r"|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|AIza[\w-]{35}|ya29\.[\w-]{20,}|A[KS]IA[A-Z0-9]{16}\b"
+    r"|npm_[A-Za-z0-9]{30,}|pypi-Ag[\w-]{20,}|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|SG\.[\w-]{16,}\.[\w-]{16,}"
+    r"|sq0[a-z]{3}-[\w-]{20,}|(?:AC|SK)[0-9a-f]{32}\b|[0-9a-f]{32}-us\d{1,2}\b|AKC[A-Za-z0-9]{10,}|hvs\.[\w-]{20,}"
+    r"|\d{8,10}:[\w-]{35}(?![\w-])|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,}|dop_v1_[0-9a-f]{40,}"
+    r"|eyJ[\w-]{5,}\.eyJ[\w-]{5,}\.[\w-]*)",
+    r"()(?<!commit )(?<!@)\b[0-9a-f]{40}\b",  # W&B's older keys; commits look the same
 )  # fmt: skip
+_PATTERNS = [*map(re.compile, _FORMS)]
+_LONG = re.compile(r"^(.{2000}).{1000,}(.{1000})$", re.MULTILINE)  # a line of a message that nobody reads whole
 
 
 class Lines(str):
@@ -66,6 +76,11 @@ def safe_lines(text: str) -> str:
     return hide_secrets(escape_controls(text, keep="\n\t"))
 
 
+def message_lines(text: str) -> str:
+    """Return `safe_lines` of a message; of a line beyond 4,000 characters, its beginning and its end."""
+    return _LONG.sub(r"\1 [...] \2", safe_lines(text))
+
+
 def code_span(value: Any) -> str:
     """Return a value as a code span of Markdown on one line, without secrets: nothing in it is markup or a link."""
     text = hide_secrets(escape_controls(str(value)))
@@ -77,12 +92,12 @@ def code_span(value: Any) -> str:
 def hide_secrets(text: str) -> str:
     """Replace each secret by `***`; text around it may be hidden, too.
 
-    Secrets are user and password in URLs, signatures of presigned URLs, known forms of keys and tokens, private keys,
-    values after a name such as `password` (in an assignment, JSON, YAML, a header or a flag), and the values of
-    environment variables with such a name, except paths of files.
+    Secrets are user and password in URLs, signatures of presigned URLs, known forms of keys and tokens, PEM and PGP
+    blocks, values after a name such as `password` (in an assignment, JSON, YAML, a header or a flag), and the values of
+    environment variables with such a name, except paths of files. A placeholder, such as TOKEN or HF_TOKEN, stays.
     """
-    for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
+    for pattern in _PATTERNS:
+        text = pattern.sub(rf"\1{HIDDEN}", text)
     values = {value for name, value in os.environ.items() if _VARIABLE.fullmatch(name)}
     values = {value for value in values if not (os.path.isabs(value) and os.path.exists(value))}
     for form in sorted({form for value in values for form in _forms(value)}, key=len, reverse=True):

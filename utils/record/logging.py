@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from logging.handlers import MemoryHandler
 from typing import Any
 
-from utils.io.safe_text import Lines, escape_controls, safe_lines
+from utils.io.safe_text import Lines, escape_controls, message_lines
 
 ROOT = "atelier"
 
@@ -31,7 +31,7 @@ class _SafeFormatter(logging.Formatter):
         record.exc_text = None  # cached by another formatter
         if isinstance(record.args, tuple):
             record.args = tuple(map(_on_one_line, record.args))
-        lines = safe_lines(super().format(record)).split("\n")
+        lines = message_lines(super().format(record)).split("\n")
         return "\n".join(self._mark + line for line in lines)
 
 
