@@ -163,13 +163,17 @@ def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidec
     """Return the sidecars with labels from folders, unless most images are posts of a booru.
 
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
-    `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
+    `0123/4000123.jpg` (id % 1000, which is its id without another), `ab/ab12....webp`.
     """
     posts = 0
+    ids = []
     for path, label, sidecar in zip(paths, labels, sidecars):
         name = f"{label}/{os.path.splitext(os.path.basename(path))[0]}".lower()
-        posts += _OF_POST.fullmatch(name) is not None or None not in (sidecar.id, sidecar.tags)
+        found = _OF_POST.fullmatch(name)
+        posts += found is not None or None not in (sidecar.id, sidecar.tags)
+        has_id = sidecar.id is None and found is not None and found[1] is not None
+        ids.append(int(name.rpartition("/")[2]) if has_id else sidecar.id)
     if posts <= len(paths) / 2 or not any(labels):
         return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
-    return sidecars
+    return [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
