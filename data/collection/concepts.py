@@ -79,14 +79,14 @@ def find_repeats(root: str) -> list[ConceptConfig]:
                 return []
             path = os.path.join(part, each.name)
             if repeats := int(match[1]):
-                concepts.append(ConceptConfig(path=path, repeats=repeats, trigger=match[2]))
+                concepts.append(ConceptConfig(path=path, repeats=repeats, trigger=match[2], is_prior=part == "reg"))
             else:
                 left.append(path)
     if left and concepts:
         log.info("data.root: 0 repeats leave out %s", ", ".join(map(repr, left)))
-    priors = [concept for concept in concepts if concept.path.startswith("reg/")]
-    changes = {"repeats": None, "share": 0.5 / max(len(priors), 1), "is_prior": True}
-    return [concept.model_copy(update=changes) if concept in priors else concept for concept in concepts]
+    share = 0.5 / max(sum(concept.is_prior for concept in concepts), 1)
+    changes = {"repeats": None, "share": share}
+    return [concept.model_copy(update=changes) if concept.is_prior else concept for concept in concepts]
 
 
 def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:

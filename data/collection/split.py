@@ -22,32 +22,23 @@ _FRACTION = 0.1
 _LEAST_IMAGES = 100
 
 
-def settle_fraction(fraction: Share, images: int) -> float:
-    """Return the share of images for validation; `auto` takes none from a small collection."""
-    if fraction != "auto":
-        return fraction
-    if images >= _LEAST_IMAGES:
-        return _FRACTION
-    log.info(
-        "data.root: all %s images are for training: below %d none is taken for validation, unless "
-        "data.validation_fraction=%s or a folder val/ asks for it", f"{images:,}", _LEAST_IMAGES, _FRACTION,
-    )  # fmt: skip
-    return 0.0
-
-
 def assign_validation(table: Table, fraction: Share) -> Table:
     """Return a table with a validation split, and log what was done. Test rows stay test rows.
 
-    Without a validation split, `fraction` of the training rows becomes one.
+    Without a validation split, `fraction` of the training rows becomes one; `auto` takes none from a small collection.
     """
     chosen = np.zeros(len(table), bool)
     # Rows of weight 0 are never read; they stay in training.
     is_read = pc.and_(pc.not_equal(table["split"], TEST), pc.not_equal(table["weight"], 0.0)).to_numpy()
     if fraction == 0 or not is_read.any() or "val" in table["split"].unique().to_pylist():
         return table
-    fraction = settle_fraction(fraction, int(is_read.sum()))
-    if fraction == 0:
+    if fraction == "auto" and is_read.sum() < _LEAST_IMAGES:
+        log.info(
+            "data.root: all %s images are for training: below %d none is taken for validation, unless "
+            "data.validation_fraction=%s or a folder val/ asks for it", is_read.sum(), _LEAST_IMAGES, _FRACTION,
+        )  # fmt: skip
         return table
+    fraction = _FRACTION if fraction == "auto" else fraction
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
         "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)%s",

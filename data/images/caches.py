@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.collection.choose import spread
 from data.collection.collection import Collection
@@ -71,19 +70,13 @@ class Cached(Source):
             pixels = torch.from_numpy(record[HEAD.size :].reshape(HEAD.unpack(record[: HEAD.size])))
         else:
             pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
-            if place is not None:
-                self._keep(place, pixels)
+            if place is not None and not self.counts()["refused"]:  # after a failed write, warn once and write no more
+                try:
+                    self.records.add(place, HEAD.pack(*pixels.shape) + pixels.numpy().tobytes())
+                except UserError as error:
+                    self._count("refused")
+                    log.warning("%s. The run continues and decodes uncached images", error)
         return {IMAGE: pixels.permute(2, 0, 1)}
-
-    def _keep(self, place: Any, pixels: Tensor) -> None:
-        """Write the record of pixels [H, W, C]. After a failed write, warn once and write no more records."""
-        if self.counts()["refused"]:
-            return
-        try:
-            self.records.add(place, HEAD.pack(*pixels.shape) + pixels.numpy().tobytes())
-        except UserError as error:
-            self._count("refused")
-            log.warning("%s. The run continues and decodes uncached images", error)
 
     def has(self, row: int) -> bool:
         """Return whether a row has a record."""
