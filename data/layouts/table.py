@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 
 _COLUMNS = {
     "path": pa.string(),  # POSIX, relative to the root
@@ -50,13 +51,13 @@ SPLIT_NAMES = {  # spellings of users, as `datasets` has them
 }
 
 
-def build_table(columns: Mapping[str, Any] | pa.Table, **changed: Any) -> pa.Table:
+def build_table(columns: Mapping[str, Any] | Table, **changed: Any) -> Table:
     """Build a table of SCHEMA and extra columns, sorted by path, from lists or Arrow columns, or from another table.
 
     Missing columns of SCHEMA become null; null weights become 1 and null tags empty. Extra columns with only nulls are
     dropped.
     """
-    if isinstance(columns, pa.Table):
+    if isinstance(columns, Table):
         columns = dict(zip(columns.column_names, columns.columns))
     columns = {**columns, **changed}
     complete = {}
@@ -80,7 +81,7 @@ def build_table(columns: Mapping[str, Any] | pa.Table, **changed: Any) -> pa.Tab
     return take_rows(table, pc.sort_indices(table, [("path", "ascending")]))
 
 
-def take_rows(table: pa.Table, order: pa.Array) -> pa.Table:
+def take_rows(table: Table, order: pa.Array) -> Table:
     """Return rows in a given order, in chunks of a fixed size.
 
     Uses 64-bit offsets, because otherwise Arrow cannot reorder a column with more than 2 GiB of text.
@@ -91,7 +92,7 @@ def take_rows(table: pa.Table, order: pa.Array) -> pa.Table:
     return pa.concat_tables([wide.take(order[start : start + _CHUNK_ROWS]).cast(table.schema) for start in starts])
 
 
-def hash_table(table: pa.Table) -> str:
+def hash_table(table: Table) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the columns, independent of chunks.
 
     The columns of MEASURED and PLACES are not hashed.
@@ -135,7 +136,7 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+def replace_column(table: Table, name: str, column: pa.Array | pa.ChunkedArray) -> Table:
     """Return the table with one column replaced, or appended if it is new."""
     return pa.table({**dict(zip(table.column_names, table.columns)), name: column})
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import Table
 
 from data.layouts.sidecars import Sidecar, decode, is_field, parse_record, read_lines
 from data.layouts.table import TYPES
@@ -63,7 +64,7 @@ def _fold(name: str) -> str:
     return re.sub(r"[\s.-]+", "_", name.strip().lower())
 
 
-def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns) -> dict[str, str]:
+def name_columns(table: Table | pa.RecordBatch, stated: Columns) -> dict[str, str]:
     """Return our name of each column with values: of several columns for one field, the first has its name.
 
     stated: these names come first. Raises UserError (`data.columns`) for one that the table has not.
@@ -81,7 +82,7 @@ def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns) -> dict[str,
     return ours
 
 
-def list_labels(table: pa.Table, names: Mapping[str, str]) -> dict[str, str]:
+def list_labels(table: Table, names: Mapping[str, str]) -> dict[str, str]:
     """Return which columns may be labels, with their number of values, if none is the label: values that recur.
 
     names: ours by theirs.
@@ -96,9 +97,7 @@ def list_labels(table: pa.Table, names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def read_records(
-    where: str, table: pa.RecordBatch | pa.Table, unused: Unused, names: Mapping[str, str]
-) -> list[Sidecar]:
+def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, names: Mapping[str, str]) -> list[Sidecar]:
     """Return the metadata in each row of a table. names: ours by theirs. Columns that are not read are named."""
     columns = {}
     for name in filter(table.schema.names.__contains__, names):
@@ -110,7 +109,7 @@ def read_records(
     return [parse_record(f"a row of {where!r}", row) for row in rows]
 
 
-def _name_numbers(table: pa.RecordBatch | pa.Table, name: str) -> list[Any]:
+def _name_numbers(table: pa.RecordBatch | Table, name: str) -> list[Any]:
     """Return the values of a column; numbers of classes by the names in the schema that `datasets` writes."""
     values = table.column(name).to_pylist()
     with suppress(KeyError, TypeError, ValueError):
@@ -130,7 +129,7 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     return file
 
 
-def read_columns(file: Path, key: str = "data.root") -> pa.Table:
+def read_columns(file: Path, key: str = "data.root") -> Table:
     """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`key`).
 
     A CSV file in neither UTF-8 nor UTF-16 is read as Windows-1252, which spreadsheets write.
@@ -150,13 +149,13 @@ def read_columns(file: Path, key: str = "data.root") -> pa.Table:
         return _read_csv(text)
 
 
-def read_parquet(file: Path) -> pa.Table:
+def read_parquet(file: Path) -> Table:
     """Read a Parquet file. Raises ArrowException or OSError."""
     with pq.ParquetFile(file) as parquet:  # not read_table, which reads folders named a=b as columns
         return parquet.read()
 
 
-def _read_rows(rows: Iterable[Json]) -> pa.Table:
+def _read_rows(rows: Iterable[Json]) -> Table:
     """Return the table of JSON objects. Arrow's reader would take texts that are dates for timestamps."""
     rows = list(rows)
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
@@ -171,7 +170,7 @@ def _to_array(values: list[Any]) -> pa.Array:
         return pa.array([v if isinstance(v, str | None) else json.dumps(v) for v in values], pa.string())
 
 
-def _read_csv(text: str) -> pa.Table:
+def _read_csv(text: str) -> Table:
     """Read a CSV file. Empty fields are null."""
     first = text.partition("\n")[0]
     separator = max(_SEPARATORS, key=re.sub(r'"[^"]*"', "", first).count)
