@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
 from data.collection.split import Share, assign_validation, count_twins
-from data.layouts.corrections import Decisions, correct, read_corrections
+from data.layouts.corrections import Decisions, correct, read_corrections, settle
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
@@ -144,9 +144,8 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     bad = Unused()
     decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
     say_unused(bad.describe(), "data.corrections")
-    if decisions:
-        count = f"{len(decisions):,}"
-        log.info("data.corrections: %s/%s decides on %s labels and lists of tags", folder, CORRECTIONS, count)
+    if decided := sum(settle(lines[0].was, lines).verdict != "undone" for lines in decisions.values()):
+        log.info("data.corrections: %s/%s decides on %s labels and lists of tags", folder, CORRECTIONS, f"{decided:,}")
     return _Part(folder, layout, decisions, unused)
 
 

@@ -50,10 +50,12 @@ def test_decisions_change_the_labels_and_the_fingerprint_and_not_the_split(anima
     (["dog cat edited"], "cat"),  # the manifest of job=manifest has it already
     (["fox dog edited"], "cat"),  # another label now: reported
 ])  # fmt: skip
-def test_which_decision_counts(animals, opened, caplog, lines, label):  # noqa: F811
+def test_which_decision_counts(animals, opened, log, lines, label):  # noqa: F811
     append_corrections(animals, [decide("cat/1.png", *line.split()) for line in lines])
     assert labels(opened(animals))[0] == label
-    assert ("changed since: cat/1.png" in caplog.text) == ("fox" in lines[0])
+    is_taken_back = len(lines) == 2 and "undone" in lines[1]
+    assert ("decides on 1 labels" in log.text) != is_taken_back
+    assert ("changed since: cat/1.png" in log.text) == ("fox" in lines[0])
 
 
 def test_tags_and_their_caption(root, opened, caplog):  # noqa: F811
