@@ -255,7 +255,8 @@ class TaggingTask(MixingTask):
         """
         report, halves = self._measure(batches, leads)
         if not all(counts.histograms[:, 1].any() for counts in halves):
-            raise UserError("calibrate: the images are too few: one half has no tag; name more images (data.root)")
+            lack = "tag" if all(counts.histograms.any() for counts in halves) else "image"
+            raise UserError(f"calibrate: the images are too few: one half has no {lack}; name more images (data.root)")
         table = calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
         labels = sum(counts.histograms.sum((1, 2)) for counts in halves).tolist()
         unlabelled = {key for key, count in zip(self.vocabulary.columns, labels) if not count}
