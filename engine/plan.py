@@ -82,7 +82,8 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int) -> P
     micro, accum = loop.split(world_size, streams.train.chunk)
     total = _count_steps(config, epoch_length)
     warmup = _count_warmup(config, epoch_length / size, total)
-    every = _evaluate_every(config, total, epoch_length / size, streams.evaluation_samples / epoch_length)
+    reads = sum(loader.samples for loader in streams.evaluation.values())  # of an evaluation, with a probe's
+    every = _evaluate_every(config, total, epoch_length / size, reads / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     ends = tuple(round(total * share) for share in shares)
     return Plan(

@@ -81,7 +81,7 @@ def derive(name, epoch_length):
     task = build_task(lambda: KINDS[config.task.name].build(setup), config)
     assert all(parameter.is_meta for parameter in task.parameters())
     train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
-    plan = plan_streams(config, SimpleNamespace(train=train, evaluation_samples=0), 8)
+    plan = plan_streams(config, SimpleNamespace(train=train, evaluation={}), 8)
     groups = build_groups(task, {"network": task.network}, config.optim)
     return SimpleNamespace(config=config, task=task, plan=plan, groups=groups)
 

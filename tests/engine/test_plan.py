@@ -20,7 +20,7 @@ def read(group, name, **changes):
     return read_values(group, name) | changes
 
 
-def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim=None, warmup=None, **loop):
+def plan(*, epoch_length, world_size=1, reads=0, finder=None, optim=None, warmup=None, **loop):
     """The plan of the default files with some keys of loop, optim and schedule changed."""
     config = SimpleNamespace(
         loop=_LoopConfig.model_validate(read("loop", "default", **loop)),
@@ -29,7 +29,8 @@ def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim
         lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100} | (finder or {})),
     )
     train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
-    return plan_streams(config, SimpleNamespace(train=train, evaluation_samples=evaluation_samples), world_size)
+    loaders = {"val": SimpleNamespace(samples=reads)}
+    return plan_streams(config, SimpleNamespace(train=train, evaluation=loaders), world_size)
 
 
 # --- splitting a batch
@@ -197,7 +198,7 @@ def test_evaluations_and_what_is_due_among_them_are_the_first_at_or_beyond_each_
     ],
 )
 def test_evaluations_read_a_fifth_of_what_training_reads_or_come_five_times(training, validation, loop, epochs):
-    made = plan(epoch_length=training, evaluation_samples=validation, **loop)
+    made = plan(epoch_length=training, reads=validation, **loop)
     assert made.evaluate_every_epochs == pytest.approx(epochs, rel=0.01)
     due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
     assert len(due) <= 20 or epochs == 1.0 or "evaluate_every_epochs" in loop
