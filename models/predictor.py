@@ -210,7 +210,8 @@ def refuse_external_data(path: Path) -> None:
 
 def _read_metadata(path: Path, session: Any) -> Json:
     """Return the metadata of one of our files, or the equivalent for a file in the WD form."""
-    texts = session.get_modelmeta().custom_metadata_map
+    with readable(path, "ONNX"):  # the metadata may be no UTF-8
+        texts = session.get_modelmeta().custom_metadata_map
     if "atelier" not in texts:
         return _read_wd_metadata(path, session.get_inputs(), session.get_outputs())
     with readable(path, "ONNX"):

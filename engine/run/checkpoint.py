@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ log = get_logger(__name__)
 FORMAT = 2
 KEPT = 2  # of the newest checkpoints, beside the best one
 _NAME = re.compile(r"step_(\d{8,})")
+_KEYS = ("step", "config", "fingerprints", "origin", "best", "optimizer", "groups", "checksums")  # of state.json
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -253,6 +255,7 @@ def find_damage(path: Path) -> str | None:
         state = json.loads(text)
         if state["format"] != FORMAT:
             return f"state.json has format {state['format']}; this version reads {FORMAT}"
+        itemgetter(*_KEYS)(state)  # a KeyError names the first that is missing
         for name, checksum in state["checksums"].items():
             if sha256_file(path / name) != checksum:
                 return f"{name} does not match its checksum"

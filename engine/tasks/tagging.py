@@ -261,8 +261,9 @@ class TaggingTask(MixingTask):
         labels = sum(counts.histograms.sum((1, 2)) for counts in halves).tolist()
         unlabelled = {key for key, count in zip(self.vocabulary.columns, labels) if not count}
         if self.append_to and unlabelled:
-            origin = self.origin or {}
-            earlier = find_thresholds(None, Path(str(origin.get("source"))), origin.get("weights_hash"))
+            earlier = find_thresholds(
+                None, find_weights(self.append_to, "best"), (self.origin or {}).get("weights_hash")
+            )
             table = table.keep(unlabelled, earlier)
         report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
         self.use_thresholds(table)

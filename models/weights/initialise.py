@@ -13,7 +13,7 @@ from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import Json, Values, read_json
 from utils.io.hub import is_reference, stated_license
-from utils.io.weights import FOLDER_FILES, InitFrom, read_weights
+from utils.io.weights import FOLDER_FILES, InitFrom, hash_tensors, read_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -45,7 +45,8 @@ def initialise_from(
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert(network, tensors)
         origin = _find_origin(source.source, path, "atelier" if "task" in metadata else layout, metadata)
-        origin |= {"weights_hash": metadata["weights_hash"]} if "weights_hash" in metadata else {}
+        if not is_meta(network):
+            origin["weights_hash"] = metadata.get("weights_hash") or hash_tensors(tensors)[:16]
         known = read_class_names(path, metadata)
     fit = fit_state(network, state, keep_head=keep_head)
     if keep_head and class_names is not None:

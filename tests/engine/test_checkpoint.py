@@ -1,5 +1,6 @@
 """Checkpoints: round trips, what damage is noticed, retention, what is written in the background."""
 
+import json
 import shutil
 import threading
 from types import SimpleNamespace
@@ -23,11 +24,13 @@ from utils.config.entry_point import Job
 from utils.io.files import AppendFile, sha256_text
 from utils.record.run_folder import RunFolder
 
+STATE = {"config": {"seed": 0}, "fingerprints": {}, "origin": None, "best": {"value": 0.5, "step": 1}, "optimizer": {}}
+
 
 def make(folder, step, value=1.0):
     tensors = {"task": {"w": torch.full((3, 2), value), "n": torch.tensor(step)}, "optimizer": {"m": torch.ones(2)}}
     path = folder / f"step_{step:08d}"
-    save_checkpoint(path, tensors, {"config": {"seed": 0}, "best": {"value": 0.5, "step": 1}}, {})
+    save_checkpoint(path, tensors, STATE, {})
     return path
 
 
@@ -69,6 +72,10 @@ def test_what_is_saved_comes_back(tmp_path):
         (lambda path: flip_a_bit(path / "state.json"), "state.json does not match its checksum"),
         (lambda path: replace_state(path, "[" * 100_000), "it cannot be read (RecursionError"),
         (lambda path: replace_state(path, '{"format": 99}'), "state.json has format 99"),
+        (
+            lambda path: replace_state(path, json.dumps({**STATE, "format": 2, "step": 20, "checksums": {}})),
+            "it cannot be read (KeyError: 'groups')",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, said, tmp_path, log):

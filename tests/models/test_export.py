@@ -114,7 +114,7 @@ def save_graph(path, metadata=None, location=None):
         weights.external_data.add(key="location", value=location)
     if metadata is not None:
         onnx.helper.set_model_props(proto, {"atelier": metadata})
-    path.write_bytes(proto.SerializeToString())
+    path.write_bytes(proto.SerializeToString().replace("\xff".encode(), b"\xff "))
 
 
 def test_an_onnx_file_that_names_other_files_is_refused(tmp_path):
@@ -132,6 +132,7 @@ METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PRE
     [
         (None, "was not exported by Atelier"),
         ("{broken", "not a readable ONNX file"),
+        ("broken: \xff", "not a readable ONNX file"),  # written as Latin-1
         (json.dumps({**METADATA, "preprocessing": {**PREPROCESSING, "std": [0.5]}}), "preprocessing"),
         (json.dumps({**METADATA, "output": "boxes"}), "output"),
         (json.dumps(METADATA), r"outputs \{'probs': \[8\]\}"),

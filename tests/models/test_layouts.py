@@ -92,7 +92,9 @@ def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tm
     classes = 0 if layout == "fcmae" else CLASSES
     network = (ours if target == "ours" else timm_network)(classes)
     known = layout.replace("fcmae", "official")
-    assert start(network, path) == {"source": str(path), "layout": known, "license": None}
+    origin = start(network, path)
+    assert {**origin, "weights_hash": 16} == {"source": str(path), "layout": known, "license": None, "weights_hash": 16}
+    assert len(origin["weights_hash"]) == 16
     network.eval()
     if layout == "fcmae" and target == "timm":  # timm's pooled features are normalised; compare the maps
         with torch.no_grad():

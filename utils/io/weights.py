@@ -23,6 +23,8 @@ from utils.record.run_reader import RunReader
 WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 _CHECKSUM = "atelier_sha256"
+_TYPES = "atelier_types"  # of the tensors: a converter that keeps the header changes them
+_PLACE = re.compile(r"(?:/|~/|\.\./)[^\n]*/[^\n]*")
 _SHOWN_CHARACTERS = 120  # of a name or an error
 # The keys of weights and of their average in checkpoints: the official fine-tuning's (`model`) and timm's.
 ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
@@ -68,8 +70,30 @@ def write_weights(path: Path, tensors: Tensors, metadata: Json) -> None:
 
 
 def weight_metadata(metadata: Json, tensors: Tensors) -> dict[str, str]:
-    """Return metadata for a safetensors header: JSON under `atelier`, and the tensors' checksum."""
-    return {"atelier": json.dumps(metadata), _CHECKSUM: hash_tensors(tensors)}
+    """Return metadata for a safetensors header: JSON under `atelier`, and the tensors' checksum and types.
+
+    Of a path, only the name: the file may be given to others. `restore_paths` finds the path again.
+    """
+    text = json.dumps(_without_folders(metadata))
+    return {"atelier": text, _CHECKSUM: hash_tensors(tensors), _TYPES: _types(tensors)}
+
+
+def _types(tensors: Tensors) -> str:
+    return " ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+
+
+def _without_folders(value: Any) -> Any:
+    """Return nested dictionaries with the name alone of each path that begins at a root, a home or above."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    return Path(value).name if _PLACE.fullmatch(str(value)) else value
+
+
+def restore_paths(value: Any, known: Any) -> Any:
+    """Return metadata of a weight file with the paths that its run's configuration has for the names in it."""
+    if isinstance(value, dict) and isinstance(known, dict):
+        return {key: restore_paths(inner, known.get(key)) for key, inner in value.items()}
+    return known if _without_folders(known) == value else value
 
 
 def hash_tensors(tensors: Tensors) -> str:
@@ -100,6 +124,8 @@ def read_weights(
         tensors, texts = read_header(path)
         with readable(path, "safetensors"):
             metadata = dict(json.loads(texts.get("atelier", "{}")))
+        if _TYPES in texts and texts[_TYPES] != _types(tensors):  # of a converted file, no checksum holds
+            texts.pop(_CHECKSUM, None)
         if _CHECKSUM in texts:
             metadata["weights_hash"] = texts[_CHECKSUM][:16]  # what is derived from weights is bound to it
     if which == "ema" and metadata.get("average") is not True:
@@ -113,8 +139,8 @@ def read_weights(
         tensors = read_tensors(path)
     if _CHECKSUM in texts and hash_tensors(tensors) != texts[_CHECKSUM]:
         raise UserError(
-            f"{path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, such as "
-            "weights.safetensors of an earlier checkpoint"
+            f"{path} does not match {_CHECKSUM} of its header: it is damaged, or another program changed "
+            "it; copy it again, name other weights, or let that program leave the header out"
         )
     with readable(path, "weight"):  # torch can neither convert nor compute with floats of four bits
         for name, tensor in tensors.items():
