@@ -29,7 +29,17 @@ def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
     row = {"step": 1, "kind": "train", "loss": None, "norm": None, "count": 3, "note": "a", "low": 0.5}
     # Before the log is closed: a kill loses no row.
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == row
+    log.add(2, "evaluate", {"top1": 0.5, "samples": 4})
     log.close()
+
+
+def test_a_resumed_run_drops_the_rows_beyond_its_checkpoint(folder):
+    log = MetricsLog(folder, 2)
+    assert [row["step"] for row in log.rows] == [1, 2] == steps_of(folder)
+    log.add(3, "train", {"loss": 9.0})
+    log.close()
+    assert steps_of(folder) == [1, 2, 3]
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "ki', '{"step": 3, "kind": "train", "loss": 1.0}', "\0"])

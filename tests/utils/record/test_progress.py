@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import os
 import pty
 import re
@@ -89,6 +90,22 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
     assert re.search(r"epoch 3/20 .* 43/1200 train loss 0.1234 +\d+:\d\d", drawn)
     assert drawn.rindex("44/1200") > drawn.rindex("evaluating val")
     assert terminal.text.index("\x1b[?25h") < terminal.text.index("41/1200")  # the cursor is not hidden
+
+
+def write_from_worker():
+    sys.stderr.write("from the worker\n")
+    get_logger("test").warning("logged by the worker")
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
+    with terminal, Bar("training", 10).opened():
+        worker = multiprocessing.get_context("fork").Process(target=write_from_worker)
+        worker.start()
+        worker.join(30)
+        assert worker.exitcode == 0 and progress._console._live_stack
+    assert "from the worker" in terminal.text and "logged by the worker" in terminal.text
 
 
 @pytest.mark.parametrize("where", ["no terminal", "another rank", "dumb"])
