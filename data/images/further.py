@@ -17,6 +17,9 @@ _BEGINS = {
     "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
 }
 FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL"}  # Pillow's names
+_JXL_START = re.compile(rb"\xff\x0a|.*?jxl(?:c|p....)\xff\x0a", re.DOTALL)  # of the codestream, bare or in a box
+_JXL_RATIOS = 1, 1, 1.2, 4 / 3, 1.5, 16 / 9, 1.25, 2  # width to height, by code from 1
+_JXL_BITS = 9, 13, 18, 30  # of a side, by code
 _TURNS = {3: 3, 5: 8, 6: 6}  # LibRaw's numbers of a rotation, and those of EXIF
 
 
@@ -37,6 +40,32 @@ def load_package(package: str) -> ModuleType:
     elif package == "pillow-jxl-plugin":
         module.JpegXLImagePlugin.DECODE_THREADS = 0
     return module
+
+
+def count_jxl_pixels(content: bytes) -> int:
+    """Return how many pixels the header of a JPEG XL states, which its plugin reads only with the image; 0 if none.
+
+    Source: ISO/IEC 18181-1, SizeHeader.
+    """
+    start = _JXL_START.match(content)
+    if start is None:
+        return 0
+    bits = int.from_bytes(content[start.end() : start.end() + 12], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits % 2**count
+        bits >>= count
+        return value
+
+    is_small = take(1)
+
+    def take_side() -> int:
+        return 8 * take(5) + 8 if is_small else take(_JXL_BITS[take(2)]) + 1
+
+    height = take_side()
+    ratio = take(3)
+    return int(height * (height * _JXL_RATIOS[ratio] if ratio else take_side()))
 
 
 def read_preview(content: bytes) -> tuple[bytes, int]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from data.images.further import FORMATS as FURTHER_FORMATS
-from data.images.further import load_package, package_of, read_preview
+from data.images.further import count_jxl_pixels, load_package, package_of, read_preview
 from data.images.jpeg import complete, lacks_end
 from data.layouts.names import INSTALL
 from data.stream.source import UnreadableImage
@@ -103,6 +103,8 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
     elif package is not None:
         load_package(package)
         formats = (FURTHER_FORMATS[package],)
+        if package == "pillow-jxl-plugin" and (pixels := count_jxl_pixels(content)) > max_pixels:
+            raise UnreadableImage(name, TOO_LARGE, f"{pixels:,} pixels are more than the {max_pixels:,} of max_pixels")
     if not header:
         allow_pixels(max_pixels)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data.images.further import count_jxl_pixels
 from data.images.open import NO_DECODER, TOO_LARGE
 from data.images.sizes import read_upright_size
 from data.tools.measure import measure_file
@@ -92,6 +93,17 @@ def test_without_its_package_a_file_is_no_damage(name, tmp_path, without_formats
     (tmp_path / name).write_bytes(begins + bytes(99))
     fact = measure_file(tmp_path / name, 10**6)
     assert fact.kind == NO_DECODER and "make install-formats" in fact.reason and not fact.is_damaged
+
+
+@pytest.mark.parametrize("width, height", [(64, 40), (100, 75), (160, 90), (9000, 3), (513, 700)])
+def test_the_size_of_jpeg_xl_is_known_before_it_is_decoded(width, height, tmp_path):
+    pytest.importorskip("pillow_jxl", reason="make install-formats")
+    for options in ({}, {"use_container": True}):
+        Image.new("RGB", (width, height)).save(stream := io.BytesIO(), "JXL", **options)
+        assert count_jxl_pixels(stream.getvalue()) == width * height
+    header = 2 << 1 | height * 99 - 1 << 3 | 1 << 21  # a side of 18 bits, square, and no image
+    (tmp_path / "x.jxl").write_bytes(b"\xff\x0a" + header.to_bytes(12, "little"))
+    assert measure_file(tmp_path / "x.jxl", (height * 99) ** 2 - 1).kind == TOO_LARGE
 
 
 def test_an_avif_that_begins_as_heif_is_left_to_pillow(tmp_path):
