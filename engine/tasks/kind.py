@@ -43,7 +43,10 @@ from utils.errors import UserError, close_names
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, readable, sha256_text
 from utils.io.weights import InitFrom, read_weights, restore_paths
+from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
+
+log = get_logger(__name__)
 
 
 class TaskConfig(Strict):
@@ -274,8 +277,11 @@ def read_setup(
     the first missing or wrong value of the metadata, or the tensors that do not fit it.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
-    run = run_of(path)
-    metadata = restore_paths(metadata, run.config if run else {})
+    if run := run_of(path):
+        try:
+            metadata = restore_paths(metadata, run.config)
+        except UserError as error:  # the weights of most kinds need no path
+            log.warning("%s", error)
     for key, value in (moved or {}).items():
         if not isinstance(metadata.get("model"), dict) or metadata["model"].get(key) is None:
             raise UserError(f"model.{key}: {path} has none; remove model.{key}")
