@@ -20,7 +20,6 @@ from data.layouts.walk import check_root, list_folder
 from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-from utils.io.files import Json
 from utils.io.names import find_path
 from utils.record.logging import get_logger
 
@@ -42,7 +41,7 @@ class ConceptConfig(Strict):
     repeats: Count | None = None
     share: Fraction | None = None
     trigger: str | None = None
-    captions: Json = {}
+    captions: dict[str, bool | int | float | str | list[str] | dict[str, float] | None] = {}
     mask: bool | None = None
     is_prior: bool = False
     weight: Positive = 1.0
