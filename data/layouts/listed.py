@@ -196,12 +196,12 @@ def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[
     is_described = {"label", "tags", "caption"} & {*others.values()} or list_labels(table, others)
     if len(flags) < 2 or is_described:
         return table, names
-    tags = [[name for name in flags if (row[name] or 0) > 0] for row in table.select(flags).to_pylist()]
-    known = table[flags[0]].is_valid().to_pylist()  # not of test images that wait
-    field = "tags"
-    if all(len(each) == 1 for each, is_known in zip(tags, known) if is_known):
-        field = "label"
-        tags = [each[0] if each else None for each in tags]
+    rows = table.select(flags).to_pylist()
+    tags = [[name for name in flags if (row[name] or 0) > 0] for row in rows]
+    counts = {len(each) for each, row in zip(tags, rows) if row[flags[0]] is not None}  # test images wait without
+    field = "label" if counts == {1} else "tags"
+    if field == "label":
+        tags = [next(iter(each), None) for each in tags]
     name = f"the {len(flags)} columns of 0 and 1"
     table = table.drop_columns(flags).append_column(name, pa.array(tags))
     return table, others | {name: field}

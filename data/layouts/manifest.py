@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -294,10 +295,15 @@ def _describe(file: Path) -> str:
     return f"{file.name} {status.st_size} {status.st_mtime_ns}"
 
 
+def _without_times(facts: Mapping[str, str]) -> dict[str, str]:
+    return {path: re.sub(r" \d+(?=, |$)", "", fact) for path, fact in facts.items()}
+
+
 def find_changed(root: Path, manifest: Path) -> list[str]:
     """Return and log the tables, and the images with sidecars, that differ from what job=manifest has read.
 
-    None for another manifest. Sizes and times are compared with those of then, and with no clock.
+    None for another manifest. Sizes and times are compared with those of then, and with no clock; of a copied folder,
+    where no file has its time of then, sizes alone.
     """
     tables = read_sources(manifest)
     if tables is None:
@@ -305,6 +311,8 @@ def find_changed(root: Path, manifest: Path) -> list[str]:
     images = pq.read_table(manifest, columns=["path", SIDECARS]).to_pydict()
     before = {**dict(zip(images["path"], images[SIDECARS])), **tables}
     now = find_sources(root)
+    if {*", ".join(before.values()).split(", ")}.isdisjoint(", ".join(now.values()).split(", ")):
+        before, now = map(_without_times, (before, now))
     changed = sorted(path for path in {*before, *filter(is_table, now)} if before.get(path, "") != now.get(path, ""))
     if changed:
         log.warning(

@@ -55,6 +55,10 @@ def test_sidecars_dated_ahead_copies_and_manifests_of_others_are_as_they_were(ro
     run("prepare", ["job=copy", "data=image_folder", "data.root=root", "job.to=copy"], tmp_path)
     shutil.copytree(root, tmp_path / "other")
     assert changed(root) == changed(tmp_path / "copy") == changed(tmp_path / "other") == []
+    shutil.copytree(root, tmp_path / "later", copy_function=shutil.copyfile)  # with the times of the copy
+    assert changed(tmp_path / "later") == []
+    (tmp_path / "later/sub/a.txt").write_text("longer")
+    assert changed(tmp_path / "later") == ["sub/a.png"]
     manifest = root / "manifest.parquet"
     pq.write_table(pq.read_table(manifest).replace_schema_metadata(None), manifest)
     (root / "sub/a.txt").write_text("new")
