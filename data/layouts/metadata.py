@@ -13,7 +13,6 @@ machine matches by its last parts.
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -33,7 +32,7 @@ from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.io.names import Names
 
 
@@ -89,7 +88,7 @@ def _read_entries(file: Path, unused: Unused) -> list[tuple[str, Sidecar]]:
     return [(key, _parse_entry(f"{str(file)!r}, {key!r}", record, unused)) for key, record in entries.items()]
 
 
-def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
+def _parse_entry(where: str, record: Json, unused: Unused) -> Sidecar:
     """Read an entry; without tags, its caption is a list of tags. `probs` of predict.py has the tags' categories."""
     tags = record.get("tags")
     if isinstance(tags, str):
@@ -100,7 +99,7 @@ def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
     return sidecar if sidecar.tags is not None else parse_text(where, sidecar.caption or "", unused).updated(sidecar)
 
 
-def _add_category(text: str, probs: dict[str, Any]) -> list[str]:
+def _add_category(text: str, probs: Json) -> list[str]:
     """Return a tag with each category whose probabilities have its name, or as it is."""
     tag = parse_tag(text)
     found = [category for category, names in probs.items() if isinstance(names, dict) and tag.name in names]
@@ -125,7 +124,7 @@ def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) ->
     return sidecars
 
 
-def _iterate_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_posts(file: Path) -> Iterator[tuple[str, Json]]:
     """Yield each post with its position, for messages."""
     if file.suffix == ".jsonl":
         yield from read_lines(file)

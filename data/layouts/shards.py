@@ -13,7 +13,7 @@ import re
 import tarfile  # noqa: TID251 (members are listed)
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from data.layouts.tables import POSSIBLE, Columns, list_labels, name_columns, re
 from data.layouts.unused import Unused
 from data.layouts.walk import walk_folders
 from utils.errors import UserError, about
-from utils.io.files import readable, write_atomically
+from utils.io.files import Json, readable, write_atomically
 from utils.io.memo import files_key
 from utils.io.names import Names
 from utils.ranks.processes import count_cores, map_in_processes
@@ -101,7 +101,7 @@ def _read_shard(stated: Columns, shard: tuple[str, str, Path]) -> tuple[pa.Table
     return pa.Table.from_pylist(rows, _ROWS), unused
 
 
-def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+def _read_tar(file: Path, name: str, unused: Unused) -> list[Json]:
     """Return the images of a tar file as rows.
 
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
@@ -204,7 +204,7 @@ def _unpack_parquet(file: Path, cache: Path) -> Path:
     return target
 
 
-def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[dict[str, Any]]:
+def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[Json]:
     """Return the images of an Arrow file as rows.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.

@@ -38,7 +38,7 @@ from utils.errors import UserError, about
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import vocabulary_of
-from utils.io.files import readable
+from utils.io.files import Json, readable
 from utils.io.weights import write_weights
 from utils.record.logging import get_logger
 
@@ -46,7 +46,7 @@ log = get_logger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _SCRATCH = ".export-"
-Entry = dict[str, Any]  # of export.json
+Entry = Json  # of export.json
 
 # ------------------------------------------------------------------------------------------------ networks for images
 

@@ -6,10 +6,9 @@ determinism belong to the recipe), tracking, the probe, folders and cache sizes.
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from utils.errors import UserError
-from utils.io.files import canonical_json, sha256_text
+from utils.io.files import Json, Values, canonical_json, sha256_text
 
 # Patterns for dotted keys; the first match decides. "!" keeps a key in the recipe.
 FREE_KEYS = (
@@ -34,7 +33,7 @@ FREE_KEYS = (
 )
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Values, prefix: str = "") -> Json:
     """Return {dotted key: value} for nested values; lists stay values."""
     flat = {}
     for key, value in values.items():
@@ -54,13 +53,13 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
     return False
 
 
-def recipe_hash(config: Mapping[str, Any]) -> str:
+def recipe_hash(config: Values) -> str:
     """Return 8 hexadecimal digits that identify the recipe."""
     kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
     return sha256_text(canonical_json(kept))[:8]
 
 
-def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], folder: str) -> list[str]:
+def check_resumable(saved: Values, now: Values, allowed: Sequence[str], folder: str) -> list[str]:
     """Compare a run's values with the resumption's; return the differences in `allowed` keys.
 
     Raises UserError if other keys of the recipe differ.
