@@ -168,6 +168,8 @@ class Pool:
 
     def add(self, row: int, content: bytes) -> None:
         """Store the record of a row if there is room and no other process has stored it."""
+        if self._room[0] + len(content) > self._room[1]:
+            return  # a full pool takes no lock
         with self._locked():
             start = self.used_bytes()
             end = start + len(content)

@@ -268,11 +268,12 @@ def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> 
     table = read_manifest(root, manifest, unused, stated)
     is_packed = PLACES.keys() <= set(table.column_names)
     listed = set(table["shard" if is_packed else "path"].to_pylist())
+    is_of_user = read_sources(manifest) is None
     others = Unused()
     for folder, _, names in walk_folders(root, others):
         paths = {folder + name for name in names} - listed
         unused.add("images that the manifest does not list", *filter(is_image_name, paths))
-        if read_sources(manifest) is None:
+        if is_of_user:
             unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
     others.pop(HIDDEN, None)
     for reason, paths in others.items():
