@@ -30,13 +30,24 @@ ALLOWED = {
     "engine/update": {"utils", "optim", "engine"},
     "engine/run": {"utils", "optim", "engine", "engine/update"},
     "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
-    "engine/recipe": {"utils", *ENGINE, "engine/tasks", "models", "data", *DATA},
+    "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},
+    "engine/frozen": {"utils", *ENGINE, "engine/tasks", "engine/exports", "models", "data", *DATA, "data/tools"},
     "engine/exports": {"utils", *ENGINE, "engine/tasks", "engine/judging", "models"},
-    "engine/judging": {"utils", *ENGINE, "engine/tasks", "engine/exports", "engine/train", "models", "data", *DATA},
+    "engine/judging": {
+        "utils",
+        *ENGINE,
+        "engine/tasks",
+        "engine/exports",
+        "engine/frozen",
+        "engine/train",
+        "models",
+        "data",
+        *DATA,
+    },
     "engine/train": {"utils", *ENGINE, "engine/tasks", "engine/recipe", "models", "data", *DATA},
-    "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures"},
-    SCRIPT: {"utils", *ENGINE, "engine/tasks", "engine/recipe", "engine/exports", "engine/judging", "engine/train"}
-    | {"models", "data", *DATA, "data/tools", "viewer"},
+    "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures", "engine/frozen"},
+    SCRIPT: {"utils", *ENGINE, "engine/tasks", "engine/recipe", "engine/exports", "engine/judging", "engine/frozen"}
+    | {"engine/train", "models", "data", *DATA, "data/tools", "viewer"},
     "submit": {"utils"},
 }
 FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most
