@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.images.bytes import image_key, open_contents
+from data.images.bytes import open_contents
 from data.stream.source import UnreadableImage
 from data.tags.rules import TextConfig, read_rules
 from data.tools import predictions
@@ -18,8 +18,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, category_name
-from utils.io.files import Json, ignore_write_errors, readable, sha256_text
-from utils.io.memo import own_cache
+from utils.io.files import Json, readable, sha256_text
 from utils.record.run_index import is_inside
 from viewer.images import Shelf, image_address
 
@@ -30,7 +29,6 @@ _MAX_PIXELS = 100_000_000
 _KEPT = 2  # networks in memory
 _SHOWN = 30  # classes or tags
 _NEAREST = 24  # images
-_EMBEDDINGS = Path("outputs/cache/embeddings")
 _AT_ONCE = 16  # images between two signs of progress
 
 
@@ -119,42 +117,36 @@ class Networks:
     ) -> Iterator[tuple[float, list[tuple[str, str]]]]:
         """Yield the share of a collection that is embedded; at the end, addresses and texts of the nearest images.
 
-        A file for the network and the collection keeps embeddings, each by the state of its image's file, also if the
-        iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
+        Embeddings are kept by the state of each image's file. Raises UnreadableImage, UserError, HTTPException.
         """
+
+        from engine.frozen.features import FeatureStore, Frozen
 
         def embed(content: bytes, name: str) -> np.ndarray:
             with self._lock:
                 return predictor.embed(_prepare(predictor, content, name))[0]
 
-        path = self.find(weights)
-        predictor, version = self.get(path)
+        predictor, version = self.get(self.find(weights))
         opened = shelf.open(collection, again=True)
         contents = open_contents(opened)
-        vectors = dict[str | int, np.ndarray]()
-        file = own_cache(_EMBEDDINGS) / f"{path.stem}-{version[:16]}-{collection}.npz"
-        with suppress(UserError):  # there is none yet, or it is damaged
-            vectors |= predictions.read_embeddings(file, version)
+        store = FeatureStore(contents, Frozen(predictor, version, weights, is_blind=False))
         rows = np.flatnonzero(opened.weights()).tolist()
         query = embed(content, name)
-        keys = {row: image_key(contents, row, version) or row for row in rows}  # a row: not to be kept
-        waiting = [row for row in rows if keys[row] not in vectors]
-        try:
-            for number, row in enumerate(waiting):
+        vectors = dict[int, np.ndarray]()
+        for number, row in enumerate(rows):
+            key = store.key(row)
+            vector = store.get(key)
+            if vector is None:
                 if number % _AT_ONCE == 0:
-                    yield 1 - (len(waiting) - number) / len(rows), []
+                    yield number / len(rows), []
                 with suppress(UnreadableImage):
-                    vectors[keys[row]] = embed(shelf.read(collection, opened, row), contents.name_of(row))
-        finally:
-            kept = {key: vectors[key] for key in keys.values() if key in vectors and isinstance(key, str)}
-            if waiting and kept:
-                lines = zip(kept, predictions.embedding_rows(kept.values()))
-                with ignore_write_errors(file), self._lock:
-                    predictions.Embeddings(file, version).write_all({"path": key, **line} for key, line in lines)
-        found = [row for row in rows if keys[row] in vectors]
-        if not found:
+                    vector = embed(shelf.read(collection, opened, row), contents.name_of(row))
+                    store.put(key, vector)
+            if vector is not None:
+                vectors[row] = vector
+        if not vectors:
             raise UserError(f"data.root: {opened.root} has no image that can be read")
-        best = predictions.rank(found, np.stack([vectors[keys[row]] for row in found]), query, _NEAREST)
+        best = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
         texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
         yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
 

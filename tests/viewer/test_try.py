@@ -210,8 +210,8 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
     Image.new("RGB", (9, 9)).save(files[5])
     files[6].write_bytes(b"no image")
     assert len(find()) == 11 and len(used) == 2
-    (kept,) = tmp_path.glob("outputs/cache/embeddings/*.npz")
-    kept.write_bytes(b"cut")
+    for record in tmp_path.glob("outputs/cache/features/*/*"):
+        record.write_bytes(b"cut")
     assert len(find()) == 11 and len(used) == 12
     os.utime(runs / "tagger/weights/best_weights.safetensors", (1, 1))  # others
     assert len(find()) == 11 and len(used) == 12

@@ -1,0 +1,102 @@
+"""Whose features tell of a collection: a network that has not seen its labels, if this machine has one.
+
+frozen = choose_frozen(None, collection, runtime)
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data.collection.collection import Collection
+from engine.exports.weights import load_predictor
+from engine.frozen.features import Frozen
+from engine.update.runtime import Runtime
+from models.config import TimmConfig
+from models.image_model import ImageModel, Normalise
+from models.predictor import torch_predictor
+from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
+from utils.errors import UserError, about
+from utils.io.memo import OURS, hash_once
+from utils.io.weights import find_weights, hash_tensors
+from utils.record.logging import get_logger
+from utils.record.run_index import find_runs
+from utils.record.run_reader import RunReader, run_of
+
+log = get_logger(__name__)
+
+_RUNS = Path("outputs")
+_HASHES = OURS / "weight_hashes.jsonl"
+CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
+
+
+def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen | None:
+    """Return a network for features, and say which in a line; None if this machine has none.
+
+    weights: a run or a file that the user names by the configuration key `key`. Else it is a network of timm whose
+    weights are in the cache, else the newest FCMAE run on the collection. Raises UserError (`key`) for weights that
+    cannot be used.
+    """
+    frozen = None
+    if weights is not None:
+        with about(key):
+            frozen = _open_own(find_weights(weights, "best"), collection, runtime)
+    for name in cached_names() if frozen is None else ():
+        try:
+            frozen = open_timm(name, runtime)
+            break
+        except UserError as error:  # a damaged file, or a preprocessing that cannot be stated
+            log.info("features: %s is left out: %s", name, error)
+    if frozen is None and (run := _find_fcmae(collection)) is not None:
+        frozen = _open_own(RunReader(run).weights("last"), collection, runtime)
+    if frozen is not None:
+        log.info("features: those of %s", frozen.says)
+    return frozen
+
+
+def open_timm(name: str, runtime: Runtime) -> Frozen:
+    """Return a network of timm with its weights. On a CPU its images have `CPU_PX`, if they are not smaller anyway.
+
+    Raises UserError if the weights, or what timm states for their images, cannot be used.
+    """
+    stated = stated_preprocessing(TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None))
+    if runtime.device.type == "cpu":
+        stated["image_size_hw"] = [min(CPU_PX, side) for side in stated["image_size_hw"]]
+    network = load_timm(name, num_classes=0)
+    if runtime.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    version = hash_tensors(network.state_dict())
+    model = ImageModel(network, Normalise(stated["mean"], stated["std"], 3), "features").eval()
+    metadata = {"output": "features", "weights_hash": version, "preprocessing": {**stated, "channels": 3}}
+    says = f"timm's {name} at {stated['image_size_hw'][0]} px, which has never seen these labels"
+    return Frozen(torch_predictor(model, metadata, runtime.device), version, says, is_blind=True)
+
+
+def _open_own(path: Path, collection: Collection, runtime: Runtime) -> Frozen:
+    """Return the network of a weight file. It is blind only if its run trained without labels, or on other images."""
+    predictor = load_predictor(path, runtime.device)
+    run = run_of(path)
+    is_blind = run is not None and (_trains_blind(run) or not _trains_on(run, collection))
+    seen = "has not seen these labels" if is_blind else "may have trained on these labels, so it agrees with wrong ones"
+    return Frozen(predictor, hash_once(path, _HASHES), f"{path}, which {seen}", is_blind)
+
+
+def _find_fcmae(collection: Collection) -> Path | None:
+    """Return the newest FCMAE run on the collection that has weights."""
+    found = {}
+    for path in find_runs([_RUNS]):
+        run = RunReader(path)
+        with suppress(UserError):  # a damaged run
+            if _trains_blind(run) and _trains_on(run, collection):
+                found[path] = run.weights("last").stat().st_mtime
+    return max(found, key=found.__getitem__, default=None)
+
+
+def _trains_blind(run: RunReader) -> bool:
+    return run.config.get("script") == "pretrain_fcmae"
+
+
+def _trains_on(run: RunReader, collection: Collection) -> bool:
+    """Return whether a run trains on the folder of the collection."""
+    root = run.config.get("data", {}).get("root", "")
+    return Path(root).resolve() == Path(collection.root).resolve()

@@ -1,0 +1,101 @@
+"""Features are a network's own, kept by weights and image; whose they are is said, and if it has seen the labels."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from data.open import load_collection, prepare_image
+from engine.frozen.choose import choose_frozen
+from engine.frozen.features import read_features
+from engine.update.runtime import choose_runtime
+from models.predictor import Predictor
+from tests.in_process import TINY, configure, make_images, run
+from tests.support import data_config, refuses
+
+NAME = "test_resnet.r160_in1k"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with images, and with a cache of the hub that has the weights of a small network."""
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / f"hub/models--timm--{NAME}"
+    (cached / "snapshots/0").mkdir(parents=True)
+    network = timm.create_model(NAME)
+    save_file(network.state_dict(), cached / "snapshots/0/model.safetensors", metadata={"format": "pt"})
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    make_images(tmp_path / "images")
+    return tmp_path
+
+
+def open_parts(place):
+    config = data_config(root=str(place / "images"))
+    runtime = choose_runtime(configure("finetune", [*TINY, "data.root=images"])[0].runtime)
+    return config, load_collection(config), runtime
+
+
+def count_embedded(monkeypatch):
+    counts, embed = [], Predictor.embed
+    monkeypatch.setattr(Predictor, "embed", lambda self, images: counts.append(len(images)) or embed(self, images))
+    return counts
+
+
+def test_only_new_and_changed_images_are_read(place, monkeypatch):
+    config, collection, runtime = open_parts(place)
+    frozen = choose_frozen(None, collection, runtime, "weights")
+    rows = np.flatnonzero(collection.weights())[::-1]
+    with torch.inference_mode():
+        features, found = read_features(frozen, collection, config, rows, runtime)
+    assert found.tolist() == rows.tolist()
+    files = [Path(collection.root) / collection.row(int(row)).path for row in rows]
+    for row in (0, 5, 11):
+        image = prepare_image(files[row].read_bytes(), "x", frozen.predictor.preprocessing, max_pixels=10**6)
+        assert np.allclose(frozen.predictor.embed(image)[0], features[row], atol=1e-5)
+    embedded = count_embedded(monkeypatch)
+    again, _ = read_features(frozen, collection, config, rows, runtime)
+    assert torch.equal(again, features) and embedded == []
+    files[3].write_bytes(files[8].read_bytes())
+    os.utime(files[3], (1, 1))
+    files[4].write_bytes(b"no image")
+    changed, found = read_features(frozen, collection, config, rows, runtime)
+    assert embedded == [2] and found.tolist() == np.delete(rows, 4).tolist()
+    assert torch.allclose(changed[3], features[8], atol=1e-5)
+    other = frozen._replace(version="other weights")
+    monkeypatch.setattr("engine.frozen.features._BATCH", 4)
+    few, found = read_features(other, collection, config, rows, runtime, deadline=0.0)
+    assert len(few) == 4 and found.tolist() == rows[:4].tolist()
+    for file in files:
+        file.write_bytes(b"no image")
+    with refuses("^data.root: .*no image"):
+        read_features(frozen, collection, config, rows, runtime)
+
+
+def test_a_network_that_has_not_seen_the_labels_is_chosen_and_said(place, monkeypatch, log):
+    _, collection, runtime = open_parts(place)
+    assert choose_frozen(None, collection, runtime, "weights").is_blind
+    assert f"{NAME} at 96 px, which has never seen these labels" in log.text
+    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").write_bytes(b"damaged")
+    assert choose_frozen(None, collection, runtime, "weights") is None
+    assert f"{NAME} is left out" in log.text
+    images = f"data.root={place}/images"
+    run("pretrain_fcmae", [*TINY, images, "task.decoder_dim=16", "run_dir=outputs/blind"], place)
+    run("finetune", [*TINY, images, "run_dir=outputs/seen"], place)
+    frozen = choose_frozen(None, collection, runtime, "weights")
+    assert frozen.is_blind and "outputs/blind" in frozen.says
+    seen = choose_frozen("outputs/seen", collection, runtime, "weights")
+    assert not seen.is_blind and "may have trained on these labels" in seen.says
+    make_images(place / "others")
+    others = load_collection(data_config(root=str(place / "others")))
+    assert choose_frozen("outputs/seen", others, runtime, "weights").is_blind
+    assert choose_frozen(None, others, runtime, "weights") is None
+    with refuses("^weights: "):
+        choose_frozen("nothing", others, runtime, "weights")
