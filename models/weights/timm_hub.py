@@ -16,6 +16,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+WEIGHTS = "model.safetensors"  # in a repository of timm on the hub
 _CACHED = "models--timm--"  # begins the name of a repository's folder in the cache
 
 
@@ -48,7 +49,7 @@ def read_timm(network: nn.Module) -> tuple[State, Json]:
     return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 
 
-def _find_config(name: str) -> Any:
+def find_config(name: str) -> Any:
     """Return what timm states for a network's weights, or None if it has none of this name."""
     import timm
 
@@ -58,6 +59,14 @@ def _find_config(name: str) -> Any:
         return None
 
 
+def cached_file(name: str) -> str | None:
+    """Return the path of a network's weights in timm's cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(f"timm/{name}", WEIGHTS)
+    return path if isinstance(path, str) else None
+
+
 def cached_names() -> list[str]:
     """Return the networks of timm whose weights are in its cache and that take any image size, small files first."""
     from huggingface_hub import constants
@@ -65,19 +74,24 @@ def cached_names() -> list[str]:
     sizes = {}
     for folder in Path(constants.HF_HUB_CACHE).glob(f"{_CACHED}*"):
         name = folder.name.removeprefix(_CACHED)
-        config = _find_config(name)
-        if config is not None and not config.fixed_input_size:
-            sizes[name] = sum(file.stat().st_size for file in folder.glob("snapshots/*/*"))
+        config = find_config(name)
+        path = cached_file(name)
+        if path is not None and config is not None and not config.fixed_input_size:
+            sizes[name] = Path(path).stat().st_size
     return sorted(sizes, key=sizes.__getitem__)
 
 
 def load_timm(name: str, **arguments: int) -> nn.Module:
-    """Return a network of timm with its weights. Raises UserError if they are neither cached nor downloadable."""
+    """Return a network of timm with its weights; the hub is not asked for cached ones.
+
+    Raises UserError if they are neither cached nor downloadable.
+    """
     import timm
 
     try:
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True, **arguments)
+            source = {"file": cached_file(name)}
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **arguments)
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -111,7 +125,7 @@ def stated_preprocessing(model: TimmConfig) -> Json:
     """
     import timm
 
-    config = _find_config(model.name)
+    config = find_config(model.name)
     if config is None:
         known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none for that network"
         raise UserError(f"timm has no weights named {model.name!r}; it has {known}")
