@@ -65,6 +65,11 @@ class Plan:
         """Return the epoch of the update that follows `step` updates."""
         return step * self.batch_size // self.epoch_length
 
+    def evaluations_after(self, step: int) -> int:
+        """Return how many evaluations are due after `step` updates, to the end of the run."""
+        done = math.floor(self.epoch_at(step) / self.evaluate_every_epochs + 1e-9)
+        return math.ceil(self.epoch_at(self.total_steps) / self.evaluate_every_epochs - 1e-9) - done
+
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
         """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
 

@@ -15,6 +15,7 @@ import shlex
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
 from engine.recipe.batch import fit_batch
+from engine.recipe.length import fit_minutes
 from engine.recipe.pretrained import use_pretrained
 from engine.recipe.prodigy import use_factor
 from engine.recipe.rules import plan_recipe
@@ -80,5 +81,6 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)
+        fit_minutes(run)
         run.fit([line.replace("{run}", shlex.quote(str(path))).replace("{data}", words) for line in commands])
     return None

@@ -15,7 +15,7 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.run.length import wait_for
+from engine.recipe.length import wait_for
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime

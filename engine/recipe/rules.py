@@ -14,7 +14,7 @@ import numpy as np
 from data.collection.collection import Collection
 from engine.recipe.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
 from engine.recipe.pretrained import use_pretrained
-from engine.run.length import read_minutes
+from engine.run.minutes import read_minutes
 from engine.tasks.kind import ImageTrainingConfig, Kind
 from engine.update.runtime import Runtime
 from models.weights.timm_hub import cached_names

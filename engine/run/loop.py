@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from engine.config import TrainingConfig
-from engine.plan import Plan
+from engine.plan import Plan, plan_streams
 from engine.run.advice import advise
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
+from engine.run.minutes import Pace, of_length
 from engine.run.recorder import Recorder
 from engine.task import Loaders, Report, Streams, Task, fingerprint_helpers
 from engine.update.learner import Learner
@@ -61,7 +62,8 @@ class Run:
 
     gain: the last evaluation that was better than the gain before it by more than `loop.early_stop_least`.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
-    range test. These and `best` are checkpointed.
+    range test. These and `best` are checkpointed. pace: with `loop.minutes`. evaluation_sec: the seconds of the newest
+    evaluation, or about those of the first one.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class Run:
         self.last_report: dict[str, float] = {}
         self.last_evaluated = 0
         self.found_lr: float | None = None
+        self.pace: Pace | None = None
+        self.evaluation_sec = 0.0
         self._tables: Values = {}  # of this process's newest evaluation
 
     @property
@@ -147,7 +151,7 @@ class Run:
         if self.owes_evaluation:
             self.end_step(stops=False, saves=True)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
-            while self.step < plan.total_steps and not self.has_stalled:
+            while self.step < self.plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
         self._report_end(time.perf_counter() - started, next_commands)
 
@@ -158,10 +162,16 @@ class Run:
         stream: yields this rank's micro-batches of each step. Raises UserError if the last checkpoint cannot be written
         or too many steps were skipped.
         """
-        learner, recorder, plan = self.learner, self.recorder, self.plan
+        learner, recorder = self.learner, self.recorder
         loop = self.config.loop
-        end = plan.epoch_end(plan.epoch_of(learner.step))
+        end = self.plan.epoch_end(self.plan.epoch_of(learner.step))
         while learner.step < end and not self.is_complete:
+            # 0. The length of a run that has a time.
+            if self.pace is not None:
+                steps = self.pace.steps_at(learner.step, self.plan, recorder.clock, self.evaluation_sec)
+                if steps != self.plan.total_steps:
+                    self.use_length(steps)
+
             # 1. Data.
             recorder.phase(learner.step, "loading")
             batches = next(stream)
@@ -177,7 +187,7 @@ class Run:
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
             stops, saves = distributed.poll(step, is_stop_requested(), self.saver.is_due())
             evaluates = self.owes_evaluation
-            may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
+            may_end = step == self.plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             if step % loop.log_every_steps == 0 or may_end:
                 recorder.log_step(step)
                 if not evaluates:
@@ -224,6 +234,14 @@ class Run:
         self._phase = phase
         yield from self.streams.in_order[phase].steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
+    def use_length(self, steps: int) -> None:
+        """Plan the run anew, with so many steps in all."""
+        self.plan = plan_streams(of_length(self.config, steps), self.streams, self.plan.world_size)
+        self.learner.use_length(self.plan)
+        self.recorder.use_plan(self.plan)
+        if self.found_lr is not None:
+            self.use_lr(self.found_lr)
+
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""
         self.found_lr = lr
@@ -235,6 +253,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate the exported weights (averaged, if averages are exported), and save them if they are the best."""
         learner, recorder, step = self.learner, self.recorder, self.step
+        started = time.perf_counter()
         recorder.phase(step, "evaluating")
         learner.sync_buffers()
         with learner.evaluated():
@@ -261,6 +280,7 @@ class Run:
         recorder.add_report(step, report, draws=draws)
         if step > 0:  # a run without steps has no curves
             recorder.plot(step, draws=draws)
+        self.evaluation_sec = time.perf_counter() - started
 
     def _is_better(self, value: float, before: Best, least: float = 0.0) -> bool:
         """Return whether a figure is better than that of another evaluation by more than `least`."""

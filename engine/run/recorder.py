@@ -128,6 +128,7 @@ class Recorder:
         self.epoch_meter = _Meter(self._device)
         self._tracking = config.tracking
         self._learner = learner
+        self.bar = Bar("training", plan.total_steps)
         self.use_plan(plan)
         self._metrics: MetricsLog | None = None
         self._samples: _SampleLog | None = None
@@ -145,7 +146,7 @@ class Recorder:
     def use_plan(self, plan: Plan) -> None:
         """Record a run of this plan."""
         self._plan = plan
-        self.bar = Bar("training", plan.total_steps)
+        self.bar.lengthen(plan.total_steps)
 
     # ------------------------------------------------------------------------------------------------- open and close
 

@@ -22,8 +22,8 @@ from torch import nn
 from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import choose_checkpoint
-from engine.run.length import fit_minutes, use_minutes
 from engine.run.loop import Run
+from engine.run.minutes import use_minutes
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
@@ -173,7 +173,6 @@ def open_run(
             recorder.open(run.step, streams.train, values, checkpoint is None or run.owes_evaluation)
             recorder.watchdog.start()
             try:
-                fit_minutes(run)
                 yield run
             except Stopped:
                 finished = False

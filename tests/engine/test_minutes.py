@@ -3,7 +3,10 @@
 import pytest
 
 import engine.run.loop
-from engine.run import length as minutes
+from engine.recipe import length
+from engine.run import minutes
+from engine.run.clock import Clock, Mark
+from engine.run.minutes import Speed
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import assert_equal_runs, refuses
 from utils.io.files import read_json
@@ -15,11 +18,12 @@ MORE = ["loop.evaluate_every_epochs=2", "loop.ema_decay=0.9", "loop.checkpoint_e
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A command of 10 minutes: 20 s of start, steps of 60 s in the first epoch, then of 39 s, evaluations of 15 s."""
-    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20)
-    monkeypatch.setattr(minutes, "_MOST_UPDATES", 1)
-    monkeypatch.setattr(minutes, "_END_SEC", 2.5)
-    monkeypatch.setattr(minutes, "_time_steps", timed := timing(minutes._time_steps, (60.0, 39.0)))
-    monkeypatch.setattr(minutes, "_time_evaluation", timing(minutes._time_evaluation, 15.0))
+    monkeypatch.setattr(length, "monotonic", lambda: length.STARTED + 20)
+    monkeypatch.setattr(length, "_MOST_UPDATES", 1)
+    monkeypatch.setattr(length, "END_SEC", 2.5)
+    monkeypatch.setattr(length, "_time_steps", timed := timing(length._time_steps, Speed(60.0, 39.0, 2)))
+    monkeypatch.setattr(length, "_time_evaluation", timing(length._time_evaluation, 15.0))
+    monkeypatch.setattr(minutes, "_FIRST_SHARE", 2.0)  # nothing is corrected
     root, given = make_images(tmp_path / "images"), [word for word in TINY if word != LENGTH]
     return [*given, *MORE, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=10"], timed
 
@@ -42,12 +46,36 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     run("finetune", words, tmp_path)
     found = read_json(tmp_path / "run/minutes.json")
     assert timed.count == 1
-    assert found == {"minutes": 10, "steps": 12, "words": []}  # and 3 evaluations
+    assert found == {"minutes": 10, "steps": 12, "words": [], "corrected": {}}  # and 3 evaluations
     plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
     run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
     assert_equal_runs(tmp_path / "run", tmp_path / "plain", 12)
     with refuses(r"loop\.minutes: 5, but .*run was planned for 10; set loop\.minutes=10"):
         run("finetune", [*words, "loop.minutes=5", "resume_allow=[loop.minutes]"], tmp_path)
+
+
+def test_a_run_whose_steps_take_half_as_long_makes_more_and_a_resumed_one_repeats_them(words, tmp_path, monkeypatch):
+    words, _ = words
+    marks = [0.0]
+
+    def mark(clock, step):
+        marks.append(30.0 * min(step, 2) + 19.5 * max(0, step - 2))
+        return Mark(step, marks[-1])
+
+    monkeypatch.setattr(Clock, "mark", mark)
+    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20 + marks[-1])
+    monkeypatch.setattr(minutes, "_FIRST_SHARE", 0.15)
+    run_until_killed("finetune", words, tmp_path, step=16)  # its last checkpoint has 15 steps
+    file = tmp_path / "run/minutes.json"
+    found = read_json(file)
+    steps = found["corrected"]
+    assert (found["steps"], steps["2"], len(steps)) == (12, 26, 2)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/minutes.json").write_bytes(file.read_bytes())
+    run("finetune", words, tmp_path)
+    assert read_json(file) == found
+    run("finetune", [*words, f"run_dir={tmp_path / 'whole'}"], tmp_path)
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole", [*steps.values()][-1])
 
 
 @pytest.mark.parametrize(

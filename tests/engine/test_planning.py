@@ -7,11 +7,12 @@ import timm
 import torch
 from PIL import Image
 
-from engine.recipe import facts
+from engine.recipe import facts, length
 from engine.recipe import rules as planning
 from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
-from engine.run import length as minutes
+from engine.run import minutes
+from engine.run.minutes import Speed
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.io.files import read_json
@@ -28,9 +29,10 @@ def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
     monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: 0.002)
     monkeypatch.setattr(facts, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: (20.0, 20.0))
-    monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
-    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
+    monkeypatch.setattr(length, "_time_steps", lambda run, seconds: Speed(20.0, 20.0, 2))
+    monkeypatch.setattr(length, "_time_evaluation", lambda run: 1.0)
+    monkeypatch.setattr(length, "monotonic", lambda: length.STARTED)
+    monkeypatch.setattr(minutes, "_FIRST_SHARE", 2.0)  # nothing is corrected
     root = make_images(tmp_path / "images")
     return [
         f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.batch_size=4",

@@ -1,0 +1,150 @@
+"""`loop.minutes`: as many steps as fit into a time, measured at the start of a run.
+
+Updates and parts of evaluations are timed on the run's own machine and data, and undone. The minutes include the start
+of the script, evaluations, and the files at the end. engine/run/minutes.py keeps the number, and corrects it later.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from time import monotonic
+
+import torch
+
+from engine.plan import Plan, plan_streams
+from engine.run.loop import Run
+from engine.run.lr_finder import undone
+from engine.run.minutes import END_SEC, Found, Pace, Speed, of_length, read_minutes
+from utils.errors import UserError
+from utils.ranks import distributed
+from utils.ranks.signals import check_stop
+from utils.record.logging import get_logger
+from utils.start import STARTED
+
+log = get_logger(__name__)
+
+_WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
+_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
+_MOST_UPDATES = 50  # of a timing
+_SLOW = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
+_DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
+_BATCHES = 8  # of an evaluation
+
+
+def fit_minutes(run: Run) -> None:
+    """Give the run the number of steps that fits into its minutes, measured now or by its first start.
+
+    Raises UserError (`loop.minutes`) if no step fits.
+    """
+    minutes = run.config.loop.minutes
+    if minutes is None:
+        return
+    found = read_minutes(run.folder.path, minutes)
+    speed = None
+    if found is None:
+        speed = _time_steps(run, _SHARE * 60 * minutes)
+        found = _find_steps(run, minutes, speed)
+    run.pace = Pace(run.folder.path, found, run.recorder.clock.mark(run.step), speed)
+    run.use_length(found.steps_before(run.step))
+
+
+def _find_steps(run: Run, minutes: float, speed: Speed) -> Found:
+    """Time an evaluation, and return the number of steps that fits."""
+
+    def plan_of(steps: int) -> Plan:
+        return plan_streams(of_length(run.config, steps), run.streams, run.plan.world_size)
+
+    run.evaluation_sec = _time_evaluation(run)
+    start_sec = monotonic() - STARTED
+    left = 60 * minutes - start_sec - END_SEC
+    steps = distributed.rank_zero_call(lambda: _count_steps(left, speed, run.evaluation_sec, plan_of))
+    step = f"{speed.first:.3g} s, after the first epoch {speed.later:.3g} s"
+    measured = f"a step takes {step}, an evaluation {run.evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
+    if steps < 1:
+        raise UserError(f"loop.minutes: {minutes:g} are too few: {measured}; set more")
+    plan = plan_of(steps)
+    warmup = f", {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
+    length = f"{steps:,} steps, {plan.epoch_at(steps):.3g} epochs{warmup}"
+    log.info("loop.minutes=%g: %s; %s", minutes, length, measured)
+    return Found(minutes=minutes, steps=steps, words=list(run.folder.job.planned))
+
+
+def _count_steps(left: float, speed: Speed, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
+    """Return the number of steps that leave time for their evaluations and for a range test."""
+    steps = int(left / min(speed.first, speed.later))
+    while steps >= 1:  # fewer steps may have fewer evaluations
+        plan = plan_of(steps)
+        fewer = speed.count(left - plan.evaluations_after(0) * evaluation_sec) - plan.range_test_steps
+        if fewer >= steps:
+            break
+        steps = fewer
+    return steps
+
+
+def _time_steps(run: Run, seconds: float) -> Speed:
+    """Return the speed of updates: the same ones are timed twice, of all streams by their share of the run.
+
+    seconds: of each timing.
+    """
+    shares = [phase.fraction for phase in run.config.loop.phases or ()]
+    shares.append(1 - math.fsum(shares))
+    first = later = 0.0
+    for number, share in enumerate(shares):
+        count, stream_sec = _time_stream(run, number, seconds)
+        first += share * stream_sec
+        later += share * _time_stream(run, number, seconds, count)[1]
+    return Speed(first, later, run.plan.epoch_length // run.plan.batch_size)
+
+
+def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None) -> tuple[int, float]:
+    """Return the number of updates of one stream that were timed, and their mean seconds. The updates are undone."""
+    learner = run.learner
+
+    def time_updates(count: int) -> float:
+        started = monotonic()
+        for number in range(count):
+            run.recorder.phase(0, f"loop.minutes, update {number + 1}")
+            check_stop()
+            learner.update(next(batches))
+        wait_for(learner.runtime.device)
+        return distributed.rank_zero_call(lambda: (monotonic() - started) / count)
+
+    with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
+        time_updates(1)  # may compile
+        for _ in range(_WARM_UP):
+            about = time_updates(1)
+            if about > seconds / _SLOW:
+                break
+        if count is None:
+            count = min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))
+        if count < 1:
+            return 0, about
+        ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
+        if ahead:
+            time_updates(min(_DRAIN * ahead, count))
+        return count, time_updates(count)
+
+
+def _time_evaluation(run: Run) -> float:
+    """Return the seconds of an evaluation, from its first batches."""
+    batches = max([len(loader) for loader in run.streams.evaluation.values()], default=0)
+    if not (run.streams.evaluation_samples and batches):
+        return 0.0
+
+    def seconds(most: int) -> float:
+        started = monotonic()
+        run.measure(only_draws=False, most=most)
+        wait_for(run.learner.runtime.device)
+        return monotonic() - started
+
+    seconds(1)
+    first = seconds(1)
+    most = min(batches, _BATCHES)
+    rest = (seconds(most) - first) / (most - 1) if most > 1 else 0.0
+    return first + max(0.0, rest) * (batches - 1)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,151 @@
+"""`loop.minutes`: the number of steps of a run that has a time, in minutes.json of its folder.
+
+engine/recipe/length.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
+number holds from a step on. A resumed run repeats the corrections, and makes no others.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
+
+from engine.config import TrainingConfig
+from engine.plan import Plan
+from engine.run.clock import Clock, Mark
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.io.files import output_errors, write_json
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.start import STARTED
+
+log = get_logger(__name__)
+
+_FILE = "minutes.json"
+_FIRST_SHARE = 0.15  # of the steps, before the first correction; then half of the rest, and half of that
+_LEAST_SHARE = 0.02  # of the steps: with less left, nothing is corrected
+END_SEC = 4.5  # the last pictures and weights
+
+
+class Found(Strict):
+    """What a run has found. words: the recipe that `loop.minutes` planned. steps: at the start.
+
+    corrected: the number of steps, by the step after which it holds.
+    """
+
+    minutes: float
+    steps: int
+    words: list[str]
+    corrected: dict[int, int] = {}
+
+    def steps_before(self, step: float) -> int:
+        """Return the number of steps that held before a step's correction, if it has one."""
+        earlier = [number for number in self.corrected if number < step]
+        return self.corrected[max(earlier)] if earlier else self.steps
+
+
+def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) -> TrainingConfig:
+    """Return the config with the number of steps that an earlier start of the run has found, if it has.
+
+    overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
+    minutes, or for a damaged file.
+    """
+    minutes = config.loop.minutes
+    if minutes is None:
+        return config
+    lengths = [word for word in overrides if word.startswith(("loop.total_steps=", "loop.total_epochs="))]
+    beside = [word for word in lengths if not word.endswith("=null")]
+    if beside:
+        raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
+    found = read_minutes(folder, minutes)
+    return of_length(config, None if found is None else found.steps_before(math.inf))
+
+
+def read_minutes(folder: Path, minutes: float) -> Found | None:
+    """Return what an earlier start of the run has found; None without one.
+
+    Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
+    """
+    file = folder / _FILE
+    if not file.exists():
+        return None
+    try:
+        found = Found.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
+    if found.minutes != minutes:
+        raise UserError(
+            f"loop.minutes: {minutes:g}, but {folder} was planned for {found.minutes:g}; set "
+            f"loop.minutes={found.minutes:g}, or give another run_dir"
+        )
+    return found
+
+
+def of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
+    """Return the config of a run of so many steps."""
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"total_steps": steps})})
+
+
+class Speed(NamedTuple):
+    """The seconds of a step in the first epoch, and of a later one, when images come from the memory cache."""
+
+    first: float
+    later: float
+    epoch: int  # steps
+
+    def seconds_to(self, step: int) -> float:
+        """Return the seconds of so many steps."""
+        return min(step, self.epoch) * self.first + max(0, step - self.epoch) * self.later
+
+    def count(self, seconds: float) -> int:
+        """Return the number of steps that fit."""
+        more = seconds - self.epoch * self.first
+        return int(self.epoch + more / self.later if more > 0 else seconds / self.first)
+
+
+class Pace:
+    """Correct the number of steps of a run, so that it ends with its minutes.
+
+    speed: as the process that has begun the run expects it from `start` on; None in another process, which repeats its
+    corrections.
+    """
+
+    def __init__(self, folder: Path, found: Found, start: Mark, speed: Speed | None) -> None:
+        self._file = folder / _FILE
+        self._found = found
+        self._next = -1  # step of the next correction
+        self._since = start
+        self._speed = speed
+        if speed is not None:
+            self._next = start.step + math.ceil(_FIRST_SHARE * (found.steps - start.step))
+            self._write()
+
+    def _write(self) -> None:
+        if distributed.is_main():
+            with output_errors("run_dir", self._file):
+                write_json(self._file, self._found.model_dump())
+
+    def steps_at(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
+        """Return the number of steps, after `step` of them; all ranks call it. evaluation_sec: of one to come.
+
+        Raises UserError (`run_dir`) if a correction cannot be written.
+        """
+        corrected = self._found.corrected
+        if step == self._next and not plan.phase_ends:
+            steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
+            log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
+            corrected[step] = steps
+            self._next = step + (steps - step) // 2 if steps - step > _LEAST_SHARE * steps else -1
+            self._write()
+        return corrected.get(step, plan.total_steps)
+
+    def _count(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
+        """Return the number of steps that fit, if all go on as those since the last correction."""
+        now = clock.mark(step)
+        expected = self._speed.seconds_to(step)
+        slower = (now.seconds - self._since.seconds) / (expected - self._speed.seconds_to(self._since.step))
+        self._since = now
+        left = 60 * self._found.minutes - (monotonic() - STARTED) - END_SEC
+        left -= plan.evaluations_after(step) * evaluation_sec
+        return max(step + 1, self._speed.count(expected + left / slower))
