@@ -27,8 +27,7 @@ class Ridge:
         self._targets = targets
         self._intercept = targets.mean(dim=0)
         standard = (features - self._mean) / self._scale
-        values, self._axes = torch.linalg.eigh(standard.T @ standard)
-        self._values = values.clamp(min=0)
+        self._values, self._axes = _decompose(standard)
         self._rotated = standard @ self._axes
         self._moments = self._rotated.T @ (targets - self._intercept)
 
@@ -56,6 +55,20 @@ class Ridge:
         measure: a function of targets [n, K] and predictions [n, K] that returns sums over these images.
         """
         return {penalty: sum(measure(*part) for part in self.left_out(penalty)) for penalty in PENALTIES}
+
+
+def _decompose(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues [R] and eigenvectors [C, R] of the moments of features [N, C], from the smaller matrix.
+
+    With fewer images than features, that is their inner products; directions in which no image differs are left out.
+    """
+    if len(features) >= features.shape[1]:
+        values, axes = torch.linalg.eigh(features.T @ features)
+        return values.clamp(min=0), axes
+    values, images = torch.linalg.eigh(features @ features.T)
+    differs = values > 1e-12 * values[-1]
+    values = values[differs]
+    return values, features.T @ (images[:, differs] / values.sqrt())
 
 
 def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
