@@ -39,11 +39,15 @@ class ConvNeXtV2Config(Strict):
         return self.stem_stride * 2 ** (len(self.dims) - 1)
 
 
+Pretrained = Literal["auto", "cached", "never"]
+
+
 class TimmConfig(Strict):
     """Describe a network by its timm name; `drop_path_rate: null` keeps the network's default.
 
     image_size_hw: for networks that need one image size, such as ViTs; null: the default of the name. Weights for
     another size are interpolated when they are loaded. channels: of the four stages of a ResNet; null: the name's.
+    pretrained: whose weights a plan may begin from (models/weights/offers.py).
     """
 
     family: Literal["timm"]
@@ -52,6 +56,7 @@ class TimmConfig(Strict):
     drop_path_rate: BelowOne | None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None = None
+    pretrained: Pretrained = "auto"
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

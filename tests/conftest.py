@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of which imports torch
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the fork server's question for a GPU bars its forks from it
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a local one is in tests/models/test_offers.py
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -20,8 +20,9 @@ from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from models.build import build_network
-from models.config import ModelConfig, TimmConfig
+from models.config import ModelConfig, Pretrained, TimmConfig
 from models.image_model import Normalise
+from models.weights.offers import list_weights
 from models.weights.timm_hub import load_timm, stated_preprocessing
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
@@ -42,6 +43,7 @@ _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
 _SMALL_PX = 16  # side of the pictures in which they are compared
 _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
+_FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
 LEAST_EPOCHS = 4  # of a pretrained network
 _FINE_BATCH = 32
@@ -156,12 +158,12 @@ def find_facts(
     collection: Collection,
     labels: np.ndarray | None,
     runtime: Runtime,
-    names: Sequence[str] | None,
+    pretrained: Pretrained | None,
 ) -> Facts:
     """Return the facts of a collection and a machine; takes a few seconds.
 
-    labels: the class of each row of the collection, negative for none; None: it has tags. names: of timm's networks
-    whose weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
+    labels: the class of each row of the collection, negative for none; None: it has tags. pretrained: whose
+    weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
     """
     seconds = 60 * config.loop.minutes
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
@@ -185,11 +187,13 @@ def find_facts(
         mirrors = compare_mirrored(sample.small, sample.labels)
         facts = replace(facts, mirrors=mirrors, colours=tells_colour(sample.small, sample.labels))
     network = None
-    if names is None:
+    if pretrained is None:
         side = max(config.augment.image_size_hw)
         own_sec = time_network(config.model, side, _OWN_BATCH, runtime) * (UNIT_PX / side) ** 2
         network = Network(config.model.name, 0, own_sec / step_sec, config.init_from is not None)
     elif labels is not None and facts.shows_things:
+        most_cost = _SHARE * seconds / step_sec / len(rows) / LEAST_EPOCHS * (UNIT_PX / FINE_PX) ** 2
+        names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
         network = _most_telling(names, sample, seconds, len(rows), step_sec, runtime)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
@@ -205,7 +209,7 @@ def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
 
 
 def _most_telling(
-    names: Sequence[str], sample: Sample, seconds: float, images: int, step_sec: float, runtime: Runtime
+    names: Iterable[str], sample: Sample, seconds: float, images: int, step_sec: float, runtime: Runtime
 ) -> Network | None:
     """Return the network of timm whose features tell most of the class.
 

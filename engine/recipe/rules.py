@@ -17,7 +17,6 @@ from engine.recipe.pretrained import use_pretrained
 from engine.run.minutes import read_minutes
 from engine.tasks.kind import ImageTrainingConfig, Kind
 from engine.update.runtime import Runtime
-from models.weights.timm_hub import cached_names
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
@@ -109,6 +108,7 @@ _MIX_EPOCHS = 150
 _LETTER_EPOCHS = 20
 _LETTERS_SEEN = 150_000
 _NO_WEIGHTS = "init_from=null"
+_PRETRAINED = "model.pretrained="
 
 
 def list_rules(facts: Facts) -> Iterator[Rule]:
@@ -228,11 +228,11 @@ def _choose_words(
 
     labels: the class of each row of the collection, negative for none; None: it has tags.
     """
-    given = [word for word in job.overrides if word != _NO_WEIGHTS]
-    names = cached_names() if given == job.overrides else []
-    if config.init_from is not None or any(_touches(word, "model") for word in given):
-        names = None
-    facts = find_facts(config, collection, labels, runtime, names)
+    given = [word for word in job.overrides if word != _NO_WEIGHTS and not word.startswith(_PRETRAINED)]
+    pretrained = None
+    if config.init_from is None and not any(_touches(word, "model") for word in given):
+        pretrained = "never" if _NO_WEIGHTS in job.overrides else config.model.pretrained
+    facts = find_facts(config, collection, labels, runtime, pretrained)
     chosen = []
     lines = []
     for rule in list_rules(facts):

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from models.weights.timm_hub import WEIGHTS, cached_file, find_config
+from models.config import Pretrained
+from models.weights.timm_hub import WEIGHTS, cached_file, cached_names, find_config
 from utils.errors import UserError
 from utils.io.files import file_lock, sha256_file, write_text
 from utils.io.safe_text import hide_secrets
@@ -19,14 +20,12 @@ from utils.record.progress import Bar
 
 log = get_logger(__name__)
 
-Pretrained = Literal["auto", "cached", "never"]
-
 _ANSWER_SEC = 2.0
 _STALLED_SEC = 10.0
 
 
 class Offer(NamedTuple):
-    """A network. megabytes: of its file. cost: of training an image, relative to `resnet10t` with 32 channels."""
+    """A network. megabytes: of its file. cost: of training an image in bf16, relative to resnet10t of 32 channels."""
 
     name: str
     megabytes: int
@@ -35,25 +34,24 @@ class Offer(NamedTuple):
 
 # Their licences are Apache-2.0. Any image size; timm's registry states the preprocessing. By cost:
 OFFERS = (
-    Offer("mobilenetv4_conv_small.e2400_r224_in1k", 15, 1.2),
-    Offer("tf_efficientnet_lite0.in1k", 19, 2.5),
-    Offer("convnext_nano.in12k_ft_in1k", 62, 8.0),
+    Offer("mobilenetv4_conv_small.e2400_r224_in1k", 15, 2.7),
+    Offer("tf_efficientnet_lite0.in1k", 19, 8.6),
+    Offer("convnext_nano.in12k_ft_in1k", 62, 11.6),
 )
 
 
-def obtain(pretrained: Pretrained, most_cost: float, seconds: float) -> str | None:
-    """Return the costliest network of `OFFERS` up to `most_cost` if its weights are in the cache now, else None.
+def list_weights(pretrained: Pretrained, most_cost: float, seconds: float) -> list[str]:
+    """Return the networks of timm whose weights a command may use, which are in the cache, small files first.
 
-    With "auto" they are fetched: the hub has two seconds to answer, and the download `seconds`. A failure is a line in
-    the log. Only one rank may call it.
+    "auto" fetches those of the costliest offer up to `most_cost`: the hub has two seconds to answer, and the download
+    `seconds`. A failure is a line in the log. Only one rank may call it.
     """
+    if pretrained == "never":
+        return []
     fitting = [offer for offer in OFFERS if offer.cost <= most_cost]
-    if pretrained == "never" or not fitting:
-        return None
-    offer = fitting[-1]
-    if pretrained == "auto" and cached_file(offer.name) is None:
-        _fetch(offer, seconds)
-    return None if cached_file(offer.name) is None else offer.name
+    if pretrained == "auto" and fitting and cached_file(fitting[-1].name) is None:
+        _fetch(fitting[-1], seconds)
+    return cached_names()
 
 
 def _fetch(offer: Offer, seconds: float) -> None:

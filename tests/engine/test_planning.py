@@ -13,6 +13,7 @@ from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import minutes
 from engine.run.minutes import Speed
+from models.weights import offers
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.io.files import read_json
@@ -60,7 +61,9 @@ def chosen(facts, key):
 def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has_its_own(words, tmp_path, monkeypatch):
     fill_cache(monkeypatch, tmp_path, RESNET, timm.create_model("test_resnet"))
     monkeypatch.setattr(facts, "_LEAST_FINE", 1)
-    monkeypatch.setattr(facts, "LEAST_EPOCHS", 0)
+    monkeypatch.setattr(facts, "LEAST_EPOCHS", 1e-9)
+    fetched = []
+    monkeypatch.setattr(offers, "_fetch", lambda offer, seconds: fetched.append((offer, seconds)))
     # By their features the nearest image is always of the class; by pictures it rarely is.
     right = {2: 1.0, 4: 0.3}
     monkeypatch.setattr(facts, "nearest_right", lambda pictures, labels, queries=None: right[pictures.ndim])
@@ -78,12 +81,16 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     stated = timm.get_pretrained_cfg(RESNET)
     assert config["augment"]["std"] == list(stated.std) and config["augment"]["mean"] == [0.4] * 3  # as set
     assert config["augment"]["eval_crop"] == 1.0
-    for number, word in enumerate(("init_from=null", "model=resnet18")):
+    assert fetched == [(offers.OFFERS[-1], 6.0)]  # a tenth of the minute
+    for number, word in enumerate(("init_from=null", "model=resnet18", "model.pretrained=never")):
         run("train", [*words, word, f"run_dir=other{number}"], tmp_path)
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
+    run("train", [*words, "model.pretrained=cached", "run_dir=cached"], tmp_path)
+    assert RunReader(tmp_path / "cached").config["model"]["name"] == RESNET
     monkeypatch.setattr(facts, "compare_mirrored", lambda small, labels: 0.3)  # letters
     run("train", [*words, "run_dir=letters"], tmp_path)
     assert RunReader(tmp_path / "letters").config["init_from"] is None
+    assert len(fetched) == 1
 
 
 def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):

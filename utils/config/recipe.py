@@ -20,6 +20,7 @@ FREE_KEYS = (
     "run_dir",
     "resume*",
     "dry_run",
+    "model.pretrained",  # what the plan chose is kept
     "data.corrections",  # what they change is in the collection's fingerprint
     "data.cache.*_gib",
     "data.cache.folder",
