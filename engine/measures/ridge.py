@@ -13,23 +13,30 @@ from utils.ranks.signals import check_stop
 
 # Candidates for the penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_AT_ONCE = 10_000  # images whose predictions are in memory
+_AT_ONCE = 2_000  # images whose predictions are in memory
 
 
 class Ridge:
-    """Ridge regressions of targets [N, K] on features [N, C], both float64, for any penalty.
+    """Ridge regressions of targets [N, K] on features [N, C], both of any dtype, for any penalty.
 
-    Features are standardised, and the intercept is free. One eigendecomposition serves all penalties.
+    Features are standardised, and the intercept is free. One eigendecomposition serves all penalties. Targets are
+    converted to float64 by blocks, so bool ones of many classes take little memory.
     """
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
+        features = features.double()
         self._mean, self._scale = standardise(features)
         self._targets = targets
-        self._intercept = targets.mean(dim=0)
+        self._intercept = targets.mean(dim=0, dtype=torch.float64)
         standard = (features - self._mean) / self._scale
         self._values, self._axes = _decompose(standard)
         self._rotated = standard @ self._axes
-        self._moments = self._rotated.T @ (targets - self._intercept)
+        self._moments = sum(part.T @ (known - self._intercept) for part, known in self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, targets in zip(self._rotated.split(_AT_ONCE), self._targets.split(_AT_ONCE)):
+            check_stop(alone=True)
+            yield features, targets.double()
 
     def _shrink(self, penalty: float) -> Tensor:
         return 1 / (self._values + penalty * len(self._targets))
@@ -38,11 +45,10 @@ class Ridge:
         """Yield targets [n, K] of some images, and what a regression without each image predicts for it, in order."""
         shrink = self._shrink(penalty)
         weight = shrink[:, None] * self._moments
-        for features, targets in zip(self._rotated.split(_AT_ONCE), self._targets.split(_AT_ONCE)):
-            check_stop(alone=True)
-            leverage = features.square() @ shrink + 1 / len(self._targets)
-            error = targets - self._intercept - features @ weight
-            yield targets, targets - error / (1 - leverage)[:, None]
+        for features, targets in self._blocks():
+            leverage = (features.square() @ shrink + 1 / len(self._targets))[:, None]
+            fitted = torch.addmm(self._intercept, features, weight)
+            yield targets, (fitted - leverage * targets).div_(1 - leverage)
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """Return weight [K, C] and bias [K] for features as they were given."""
