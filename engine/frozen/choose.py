@@ -3,6 +3,7 @@
 frozen = choose_frozen(None, collection, runtime)
 """
 
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.update.runtime import Runtime
 from models.config import TimmConfig
 from models.image_model import ImageModel, Normalise
 from models.predictor import torch_predictor
+from models.weights.offers import list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about
 from utils.io.memo import OURS, hash_once
@@ -26,6 +28,7 @@ from utils.record.run_reader import RunReader, run_of
 log = get_logger(__name__)
 
 _RUNS = Path("outputs")
+_FETCH_SEC = 120.0
 _HASHES = OURS / "weight_hashes.jsonl"
 CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
 
@@ -34,14 +37,14 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     """Return a network for features, and say which in a line; None if this machine has none.
 
     weights: a run or a file that the user names by the configuration key `key`. Else it is a network of timm whose
-    weights are in the cache, else the newest FCMAE run on the collection. Raises UserError (`key`) for weights that
-    cannot be used.
+    weights are in the cache or can be fetched, else the newest FCMAE run on the collection. Raises UserError (`key`)
+    for weights that cannot be used.
     """
     frozen = None
     if weights is not None:
         with about(key):
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
-    for name in cached_names() if frozen is None else ():
+    for name in _list_names() if frozen is None else ():
         try:
             frozen = open_timm(name, runtime)
             break
@@ -52,6 +55,10 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     if frozen is not None:
         log.info("features: those of %s", frozen.says)
     return frozen
+
+
+def _list_names() -> list[str]:
+    return cached_names() or list_weights("auto", math.inf, _FETCH_SEC)
 
 
 def open_timm(name: str, runtime: Runtime) -> Frozen:

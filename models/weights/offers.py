@@ -63,7 +63,9 @@ def _fetch(offer: Offer, seconds: float) -> None:
     download = _Download(f"timm/{offer.name}")
     download.start()
     if download.answered.wait(_ANSWER_SEC) and download.size:
-        log.info("fetching %s, for at most %.0f s; model.pretrained=cached fetches none", what, seconds)
+        log.info(
+            "fetching %s, for at most %.0f s; model.pretrained=cached or HF_HUB_OFFLINE=1 fetches none", what, seconds
+        )
         until = monotonic() + seconds
         bar = Bar(f"fetching {offer.name}", download.size)
         with bar.opened():
