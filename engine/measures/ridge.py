@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.ranks.signals import check_stop
 
-# Candidates for the penalty, per training image; features have variance 1.
+# Candidates for the penalty, per training image; the variance of features is near 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _AT_ONCE = 2_000  # images whose predictions are in memory
 
@@ -19,8 +19,8 @@ _AT_ONCE = 2_000  # images whose predictions are in memory
 class Ridge:
     """Ridge regressions of targets [N, K] on features [N, C], both of any dtype, for any penalty.
 
-    Features are standardised, and the intercept is free. One eigendecomposition serves all penalties. Targets are
-    converted to float64 by blocks, so bool ones of many classes take little memory.
+    Features are standardised (`standardise`), and the intercept is free. One eigendecomposition serves all penalties.
+    Targets are converted to float64 by blocks, so bool ones of many classes take little memory.
     """
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
@@ -78,8 +78,12 @@ def _decompose(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [C] of features [N, C]; infinity for constant ones, so they become 0."""
+    """Return mean and scale [C] of features [N, C]; infinity for constant ones, so they become 0.
+
+    The scale is a feature's standard deviation, and that of all features by the root of its mean square. By its own
+    alone, a feature that few images have is large on other images, and leave-one-out predictions do not see that.
+    """
     mean = features.mean(dim=0)
     std = features.std(dim=0, correction=0)
     # Ignore the rounding errors of a constant.
-    return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
+    return mean, torch.where(std > 1e-6 * mean.abs(), std.hypot(std.square().mean().sqrt()), torch.inf)
