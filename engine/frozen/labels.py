@@ -1,0 +1,111 @@
+"""Which labels are probably wrong, by the features of a frozen network: what all other images say of each one.
+
+An image's own label has no part in what is predicted for it, so a wrong one cannot hide itself. All is float64, exact
+and without random numbers.
+
+right, proposed = judge_classes(features, labels)
+right = judge_tags(features, targets)
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import product, starmap
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.measures.ridge import PENALTIES, Ridge
+
+_SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
+_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
+_ROUNDS = 15
+_PAIRS = 0.1  # errors that each pair of classes has from the start, relative to the mean of those found
+_ANY = 1e3  # all pairs are alike
+_GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain half of the labels better
+
+
+def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """Yield for each penalty what a ridge regression without an image predicts for it, [N, K].
+
+    features: [N, D]; the regression sees their roots, at length 1. targets: [N, K] float64.
+    Source: Arandjelovic & Zisserman 2012, Three things everyone should know to improve object retrieval.
+    """
+    points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
+    ridge = Ridge(points, targets)
+    for penalty in PENALTIES:
+        yield torch.cat([predicted for _, predicted in ridge.left_out(penalty)])
+
+
+def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probability that each label [N] is right, and the most probable class [N]; every class has an image.
+
+    Ridge scores become probabilities by one scale. If labels are exchanged between certain classes, this is learnt from
+    all labels together. Else discriminants of the scores are added if the labels are then more probable.
+    """
+    logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
+    half = torch.arange(len(labels))[:, None] % 2  # the errors learnt from it foretell the other
+    by_pairs, by_any = (_explain(logits, labels, each, half)[2] for each in (_PAIRS, _ANY))
+    right, causes, _ = _explain(logits, labels, _PAIRS)
+    if ((by_pairs / by_any).log() * (1 - half)).mean() < _GAIN * (1 - right.mean()):
+        right, *_ = _explain(logits, labels, _ANY)
+        further = _calibrate([_discriminate(logits, labels, right)], labels)
+        logits = _calibrate([logits, further, logits + further], labels)
+        right, causes, _ = _explain(logits, labels, _ANY)
+    return right, causes.argmax(dim=1)
+
+
+def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability that each of the targets, bool [N, T], is right: whether an image has a tag."""
+    labels = targets.flatten().long()
+    scores = (has.flatten() for has in predict_left_out(features, targets.double()))
+    logits = _calibrate((torch.stack([1 - has, has], dim=1) for has in scores), labels)
+    return _explain(logits, labels, _ANY)[0].view(targets.shape)
+
+
+def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """Return the scores [N, K] and scale under which the labels are most probable, if a share of them is wrong."""
+
+    def loss(logits: Tensor) -> float:
+        right = logits.softmax(dim=1).gather(1, labels[:, None])
+        return -((1 - _SHARES) * right + _SHARES / logits.shape[1]).log().mean(dim=0).max().item()
+
+    return min(starmap(torch.mul, product(candidates, _SCALES)), key=loss)
+
+
+def _discriminate(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return minus the squared distances [N, K] of scores [N, K] to the classes, by how they vary within classes.
+
+    weights: of the images [N]. The mean of an image's own class is that without it.
+    Source: Hastie, Tibshirani & Buja 1994, Flexible discriminant analysis by optimal scoring.
+    """
+    given = F.one_hot(labels) * weights[:, None]
+    counts = given.sum(dim=0)
+    means = given.T @ scores / counts[:, None]
+    apart = (scores - means[labels]) * weights[:, None].sqrt()
+    within = torch.eye(len(means)) * apart.square().mean() * 0.1 * len(apart) + apart.T @ apart
+    whiten = torch.linalg.inv(torch.linalg.cholesky(within)).T
+    distances = torch.cdist(scores @ whiten, means @ whiten) * counts / (counts - given).clamp(min=0.5)
+    return -distances.square()
+
+
+def _explain(
+    logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how probable it is that a label is right [N], a class is the true one [N, K], the label is given [N, 1].
+
+    logits: of the classes [N, K] without the label. A share of the labels is wrong; the share and the pairs of classes
+    are learnt by expectation and maximisation. known: 1 for the images to learn from [N, 1].
+    """
+    beliefs = logits.softmax(dim=1)
+    given = F.one_hot(labels).double() * known
+    others = 1 - torch.eye(logits.shape[1]).double()
+    share = 0.1
+    swaps = F.normalize(others, p=1, dim=1)
+    for _ in range(_ROUNDS):
+        causes = beliefs * ((1 - share) * (1 - others) + share * swaps)[:, labels].T
+        likely = causes.sum(dim=1, keepdim=True)
+        causes = causes / likely
+        errors = causes.T @ given * others
+        share = (errors.sum() / given.sum()).clamp(min=1e-3)
+        swaps = F.normalize((errors + smoothing * errors.mean()) * others, p=1, dim=1)
+    return causes.gather(1, labels[:, None])[:, 0], causes, likely

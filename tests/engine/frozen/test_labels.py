@@ -1,0 +1,55 @@
+"""Wrong labels and tags are found by what the other images say, and how many there are."""
+
+import torch
+from sklearn.metrics import average_precision_score
+
+from engine.frozen.labels import judge_classes, judge_tags
+
+CLASSES = 6
+
+
+def draw_images(count, noise=1.0, seed=0):
+    """Return features of clouds, one for each class, and their labels."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (count,), generator=draw)
+    centres = torch.randn(CLASSES, 24, generator=draw)
+    return centres[labels] + noise * torch.randn(count, 24, generator=draw), labels
+
+
+def precision(right, is_wrong):
+    return average_precision_score(is_wrong, -right)
+
+
+def test_labels_that_are_wrong_by_chance_come_first():
+    features, labels = draw_images(600)
+    given = labels.clone()
+    given[::10] = (labels[::10] + 1 + torch.arange(60) % (CLASSES - 1)) % CLASSES
+    right, proposed = judge_classes(features, given)
+    assert precision(right, given != labels) > 0.97
+    assert (proposed == labels).double().mean() > 0.97
+    assert abs((1 - right).sum() - 60) < 9
+    assert torch.equal(judge_classes(features, given)[0], right)
+
+
+def test_that_certain_classes_are_mistaken_for_certain_others_is_learnt(monkeypatch):
+    features, labels = draw_images(900, noise=2.5, seed=1)
+    given = labels.where(torch.arange(900) % 6 > 0, (labels + 1) % CLASSES)
+    learnt, _ = judge_classes(features, given)
+    monkeypatch.setattr("engine.frozen.labels._GAIN", torch.inf)
+    other, _ = judge_classes(features, given)
+    assert precision(learnt, given != labels) > precision(other, given != labels) + 0.04
+
+
+def test_right_labels_are_not_doubted():
+    features, labels = draw_images(300, noise=0.5)
+    right, proposed = judge_classes(features, labels)
+    assert torch.equal(proposed, labels) and (1 - right).sum() < 1
+
+
+def test_tags_that_lack_and_tags_too_many_are_ranked_together():
+    features, labels = draw_images(600)
+    has = torch.stack([labels == 0, labels < 3, labels % 2 == 0], dim=1)
+    wrong = torch.rand(has.shape, generator=torch.Generator().manual_seed(2)) < 0.06
+    right = judge_tags(features, has ^ wrong)
+    assert precision(right.flatten(), wrong.flatten()) > 0.85
+    assert abs((1 - right).sum() - wrong.sum()) < 15
