@@ -28,7 +28,6 @@ from utils.record.run_reader import RunReader, run_of
 log = get_logger(__name__)
 
 _RUNS = Path("outputs")
-_FETCH_SEC = 120.0
 _HASHES = OURS / "weight_hashes.jsonl"
 CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
 
@@ -58,7 +57,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
 
 
 def _list_names() -> list[str]:
-    return cached_names() or list_weights("auto", math.inf, _FETCH_SEC)
+    return cached_names() or list_weights("auto", math.inf, math.inf)
 
 
 def open_timm(name: str, runtime: Runtime) -> Frozen:

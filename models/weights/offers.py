@@ -22,6 +22,7 @@ log = get_logger(__name__)
 
 _ANSWER_SEC = 2.0
 _STALLED_SEC = 10.0
+_MOST_SEC = 120.0  # of a download: other ranks wait
 
 
 class Offer(NamedTuple):
@@ -44,13 +45,13 @@ def list_weights(pretrained: Pretrained, most_cost: float, seconds: float) -> li
     """Return the networks of timm whose weights a command may use, which are in the cache, small files first.
 
     "auto" fetches those of the costliest offer up to `most_cost`: the hub has two seconds to answer, and the download
-    `seconds`. A failure is a line in the log. Only one rank may call it.
+    `seconds`, two minutes at most. A failure is a line in the log. Only one rank may call it.
     """
     if pretrained == "never":
         return []
     fitting = [offer for offer in OFFERS if offer.cost <= most_cost]
     if pretrained == "auto" and fitting and cached_file(fitting[-1].name) is None:
-        _fetch(fitting[-1], seconds)
+        _fetch(fitting[-1], min(seconds, _MOST_SEC))
     return cached_names()
 
 

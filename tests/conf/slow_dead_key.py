@@ -91,6 +91,7 @@ pretrain_fcmae $short $folders task.decoder_dim=8 $network optim=adan schedule=c
 train $short $folders $network lr_finder.enabled=true loop.total_steps=null loop.total_epochs=auto \
     loop.auto.samples=8 loop.evaluate_every_epochs=50 loop.checkpoint_every_steps=50 optim=sgd schedule=onecycle \
     tracking=tensorboard run_dir=sgd
+train $folders $cpu loop.minutes=0.1 dry_run=true run_dir=planned
 finetune $short $folders schedule=cosine schedule.warmup_steps=0 model=timm model.name=test_resnet optim=timm \
     loop.ema_decay=0.9 run_dir=timm
 finetune_sdxl $sdxl $disk task.lora=null run_dir=sdxl_whole \
