@@ -23,6 +23,7 @@ begin(__doc__)
 
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,7 +43,7 @@ from utils.config.bounds import Count
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
-from utils.formats.thresholds import ThresholdTable, find_thresholds, thresholds_path, write_thresholds
+from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds, thresholds_path, write_thresholds
 from utils.io.files import Values, canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weights import WEIGHT_NAMES, find_weights
@@ -73,7 +74,8 @@ class Evaluate(WeightsChoice):
     """Measure one weight file.
 
     output: a folder. split: auto is val; of other images val, else test, else all. per_image: also write a row for each
-    image. calibrate: also write a tagger's thresholds.
+    image. calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
+    that may be wrong.
     """
 
     name: Literal["evaluate"]
@@ -82,6 +84,7 @@ class Evaluate(WeightsChoice):
     per_image: bool
     calibrate: bool
     calibration: _Targets
+    risk: Annotated[float, Field(gt=0, lt=1)] | None
 
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
@@ -97,9 +100,15 @@ class Evaluate(WeightsChoice):
         opened = open_measured(path, self.model, images, self.split, config.runtime, config.batch_size)
         metadata = opened.weights.metadata
         collection = opened.data.collection
-        if self.calibrate and not opened.is_tagger:
-            task = metadata["task"]["name"]
-            raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {task!r}")
+        output = opened.weights.kind.output
+        if self.calibrate and output not in ("tags", "classes"):
+            raise UserError(f"calibrate: true is for taggers and classifiers; {path} has no thresholds")
+        if (self.risk is None) == (self.calibrate and output == "classes"):
+            raise UserError(
+                f"risk: {self.risk}, but it is for calibrate=true of a classifier, which needs one, such as 0.05. "
+                "The tags of an image are not independent, and a missing label counts as a wrong tag: for these, set "
+                "calibration.precision, and predict with profile=high_precision"
+            )
         if self.calibrate and opened.split != "val" and (images.is_own or opened.split == "test"):
             raise UserError(
                 f"split: {opened.split} has images that were trained on, or are for tests; calibrate with split=val"
@@ -144,11 +153,12 @@ class Evaluate(WeightsChoice):
         loaders = opened.loaders()
         if self.calibrate:
             leads = opened.data.collection.leads(opened.rows)
-            promises = (self.calibration.precision, self.calibration.recall)
-            result = weights.task.calibrate(loaders["val"], leads, *promises)
+            promises = (self.calibration.precision, self.calibration.recall) if opened.is_tagger else (self.risk,)
+            report, table = weights.task.calibrate(loaders["val"], leads, *promises)
+            report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
             if described is not None:
                 deque(described.watch(opened.loaders()["val"]), maxlen=0)
-            return result
+            return report, table
         if described is not None:
             loaders["val"] = described.watch(loaders["val"])
             if opened.is_tagger:

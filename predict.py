@@ -87,7 +87,7 @@ class PredictConfig(Strict):
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     like: PathText | None
     top: Count  # the number of classes, or with `like` of images
-    threshold: Fraction | None  # for every tag; None: from `thresholds`, by `profile`
+    threshold: Fraction | None  # for every tag or class; None: from `thresholds`, of tags by `profile`
     thresholds: Annotated[  # a table, or the threshold of each category
         Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
         Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
@@ -123,10 +123,9 @@ class PredictConfig(Strict):
 def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
     """Return the options for rows. An excluded tag has an infinite threshold."""
     text = config.text
-    least = np.float32(0.0)
+    file, each = (config.thresholds, {}) if isinstance(config.thresholds, str) else (None, dict(config.thresholds))
+    least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
     if predictor.output.has_tags:
-        file, each = (config.thresholds, {}) if isinstance(config.thresholds, str) else (None, dict(config.thresholds))
-        least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
         least = np.broadcast_to(least, len(predictor.names))
         for name, value in each.items():
             if value is not None:
@@ -137,7 +136,7 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
 
 
 def choose_destination(
-    config: PredictConfig, predictor: Predictor, images: Images, weights: str, form: Form | None
+    config: PredictConfig, predictor: Predictor, images: Images, weights: str, form: Form | None, options: RowOptions
 ) -> Destination:
     """Return the destination of the predictions. weights: the hash of the weights.
 
@@ -163,7 +162,8 @@ def choose_destination(
         raise UserError(f"output: {config.weights} predicts vectors, which CSV cannot hold; name a .jsonl file")
     if form is not None:
         return RowFile(output, form.columns, keep=False, choose=form.fill)
-    return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
+    unsure = ["unsure"] if options.thresholds.any() and not predictor.output.has_tags else []
+    return RowFile(output, ["path", *(columns or ()), *unsure, "error"], keep=config.existing == "skip")
 
 
 def choose_paths(
@@ -282,7 +282,7 @@ def main(config: PredictConfig, job: Job) -> str:
     images = Images("", []) if is_stored else find_images(config.input, "input")
     form = read_form(Path(config.form), images.paths, predictor.names) if config.form else None
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
-    destination = choose_destination(config, predictor, images, version, form)
+    destination = choose_destination(config, predictor, images, version, form, options)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
     if is_stored:

@@ -22,7 +22,7 @@ class RowOptions(NamedTuple):
     categories: np.ndarray  # of tags, int64 [K]
     has_ratings: bool  # False if no training image had a rating, so that outputs for ratings mean nothing
     top: int  # classes per image
-    thresholds: np.ndarray  # the least probability, per tag [K] or for all tags
+    thresholds: np.ndarray  # the least probability, per output [K] or for all; 0 for classes: rows are never unsure
     max_tags: int | None = None  # keep only the most probable tags of an image
     order: Literal["score", "vocabulary"] = "score"
 
@@ -45,7 +45,10 @@ class Output(NamedTuple):
 def _row_of_classes(values: np.ndarray, options: RowOptions) -> Row:
     order = np.argsort(-values)[: options.top]
     classes = [{"class": options.names[index], "prob": round(float(values[index]), 6)} for index in order]
-    return {**classes[0], "top": classes}
+    row = {**classes[0], "top": classes}
+    if options.thresholds.any():
+        row["unsure"] = not (values >= options.thresholds).any()
+    return row
 
 
 def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:

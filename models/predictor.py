@@ -57,10 +57,12 @@ def check_metadata(path: Path, metadata: Any) -> None:
     if output is None:
         return
     if output.has_tags:
-        if len(read_facts(path, metadata)) != len(checked.thresholds or metadata["tag_names"]):
-            raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
-    elif output.names_key and metadata.get(output.names_key) is None:
-        raise UserError(f"{path} has wrong metadata ({output.names_key}: none); make the file again")
+        read_facts(path, metadata)
+    names = metadata.get(output.names_key) or ()
+    if output.names_key and not len(checked.thresholds or names) == len(names) > 0:
+        raise UserError(
+            f"{path} has wrong metadata ({output.names_key}: {len(names)}, not one for each threshold); make it again"
+        )
 
 
 class Predictor:
@@ -95,16 +97,18 @@ class Predictor:
     def choose_thresholds(
         self, weights: Path, profile: str = PER_TAG, threshold: float | None = None, file: str | None = None
     ) -> np.ndarray:
-        """Return the threshold of each tag [T], or one for all.
+        """Return the threshold of each output [K], or one for all; of classes, one that is 0 if there is no other.
 
-        It is `threshold`, or by `profile` from `file` or the table beside the weights, or that of the metadata, or the
-        default. Raises UserError (`thresholds`, `profile`).
+        It is `threshold`, or by `profile` (of tags) from `file` or the table beside the weights, or that of the
+        metadata, or the default. Raises UserError (`thresholds`, `profile`).
         """
         if threshold is not None:
             return np.float32(threshold)
         if (table := find_thresholds(file, weights, self.weights_hash)) is not None:
             vocabulary = Vocabulary.of(zip(self.categories.tolist(), self.names))
             return np.array(table.of_tags(vocabulary, profile), dtype=np.float32)
+        if not self.output.has_tags:
+            return np.array(self.thresholds or 0.0, dtype=np.float32)
         if profile != PER_TAG:
             raise UserError(
                 f"profile: {profile} needs calibrated thresholds, and {weights} has none; fit them with "

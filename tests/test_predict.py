@@ -1,15 +1,18 @@
 """Rows of predict.py: each against the network applied to its file alone."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
-from engine.exports.weights import open_weights
-from tests.in_process import TINY, make_images, run
-from tests.support import read_table, rows
+from engine.exports.weights import load_predictor, open_weights
+from tests.in_process import TINY, configure, make_images, run
+from tests.support import read_table, refuses, rows
 from utils.io.weights import read_weights
+from viewer.networks import Networks
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,59 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
     for row, line in zip(found, read_table(place / "filled.csv"), strict=True):
         probs = {each["class"]: each["prob"] for each in row["top"]}
         assert [float(line[name]) for name in "BA"] == pytest.approx([probs["B"], probs["A"]], abs=1e-6)
+
+
+# --- the promise of a classifier
+
+
+def test_a_promise_goes_from_the_calibration_to_rows_exports_and_cards(place):
+    """All answers to 17 other images are right. An answer above the threshold is sure, in the run and its exports."""
+    run("predict", ["weights=run", "input=images", "output=found.jsonl"], place)
+    for number, row in enumerate(row for row in rows(place / "found.jsonl") if "class" in row):
+        (place / "others" / row["class"]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(place / row["path"], place / f"others/{row['class']}/{number}.png")
+    evaluate = ["run_dir=run", "runtime.device=cpu", "runtime.workers=0", "data.root=others", "output=measured"]
+    for words, message in (
+        (["calibrate=true"], r"^risk: None, .* such as 0\.05"),
+        (
+            ["calibrate=true", "risk=0.05"],
+            r"^risk: 0\.05 cannot be promised on 17 images: .* risk=0\.17 can be promised",
+        ),
+        (["risk=0.05"], r"^risk: 0\.05, but it is for calibrate=true of a classifier"),
+    ):
+        with refuses(message):
+            run("evaluate", [*evaluate, *words], place)
+    run("evaluate", [*evaluate, "calibrate=true", "risk=0.25"], place)
+    file = place / "run/weights/best_thresholds.csv"
+    (promise,) = read_table(file)
+    (table,) = (place / "measured").rglob("evaluate_*thresholds.csv")
+    assert promise["support"] == "17" and read_table(table)[0]["note"] == promise["note"]
+    given = ["input=images/val/A", "existing=overwrite"]
+    run("predict", ["weights=run", *given, "output=sure.csv"], place)
+    probs = sorted(float(row["prob"]) for row in read_table(place / "sure.csv"))
+    middle = sum(probs) / 2
+    assert list(read_table(place / "sure.csv")[0]) == ["path", "class", "prob", "unsure", "error"]
+
+    file.write_text(file.read_text().replace(promise["threshold"], f"{middle:.9g}"))
+    for form in ("onnx", "safetensors"):
+        run("export", ["run_dir=run", f"format={form}", f"output={form}"], place)
+        card = (place / form / "README.md").read_text()
+        assert "with 95 % confidence, at most 25 % of the answers" in card
+    for weights in ("run", "onnx/model.onnx", "safetensors/model.safetensors"):
+        run("predict", [f"weights={weights}", *given, "output=sure.jsonl"], place)
+        found = rows(place / "sure.jsonl")
+        assert sorted(row["prob"] for row in found) == pytest.approx(probs, abs=1e-5)
+        assert all(row["unsure"] == (row["prob"] < middle) for row in found)
+    run("predict", ["weights=run", *given, "output=sure.jsonl", "threshold=0"], place)
+    assert all("unsure" not in row for row in rows(place / "sure.jsonl"))
+    answers = {}
+    networks = Networks([place], lambda path: load_predictor(path, torch.device("cpu")), configure("view")[0].text)
+    for image in sorted((place / "images/val/A").glob("*.png")):
+        bars, caption, *_ = networks.ask(str(place / "run"), "balanced", image.read_bytes(), image.name)
+        answers[caption == "unsure"] = [bar.is_chosen for bar in bars["classes"]]
+        assert [bar.least for bar in bars["classes"]] == [pytest.approx(middle)] * 3
+    assert answers == {True: [False] * 3, False: [True, False, False]}
+    file.unlink()
 
 
 # --- the background of transparent images

@@ -130,8 +130,8 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
         for row in rows:
             assert row["label"] == row["path"][0] and row["wrong"] == (row["label"] != row["prediction"])
             assert 0.5 <= row["probability"] <= 1
-    with refuses("calibrate: true fits a tagger's thresholds"):
-        evaluate(tmp_path, *words, "split=train", "calibrate=true")
+    with refuses("split: train has images that were trained on"):
+        evaluate(tmp_path, *words, "split=train", "calibrate=true", "risk=0.05")
 
 
 def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
@@ -168,6 +168,8 @@ def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     for split in ("train", "test"):
         with refuses(f"split: {split}"):
             evaluate(tmp_path, f"split={split}", "calibrate=true")
+    with refuses(r"risk: 0\.05, but it is for calibrate=true of a classifier, .* tags of an image are not independent"):
+        evaluate(tmp_path, "calibrate=true", "risk=0.05")
     evaluate(tmp_path, "batch_size=5", "per_image=true", "split=all")
     for number, row in enumerate(sorted(images_of(tmp_path, "all"), key=lambda row: int(row["path"].split(".")[0]))):
         tags, found = set(row["tags"]), set(row["prediction"])

@@ -96,19 +96,17 @@ class Networks:
         with self._lock:  # one image is decoded at a time
             images = _prepare(predictor, content, name)
             values = predictor.predict(images)[0]
-        least = np.full(len(values), 2.0)
-        if output.has_tags:
-            least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
-            if self._text.exclude:
-                excluded = predictions.find_excluded(predictor.names, predictor.categories, self._text.exclude)
-                least = np.where(excluded, np.inf, least)
+        least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
+        if output.has_tags and self._text.exclude:
+            excluded = predictions.find_excluded(predictor.names, predictor.categories, self._text.exclude)
+            least = np.where(excluded, np.inf, least)
         text = self._text
         options = predictor.options(1, least, max_tags=text.max_tags, order=text.order)
         row = output.make_row(values, options)
-        caption = row.get("class", "")
+        caption = "unsure" if row.get("unsure") else row.get("class", "")
         if output.has_tags:
             caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
-        bars = _make_bars(predictor, values, row, least if output.has_tags else None)
+        bars = _make_bars(predictor, values, row, least if least.any() else None)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)
 
@@ -158,9 +156,13 @@ def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
 
 
 def _make_bars(predictor: "Predictor", values: np.ndarray, row: Json, least: np.ndarray | None) -> dict[str, list[Bar]]:
-    """Return the bars of an answer by category. least: thresholds, if each tag has its own."""
+    """Return the bars of an answer by category. least: thresholds, if there are any."""
     bars = dict[str, list[Bar]]()
-    chosen = {"classes": [row.get("class")], "rating": [row.get("rating")], **row.get("probs", {})}
+    chosen = {
+        "classes": [] if row.get("unsure") else [row.get("class")],
+        "rating": [row.get("rating")],
+        **row.get("probs", {}),
+    }
     for place, index in enumerate(np.argsort(-values).tolist() if predictor.names else ()):
         kind = category_name(int(predictor.categories[index])) if predictor.output.has_tags else "classes"
         name = predictor.names[index]

@@ -169,7 +169,9 @@ def _show_results(results: Results, thresholds: ThresholdTable | None) -> list[s
         lines += [f"Measured on {code_span(title)}:", ""]
         lines += [*(f"- {name}: {show_figure(name, figures)}" for name in figures), ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
-        fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
+        fitted = (
+            "Thresholds (of tags, fitted to one half of the images of their calibration and measured on the other):"
+        )
         lines += [fitted, "", "```", show_rows(rows), "```", ""]
     return lines
 

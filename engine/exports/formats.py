@@ -6,6 +6,7 @@ the files with PyTorch. Only then are they moved to their place. Libraries are i
 
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -305,7 +306,10 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.
     """
     row = find_format(config.format, weights)
-    thresholds = _thresholds(weights, config) if weights.subject == "tags" else None
+    thresholds = _thresholds(weights, config)
+    if thresholds is not None and weights.subject == "classes":
+        least = [thresholds.rows[0].threshold] * len(weights.metadata["class_names"])
+        weights = replace(weights, metadata={**weights.metadata, "thresholds": least})
     more = ""
     if config.card is not None:
         with about("card"), readable(Path(config.card), "Markdown"):

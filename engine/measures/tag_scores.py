@@ -186,14 +186,16 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
             edge, note = chosen[number][index]
             group = reported.groups[name]
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
-            rows.append(_measured(profile, number, name, edge, counts, note))
+            rows.append(measured_row(profile, number, name, edge, counts, note))
             if note:
                 log.warning("thresholds: %s of %s: %s", profile, name, note)
     balanced = np.array([chosen.get(number, overall)[0][0] for number in vocabulary.categories])
     weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
     edges = edge_below(weighted / (fitted.support + _PRIOR))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
-    rows += [_measured(PER_TAG, *row) for row in zip(vocabulary.categories, vocabulary.names, edges.tolist(), counts)]
+    rows += [
+        measured_row(PER_TAG, *row) for row in zip(vocabulary.categories, vocabulary.names, edges.tolist(), counts)
+    ]
     return ThresholdTable(vocabulary.hash, tuple(rows))
 
 
@@ -242,9 +244,9 @@ def _choose_edges(
     return choices
 
 
-def _measured(
+def measured_row(
     profile: str, category: int, name: str, edge: int, counts: tuple[int, int, int], note: str | None = None
 ) -> Threshold:
     """Return a row of the table. counts: true positives, predictions, positives."""
     scores = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
-    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *scores, counts[2], profile, note)
+    return Threshold(category, name, float(f"{PROBS[edge]:.9g}"), *scores, counts[2], profile, note)

@@ -1,9 +1,11 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,8 +16,9 @@ from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
+from engine.measures.promise import make_promise
 from engine.measures.tag_scores import decision_rows
-from engine.measures.tags import TagHistograms
+from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
@@ -24,6 +27,7 @@ from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
+from utils.formats.thresholds import ThresholdTable
 from utils.io.files import Json
 from utils.ranks import distributed
 
@@ -86,13 +90,25 @@ class ClassificationTask(MixingTask):
         Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
         samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`.
         """
+        return self._measure(loaders["val"])[0]
+
+    def calibrate(self, batches: Iterable[Batch], leads: np.ndarray, risk: float) -> tuple[Report, ThresholdTable]:
+        """Measure all samples, as `evaluate`; find a threshold for the answers, of which at most `risk` are wrong.
+
+        leads: `Collection.leads`; of near-duplicates, the first one counts. Raises UserError (`risk`).
+        """
+        report, decided = self._measure(batches, leads)
+        return report, make_promise(decided, risk)
+
+    def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
+        """Return the report, and the right and wrong answers by probability; with leads, those to leads alone."""
         names = self.class_names
         most = min(5, len(names))
         means = Means()
         counts = ConfusionCounts(len(names))
         decisions = TagHistograms(1)
         mistakes = TopSamples(_MISTAKES)
-        for batch in loaders["val"]:
+        for batch in batches:
             labels = batch["labels"]
             valid = batch["weight"] > 0
             logits = self.network(self.normalise(batch["images"])).float()
@@ -105,7 +121,12 @@ class ClassificationTask(MixingTask):
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
             fields |= {"predicted": predicted, "prob": prob}
-            decisions.add(prob.logit()[:, None], hits[:, :1], valid)
+            counted = valid
+            if leads is not None:
+                counted = valid & (
+                    torch.as_tensor(leads, device=valid.device)[batch["sample_id"]] == batch["sample_id"]
+                )
+            decisions.add(prob.logit()[:, None], hits[:, :1], counted)
             mistakes.add(prob, valid & ~hits[:, 0], fields)
         scalars = means.reduce()
         confusion = counts.reduce()
@@ -121,7 +142,7 @@ class ClassificationTask(MixingTask):
                 "confusion": lambda: draw_confusion(confusion, names),
                 "mistakes": lambda: draw_predictions(wrong, names, "Mistakes, the most confident first"),
             }
-        return report
+        return report, decided
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the label, the first class and its probability, and the loss."""

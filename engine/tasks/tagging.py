@@ -1,7 +1,7 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -265,7 +265,6 @@ class TaggingTask(MixingTask):
                 None, find_weights(self.append_to, "best"), (self.origin or {}).get("weights_hash")
             )
             table = table.keep(unlabelled, earlier)
-        report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
         self.use_thresholds(table)
         return report, table
 

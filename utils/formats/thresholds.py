@@ -1,4 +1,4 @@
-"""A tagger's thresholds: best_thresholds.csv beside best_weights.safetensors, which prediction and exports read.
+"""Thresholds of taggers and classifiers: best_thresholds.csv, which prediction and exports read.
 
     category,name,threshold,precision,recall,f1,support,profile,note,vocabulary,weights
     0,general,0.412,0.71,0.71,0.71,51234,balanced,,9f0c...,77ab...
@@ -9,6 +9,8 @@ The last two columns are hashes: of the tags, which detects a file that is not c
 A row belongs to a category, to all tags (category -1) or, with profile per_tag, to a tag. An image gets a tag if its
 probability is at least the threshold. A category's balanced row comes first: tools that read `category,name,threshold`
 take a category's first row (deepghs/imgutils:imgutils/generic/multilabel_timm.py).
+
+A classifier's table has one row, for all classes, of profile risk; its note is a promise (engine/measures/promise.py).
 """
 
 import csv
@@ -30,6 +32,7 @@ log = get_logger(__name__)
 
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
+RISK = "risk"  # of all classes of a classifier
 DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
 OVERALL = -1  # the category of all tags
@@ -81,7 +84,7 @@ class ThresholdTable:
     def of_tags(self, vocabulary: Vocabulary, profile: str) -> list[float]:
         """Return each tag's threshold: the tag's, else its category's, else the one of all tags."""
         by_tag = {row.tag: row.threshold for row in self.rows if row.profile == profile == PER_TAG}
-        by_category = self.of_categories("balanced" if profile == PER_TAG else profile)
+        by_category = self.of_categories("balanced" if profile == PER_TAG else profile) or self.of_categories(RISK)
         return [by_tag.get(key, by_category.get(key[0], by_category[OVERALL])) for key in vocabulary.columns]
 
 
@@ -116,7 +119,8 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
     advice = "calibrate its run, or of other files the weights alone, by evaluate.py calibrate=true"
     if weights_hash is None or source != weights_hash:
         raise UserError(f"{path} was fitted to other weights than {weights} has now; {advice}")
-    has_profiles = all(OVERALL in table.of_categories(profile) for profile in CATEGORY_PROFILES)
+    profiles = {row.profile for row in rows if row.category == OVERALL}
+    has_profiles = profiles >= {*CATEGORY_PROFILES} or profiles == {RISK}
     if tags.hash != table.vocabulary or not has_profiles:
         raise UserError(f"{path} is not complete: rows of tags or profiles are missing; {advice}")
     return table
