@@ -312,7 +312,7 @@ class DiffusionTask(Task):
         """
         measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
         drawn = self.draw()
-        judged = self._judge(loaders["judge"]) if "judge" in loaders else Report()
+        judged = self._judge(loaders["judge"], loaders["judge_trained"]) if "judge" in loaders else Report()
         scalars = {**measured, **judged.scalars, **drawn.scalars}
         return Report(scalars, judged.tables, {**drawn.images, **judged.images})
 
@@ -345,14 +345,15 @@ class DiffusionTask(Task):
         with visiting(self.alphas.device, *encoders):
             return [encode_prompt(encoders, prompt, **self._config.encoding) for prompt in prompts]
 
-    def _judge(self, stream: Iterable[Batch]) -> Report:
+    def _judge(self, stream: Iterable[Batch], trained: Iterable[Batch]) -> Report:
         """Return the judge's report on pictures of held-out captions, always at the same noise."""
         held = gather(stream)
+        vectors = self.judge.see_trained(trained, self.alphas.device)
         steps = self._config.judge.steps
         prompts = [Prompt(text=each.caption, steps=steps) for each in held]
         complete = [self._config.samples.complete(prompt, seed) for seed, prompt in enumerate(prompts)]
         pictures = self.sample(complete)
-        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, self.alphas.device))
+        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, vectors, self.alphas.device))
 
     def _attach(self) -> None:
         self.adapter.attach(networks_of(self, ADAPTED))

@@ -30,7 +30,7 @@ from engine.recipe.memory import fit_memory
 from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
 from engine.tasks.diffusion import DiffusionTask
 from engine.tasks.diffusion_config import DiffusionTaskConfig, NoiseConfig
-from engine.tasks.judge import Judge, judged_stream, text_field
+from engine.tasks.judge import Judge, judged_stream, text_field, trained_stream
 from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
 from engine.update.runtime import Runtime
 from models.sdxl.family import ENCODERS
@@ -184,16 +184,18 @@ class DiffusionKind(BucketedKind):
         return buckets, read, views, add
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
-        """Return `val`, and the pictures of `judge`, if it is on."""
+        """Return `val`, and the pictures and training images of `judge`, if it is on."""
         loaders = super().evaluation(data, setup, rows, training=training)
-        judge = setup.task.judge
-        if judge is not None:
+        config = setup.task.judge
+        if config is not None:
             if len(rows) == 0:
                 raise UserError(
                     "task.judge: draws captions of validation images, and there are none; set "
                     "data.validation_fraction=0.1, or task.judge=null"
                 )
-            loaders["judge"] = judged_stream(Judge(judge), judge, data, setup.task.captions, rows)
+            judge = Judge(config)
+            loaders["judge"] = judged_stream(judge, config, data, setup.task.captions, rows)
+            loaders["judge_trained"] = trained_stream(judge, data)
         return loaders
 
 

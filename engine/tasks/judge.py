@@ -1,12 +1,13 @@
 """A judge for SDXL: a tagger looks at pictures that are drawn for held-out captions (`task.judge`).
 
     stream = judged_stream(Judge(config), config, data, captions, rows)     # held-out pictures with captions and tags
-    report = judge.report(gather(stream), drawn, device)
+    trained = judge.see_trained(trained_stream(judge, data), device)
+    report = judge.report(gather(stream), drawn, trained, device)
 
 The figures are exact on any number of ranks: pictures are drawn on all of them, and looked at one by one on rank 0.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.augment.transforms import EvalTransform
+from data.collection.choose import spread
 from data.images.convert import convert
 from data.open import Data
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import EvaluationStream, Example
+from data.stream.order import Views
 from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
 from engine.measures.judging import Seen, judge_pictures, tag_rows
+from engine.measures.neighbours import find_nearest
 from engine.task import Report, visiting
 from engine.tasks.kind import load_task, read_setup
 from engine.tasks.tagging import TaggingKind
@@ -47,6 +51,8 @@ log = get_logger(__name__)
 
 _SHOWN = 5  # unknown tags in a message
 _WIDTH = 26  # characters of a line below a picture
+_MOST_TRAINED = 2_000  # training images that drawn pictures are compared with
+_LEAST_DISTANCE = 1e-6  # of real pictures: they may all be in training, too
 _LINES = 3  # lines of missing or leaked tags
 
 
@@ -100,6 +106,7 @@ class Judge(nn.Module):
         known = known_outputs(str(self.path), self._predictor)
         self.outputs = {name: output for (category, name), output in known.items() if category != RATING}
         self._thresholds = self._predictor.choose_thresholds(self.path)
+        self._trained: dict[str, Tensor] = {}  # the vectors of this rank's training images, by path
 
     def files(self) -> list[Path]:
         """Return the files that decide the figures."""
@@ -117,19 +124,48 @@ class Judge(nn.Module):
             vectors = [embed(image[None]) for image in images]
         return Seen(np.concatenate(probs) >= self._thresholds, np.concatenate(vectors))
 
-    def report(self, held: Sequence[Held], drawn: Sequence[np.ndarray], device: torch.device) -> Report:
-        """Judge the pictures of the captions of `held`. Scalars `judge.*`: those of `judge_pictures`."""
+    def see_trained(self, stream: Iterable[Batch], device: torch.device) -> dict[str, Tensor]:
+        """Return the vectors [D] of the training images of all ranks, by path. Each is looked at once."""
+        for batch in stream:
+            for path, image, weight in zip(read_texts(batch), batch["images"].cpu(), batch["weight"].tolist()):
+                if weight > 0 and path not in self._trained:
+                    self._trained[path] = torch.from_numpy(self.look([image], device).vectors[0])
+        return dict(chain.from_iterable(part.items() for part in distributed.gather_objects(self._trained)))
+
+    def report(
+        self, held: Sequence[Held], drawn: Sequence[np.ndarray], trained: Mapping[str, Tensor], device: torch.device
+    ) -> Report:
+        """Judge the pictures of the captions of `held`. Scalars `judge.*`: those of `judge_pictures`, and `novelty`.
+
+        novelty: the mean distance of the drawn pictures to their nearest training images, divided by that of the
+        real ones: 0 for copies, about 1 for pictures as new as the real ones. trained: of `see_trained`.
+        """
         prompted = np.stack([each.prompted for each in held])
         others = np.stack([each.others for each in held])
         real = self.look([each.image for each in held], device)
         seen = self.look([prepare(picture, self.preprocessing) for picture in drawn], device)
         figures = judge_pictures(prompted, others, seen, real)
+        vectors = torch.stack([*trained.values()])
+        (near, rows), (real_near, _) = (
+            find_nearest(torch.from_numpy(each.vectors), vectors, 1) for each in (seen, real)
+        )
+        figures["novelty"] = float((1 - near).mean() / (1 - real_near).mean().clamp(min=_LEAST_DISTANCE))
         title = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         title += "\n- prompted and not seen, in blue; + seen and not prompted, in red"
         captions = [self._describe(each, tags) for each, tags in zip(held, seen.tags)]
         grid = image_grid(drawn, captions, title, columns=4, tile_px=226)
         scalars = {f"judge.{name}": value for name, value in figures.items()}
-        return Report(scalars, {"judge": tag_rows(self.names, prompted, others, seen, real)}, {"judge": grid})
+        names = [*trained]
+        tables = {"judge": tag_rows(self.names, prompted, others, seen, real)}
+        tables["judge_nearest"] = [
+            {
+                "caption": each.caption,
+                "similarity": round(near[number].item(), 4),
+                "training_image": names[rows[number]],
+            }
+            for number, each in enumerate(held)
+        ]
+        return Report(scalars, tables, {"judge": grid})
 
     def _describe(self, held: Held, seen: np.ndarray) -> list[Line]:
         """Return the lines below a drawn picture: its caption, what is missing, and what is seen unprompted."""
@@ -193,8 +229,17 @@ def judged_stream(
         marked = torch.from_numpy(prompted[row])
         return {**text_field(texts[row]), "prompted": marked, "others": torch.from_numpy(trained) & ~marked}
 
-    views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), judge.preprocessing)}
-    return data.evaluation(chosen, add, views)
+    return data.evaluation(chosen, add, _views(judge))
+
+
+def trained_stream(judge: Judge, data: Data) -> EvaluationStream:
+    """Return the training images, evenly spread if there are many, as the judge takes them; `caption` is the path."""
+    rows = spread(data.collection.rows("train"), _MOST_TRAINED)
+    return data.evaluation(rows, lambda example: text_field(example.row.path), _views(judge))
+
+
+def _views(judge: Judge) -> Views:
+    return {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), judge.preprocessing)}
 
 
 def text_field(caption: str) -> dict[str, Ragged]:

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.exports.weights import load_predictor
 from engine.measures.judging import Seen, judge_pictures, tag_rows
-from engine.tasks.judge import Judge, JudgeConfig, prepare
+from engine.tasks.judge import Held, Judge, JudgeConfig, prepare
 from tests.in_process import SHORT as SMALL_RUN
 from tests.in_process import SMALL_MODEL, run, run_command, run_until_killed
 from tests.support import TINY, rows, start
@@ -44,7 +44,7 @@ def judged(folder):
 
 def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     figures, log = judged(place / "run"), (place / "run/log.txt").read_text()
-    names = ("recall", "real_recall", "leakage", "similarity")
+    names = ("recall", "real_recall", "leakage", "similarity", "novelty")
     assert {f"judge.{name}" for name in names} == figures[0].keys()
     assert all(row["judge.real_recall"] == 1 for row in figures) and figures[0] != figures[-1]
     assert "3 prompts with 3 tags" in log and "1 of the 4 tags" in log and "'extra'" in log
@@ -56,6 +56,10 @@ def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     assert {tag: (row["prompted"], row["seen_in_real"]) for tag, row in table.items()} == dict.fromkeys(
         ("red", "Green", "blue"), ("1", "1")
     )
+    with open(place / "run/tables/judge_nearest.csv", newline="") as stream:
+        nearest = list(csv.DictReader(stream))
+    assert len(nearest) == 3 and all((place / "images" / row["training_image"]).is_file() for row in nearest)
+    assert all("train" in row["training_image"] for row in nearest)
     assert (place / "run/plots/judge.png").is_file()
 
 
@@ -106,6 +110,12 @@ def test_a_tagger_of_ours_sees_what_predict_sees(place):
     seen, predictor = judge.look(images, torch.device("cpu")), load_predictor(judge.path, torch.device("cpu"))
     np.testing.assert_allclose(seen.vectors, predictor.embed(torch.stack(images)), rtol=1e-4, atol=1e-5)
     assert (seen.tags == (predictor.predict(torch.stack(images)) >= 0.35)).all() and not judge.state_dict()
+    trained = {f"{number}.png": torch.from_numpy(vector) for number, vector in enumerate(seen.vectors[:2])}
+    tags = np.ones(len(judge.names), bool)
+    held = [Held(row, "a caption", tags, ~tags, images[2]) for row in range(2)]
+    report = judge.report(held, [pictures[1], pictures[0]], trained, torch.device("cpu"))
+    assert report.scalars["judge.novelty"] < 1e-3
+    assert [row["training_image"] for row in report.tables["judge_nearest"]] == ["1.png", "0.png"]
 
 
 def test_the_figures_of_three_pictures():
