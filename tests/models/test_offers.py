@@ -18,6 +18,7 @@ from models.interop.parity import vary_weights
 from models.weights import offers, timm_hub
 from tests.support import free_port
 from tests.test_weights_commands import RESNET
+from utils.io.files import file_lock
 
 COMMIT = "0123456789" * 4
 LICENCES = ("apache-2.0", "bsd-3-clause", "mit")  # none that binds what is trained from the weights
@@ -174,6 +175,8 @@ def test_what_came_is_kept_and_the_next_run_fetches_the_rest(hub, log):
     hub.most = len(hub.body) // 2
     assert obtain() == []  # the connection breaks
     (part,) = parts()
+    with file_lock(part.with_suffix(".lock"), ""):
+        assert obtain() == [] and "another process" in log.text
     part.with_suffix(".lock").touch()  # of a killed process
     came = part.stat().st_size
     assert 0 < came < len(hub.body)
