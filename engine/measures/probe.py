@@ -54,7 +54,7 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     classes, labels = torch.unique(train_labels, return_inverse=True)
     targets = F.one_hot(labels).double()
     ridge = Ridge(train, targets)
-    qualities = ridge.compare(_count_hits)
+    qualities = ridge.compare(count_hits)
     weight, bias = ridge.solve(max(qualities, key=lambda penalty: qualities[penalty].tolist()))
     mean, scale = standardise(train)
     similarities, rows = find_nearest((val - mean) / scale, (train - mean) / scale, min(k, len(train)))
@@ -63,7 +63,7 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     return {name: (classes[score.argmax(dim=1)] == val_labels).double().mean().item() for name, score in scores.items()}
 
 
-def _count_hits(targets: Tensor, scores: Tensor) -> Tensor:
+def count_hits(targets: Tensor, scores: Tensor) -> Tensor:
     """Return the number of correct predictions, and the negative squared error, which breaks ties.
 
     With many small classes, the squared error alone would choose scores near 0, which recognise nothing.

@@ -1,0 +1,51 @@
+"""How far more labels would take features: accuracy on parts of a collection, extrapolated with an interval.
+
+Accuracy is that of a ridge regression on all images of a part but the one that it predicts.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.measures.probe import count_hits
+from engine.measures.ridge import Ridge
+
+FEWEST = 64  # images of a curve
+_TIMES = torch.tensor([1.0, 2.0, 4.0])  # as many images
+# Over the logarithm of images, the logit of accuracy is about a line. These are its slope, the standard deviations of
+# the slope and of a measured point, and the variance of the slope's drift per unit, chosen by docs/how_much.md.
+_SLOPE = 0.35
+_SLOPE_STD = 0.2
+_MISFIT = 0.04
+_DRIFT = 0.015
+_NORMAL = 1.645  # standard deviations on each side of 90 %
+
+
+def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
+    """Return the columns images, accuracy, low and high for as many images as there are, for 2 and 4 times as many.
+
+    features: [N, C] float64. labels: [N], N >= `FEWEST`. 90 % of what would be measured is between low and high.
+    """
+    count = len(labels)
+    shares = torch.tensor([_count_right(features, F.one_hot(labels), parts) / count for parts in (4, 1)])
+    quarter, whole = shares.logit(eps=0.5 / count).tolist()
+    sample = (2 + 2 * math.cosh(whole)) / count  # variance of the logit of a share of so many images
+    span = math.log(4)
+    known = _SLOPE_STD**-2
+    found = 1 / ((sample + 2 * _MISFIT**2) / span**2 + _DRIFT * span / 3)
+    slope = ((whole - quarter) / span * found + _SLOPE * known) / (found + known)
+    further = _TIMES.log()
+    logit = whole + slope * further
+    wanders = _DRIFT * further**3 / 3 + further**2 / (found + known)
+    margin = _NORMAL * ((sample + _MISFIT**2) * (1 - 1 / _TIMES) + wanders).sqrt()
+    ends = {"accuracy": logit, "low": logit - margin, "high": logit + margin}
+    return {"images": (_TIMES * count).int().tolist()} | {name: end.sigmoid().tolist() for name, end in ends.items()}
+
+
+def _count_right(features: Tensor, targets: Tensor, parts: int) -> float:
+    """Return how many images are recognised by a regression on all others of the same random part."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    ridges = [Ridge(features[rows], targets[rows]) for rows in order.chunk(parts)]
+    return sum(max(quality.tolist() for quality in ridge.compare(count_hits).values())[0] for ridge in ridges)
