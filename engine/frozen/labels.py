@@ -4,7 +4,7 @@ An image's own label has no part in what is predicted for it, so a wrong one can
 and without random numbers.
 
 right, proposed = judge_classes(features, labels)
-right = judge_tags(features, targets)
+right, has = judge_tags(features, targets)
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.measures.ridge import PENALTIES, Ridge
+from utils.ranks.signals import check_stop
 
+_LANDMARKS = 2_000  # images that others are compared with; all of a smaller collection
+_PENALTIES = (0.1, 0.3, 1.0, 3.0)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
 _ROUNDS = 15
@@ -25,41 +27,57 @@ _GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain
 
 
 def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """Yield for each penalty what a ridge regression without an image predicts for it, [N, K].
+    """Yield for each of `_PENALTIES` what a kernel ridge regression without an image predicts for it, [N, K].
 
-    features: [N, D]; the regression sees their roots, at length 1. targets: [N, K] float64.
-    Source: Arandjelovic & Zisserman 2012, Three things everyone should know to improve object retrieval.
+    features: [N, D]. targets: [N, K] float64. The kernel is Gaussian, on the roots of the features at length 1, and as
+    wide as images are apart. Of many images, some are its landmarks (Nystrom); no target has a part in this choice.
+    Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
     """
     points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
-    ridge = Ridge(points, targets)
-    for penalty in PENALTIES:
-        yield torch.cat([predicted for _, predicted in ridge.left_out(penalty)])
+    marks = torch.linspace(0, len(points) - 1, min(len(points), _LANDMARKS)).long()
+    distances = torch.cdist(points[marks], points).square()
+    near = (-2 * distances / distances.mean().clamp(min=1e-9)).exp() + 1  # 1: the intercept
+    factor = torch.linalg.cholesky(near[:, marks] + 1e-8 * torch.eye(len(marks)))
+    mapped = torch.linalg.solve_triangular(factor, near, upper=False)
+    gram = mapped @ mapped.T
+    for penalty in _PENALTIES:
+        check_stop(alone=True)
+        factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)))
+        halves = torch.linalg.solve_triangular(factor, mapped, upper=False)
+        errors = targets - halves.T @ (halves @ targets)
+        yield targets - errors / (1 - halves.square().sum(dim=0))[:, None]
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probability that each label [N] is right, and the most probable class [N]; every class has an image.
+    """Return the probability that each label [N] is right, and the class that the other images say [N].
+
+    Every class has an image.
 
     Ridge scores become probabilities by one scale. If labels are exchanged between certain classes, this is learnt from
     all labels together. Else discriminants of the scores are added if the labels are then more probable.
     """
     logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
     half = torch.arange(len(labels))[:, None] % 2  # the errors learnt from it foretell the other
-    by_pairs, by_any = (_explain(logits, labels, each, half)[2] for each in (_PAIRS, _ANY))
-    right, causes, _ = _explain(logits, labels, _PAIRS)
+    by_pairs, by_any = (_explain(logits, labels, each, half)[1] for each in (_PAIRS, _ANY))
+    right, _ = _explain(logits, labels, _PAIRS)
     if ((by_pairs / by_any).log() * (1 - half)).mean() < _GAIN * (1 - right.mean()):
-        right, *_ = _explain(logits, labels, _ANY)
+        right, _ = _explain(logits, labels, _ANY)
         further = _calibrate([_discriminate(logits, labels, right)], labels)
         logits = _calibrate([logits, further, logits + further], labels)
-        right, causes, _ = _explain(logits, labels, _ANY)
-    return right, causes.argmax(dim=1)
+        right, _ = _explain(logits, labels, _ANY)
+    return right, logits.argmax(dim=1)
 
 
-def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the probability that each of the targets, bool [N, T], is right: whether an image has a tag."""
+def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probability that each of the targets [N, T] is right, and what the other images say, bool [N, T].
+
+    targets: which image has which tag, bool.
+    """
     labels = targets.flatten().long()
     scores = (has.flatten() for has in predict_left_out(features, targets.double()))
     logits = _calibrate((torch.stack([1 - has, has], dim=1) for has in scores), labels)
-    return _explain(logits, labels, _ANY)[0].view(targets.shape)
+    right, _ = _explain(logits, labels, _ANY)
+    return right.view(targets.shape), logits.argmax(dim=1).view(targets.shape) > 0
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
@@ -88,10 +106,8 @@ def _discriminate(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return -distances.square()
 
 
-def _explain(
-    logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how probable it is that a label is right [N], a class is the true one [N, K], the label is given [N, 1].
+def _explain(logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the probability that a label is right, [N], and the one that it is given, [N, 1].
 
     logits: of the classes [N, K] without the label. A share of the labels is wrong; the share and the pairs of classes
     are learnt by expectation and maximisation. known: 1 for the images to learn from [N, 1].
@@ -108,4 +124,4 @@ def _explain(
         errors = causes.T @ given * others
         share = (errors.sum() / given.sum()).clamp(min=1e-3)
         swaps = F.normalize((errors + smoothing * errors.mean()) * others, p=1, dim=1)
-    return causes.gather(1, labels[:, None])[:, 0], causes, likely
+    return causes.gather(1, labels[:, None])[:, 0], likely

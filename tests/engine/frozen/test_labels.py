@@ -50,6 +50,7 @@ def test_tags_that_lack_and_tags_too_many_are_ranked_together():
     features, labels = draw_images(600)
     has = torch.stack([labels == 0, labels < 3, labels % 2 == 0], dim=1)
     wrong = torch.rand(has.shape, generator=torch.Generator().manual_seed(2)) < 0.06
-    right = judge_tags(features, has ^ wrong)
+    right, says = judge_tags(features, has ^ wrong)
+    assert (says == has).double().mean() > 0.95
     assert precision(right.flatten(), wrong.flatten()) > 0.85
     assert abs((1 - right).sum() - wrong.sum()) < 15
