@@ -29,7 +29,7 @@ class Ridge:
         self._targets = targets
         self._intercept = targets.mean(dim=0, dtype=torch.float64)
         standard = (features - self._mean) / self._scale
-        self._values, self._axes = _decompose(standard)
+        self._values, self._axes = decompose(standard)
         self._rotated = standard @ self._axes
         self._moments = sum(part.T @ (known - self._intercept) for part, known in self._blocks())
 
@@ -63,7 +63,7 @@ class Ridge:
         return {penalty: sum(measure(*part) for part in self.left_out(penalty)) for penalty in PENALTIES}
 
 
-def _decompose(features: Tensor) -> tuple[Tensor, Tensor]:
+def decompose(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues [R] and eigenvectors [C, R] of the moments of features [N, C], from the smaller matrix.
 
     With fewer images than features, that is their inner products; directions in which no image differs are left out.

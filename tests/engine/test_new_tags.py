@@ -7,7 +7,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from engine.exports.weights import load_predictor
-from engine.tasks.new_tags import _fit, _solve
+from engine.measures.ridge import standardise
+from engine.tasks.new_tags import _PENALTY, fit_logits
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import make_collection
 from utils.formats.thresholds import find_thresholds
@@ -20,20 +21,38 @@ APPEND = [*DATA, "task.append_to=run", "runtime=reference", "runtime.device=cpu"
 OLD = ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
 
 
-def test_a_solution_is_that_of_scikit_learn_and_the_penalty_is_chosen_for_each_tag():
+def test_a_solution_is_that_of_scikit_learn_on_the_images_whose_label_is_known():
+    """The penalty is in proportion to the tag's positives, so it does not outweigh the few of a rare one."""
     torch.manual_seed(0)
-    features, weight = torch.randn(200, 8).double(), torch.zeros(8, 2).double()
-    weight[:2, 0] = 4.0  # the second tag is noise
-    targets = torch.bernoulli((features @ weight - 1).sigmoid())
-    unknown = torch.arange(200) % 3 == 0
-    penalties = torch.tensor([0.01, 0.1]).double()
-    known, labels = features[~unknown].numpy(), targets[~unknown].numpy()
-    found, bias = _solve(features, targets.masked_fill(unknown[:, None], torch.nan), penalties)
-    for tag, penalty in enumerate(penalties.tolist()):
-        wanted = LogisticRegression(C=1 / penalty / len(known), tol=1e-10).fit(known, labels[:, tag])
+    features, weight = torch.randn(150, 8).double(), torch.randn(8, 2).double()
+    features, targets = standard(features), torch.bernoulli((features @ weight - torch.tensor([0, 2])).sigmoid())
+    targets[::3, 1] = torch.nan
+    found, bias = fit_logits(features, targets)
+    for tag, labels in enumerate(targets.T):
+        known = ~labels.isnan()
+        share = labels[known].mean().item()
+        model = LogisticRegression(C=1 / (_PENALTY * share * (1 - share) * known.sum().item()), tol=1e-10)
+        wanted = model.fit(features[known].numpy(), labels[known].numpy())
         np.testing.assert_allclose([*found[tag], bias[tag]], [*wanted.coef_[0], wanted.intercept_[0]], atol=1e-4)
-    found, _ = _fit(features, targets, torch.arange(200) % 5 == 0)
-    assert found[0, :2].min() > 1 and found[1].abs().max() < 0.1
+
+
+def test_few_steps_suffice_where_features_differ_in_size_and_images_are_fewer():
+    """Sizes from 1 to 0.001 on the axes, as of a network."""
+    torch.manual_seed(0)
+    draws = torch.randn(60, 100).double()
+    features = standard(draws @ (10 ** -torch.linspace(0, 3, 100).double().diag() @ torch.randn(100, 100).double()))
+    targets = (draws[:, :2] > torch.tensor([0.5, 1.5])).double()
+    found, bias = fit_logits(features, targets)
+    for tag, labels in enumerate(targets.T):
+        share = labels.mean().item()
+        wanted = LogisticRegression(C=1 / (_PENALTY * share * (1 - share) * 60), tol=1e-10, max_iter=1000)
+        wanted = wanted.fit(features.numpy(), labels.numpy()).decision_function(features.numpy())
+        np.testing.assert_allclose(features @ found[tag] + bias[tag], wanted, atol=0.01)
+
+
+def standard(features):
+    mean, scale = standardise(features)
+    return (features - mean) / scale
 
 
 @pytest.fixture(scope="module")
