@@ -3,6 +3,7 @@
     python prepare.py job=check data.root=PATH             what the folder has and what is wrong with it, on a page
     python prepare.py job=manifest data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data.root=PATH job.verify=false          without decoding them
+    python prepare.py job=labels data.root=PATH            the labels that are probably wrong
     python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=cache data.root=PATH data.cache.disk_gib=100 job.fill=true    decoded, before a training
@@ -31,12 +32,13 @@ from data.tools.machine import Machine
 from data.tools.manifest import Manifest
 from data.tools.pack import Pack
 from data.tools.vocabulary import CollectVocabulary
+from engine.frozen.labels_job import Labels
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Check | Manifest | CollectVocabulary | Pack
-    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import,
+    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import | Labels,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -154,7 +154,7 @@ def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | No
     """Return the addresses of images of the run's collection; None for those that it does not have."""
     with suppress(OSError, ValueError, HTTPException):
         collection = shelf.open(name := shelf.of_run(path))
-        if str(collection.root) == tables.images_root(path):  # else evaluate.py measured other data
+        if str(collection.root) == tables.images_about(path, "root"):  # else evaluate.py measured other data
             rows = find_rows(collection, images).tolist()
             return [image_address(name, collection, row) if row >= 0 else None for row in rows]
     return [None] * len(images)

@@ -19,7 +19,7 @@ from utils.formats.spelling import Tag, parse_tag, write_tag
 from utils.formats.vocabulary import RATINGS
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from utils.record.tables import find_differences, images_root
+from utils.record.tables import find_differences, images_about
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run
 from viewer.site import Site
@@ -202,7 +202,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     if name is None or not found:
         raise nothing
     collection = shelf.open(name, again=True, corrected=False)
-    root = images_root(run)
+    root = images_about(run, "root")
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     if root != str(collection.root):
@@ -238,7 +238,7 @@ def add_page(site: Site) -> None:
             except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return
-            note.delete()
+            note.text = escape_controls(images_about(path, "says"))
             review.by = (ui.context.client.tab_id or "")[:8]
             ReviewPage(review, address, desk)
 

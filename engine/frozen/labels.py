@@ -4,7 +4,6 @@ An image's own label has no part in what is predicted for it, so a wrong one can
 and without random numbers.
 
 right, proposed = judge_classes(features, labels)
-right, has = judge_tags(features, targets)
 """
 
 from collections.abc import Iterable, Iterator
@@ -66,18 +65,6 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = _calibrate([logits, further, logits + further], labels)
         right, _ = _explain(logits, labels, _ANY)
     return right, logits.argmax(dim=1)
-
-
-def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probability that each of the targets [N, T] is right, and what the other images say, bool [N, T].
-
-    targets: which image has which tag, bool.
-    """
-    labels = targets.flatten().long()
-    scores = (has.flatten() for has in predict_left_out(features, targets.double()))
-    logits = _calibrate((torch.stack([1 - has, has], dim=1) for has in scores), labels)
-    right, _ = _explain(logits, labels, _ANY)
-    return right.view(targets.shape), logits.argmax(dim=1).view(targets.shape) > 0
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_fits, serve
-from utils.record.tables import find_differences, images_root
+from utils.record.tables import find_differences, images_about
 from viewer.review import Review, ask
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
@@ -60,7 +60,7 @@ def test_differences_are_ranked(tmp_path):
     ]  # fmt: skip
     write_table(tmp_path, "there", path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
                        wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
-    assert images_root(tmp_path) == "there" and find_differences(tmp_path, 9) == [
+    assert images_about(tmp_path, "root") == "there" and find_differences(tmp_path, 9) == [
         ("b", 0.4, {"x": False}),
         ("a", 0.3, {"y": True, "z": False, "x": True}),
     ]

@@ -17,6 +17,7 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
+LABELS = "tables/labels.parquet"  # of prepare.py job=labels
 _DIFFERENCE = TypeAdapter(tuple[str, float, str | dict[str, bool]] | None)
 _TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
@@ -84,15 +85,15 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = (), of: Callable[[J
 
 def _find_images(run: Path) -> Path | None:
     """Return the newest table of images, of any split; None without one, or for links out of the run."""
-    files = [file for file in run.glob("tables/images*.parquet") if is_inside(file, run)]
+    files = [file for name in ("tables/images*.parquet", LABELS) for file in run.glob(name) if is_inside(file, run)]
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
-def images_root(run: Path) -> str:
-    """Return the root of the collection that images.parquet is about; empty if an older release wrote it."""
+def images_about(run: Path, key: str) -> str:
+    """Return what the table of images states: `root`, its collection, or `says`, whose features tell; else nothing."""
     path = _find_images(run)
     metadata = (path and pq.read_schema(path).metadata) or {}
-    return metadata.get(b"root", b"").decode(errors="replace")
+    return metadata.get(key.encode(), b"").decode(errors="replace")
 
 
 def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
@@ -100,7 +101,7 @@ def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
 
     The distance, 0 to 1, is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold.
     The prediction is a class, or the tags to add (True) or to take away, the farthest from its threshold first. There
-    are none without images.parquet. Raises UserError.
+    are none without images.parquet or `LABELS`. Raises UserError.
     """
     found = worst_images(run, most, of=_differ) or ()
     return sorted(filter(None, found), key=lambda difference: -difference[1])
@@ -108,7 +109,9 @@ def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
 
 def _differ(row: Json) -> tuple | None:
     found = None
-    if "label" in row:
+    if "given" in row:  # of job=labels
+        found = row["path"], 1 - row["probability"], row["proposed"]
+    elif "label" in row:
         found = row["path"], 1 - math.exp(-row["loss"]), row["prediction"]
     else:
         tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]

@@ -1,9 +1,9 @@
-"""Wrong labels and tags are found by what the other images say, and how many there are."""
+"""Wrong labels are found by what the other images say, and how many there are."""
 
 import torch
 from sklearn.metrics import average_precision_score
 
-from engine.frozen.labels import judge_classes, judge_tags
+from engine.frozen.labels import judge_classes
 
 CLASSES = 6
 
@@ -44,13 +44,3 @@ def test_right_labels_are_not_doubted():
     features, labels = draw_images(300, noise=0.5)
     right, proposed = judge_classes(features, labels)
     assert torch.equal(proposed, labels) and (1 - right).sum() < 1
-
-
-def test_tags_that_lack_and_tags_too_many_are_ranked_together():
-    features, labels = draw_images(600)
-    has = torch.stack([labels == 0, labels < 3, labels % 2 == 0], dim=1)
-    wrong = torch.rand(has.shape, generator=torch.Generator().manual_seed(2)) < 0.06
-    right, says = judge_tags(features, has ^ wrong)
-    assert (says == has).double().mean() > 0.95
-    assert precision(right.flatten(), wrong.flatten()) > 0.85
-    assert abs((1 - right).sum() - wrong.sum()) < 15

@@ -1,0 +1,87 @@
+"""job=labels: the labels of a collection that are probably wrong, by what all other images say of each."""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data.config import DataConfig
+from data.layouts.table import count_values
+from data.open import load_collection
+from data.tools.tool import Tool, save_report
+from engine.config import MachineConfig
+from engine.frozen.choose import choose_frozen
+from engine.frozen.features import read_features
+from engine.frozen.labels import judge_classes
+from engine.measures.neighbours import find_nearest
+from engine.update.runtime import choose_runtime
+from utils.config.schema import PathText
+from utils.errors import UserError
+from utils.io.files import output_errors, write_atomically, write_json
+from utils.record.run_reader import CONFIG_FILE
+from utils.record.tables import LABELS
+
+_LEAST = 2  # images of a class: the others say nothing of what one alone has
+_NEAREST = 30  # images around one, of which those of the proposed class are named
+_NAMED = 3
+_MOST = 10_000  # rows of the table, as many as the page shows
+_MACHINE = MachineConfig(
+    device="auto", precision="fp32", channels_last="auto", workers="auto", threads=None,
+    deterministic=False, hang_timeout_sec=1800.0,
+)  # fmt: skip
+
+
+class Labels(Tool):
+    """Rank the labels by how probably they are wrong.
+
+    weights: a run or a file whose features tell; null: a network that has not seen the labels.
+    """
+
+    name: Literal["labels"]
+    report: PathText
+    weights: PathText | None
+
+    def run(self, data: DataConfig) -> str:
+        """Write the table and a page. Raises UserError (`data.root`, `job.weights`, `job.report`)."""
+        collection = load_collection(data)
+        used = collection.weights() > 0
+        counts = count_values(collection.table["label"].filter(pa.array(used)))
+        ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST])
+        rows = np.flatnonzero((ids >= 0) & used)
+        if not ids[rows].any():
+            raise UserError(
+                f"data.root: {str(collection.root)!r} has no two classes of {_LEAST} images; give them, since other "
+                "images judge a label"
+            )
+        runtime = choose_runtime(_MACHINE)
+        frozen = choose_frozen(self.weights, collection, runtime, "job.weights")
+        if frozen is None:
+            raise UserError(
+                "job.weights: null, and no network is here that has not seen the labels; pretrain_fcmae.py "
+                f"data.root={collection.root} trains one, or set job.weights to a run or a weight file"
+            )
+        features, rows = read_features(frozen, collection, data, rows, runtime)
+        paths, labels = (np.array(collection.table[name].take(rows).to_pylist()) for name in ("path", "label"))
+        names, given = np.unique(labels, return_inverse=True)
+        right, proposed = judge_classes(features, torch.from_numpy(given))
+        order = right.argsort(stable=True)[:_MOST]
+        near = find_nearest(features[order], features, min(_NEAREST, len(rows)))[1].numpy()
+        says = names[proposed[order].numpy()]
+        columns = {"path": paths[order], "given": labels[order], "proposed": says, "probability": right[order].numpy()}
+        columns["rank"] = range(1, len(order) + 1)
+        columns["neighbours"] = [paths[its[labels[its] == name]][:_NAMED].tolist() for its, name in zip(near, says)]
+        about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
+        table = pa.table(columns, metadata=about)
+        folder = Path(self.report) / self.name
+        with output_errors("job.report", folder):
+            write_atomically(folder / LABELS, partial(pq.write_table, table))
+            write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
+        wrong = round((1 - right).sum().item())
+        title = f"{collection.root}, by the features of {frozen.says}"
+        figures = {"labels": len(rows), "probably wrong": wrong}
+        page = save_report(folder, title, figures, {"suspects": table.to_pylist()}, {})
+        return f"about {wrong:,} of {len(rows):,} labels are probably wrong; {folder / LABELS} ranks them; {page}"

@@ -1,0 +1,79 @@
+"""prepare.py job=labels: the table, which the page's review reads, and what it refuses."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from models.predictor import Predictor
+from tests.engine.frozen.test_features import NAME, place  # noqa: F401
+from tests.in_process import run
+from tests.support import refuses
+from utils.record.tables import LABELS, find_differences, images_about
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 190, 40), "blue": (40, 50, 210)}
+WRONG = ("07.png", "16.png", "25.png", "34.png")  # green ones, which are called blue
+COMMAND = ["job=labels", "data=image_folder", "data.root=pictures"]
+
+
+@pytest.fixture
+def pictures(place, monkeypatch):  # noqa: F811
+    """A folder with 20 images of each colour; all have a sidecar with it, and no folder of a class.
+
+    The features of an image are its mean colour.
+    """
+    monkeypatch.setattr(Predictor, "embed", lambda self, images: images.float().mean(dim=(2, 3)).numpy())
+    draw = np.random.default_rng(0)
+    root = place / "pictures"
+    root.mkdir()
+    for number in range(60):
+        name = [*COLOURS][number % 3]
+        pixels = np.full((48, 48, 3), COLOURS[name]) + draw.integers(-20, 20, (48, 48, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{number:02}.png")
+        (root / f"{number:02}.txt").write_text(f"{name}, square")
+    return root
+
+
+def read_table(place):  # noqa: F811
+    return pq.read_table(place / "outputs/care/labels" / LABELS).to_pylist()
+
+
+def test_classes(pictures, place):  # noqa: F811
+    for number, file in enumerate(sorted(pictures.glob("*.png"))):
+        file.with_suffix(".txt").unlink()
+        folder = pictures / [*COLOURS][2 if file.name in WRONG else number % 3]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    (pictures / "alone").mkdir()
+    Image.new("RGB", (48, 48)).save(pictures / "alone/1.png")  # no other image says anything of it
+    (pictures / "red/00.png").write_bytes(b"no image")
+    run("prepare", COMMAND, place)
+    rows = read_table(place)
+    assert [row["rank"] for row in rows] == [*range(1, 60)] and sorted(row["path"] for row in rows[:4]) == [
+        f"blue/{name}" for name in WRONG
+    ]
+    for number, row in enumerate(rows):
+        assert (row["given"] == row["proposed"]) == (number > 3)
+    first = rows[0]
+    assert (first["given"], first["proposed"]) == ("blue", "green")
+    assert len(first["neighbours"]) == 3 and all(path.startswith("green/") for path in first["neighbours"])
+    folder = place / "outputs/care/labels"
+    assert find_differences(folder, 1) == [(first["path"], 1 - first["probability"], "green")]
+    assert images_about(folder, "root") == str(pictures) and NAME in images_about(folder, "says")
+    assert first["path"] in (folder / "report.html").read_text()
+
+
+def test_what_is_refused(pictures, place):  # noqa: F811
+    with refuses("^data.root: "):
+        run("prepare", COMMAND, place)
+    for file in pictures.iterdir():
+        file.unlink()
+    for folder in ("a", "b"):
+        (pictures / folder).mkdir()
+        for number in range(2):
+            Image.new("RGB", (48, 48)).save(pictures / f"{folder}/{number}.png")
+    with refuses("^job.weights: "):
+        run("prepare", [*COMMAND, "job.weights=nothing"], place)
+    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").unlink()
+    with refuses("^job.weights: null"):
+        run("prepare", COMMAND, place)
