@@ -102,6 +102,7 @@ class Task(nn.Module):
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
+    measures_start: whether the initial weights are evaluated, too, and may be the best. finish_sec: of `finish`.
     """
 
     trained: tuple[str, ...] = ("network",)
@@ -115,6 +116,8 @@ class Task(nn.Module):
     may_be_recorded: ClassVar[bool] = False
     choices: Mapping[str, bool] = {}
     origin: Json | None = None
+    measures_start: bool = False
+    finish_sec: float = 0.0
 
     def choose_best(self, metric: str | None) -> None:
         """Let a scalar select the best weights (`loop.best`); None: `best_metric`. Raises UserError (`loop.best`)."""
@@ -153,6 +156,9 @@ class Task(nn.Module):
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update other state, such as an EMA teacher. applied: a device scalar, 0 if the step was skipped."""
+
+    def finish(self) -> None:
+        """Complete the weights that are exported, after the last update and before its evaluation, on all ranks."""
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""

@@ -44,7 +44,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
     if config.loop.minutes is not None:
-        config, job = plan_recipe(config, job, kind, collection, runtime)
+        config, job, runtime = plan_recipe(config, job, kind, collection, runtime)
     config = fit_batch(config, collection, job.overrides)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
@@ -71,8 +71,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         return f"dry run: {length}; wrote {path}/plots/samples_seen.png and nothing else"
 
     # -------------------------------------------------------------------------------- 4. Layers fitted to the data
-    if not resumes:
-        kind.prepare(task, data, setup, config, runtime)
+    kind.prepare(task, data, setup, config, runtime, is_new=not resumes)
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])

@@ -15,15 +15,18 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
+from engine.frozen.choose import open_timm
+from engine.frozen.features import read_features
+from engine.measures.probe import count_hits
+from engine.measures.ridge import Ridge
 from engine.recipe.length import wait_for
+from engine.tasks.classification import count_head_images
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, TimmConfig
-from models.image_model import Normalise
 from models.weights.offers import list_weights
-from models.weights.timm_hub import load_timm, stated_preprocessing
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
@@ -38,6 +41,7 @@ _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images ar
 _SAMPLE = 1000  # images that are decoded for the facts
 _SAMPLE_SHARE = 0.025  # of the minutes, at most, is for that
 MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
+CROPS = 0.6  # below it, the place and the size of a figure tell its class, too
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
 _SMALL_PX = 16  # side of the pictures in which they are compared
@@ -45,24 +49,30 @@ _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
-LEAST_EPOCHS = 4  # of a pretrained network
+_PASS_SHARE = 0.25  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
+_PROMISE = 0.75  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
+_EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
 _BATCH = 128  # of timing the reference network
 _OWN_BATCH = 8  # of timing the user's network
 _WARM_UP = 2  # updates before a timing
 _TIMED_SEC = 1.0
-_UPDATE = 5  # the time of an update, as a multiple of that of a forward pass
+UPDATE = 5  # the time of an update, as a multiple of that of a forward pass
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference (a core, bf16)."""
+    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference (a core, bf16).
+
+    runtime: words for the machine with which it trains fastest, if not the usual ones.
+    """
 
     name: str
     width: int  # channels of the first stage of a ResNet; each stage doubles them
     cost: float
     is_pretrained: bool = False
+    runtime: str = ""
 
     @property
     def channels(self) -> list[int]:
@@ -77,19 +87,21 @@ REFERENCE = Network("resnet10t", 32, 1.0)
 class Facts:
     """What the rules know.
 
-    images: of training. side_px: the median of the longer sides of a sample, at most `most_px`, the largest that may
-    train. has_classes: one for each image, not tags, for which mirrors, border and colours are unknown. mirrors: the
-    share of the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the images' upper
-    borders. colours: whether the mean colour tells something of the class. grey: whether no image has a colour.
+    images: of training; measured: of validation. side_px: the median of the longer sides of a sample, at most
+    `most_px`, the largest that may train. has_classes: one for each image, not tags, for which mirrors, border and
+    colours are unknown. mirrors: the share of the accuracy of nearest neighbours that mirrored images keep. border: the
+    grey level of the images' upper borders. colours: whether the mean colour tells something of the class. grey:
+    whether no image has a colour.
     reference: how many images of a step of `REFERENCE` fit into the minutes. bf16: whether the machine multiplies it
     fast, which Muon needs. network: the user's, or the one of timm's weights on this machine whose features tell most
-    of the class, if they tell more than the pictures.
+    of the class, if they tell clearly more than the pictures.
     """
 
     images: int
     side_px: int
     most_px: int
     has_classes: bool
+    measured: int
     border: int
     grey: bool
     reference: float
@@ -106,10 +118,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some training images and their classes: as pictures, float32 [N, 3, 16, 16], and finer, [N, 3, 96, 96]."""
+    """Some training images, their rows and their classes; small: as pictures, float32 [N, 3, 16, 16]."""
 
+    rows: np.ndarray
     small: Tensor
-    fine: Tensor
     labels: Tensor | None
     side_px: int  # the median of the longer sides
     read_sec: float  # of an image
@@ -126,13 +138,11 @@ def draw_sample(
     started = time.monotonic()
     kept = []
     small = []
-    fine = []
     sides = []
     for row in _choose_rows(rows, labels).tolist():
         with suppress(UnreadableImage):
             image = source.read(row)[IMAGE].float()
             small.append(F.adaptive_avg_pool2d(image, _SMALL_PX))
-            fine.append(F.interpolate(image[None], (FINE_PX, FINE_PX), mode="bilinear", antialias=True)[0])
             sides.append(min(max(image.shape[-2:]), most_px))
             kept.append(row)
         if time.monotonic() > started + _SAMPLE_SHARE * 60 * config.loop.minutes:
@@ -141,7 +151,7 @@ def draw_sample(
         raise UserError(f"data.root: no training image of {str(collection.root)!r} can be read")
     read_sec = (time.monotonic() - started) / len(kept)
     classes = None if labels is None else torch.from_numpy(labels[kept])
-    return Sample(torch.stack(small), torch.stack(fine), classes, int(np.median(sides)), read_sec)
+    return Sample(np.array(kept), torch.stack(small), classes, int(np.median(sides)), read_sec)
 
 
 def _choose_rows(rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -170,38 +180,47 @@ def find_facts(
     most_px = max(_MOST_PX, *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
     step_sec = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
-    border = round(sample.small[:, :, 0].median().item())
-    is_grey = bool((sample.small == sample.small[:, :1]).all())
-    is_fast = has_fast_bf16(runtime.device.type)
-    facts = Facts(
-        images=len(rows),
-        side_px=sample.side_px,
-        most_px=most_px,
-        has_classes=labels is not None,
-        border=border,
-        grey=is_grey,
-        reference=0.0,
-        bf16=is_fast,
-    )
+    mirrors = 1.0
+    colours = True
     if labels is not None:
         mirrors = compare_mirrored(sample.small, sample.labels)
-        facts = replace(facts, mirrors=mirrors, colours=tells_colour(sample.small, sample.labels))
+        colours = tells_colour(sample.small, sample.labels)
     network = None
     if pretrained is None:
         side = max(config.augment.image_size_hw)
         own_sec = time_network(config.model, side, _OWN_BATCH, runtime) * (UNIT_PX / side) ** 2
         network = Network(config.model.name, 0, own_sec / step_sec, config.init_from is not None)
-    elif labels is not None and facts.shows_things:
-        most_cost = _SHARE * seconds / step_sec / len(rows) / LEAST_EPOCHS * (UNIT_PX / FINE_PX) ** 2
+    elif labels is not None and colours and mirrors >= CROPS:
+        passes_sec = 2 * step_sec * min(len(rows), count_head_images(config)) / UPDATE * (FINE_PX / UNIT_PX) ** 2
+        most_cost = _PASS_SHARE * seconds / passes_sec
         names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
-        network = _most_telling(names, sample, seconds, len(rows), step_sec, runtime)
+        name = _most_telling(names, sample, collection, config, runtime)
+        if name is not None:
+            timed = _time_pretrained(name, step_sec, runtime)
+            network = timed if timed.cost <= most_cost else None
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
     time_of_ranks = left * distributed.planned_world_size()
     # After the first epoch the memory cache has all images.
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
-    return replace(facts, network=network, reference=reference)
+    border = round(sample.small[:, :, 0].median().item())
+    is_grey = bool((sample.small == sample.small[:, :1]).all())
+    measured = len(collection.rows("val"))
+    return Facts(
+        images=len(rows),
+        measured=measured,
+        side_px=sample.side_px,
+        most_px=most_px,
+        has_classes=labels is not None,
+        mirrors=mirrors,
+        border=border,
+        colours=colours,
+        grey=is_grey,
+        reference=reference,
+        bf16=has_fast_bf16(runtime.device.type),
+        network=network,
+    )
 
 
 def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
@@ -209,59 +228,53 @@ def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
 
 
 def _most_telling(
-    names: Iterable[str], sample: Sample, seconds: float, images: int, step_sec: float, runtime: Runtime
-) -> Network | None:
+    names: Iterable[str], sample: Sample, collection: Collection, config: ImageTrainingConfig, runtime: Runtime
+) -> str | None:
     """Return the network of timm whose features tell most of the class.
 
-    None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. step_sec: of the reference.
+    None if none leaves clearly fewer errors than small pictures do, by ridge regressions without each image.
     """
     best = None
-    most = 0.0
-    deadline = time.monotonic() + _PROBE_SHARE * seconds
+    least = 1.0
+    deadline = time.monotonic() + _PROBE_SHARE * 60 * config.loop.minutes
     for name in names:
         try:
-            features, image_sec = _read_features(name, sample.fine[:_FINE], deadline, runtime)
+            frozen = open_timm(name, runtime)
         except UserError as error:
             log.info("the plan leaves out %s: %s", name, error)
             continue
-        count = len(features)
-        if count < _LEAST_FINE:
+        features, rows = read_features(frozen, collection, config.data, sample.rows[:_FINE], runtime, deadline)
+        if len(rows) < _LEAST_FINE:
             break  # the time is over
-        labels = sample.labels[:count]
-        plain = nearest_right(sample.small[:count], labels)
-        right = nearest_right(features, labels)
-        update_sec = _UPDATE * image_sec
-        epochs = _SHARE * seconds / update_sec / max(images, 1)
-        line = (
-            "the plan: by features of %s the nearest image is right %.2f times, by pictures %.2f; %.1f epochs would fit"
-        )
-        log.info(line, name, right, plain, epochs)
-        if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, count)):
-            most = right - plain
-            best = Network(name, 0, update_sec / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True)
+        is_read = np.isin(sample.rows, rows)
+        wrong, plain = (left_out_errors(each, sample.labels[is_read]) for each in (features, sample.small[is_read]))
+        line = "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f"
+        log.info(line, name, wrong, plain)
+        if wrong < min(least, _PROMISE * plain):
+            least = wrong
+            best = name
     return best
 
 
-@torch.no_grad()
-def _read_features(name: str, images: Tensor, deadline: float, runtime: Runtime) -> tuple[Tensor, float]:
-    """Return the features of those images that can be read in time, float32 [N, C], and the seconds of an image.
+def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
+    """Return a network, timed on the machine as it is and, on a CPU, in float32. step_sec: of the reference.
 
-    Raises UserError if the weights, or what timm states for their images, cannot be used.
+    Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    stated = stated_preprocessing(_config(name))
-    network = load_timm(name, num_classes=0).to(runtime.device).eval()
-    normalise = Normalise(stated["mean"], stated["std"], 3)
-    found = []
-    started = time.monotonic()
-    for batch in normalise(images / 255).split(_FINE_BATCH):
-        if time.monotonic() > deadline:
-            break
-        with runtime.autocast():
-            found.append(network(batch.to(runtime.device)).float().cpu())
-        if len(found) == 1:
-            started = time.monotonic()  # after the first batch, which is slow
-    features = torch.cat(found) if found else torch.zeros(0, 1)
-    return features - features.mean(0), (time.monotonic() - started) / max(len(features) - _FINE_BATCH, 1)
+    timed = {"": time_network(_config(name), FINE_PX, _FINE_BATCH, runtime)}
+    if runtime.device.type == "cpu" and runtime.precision == "bf16":
+        exact = replace(runtime, precision="fp32", channels_last=True)
+        timed[_EXACT] = time_network(_config(name), FINE_PX, _FINE_BATCH, exact)
+    words = min(timed, key=timed.__getitem__)
+    return Network(name, 0, timed[words] / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True, runtime=words)
+
+
+def left_out_errors(features: Tensor, labels: Tensor) -> float:
+    """Return how often a ridge regression without an image names another class for it. features: [N, ...]."""
+
+    ridge = Ridge(features.flatten(1).double(), F.one_hot(labels).double())
+    most = max(hits.item() for hits, _ in ridge.compare(count_hits).values())
+    return 1 - most / len(labels)
 
 
 def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:

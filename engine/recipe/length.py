@@ -14,7 +14,7 @@ import torch
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
-from engine.run.minutes import END_SEC, Found, Pace, Speed, of_length, read_minutes
+from engine.run.minutes import Found, Pace, Speed, of_length, read_minutes
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
@@ -29,6 +29,7 @@ _MOST_UPDATES = 50  # of a timing
 _SLOW = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
 _DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
 _BATCHES = 8  # of an evaluation
+_END_SEC = 4.5  # the last pictures and weights
 
 
 def fit_minutes(run: Run) -> None:
@@ -41,14 +42,15 @@ def fit_minutes(run: Run) -> None:
         return
     found = read_minutes(run.folder.path, minutes)
     speed = None
+    end_sec = _END_SEC + run.learner.task.finish_sec
     if found is None:
         speed = _time_steps(run, _SHARE * 60 * minutes)
-        found = _find_steps(run, minutes, speed)
-    run.pace = Pace(run.folder.path, found, run.recorder.clock.mark(run.step), speed)
+        found = _find_steps(run, minutes, speed, end_sec)
+    run.pace = Pace(run.folder.path, found, run.recorder.clock.mark(run.step), speed, end_sec)
     run.use_length(found.steps_before(run.step))
 
 
-def _find_steps(run: Run, minutes: float, speed: Speed) -> Found:
+def _find_steps(run: Run, minutes: float, speed: Speed, end_sec: float) -> Found:
     """Time an evaluation, and return the number of steps that fits."""
 
     def plan_of(steps: int) -> Plan:
@@ -56,12 +58,13 @@ def _find_steps(run: Run, minutes: float, speed: Speed) -> Found:
 
     run.evaluation_sec = _time_evaluation(run)
     start_sec = monotonic() - STARTED
-    left = 60 * minutes - start_sec - END_SEC
+    left = 60 * minutes - start_sec - end_sec
     steps = distributed.rank_zero_call(lambda: _count_steps(left, speed, run.evaluation_sec, plan_of))
     step = f"{speed.first:.3g} s, after the first epoch {speed.later:.3g} s"
     measured = f"a step takes {step}, an evaluation {run.evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
-    if steps < 1:
+    if steps < 1 and not run.learner.task.measures_start:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {measured}; set more")
+    steps = max(1, steps)
     plan = plan_of(steps)
     warmup = f", {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
     length = f"{steps:,} steps, {plan.epoch_at(steps):.3g} epochs{warmup}"

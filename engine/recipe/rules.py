@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.collection.collection import Collection
-from engine.recipe.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
+from engine.recipe.facts import CROPS, FINE_PX, MIRRORS, REFERENCE, UNIT_PX, UPDATE, Facts, Network, find_facts
 from engine.recipe.pretrained import use_pretrained
 from engine.run.minutes import read_minutes
 from engine.tasks.kind import ImageTrainingConfig, Kind
@@ -26,7 +26,6 @@ from utils.record.run_folder import default_run_dir
 
 log = get_logger(__name__)
 
-_CROPS = 0.6  # below it, as a share like MIRRORS, the place and the size of a figure tell its class
 _SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 _REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best of _NETWORKS
 _MOST_EPOCHS = 60  # beyond them, a wider network gains more
@@ -41,6 +40,8 @@ _NETWORKS = (
 )
 _STEP_PX = 32
 _SIZE_SHARE = 2.2
+_LARGER = 2
+_PASSES_SHARE = 0.3  # of the time is for two fits of a pretrained network's head, and two evaluations
 
 
 class Rule(NamedTuple):
@@ -64,15 +65,19 @@ def _cost_of_px(side: int) -> float:
 
 
 def choose_px(facts: Facts) -> int:
-    """Return the side of the images: up to their own, if the time allows its cost; of a pretrained network from 96."""
+    """Return the side of the images: up to their own, if the time allows its cost.
+
+    A pretrained network sees things better if they are larger than they were: from 96 px on.
+    """
     network = facts.network
     least = UNIT_PX
+    most = facts.side_px
     fitting = _SIZE_SHARE * cost_of(facts)  # the most that an image may cost
     if network is not None and network.is_pretrained:
         least = FINE_PX
-        fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS
-    most = min(facts.side_px + _STEP_PX // 2, facts.most_px)
-    sides = range(least, most + 1, _STEP_PX)
+        most = _LARGER * most
+        fitting = _PASSES_SHARE / 2 * facts.reference / network.cost / (facts.images + facts.measured + 1) * UPDATE
+    sides = range(least, min(most + _STEP_PX // 2, facts.most_px) + 1, _STEP_PX)
     return max((side for side in sides if _cost_of_px(side) <= fitting), default=least)
 
 
@@ -119,9 +124,8 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     if facts.grey and facts.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model init_from augment.mean augment.std", words, "no image has a colour")
-    more = " or more" if facts.side_px == facts.most_px else ""
     words = f"augment.image_size_hw=[{side},{side}]"
-    yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px{more}")
+    yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px")
     if facts.side_px > _SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     if _takes_policy(facts):
@@ -132,6 +136,8 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     yield _choose_optimiser(facts, network)
     if network.is_pretrained:
         yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
+        if network.runtime:
+            yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
     one_cycle = "schedule=onecycle schedule.cycle_momentum=false"
     yield Rule("schedule", "schedule=cosine" if network.is_pretrained else one_cycle, "it is good at any length")
 
@@ -140,7 +146,8 @@ def _rules_for_classes(facts: Facts, network: Network) -> Iterator[Rule]:
     """Yield the rules that need the classes of images."""
     epochs = f"about {epochs_of(facts):.0f} epochs"
     if network.is_pretrained:
-        yield Rule("task.head", "task.head=fitted", "its features tell the classes before the first step")
+        words = "task.head=refitted task.label_smoothing=0.0"
+        yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
     mirrors = facts.mirrors >= MIRRORS
     why = f"a mirrored image finds its class {facts.mirrors:.2f} times as often"
     yield Rule("augment.horizontal_flip", f"augment.horizontal_flip={0.5 if mirrors else 0.0}", why)
@@ -171,7 +178,7 @@ def _takes_policy(facts: Facts) -> bool:
 
 
 def _is_letters(facts: Facts) -> bool:
-    return facts.mirrors < _CROPS
+    return facts.mirrors < CROPS
 
 
 def _mixes_letters(facts: Facts) -> bool:
@@ -181,7 +188,7 @@ def _mixes_letters(facts: Facts) -> bool:
 
 def _choose_optimiser(facts: Facts, network: Network) -> Rule:
     if network.is_pretrained:
-        return Rule("optim", "optim=adamw optim.lr=2e-3", "the network is pretrained")
+        return Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
     if not facts.bf16:
         return Rule("optim", "optim=sgd_train optim.lr=0.2", "Muon is slow without bf16")
     words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
@@ -191,24 +198,22 @@ def _choose_optimiser(facts: Facts, network: Network) -> Rule:
 def _choose_weights(facts: Facts, network: Network) -> Rule:
     words = f"model=timm model.name={network.name}"
     if network.is_pretrained:
-        why = "features of its weights tell more of the class than small pictures"
+        why = "features of its weights tell clearly more of the class than small pictures"
         return Rule("model init_from", f"{words} init_from=timm", why)
     why = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
-    if facts.shows_things:
-        why += "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
     channels = ",".join(map(str, network.channels))
     return Rule("model init_from", f"{words} model.channels=[{channels}]", why)
 
 
 def plan_recipe(
     config: ImageTrainingConfig, job: Job, kind: Kind, collection: Collection, runtime: Runtime
-) -> tuple[ImageTrainingConfig, Job]:
-    """Return the configuration and the job with the words of the rules, or those that the run's first start chose.
+) -> tuple[ImageTrainingConfig, Job, Runtime]:
+    """Return configuration, job and machine with the words of the rules, or those that the run's first start chose.
 
     Other scripts than train.py, and kinds without classes or tags, keep the recipe of the command.
     """
     if job.script != "train" or kind.output not in ("classes", "tags"):
-        return config, job
+        return config, job, runtime
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
@@ -218,7 +223,9 @@ def plan_recipe(
     else:
         words = before.words
     planned = use_pretrained(recompose(job, words, type(config)), [*words, *job.overrides])
-    return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words))
+    if "runtime.precision=fp32" in words:
+        runtime = replace(runtime, precision="fp32", channels_last=True)
+    return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words)), runtime
 
 
 def _choose_words(

@@ -140,6 +140,8 @@ class Run:
             return
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
+            if self.learner.task.measures_start and self.streams.evaluation_samples:
+                self.evaluate()
         if self.step == 0 and plan.range_test_steps:
             with closing(self.read(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
@@ -257,6 +259,8 @@ class Run:
         recorder.phase(step, "evaluating")
         learner.sync_buffers()
         with learner.evaluated():
+            if step == self.plan.total_steps:
+                learner.task.finish()
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             metric = learner.task.best_metric
             value = report.scalars.get(metric, math.nan)

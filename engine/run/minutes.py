@@ -25,7 +25,6 @@ log = get_logger(__name__)
 _FILE = "minutes.json"
 _FIRST_SHARE = 0.15  # of the steps, before the first correction; then half of the rest, and half of that
 _LEAST_SHARE = 0.02  # of the steps: with less left, nothing is corrected
-END_SEC = 4.5  # the last pictures and weights
 
 
 class Found(Strict):
@@ -108,15 +107,16 @@ class Pace:
     """Correct the number of steps of a run, so that it ends with its minutes.
 
     speed: as the process that has begun the run expects it from `start` on; None in another process, which repeats its
-    corrections.
+    corrections. end_sec: what follows the last evaluation, and its preparation.
     """
 
-    def __init__(self, folder: Path, found: Found, start: Mark, speed: Speed | None) -> None:
+    def __init__(self, folder: Path, found: Found, start: Mark, speed: Speed | None, end_sec: float) -> None:
         self._file = folder / _FILE
         self._found = found
         self._next = -1  # step of the next correction
         self._since = start
         self._speed = speed
+        self._end_sec = end_sec
         if speed is not None:
             self._next = start.step + math.ceil(_FIRST_SHARE * (found.steps - start.step))
             self._write()
@@ -141,11 +141,14 @@ class Pace:
         return corrected.get(step, plan.total_steps)
 
     def _count(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
-        """Return the number of steps that fit, if all go on as those since the last correction."""
+        """Return the number of steps that fit, if those of this epoch, or of later ones, go on as since `_since`."""
         now = clock.mark(step)
-        expected = self._speed.seconds_to(step)
-        slower = (now.seconds - self._since.seconds) / (expected - self._speed.seconds_to(self._since.step))
+        step_sec = (now.seconds - self._since.seconds) / (step - self._since.step)
+        if step <= self._speed.epoch:
+            self._speed = self._speed._replace(first=step_sec)
+        elif self._since.step >= self._speed.epoch:
+            self._speed = self._speed._replace(later=step_sec)
         self._since = now
-        left = 60 * self._found.minutes - (monotonic() - STARTED) - END_SEC
+        left = 60 * self._found.minutes - (monotonic() - STARTED) - self._end_sec
         left -= plan.evaluations_after(step) * evaluation_sec
-        return max(step + 1, self._speed.count(expected + left / slower))
+        return max(step + 1, self._speed.count(self._speed.seconds_to(step) + left))

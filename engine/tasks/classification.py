@@ -1,18 +1,23 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from functools import partial
+from time import monotonic
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.augment.views import evaluation_views
 from data.collection.choose import spread, training_rows
 from data.collection.collection import Collection, check_classes
 from data.open import Data
 from data.stream.loader import Fields
+from engine.config import TrainingConfig
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
@@ -34,6 +39,14 @@ from utils.ranks import distributed
 _MISTAKES = 48  # images in a picture
 _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
+_HEAD_IMAGES_A_MINUTE = 3000  # with loop.minutes: a few milliseconds each, on one core
+
+
+def count_head_images(config: TrainingConfig) -> int:
+    """Return the most images to which a head is fitted."""
+    if config.loop.minutes is None:
+        return HEAD_IMAGES
+    return min(HEAD_IMAGES, int(_HEAD_IMAGES_A_MINUTE * config.loop.minutes))
 
 
 class ClassificationTaskConfig(MixingConfig):
@@ -42,10 +55,15 @@ class ClassificationTaskConfig(MixingConfig):
     name: Literal["classification"]
     label_smoothing: BelowOne
     allow_missing_classes: bool
-    head: Literal["random", "fitted", "kept"]
+    head: Literal["random", "fitted", "refitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for task.head=kept without init_from."""
+        """Raise ValueError for a head that the run cannot have."""
+        if self.head == "refitted" and config.runtime.parallel == "fsdp":
+            raise ValueError(
+                "task.head: refitted needs the whole network on each rank, but runtime.parallel is fsdp; set "
+                "task.head=fitted, or another runtime.parallel"
+            )
         if self.head == "kept" and config.init_from is None:
             raise ValueError(
                 "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
@@ -65,6 +83,15 @@ class ClassificationTask(MixingTask):
         self.label_smoothing = setup.task.label_smoothing
         self.head = setup.task.head
         self.keep_head = self.head == "kept"
+        self.measures_start = self.head == "refitted"
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. Below a refitted head, batch norms keep the statistics with which it was fitted."""
+        super().train(mode)
+        for module in self.network.modules():
+            if self.head == "refitted" and isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
@@ -178,13 +205,27 @@ class ClassificationKind(Kind):
         return class_ids >= 0, label_fields(class_ids)
 
     def prepare(
-        self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
+        self,
+        task: ClassificationTask,
+        data: Data,
+        setup: Setup,
+        config: ImageTrainingConfig,
+        runtime: Runtime,
+        is_new: bool,
     ) -> None:
-        """Fit the head, with `task.head=fitted`."""
-        if task.head != "fitted":
+        """Fit the head of a new run, with `task.head=fitted` or `refitted`."""
+        if task.head not in ("fitted", "refitted"):
             return
         is_usable, fields = self.samples(data.collection, setup)
-        rows = spread(training_rows(data.collection, config.loop, is_usable), HEAD_IMAGES)
-        # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
-        loader = data.evaluation(rows, fields, self.views(setup, config.augment))
-        fit_head(task, loader, runtime)
+        rows = spread(training_rows(data.collection, config.loop, is_usable), count_head_images(config))
+        views = evaluation_views(setup.preprocessing)
+        if task.head == "fitted":
+            # A head that was fitted to plain images is overconfident, and the first steps at a usual rate undo the fit.
+            views = self.views(setup, config.augment)
+        fit = partial(fit_head, task, data.evaluation(rows, fields, views), runtime)
+        started = monotonic()
+        if is_new:
+            fit()
+        if task.head == "refitted":
+            task.finish = fit
+            task.finish_sec = monotonic() - started

@@ -249,8 +249,16 @@ class Kind:
         is_usable, fields = self.samples(data.collection, setup)
         return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}
 
-    def prepare(self, task: Task, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime) -> None:
-        """Adapt the initial weights to the data. Only new runs call it."""
+    def prepare(
+        self,
+        task: Task,
+        data: Data,
+        setup: Setup,
+        config: ImageTrainingConfig,
+        runtime: Runtime,
+        is_new: bool,
+    ) -> None:
+        """Adapt the initial weights of a new run to the data, and give the task what it needs to `finish` any run."""
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""

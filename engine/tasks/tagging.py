@@ -419,10 +419,16 @@ class TaggingKind(Kind):
         return dict(read_tagger(config.init_from).preprocessing)
 
     def prepare(
-        self, task: TaggingTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
+        self,
+        task: TaggingTask,
+        data: Data,
+        setup: Setup,
+        config: ImageTrainingConfig,
+        runtime: Runtime,
+        is_new: bool,
     ) -> None:
         """Fit the new tags of `task.append_to`."""
-        if "known_tags" in setup.facts:
+        if is_new and "known_tags" in setup.facts:
             index = index_of(data.collection, setup)
             rows = training_rows(data.collection, config.loop, index.tagged)
             fit_new_tags(task, data, rows, index, setup)

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from engine.tasks.head import fit_head
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
-from tests.in_process import TINY, run
-from tests.support import make_collection, rows
+from tests.in_process import TINY, run, run_until_killed
+from tests.support import assert_equal_runs, make_collection, rows
+from utils.io.files import read_json
 
 
 def make_batches(classes=4, count=6):
@@ -92,6 +93,28 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
     assert "task.head: fitted to 24 images; leave-one-out loss " in text
     finetune(place, *given, "loop.total_steps=4")
     assert "task.head" not in (place / "fitted/log.txt").read_text()[len(text) :]
+
+
+def test_a_refitted_head_is_measured_first_and_fitted_last_to_the_bit_also_after_a_kill(place):
+    given = ["task.head=refitted", "loop.total_steps=3", "optim.lr=1e-12"]
+    finetune(place, *given, "run_dir=whole")
+    assert (place / "whole/log.txt").read_text().count("task.head: fitted to 24 images") == 2
+    measured = rows(place / "whole/metrics.jsonl", "evaluate")
+    assert [measured[0]["step"], measured[-1]["step"]] == [0, 3]
+    assert measured[0]["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-3)  # the trained head would have moved
+    assert read_json(place / "whole/result.json")["step"] == 0
+    words = [*TINY, "data.root=images", "loop.batch_size=8", *given, "run_dir=killed"]
+    run_until_killed("finetune", words, place, step=2)
+    finetune(place, *given, "run_dir=killed")
+    assert_equal_runs(place / "whole", place / "killed", 3)
+
+
+def test_batch_norms_below_a_refitted_head_keep_their_statistics():
+    task = make_classifier()
+    task.network = nn.Sequential(task.network, nn.BatchNorm1d(4))
+    task.head = "refitted"
+    task.train()
+    assert task.network.training and not task.network[1].training
 
 
 def test_a_kept_head_continues_where_its_run_ended_and_resumes_without_it(place):
