@@ -15,11 +15,11 @@ from engine.measures.ridge import Ridge
 FEWEST = 64  # images of a curve
 _TIMES = torch.tensor([1.0, 2.0, 4.0])  # as many images
 # Over the logarithm of images, the logit of accuracy is about a line. These are its slope, the standard deviations of
-# the slope and of a measured point, and the variance of the slope's drift per unit, chosen by docs/how_much.md.
+# the slope and of a measured point, and a third of the variance of the slope's drift per unit (docs/how_much.md).
 _SLOPE = 0.35
 _SLOPE_STD = 0.2
 _MISFIT = 0.04
-_DRIFT = 0.015
+_DRIFT = 0.008
 _NORMAL = 1.645  # standard deviations on each side of 90 %
 
 
@@ -34,14 +34,18 @@ def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
     sample = (2 + 2 * math.cosh(whole)) / count  # variance of the logit of a share of so many images
     span = math.log(4)
     known = _SLOPE_STD**-2
-    found = 1 / ((sample + 2 * _MISFIT**2) / span**2 + _DRIFT * span / 3)
+    found = 1 / ((sample + 2 * _MISFIT**2) / span**2 + _DRIFT * span)
     slope = ((whole - quarter) / span * found + _SLOPE * known) / (found + known)
     further = _TIMES.log()
     logit = whole + slope * further
-    wanders = _DRIFT * further**3 / 3 + further**2 / (found + known)
-    margin = _NORMAL * ((sample + _MISFIT**2) * (1 - 1 / _TIMES) + wanders).sqrt()
-    ends = {"accuracy": logit, "low": logit - margin, "high": logit + margin}
-    return {"images": (_TIMES * count).int().tolist()} | {name: end.sigmoid().tolist() for name, end in ends.items()}
+    wanders = _DRIFT * further**3 + further**2 / (found + known)
+    margin = _NORMAL * (sample * (1 - 1 / _TIMES) + wanders).sqrt()
+    return {
+        "images": (_TIMES * count).int().tolist(),
+        "accuracy": logit.sigmoid().tolist(),
+        "low": (logit - margin).sigmoid().tolist(),
+        "high": (logit + margin).sigmoid().tolist(),
+    }
 
 
 def _count_right(features: Tensor, targets: Tensor, parts: int) -> float:

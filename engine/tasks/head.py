@@ -61,7 +61,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
         )
     mean, scale = standardise(features)
     standard = (features - mean) / scale
-    weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
+    weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: fit_classes(standard, labels, head.out_features))
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
     features_in = seen.pop(head)
     same = features_in.data_ptr(), features_in.numel()
@@ -81,7 +81,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     log.info(line, f"{len(labels):,}", loss, accuracy)
 
 
-def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
+def fit_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
     """Return a head for standardised features [N, C]: weight [K, C], bias [K], leave-one-out loss and accuracy.
 
     Penalty and scale minimise the cross-entropy of the leave-one-out scores. On its own training images, a head with
