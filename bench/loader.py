@@ -27,7 +27,7 @@ from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
-from engine.recipe.length import wait_for
+from engine.run.length import wait_for
 from engine.update.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.image_model import Normalise

@@ -15,11 +15,11 @@ import shlex
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
 from engine.recipe.batch import fit_batch
-from engine.recipe.length import fit_minutes
 from engine.recipe.pretrained import use_pretrained
 from engine.recipe.prodigy import use_factor
 from engine.recipe.rules import plan_recipe
 from engine.run.checkpoint import will_resume
+from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
 from engine.tasks.kinds import KINDS

@@ -15,7 +15,7 @@ from engine.frozen.features import Frozen
 from engine.update.runtime import Runtime
 from models.config import TimmConfig
 from models.image_model import ImageModel, Normalise
-from models.predictor import torch_predictor
+from models.predictor import Predictor, torch_predictor
 from models.weights.offers import list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about
@@ -31,13 +31,28 @@ _RUNS = Path("outputs")
 _HASHES = OURS / "weight_hashes.jsonl"
 CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
 
+_SMALL = {
+    "image_size_hw": [16, 16], "eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear",
+    "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
+}  # fmt: skip
+# Small networks that train here, each on half of the images, find wrong labels hardly better (docs/wrong_labels.md).
+PIXELS = Frozen(
+    Predictor(
+        {"output": "features", "preprocessing": _SMALL},
+        lambda images, what: (images.flatten(1).cpu() / 127.5 - 1).numpy(),
+    ),
+    "pixels",
+    "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
+    is_blind=True,
+)
 
-def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen | None:
-    """Return a network for features, and say which in a line; None if this machine has none.
+
+def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen:
+    """Return a network for features, and say which in a line.
 
     weights: a run or a file that the user names by the configuration key `key`. Else it is a network of timm whose
-    weights are in the cache or can be fetched, else the newest FCMAE run on the collection. Raises UserError (`key`)
-    for weights that cannot be used.
+    weights are in the cache or can be fetched, else the newest FCMAE run on the collection, else `PIXELS`. Raises
+    UserError (`key`) for weights that cannot be used.
     """
     frozen = None
     if weights is not None:
@@ -51,8 +66,8 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
             log.info("features: %s is left out: %s", name, error)
     if frozen is None and (run := _find_fcmae(collection)) is not None:
         frozen = _open_own(RunReader(run).weights("last"), collection, runtime)
-    if frozen is not None:
-        log.info("features: those of %s", frozen.says)
+    frozen = frozen or PIXELS
+    log.info("features: those of %s", frozen.says)
     return frozen
 
 

@@ -1,5 +1,6 @@
 """job=labels: the labels of a collection that are probably wrong, by what all other images say of each."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,18 +17,22 @@ from data.tools.tool import Tool, save_report
 from engine.config import MachineConfig
 from engine.frozen.choose import choose_frozen
 from engine.frozen.features import read_features
+from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.labels import judge_classes
+from engine.frozen.order import order_next
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
 from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically, write_json
+from utils.record.report import TableRow
 from utils.record.run_reader import CONFIG_FILE
 from utils.record.tables import LABELS
 
 _LEAST = 2  # images of a class: the others say nothing of what one alone has
 _NEAREST = 30  # images around one, of which those of the proposed class are named
 _NAMED = 3
+_NEXT = 200  # images to label next
 _MOST = 10_000  # rows of the table, as many as the page shows
 _MACHINE = MachineConfig(
     device="auto", precision="fp32", channels_last="auto", workers="auto", threads=None,
@@ -36,7 +41,7 @@ _MACHINE = MachineConfig(
 
 
 class Labels(Tool):
-    """Rank the labels by how probably they are wrong.
+    """Rank the labels by how probably they are wrong, and the images without a label by how much one would tell.
 
     weights: a run or a file whose features tell; null: a network that has not seen the labels.
     """
@@ -46,7 +51,7 @@ class Labels(Tool):
     weights: PathText | None
 
     def run(self, data: DataConfig) -> str:
-        """Write the table and a page. Raises UserError (`data.root`, `job.weights`, `job.report`)."""
+        """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`)."""
         collection = load_collection(data)
         used = collection.weights() > 0
         counts = count_values(collection.table["label"].filter(pa.array(used)))
@@ -59,11 +64,6 @@ class Labels(Tool):
             )
         runtime = choose_runtime(_MACHINE)
         frozen = choose_frozen(self.weights, collection, runtime, "job.weights")
-        if frozen is None:
-            raise UserError(
-                "job.weights: null, and no network is here that has not seen the labels; pretrain_fcmae.py "
-                f"data.root={collection.root} trains one, or set job.weights to a run or a weight file"
-            )
         features, rows = read_features(frozen, collection, data, rows, runtime)
         paths, labels = (np.array(collection.table[name].take(rows).to_pylist()) for name in ("path", "label"))
         names, given = np.unique(labels, return_inverse=True)
@@ -83,5 +83,29 @@ class Labels(Tool):
         wrong = round((1 - right).sum().item())
         title = f"{collection.root}, by the features of {frozen.says}"
         figures = {"labels": len(rows), "probably wrong": wrong}
-        page = save_report(folder, title, figures, {"suspects": table.to_pylist()}, {})
-        return f"about {wrong:,} of {len(rows):,} labels are probably wrong; {folder / LABELS} ranks them; {page}"
+        unlabelled = np.flatnonzero(used & collection.table["label"].is_null().to_numpy())
+        unlabelled = np.setdiff1d(unlabelled, collection.rows("test"))
+        if len(unlabelled):
+            more, unlabelled = read_features(frozen, collection, data, unlabelled, runtime)
+            chosen = order_next(torch.cat([features, more]), torch.arange(len(rows)), torch.from_numpy(given), _NEXT)
+            chosen = collection.table["path"].take(unlabelled[np.array(chosen) - len(rows)])
+            ranked = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
+            with output_errors("job.report", folder):
+                write_atomically(folder / "tables/next.parquet", partial(pq.write_table, ranked))
+        tables = {"suspects": table.to_pylist()}
+        further = ""
+        if len(rows) >= FEWEST:
+            tables["growth"] = pa.table(extrapolate(features.double(), torch.from_numpy(given))).to_pylist()
+            further = _describe(tables["growth"])
+        page = save_report(folder, title, figures, tables, {})
+        suspects = f"about {wrong:,} of {len(rows):,} labels are probably wrong; {folder / LABELS} ranks them"
+        return f"{suspects}{further}; {page}"
+
+
+def _describe(growth: Sequence[TableRow]) -> str:
+    """Return what twice as many labels promise, as the end of a sentence."""
+    now, twice, _ = growth
+    interval = f"{twice['low']:.2f} to {twice['high']:.2f}"
+    return (
+        f"; a linear classifier has {now['accuracy']:.2f}, with twice the labels {twice['accuracy']:.2f} ({interval})"
+    )

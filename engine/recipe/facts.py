@@ -19,7 +19,7 @@ from engine.frozen.choose import open_timm
 from engine.frozen.features import read_features
 from engine.measures.probe import count_hits
 from engine.measures.ridge import Ridge
-from engine.recipe.length import wait_for
+from engine.run.length import wait_for
 from engine.tasks.classification import count_head_images
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph

@@ -1,6 +1,6 @@
 """`loop.minutes`: the number of steps of a run that has a time, in minutes.json of its folder.
 
-engine/recipe/length.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
+engine/run/length.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
 number holds from a step on. A resumed run repeats the corrections, and makes no others.
 """
 

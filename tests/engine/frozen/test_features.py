@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from data.open import load_collection, prepare_image
-from engine.frozen.choose import choose_frozen
+from engine.frozen.choose import PIXELS, choose_frozen
 from engine.frozen.features import read_features
 from engine.update.runtime import choose_runtime
 from models.predictor import Predictor
@@ -84,7 +84,7 @@ def test_a_network_that_has_not_seen_the_labels_is_chosen_and_said(place, monkey
     assert choose_frozen(None, collection, runtime, "weights").is_blind
     assert f"{NAME} at 96 px, which has never seen these labels" in log.text
     (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").write_bytes(b"damaged")
-    assert choose_frozen(None, collection, runtime, "weights") is None
+    assert choose_frozen(None, collection, runtime, "weights") is PIXELS
     assert f"{NAME} is left out" in log.text
     images = f"data.root={place}/images"
     run("pretrain_fcmae", [*TINY, images, "task.decoder_dim=16", "run_dir=outputs/blind"], place)
@@ -96,6 +96,6 @@ def test_a_network_that_has_not_seen_the_labels_is_chosen_and_said(place, monkey
     make_images(place / "others")
     others = load_collection(data_config(root=str(place / "others")))
     assert choose_frozen("outputs/seen", others, runtime, "weights").is_blind
-    assert choose_frozen(None, others, runtime, "weights") is None
+    assert choose_frozen(None, others, runtime, "weights") is PIXELS
     with refuses("^weights: "):
         choose_frozen("nothing", others, runtime, "weights")

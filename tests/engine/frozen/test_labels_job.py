@@ -1,5 +1,7 @@
 """prepare.py job=labels: the table, which the page's review reads, and what it refuses."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +11,7 @@ from models.predictor import Predictor
 from tests.engine.frozen.test_features import NAME, place  # noqa: F401
 from tests.in_process import run
 from tests.support import refuses
+from utils.io.files import read_json
 from utils.record.tables import LABELS, find_differences, images_about
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 190, 40), "blue": (40, 50, 210)}
@@ -63,6 +66,29 @@ def test_classes(pictures, place):  # noqa: F811
     assert first["path"] in (folder / "report.html").read_text()
 
 
+def test_growth_and_what_to_label_next(place):  # noqa: F811
+    """Without weights, the features are small pictures."""
+    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").unlink()
+    draw = np.random.default_rng(0)
+    root = place / "pictures"
+    root.mkdir()
+    lines = []
+    for number in range(80):
+        pixels = draw.integers(0, 120, (24, 24, 3)) + 130 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number:02}.png")
+        label = ["dark", "light"][number % 2] if number < 70 else None
+        lines.append(json.dumps({"path": f"{number:02}.png", "label": label}) + "\n")
+    (root / "manifest.jsonl").write_text("".join(lines))
+    said = run("prepare", COMMAND, place)
+    assert "about 0 of 70 labels are probably wrong" in said and "with twice the labels 0.9" in said
+    folder = place / "outputs/care/labels"
+    growth = read_json(folder / "labels.json")["tables"]["growth"]
+    assert [row["images"] for row in growth] == [70, 140, 280] and growth[1]["low"] <= growth[1]["accuracy"]
+    ranked = pq.read_table(folder / "tables/next.parquet").to_pylist()
+    assert sorted(row["path"] for row in ranked) == [f"{number}.png" for number in range(70, 80)]
+    assert "at 16 px" in images_about(folder, "says")
+
+
 def test_what_is_refused(pictures, place):  # noqa: F811
     with refuses("^data.root: "):
         run("prepare", COMMAND, place)
@@ -74,6 +100,3 @@ def test_what_is_refused(pictures, place):  # noqa: F811
             Image.new("RGB", (48, 48)).save(pictures / f"{folder}/{number}.png")
     with refuses("^job.weights: "):
         run("prepare", [*COMMAND, "job.weights=nothing"], place)
-    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").unlink()
-    with refuses("^job.weights: null"):
-        run("prepare", COMMAND, place)
