@@ -12,7 +12,6 @@ from engine.exports.weights import load_predictor, open_weights
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import read_table, refuses, rows
 from utils.io.weights import read_weights
-from viewer.networks import Networks
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +54,18 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
 # --- the promise of a classifier
 
 
-def test_a_promise_goes_from_the_calibration_to_rows_exports_and_cards(place):
-    """All answers to 17 other images are right. An answer above the threshold is sure, in the run and its exports."""
+@pytest.fixture(scope="module")
+def evaluate(place):
+    """Return the words that evaluate 17 other images, of which the run gets all right."""
     run("predict", ["weights=run", "input=images", "output=found.jsonl"], place)
     for number, row in enumerate(row for row in rows(place / "found.jsonl") if "class" in row):
         (place / "others" / row["class"]).mkdir(parents=True, exist_ok=True)
         shutil.copy(place / row["path"], place / f"others/{row['class']}/{number}.png")
-    evaluate = ["run_dir=run", "runtime.device=cpu", "runtime.workers=0", "data.root=others", "output=measured"]
+    return ["run_dir=run", "runtime.device=cpu", "runtime.workers=0", "data.root=others", "output=measured"]
+
+
+def test_a_promise_goes_from_the_calibration_to_rows_exports_and_cards(place, evaluate):
+    """All answers to 17 other images are right. An answer above the threshold is sure, in the run and its exports."""
     for words, message in (
         (["calibrate=true"], r"^risk: None, .* such as 0\.05"),
         (
@@ -95,6 +99,18 @@ def test_a_promise_goes_from_the_calibration_to_rows_exports_and_cards(place):
         assert all(row["unsure"] == (row["prob"] < middle) for row in found)
     run("predict", ["weights=run", *given, "output=sure.jsonl", "threshold=0"], place)
     assert all("unsure" not in row for row in rows(place / "sure.jsonl"))
+    file.unlink()
+
+
+def test_the_page_says_that_it_is_unsure(place, evaluate):
+    pytest.importorskip("nicegui", reason="make install-view")
+    from viewer.networks import Networks
+
+    run("evaluate", [*evaluate, "calibrate=true", "risk=0.25"], place)
+    file = place / "run/weights/best_thresholds.csv"
+    run("predict", ["weights=run", "input=images/val/A", "output=page.csv"], place)
+    middle = sum(float(row["prob"]) for row in read_table(place / "page.csv")) / 2
+    file.write_text(file.read_text().replace(read_table(file)[0]["threshold"], f"{middle:.9g}"))
     answers = {}
     networks = Networks([place], lambda path: load_predictor(path, torch.device("cpu")), configure("view")[0].text)
     for image in sorted((place / "images/val/A").glob("*.png")):

@@ -3,8 +3,7 @@
 import pytest
 
 import engine.run.loop
-from engine.recipe import length
-from engine.run import minutes
+from engine.run import length, minutes
 from engine.run.clock import Clock, Mark
 from engine.run.minutes import Speed
 from tests.in_process import TINY, make_images, run, run_until_killed

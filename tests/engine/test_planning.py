@@ -7,11 +7,11 @@ import timm
 import torch
 from PIL import Image
 
-from engine.recipe import facts, length
+from engine.recipe import facts
 from engine.recipe import rules as planning
 from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
-from engine.run import minutes
+from engine.run import length, minutes
 from engine.run.minutes import Speed
 from models.weights import offers
 from tests.in_process import make_images, run
