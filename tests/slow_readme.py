@@ -67,8 +67,6 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             arguments.append("task.min_count=1")  # of few images
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
             arguments.append("run_dir=RUN")
-        if "job=labels" in arguments:
-            arguments.append("job.weights=RUN")  # the hub is not asked
         if "prompts=PROMPTS" in arguments:
             (folder / "PROMPTS").write_text("a cat")
             arguments += ["pictures.image_size_hw=[64,64]", "pictures.steps=2"]

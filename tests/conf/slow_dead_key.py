@@ -122,6 +122,7 @@ prepare job=check $glyphs
 prepare job=pack $folders job.output=packed
 prepare job=vocabulary $folders job.output=tags.csv job.min_count=1
 prepare job=check $folders
+prepare job=labels job.weights=fcmae $folders
 prepare job=duplicates $folders
 prepare job=filter job.find=tags<1 $folders
 prepare job=apply_corrections $folders
