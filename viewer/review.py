@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
-from data.layouts.corrections import Decision, Decisions, Desk, settle
+from data.layouts.corrections import Decision, Decisions, Desk, desk_of, settle
 from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_tag, write_tag
@@ -24,15 +24,14 @@ from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run
 from viewer.site import Site
 
-_desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 _MOST = 10_000  # differences
 _CARDS = 24  # those on a screen
-_HINT = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
 _BUTTONS = {"Accept": "Enter", "Reject": "r", "Undo": "u"}  # and their keys
-_CHOICES = 9  # classes or tags that have a key
+KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
+_CHOICES = 9  # those that a review uses
 # A key is for the page only while none of these has the focus.
 _FOCUSABLE = ["a", "button", "div", "input", "select", "summary", "textarea"]
-_CARD = """<div :class="props.row.kind" @click="() => $parent.$emit('pick', props.row.id)">
+_CARD = """<div :class="props.row.kind" @click="event => $parent.$emit('pick', [props.row.id, event.shiftKey])">
 <img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
 <div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
 _STYLE = """
@@ -84,12 +83,18 @@ def _judge(now: Any, was: Any, says: Any) -> str:
 
 
 class Review:
-    """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab."""
+    """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab.
+
+    order: the numbers of the questions that are shown.
+    """
+
+    hint = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
 
     def __init__(self, questions: Sequence[Question], classes: Sequence[str] = ()) -> None:
         self.questions = questions
         self.classes = classes
         self.field = "tags" if isinstance(questions[0].had, list) else "label"
+        self.order: Sequence[int] = range(len(questions))
         self.decisions = Decisions()
         self.here = 0
         self.marked = set[int]()
@@ -102,33 +107,45 @@ class Review:
         last = settle(had, self.decisions.get((path, self.field), ()))
         return last if last and last.verdict != "undone" else None
 
-    def screen(self) -> range:
+    def screen(self) -> Sequence[int]:
         """Return the numbers of the images that are shown together with the shown one."""
-        first = self.here // _CARDS * _CARDS
-        return range(len(self.questions))[first : first + _CARDS]
+        first = self.order.index(self.here) // _CARDS * _CARDS
+        return self.order[first : first + _CARDS]
 
     def next(self) -> int:
         """Return the next image without a decision, or the shown one if there is none."""
-        order = itertools.chain(range(self.here, len(self.questions)), range(self.here))
-        return next((each for each in order if self.last(each) is None), self.here)
+        at = self.order.index(self.here)
+        further = itertools.chain(self.order[at:], self.order[:at])
+        return next((each for each in further if self.last(each) is None), self.here)
+
+    def progress(self) -> str:
+        """Return how far the decisions are."""
+        count = len(self.questions)
+        decided = sum(self.last(each) is not None for each in range(count))
+        return f"{decided:,} of {count:,} decided"
 
     def shown(self, number: int) -> Any:
         """Return what was decided about an image, or else what the network says."""
         last = self.last(number)
         return last.now if last else self.questions[number].says
 
-    def choices(self) -> dict[str, bool]:
-        """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
-        value = self.shown(self.here)
+    def keys(self) -> dict[str, str]:
+        """Return the class or the tag of each key for the shown image."""
         names = dict.fromkeys([*self.questions[self.here].names, *self.classes])
-        return {name: name in value if self.field == "tags" else name == value for name in [*names][:_CHOICES]}
+        return dict(zip(KEYS[:_CHOICES], names))
+
+    def choices(self) -> dict[str, bool]:
+        """Return the classes or tags that have a key, and whether the shown image has them as it is shown."""
+        value = self.shown(self.here)
+        names = self.keys().values()
+        return {name: name in value if self.field == "tags" else name == value for name in names}
 
     def card(self, number: int, image: str) -> Json:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
         last = self.last(number)
         had = self.questions[number].had
         value = self.shown(number)
-        text = f"{had} → {value}" if value != had else str(had)
+        text = str(value or "no label") if had in (None, value) else f"{had} → {value}"
         if self.field == "tags":
             changed = {*had}.symmetric_difference(value)
             text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
@@ -140,21 +157,22 @@ class Review:
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
         targets = sorted(self.marked) or [self.here]
-        choices = [*self.choices()]
         if key in ("ArrowLeft", "ArrowRight"):
-            self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.questions) - 1)
+            at = self.order.index(self.here) + (1 if key == "ArrowRight" else -1)
+            self.here = self.order[min(max(at, 0), len(self.order) - 1)]
         elif key == "x":
             self.marked ^= {self.here}
         elif key == "a":
             self.marked |= {*self.screen()}
         elif key == "Enter":
-            return self._decide({each: self.questions[each].says for each in targets if self.last(each) is None})
+            says = {each: self.questions[each].says for each in targets if self.last(each) is None}
+            return self._decide({each: value for each, value in says.items() if value is not None})
         elif key == "r":
             return self._decide({each: self.questions[each].had for each in targets})
         elif key == "u":
             return self._undo()
-        elif key.isdecimal() and 0 < int(key) <= len(choices):
-            return self.choose(choices[int(key) - 1])
+        elif name := self.keys().get(key):
+            return self.choose(name)
         return []
 
     def choose(self, name: str) -> list[Decision]:
@@ -162,6 +180,12 @@ class Review:
         if self.field == "label":
             return self._decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
         return self._write({self.here: switch_tags(self.questions[self.here].had, self.shown(self.here), [name])})
+
+    def pick(self, number: int, is_through: bool) -> None:
+        """Show an image of the screen and mark it, or not any more; is_through: mark all from the shown one to it."""
+        first, last = sorted(map(self.order.index, (self.here, number)))
+        self.marked = self.marked | {*self.order[first : last + 1]} if is_through else self.marked ^ {number}
+        self.here = number
 
     def _decide(self, values: Mapping[int, Any]) -> list[Decision]:
         """Return decisions, and show the next image without one."""
@@ -173,7 +197,7 @@ class Review:
     def _undo(self) -> list[Decision]:
         """Return the lines that take this page's last decisions back, and show their first image."""
         numbers = self._done.pop() if self._done else []
-        self.here = min(numbers, default=self.here)
+        self.here = min({*numbers} & {*self.order}, default=self.here)
         return [self._add(number, self.questions[number].had, "undone") for number in numbers]
 
     def _write(self, values: Mapping[int, Any]) -> list[Decision]:
@@ -207,7 +231,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    desk = _desk_of(collection.root)
+    desk = desk_of(collection.root)
     field = "label" if isinstance(found[0][2], str) else "tags"
     decisions, _ = desk.sync()
     column = collection.table[field]
@@ -256,13 +280,13 @@ class ReviewPage:
                 self._add_button(key).set_text(title)
             self._progress = ui.label()
         self._waiting = ui.label().classes("text-negative").style("white-space: pre-line; overflow-wrap: anywhere")
-        ui.label(_HINT).classes("muted")
+        ui.label(review.hint).classes("muted")
         with ui.element("div").classes("review"):
             with ui.column().classes("w-full"):
                 self._build_image()
             cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
             cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
-            cards.on("pick", lambda event: self._show(event.args))
+            cards.on("pick", lambda event: self._pick(*event.args))
         self._cards = cards
         ui.keyboard(self._on_key, ignore=_FOCUSABLE)
         self._draw()
@@ -278,7 +302,7 @@ class ReviewPage:
         self._picture = ui.image().props("no-transition").classes("large")
         self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
         with ui.row():
-            self._chips = [self._add_button(str(number + 1)) for number in range(_CHOICES)]
+            self._chips = {key: self._add_button(key) for key in KEYS}
         if self._review.field == "label":
             other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
             self._other = other
@@ -288,22 +312,20 @@ class ReviewPage:
         review = self._review
         numbers = review.screen()
         self._cards.rows = [review.card(each, self._address(each, 256)) for each in numbers]
-        count = len(review.questions)
-        decided = sum(review.last(each) is not None for each in range(count))
-        self._progress.text = f"{decided:,} of {count:,} decided"
+        self._progress.text = review.progress()
         self._picture.source = self._address(review.here, 1024)
         text = self._cards.rows[numbers.index(review.here)]["text"]
         self._title.text = f"{escape_controls(review.questions[review.here].path)}: {text}"
-        choices = [*review.choices().items()]
-        for number, chip in enumerate(self._chips):  # the same elements, so that one keeps the focus
-            chip.set_visibility(number < len(choices))
-            if number < len(choices):
-                name, is_on = choices[number]
-                chip.set_text(f"{number + 1} {escape_controls(name)}")
-                chip.props(remove="outline") if is_on else chip.props("outline")
+        names = review.keys()
+        choices = review.choices()
+        for key, chip in self._chips.items():  # the same elements, so that one keeps the focus
+            chip.set_visibility(key in names)
+            if key in names:
+                chip.set_text(f"{key} {escape_controls(names[key])}")
+                chip.props(remove="outline") if choices[names[key]] else chip.props("outline")
 
-    def _show(self, number: int) -> None:
-        self._review.here = number
+    def _pick(self, number: int, is_through: bool) -> None:
+        self._review.pick(number, is_through)
         self._draw()
 
     async def _save(self, lines: Sequence[Decision] = ()) -> None:

@@ -36,7 +36,7 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 16  # format version; increment it to rebuild every index
+_INDEX = 17  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class _Part:
         if is_prior:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
-        table = assign_validation(table, fraction)
-        return correct(table, self.decisions, self.unused) if self.decisions else table
+        corrected = correct(table, self.decisions, self.unused) if self.decisions else table
+        # An image's first label counts as its own. A corrected one moves no image to the other split.
+        labelled = replace_column(table, "label", pc.coalesce(table["label"], corrected["label"]))
+        return replace_column(corrected, "split", assign_validation(labelled, fraction)["split"])
 
 
 def index_collection(

@@ -7,6 +7,7 @@ Lines are only appended, by any number of processes. The last line about an imag
 """
 
 import codecs
+import functools
 import itertools
 import os
 from collections import Counter
@@ -135,6 +136,9 @@ class Desk:
             for each in waiting:
                 decisions.setdefault((each.path, each.field), []).append(each)
             return decisions, "\n".join([fault, *self._unused.describe()]).strip()
+
+
+desk_of = functools.cache(Desk)  # one for all pages, so that no reload loses what could not be saved
 
 
 def settle(value: Any, lines: Sequence[Decision]) -> Decision | None:

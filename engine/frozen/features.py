@@ -5,6 +5,7 @@ features, rows = read_features(frozen, collection, config.data, rows, runtime)
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -77,11 +78,13 @@ def read_features(
     rows: np.ndarray,
     runtime: Runtime,
     deadline: float = math.inf,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> tuple[Tensor, np.ndarray]:
     """Return features float32 [N, D] of the rows whose image can be read, and these rows [N], in their order.
 
     Only new and changed images are read. This process does it alone, whatever the ranks. deadline: on the monotonic
-    clock; the rows that it leaves no time for are left out. Raises UserError (`data.root`) if no image can be read.
+    clock; the rows that it leaves no time for are left out. tell: called with the share of these that is read.
+    Raises UserError (`data.root`) if no image can be read.
     """
     store = FeatureStore(open_contents(collection), frozen, runtime.precision)
     keys = [store.key(row) for row in rows.tolist()]
@@ -94,7 +97,8 @@ def read_features(
         loader = data.prepared(rows[missing], no_fields, predictor.preprocessing).loader
         batches = loader.load(evaluation_batches(rows[missing], _BATCH, 0, None))
         places = iter(missing.tolist())
-        for batch in track(batches, math.ceil(len(missing) / _BATCH), f"features of {frozen.says}"):
+        batches = track(batches, math.ceil(len(missing) / _BATCH), f"features of {frozen.says}")
+        for number, batch in enumerate(batches, start=1):
             check_stop(alone=True)
             with runtime.autocast():
                 vectors = predictor.embed(batch["images"])
@@ -102,6 +106,7 @@ def read_features(
                 if weight > 0:
                     found[place] = vector
                     store.put(keys[place], vector)
+            tell(min(number * _BATCH / len(missing), 1.0))
             if time.monotonic() > deadline:
                 break
     kept = [place for place, vector in found.items() if vector is not None]

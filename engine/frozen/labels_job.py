@@ -14,8 +14,7 @@ from data.config import DataConfig
 from data.layouts.table import count_values
 from data.open import load_collection
 from data.tools.tool import Tool, save_report
-from engine.config import MachineConfig
-from engine.frozen.choose import choose_frozen
+from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.labels import judge_classes
@@ -34,10 +33,6 @@ _NEAREST = 30  # images around one, of which those of the proposed class are nam
 _NAMED = 3
 _NEXT = 200  # images to label next
 _MOST = 10_000  # rows of the table, as many as the page shows
-_MACHINE = MachineConfig(
-    device="auto", precision="fp32", channels_last="auto", workers="auto", threads=None,
-    deterministic=False, hang_timeout_sec=1800.0,
-)  # fmt: skip
 
 
 class Labels(Tool):
@@ -62,7 +57,7 @@ class Labels(Tool):
                 f"data.root: {str(collection.root)!r} has no two classes of {_LEAST} images; give them, since other "
                 "images judge a label"
             )
-        runtime = choose_runtime(_MACHINE)
+        runtime = choose_runtime(MACHINE)
         frozen = choose_frozen(self.weights, collection, runtime, "job.weights")
         features, rows = read_features(frozen, collection, data, rows, runtime)
         paths, labels = (np.array(collection.table[name].take(rows).to_pylist()) for name in ("path", "label"))

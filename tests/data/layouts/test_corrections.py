@@ -40,6 +40,14 @@ def test_decisions_change_the_labels_and_the_fingerprint_and_not_the_split(anima
     assert columns(corrected, "path", "split") == columns(plain, "path", "split")
 
 
+def test_first_labels_are_split_by_class(root, opened):  # noqa: F811
+    paths = [f"{number:02}.png" for number in range(30)]
+    put(root, *paths)
+    append_corrections(root, [decide(path, None, "ab"[number % 2]) for number, path in enumerate(paths[:12])])
+    collection = opened(root, 0.1)
+    assert collection.class_names("val") == collection.class_names("train") == ["a", "b"]
+
+
 @pytest.mark.parametrize(("lines", "label"), [
     (["cat dog edited", "cat bird edited"], "bird"),  # two reviewers: the later one counts
     (["cat dog edited", "cat bird edited", "cat cat undone"], "dog"),
