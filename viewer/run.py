@@ -105,6 +105,8 @@ async def _show_pictures(name: str, path: Path) -> None:
         show_command([*_command_of(path), "dry_run=true"])
     if not pictures:
         ui.label("No pictures yet: evaluations make them.").classes("muted")
+    if "plots/samples.png" in pictures:
+        ui.link("Two steps over each other, and which is better", f"/samples?run={quote(name)}")
     for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
         with ui.card().classes("w-full"):
             _show_picture(name, title, pictures[title])

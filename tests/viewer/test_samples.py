@@ -1,0 +1,63 @@
+"""/samples: pictures of two steps over each other, and choices that are kept with their pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.utils.record.test_run_index import make_run
+from tests.viewer.conftest import HOSTILE, assert_fits
+from utils.io.files import read_json
+
+PROMPTS = ["black", {"text": HOSTILE, "seed": 7, "negative": "blurry", "image_size_hw": [16, 24]}]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with pictures of two prompts, 32 x 40 and 16 x 24 pixels, before training and at two steps."""
+    root = tmp_path_factory.mktemp("samples")
+    make_run(root / "none")
+    run = make_run(root / "lora")
+    samples = {"prompts": PROMPTS, "image_size_hw": [32, 40], "steps": 3, "guidance": 5.0}
+    config = read_json(run / "config.json") | {"task": {"name": "diffusion", "samples": samples}}
+    (run / "config.json").write_text(json.dumps(config))
+    for step in (0, 5, 9):
+        strip = np.full((32, 64, 3), 10 * step, np.uint8)
+        strip[:, 40:] += 100
+        (run / f"plots/steps/{step:08}").mkdir(parents=True)
+        Image.fromarray(strip).save(run / f"plots/steps/{step:08}/samples.png")
+    return root
+
+
+def test_choices_are_kept_and_taken_back(page, address, runs):
+    page.goto(f"{address}/samples?run=0/lora")
+    group = page.get_by_role("group", name="pictures")
+    page.wait_for_function("document.activeElement.classList.contains('samples')")
+    assert page.locator(".pair img").evaluate_all("all => all.map(each => each.alt)") == [
+        "left: 0/lora, before training", "right: 0/lora, step 9",
+    ]  # fmt: skip
+    group.press("ArrowRight")
+    page.get_by_role("button", name=HOSTILE).and_(page.locator("[aria-pressed=true]")).wait_for()
+    group.press("ArrowUp")
+    for number, key in enumerate("210"):
+        group.press(key)
+        page.get_by_text(f"{number + 1} choices").wait_for()
+    page.get_by_role("button", name="U undo").click()
+    page.get_by_text("2 choices").wait_for()
+    file = runs / "lora/preferences.jsonl"
+    right, left = map(json.loads, file.read_text().splitlines())
+    assert {**right, "chosen": left["rejected"], "rejected": left["chosen"]} == right
+    own = {name: right[name] for name in ("prompt", "negative", "seed", "tie")}
+    assert own == {"prompt": HOSTILE, "negative": "blurry", "seed": 7, "tie": False}
+    pictures = [np.array(Image.open(runs / "lora" / right[name])) for name in ("chosen", "rejected")]
+    assert [(each.shape, each.min(), each.max()) for each in pictures] == [
+        ((16, 24, 3), 150, 150),
+        ((16, 24, 3), 100, 100),
+    ]
+    page.get_by_label("wipe").fill("80")
+    assert "80%" in page.locator(".samples").get_attribute("style")
+    assert_fits(page)
+    assert page.locator("img[onerror]").count() == 0
+    page.goto(f"{address}/samples?run=0/none")
+    page.get_by_text("No pictures").wait_for()
