@@ -49,7 +49,8 @@ _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
-_PASS_SHARE = 0.25  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
+_PASS_SHARE = 0.5  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
+_FETCHED_PASS_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.75  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
@@ -192,12 +193,11 @@ def find_facts(
         network = Network(config.model.name, 0, own_sec / step_sec, config.init_from is not None)
     elif labels is not None and colours and mirrors >= CROPS:
         passes_sec = 2 * step_sec * min(len(rows), count_head_images(config)) / UPDATE * (FINE_PX / UNIT_PX) ** 2
-        most_cost = _PASS_SHARE * seconds / passes_sec
-        names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
+        names = list_weights(pretrained, _FETCHED_PASS_SHARE * seconds / passes_sec, _FETCH_SHARE * seconds)
         name = _most_telling(names, sample, collection, config, runtime)
         if name is not None:
             timed = _time_pretrained(name, step_sec, runtime)
-            network = timed if timed.cost <= most_cost else None
+            network = timed if timed.cost * passes_sec <= _PASS_SHARE * seconds else None
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
     time_of_ranks = left * distributed.planned_world_size()
