@@ -121,5 +121,5 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     opened = "/" + query.replace("TOKEN", str(token))
     ui.run(
         host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
-        favicon="🖼", dark=None, uvicorn_logging_level="error",
+        favicon="🖼", dark=None, language="en-US", uvicorn_logging_level="error",
     )  # fmt: skip

@@ -1,13 +1,17 @@
 """Parts of several pages: colours, tables with a choice, and how values are shown."""
 
+import json
 import shlex
 from asyncio import Lock
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
 from fastapi import HTTPException
 from nicegui import ui
+from nicegui.elements.mixins.value_element import ValueElement
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
@@ -18,18 +22,62 @@ REFRESH_SEC = 2.0
 ACCENT = "#1c6dd0"
 GREY = "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
+# A new entry of the history, unless the address says so already.
+_SET_PARAMETER = """{{ const url = new URL(location), [name, text] = [{}, {}]
+text ? url.searchParams.set(name, text) : url.searchParams.delete(name)
+if (url.href != location.href) history.pushState({{}}, "", url) }}"""
+_TITLE = """<q-th :props="props" tabindex="0" @keydown.enter="props.sort(props.col)">{{ props.col.label }}</q-th>"""
 STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", "warning", "positive")))
+
+
+def show_heading(text: str, level: int) -> ui.label:
+    """Show a heading of a level, 1 to 6; a page has one of level 1, its title."""
+    heading = ui.label(text)
+    heading.tag = f"h{level}"
+    return heading
+
+
+def follow_address() -> None:
+    """Let the page know when the user goes back or forward among its own addresses (`bind_address`)."""
+    ui.run_javascript("addEventListener('popstate', () => emitEvent('address', location.search))")
+
+
+def bind_address(name: str, show: Callable[[str], Any]) -> Callable[[str], None]:
+    """Let a parameter of the page's address say what is shown, so that it has a link, and back goes back.
+
+    show: called with the parameter, "" without one, when the user goes back or forward, and now if there is one.
+    Returns a function that writes what is shown now into the address.
+    """
+    first = ui.context.client.request.query_params.get(name, "")
+    ui.on("address", lambda event: show(dict(parse_qsl(event.args[1:])).get(name, "")))
+    if first:
+        show(first)
+    return lambda text: ui.run_javascript(_SET_PARAMETER.format(json.dumps(name), json.dumps(text)))
+
+
+def bind_choice(choice: ValueElement, name: str, values: Collection[str]) -> None:
+    """Bind a choice, such as tabs, to a parameter of the page's address; without it, the first of the values counts."""
+    first = next(iter(values))
+    tell = bind_address(name, lambda text: choice.set_value(text if text in values else first))
+    choice.on_value_change(lambda event: tell("" if event.value == first else event.value))
 
 
 def show_command(words: Sequence[str]) -> None:
     """Show a command, and a button that copies it."""
-    ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
+    code = ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
+    code.copy_button.props("aria-label=copy")
+    code.markdown.props("tabindex=0")  # keys scroll it
 
 
 def make_columns(labels: Mapping[str, str]) -> list[Json]:
     """Return the columns of a table that can be sorted. labels: by the field of a row."""
     shared = {"align": "left", "sortable": True}
     return [{"name": field, "label": label, "field": field, **shared} for field, label in labels.items()]
+
+
+def sort_by_keys(table: ui.table) -> None:
+    """Let Enter in a column's title sort a table, as a click does."""
+    table.add_slot("header-cell", _TITLE)
 
 
 async def filtered_table(
@@ -45,6 +93,7 @@ async def filtered_table(
         find = ui.input(placeholder="filter").props("aria-label=filter")
     table = ui.table(columns=[], rows=[], row_key=key).classes("w-full").style("height: 70vh")
     table.props("virtual-scroll dense :rows-per-page-options=[0]")
+    sort_by_keys(table)
     find.bind_value_to(table, "filter", forward=lambda text: text or "")
     lock = Lock()
 

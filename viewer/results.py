@@ -140,10 +140,10 @@ async def _show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) -
         return
     addresses = await asyncio.to_thread(find_addresses, path, shelf, [name for name, *_ in rows])
     with ui.element("div").classes("w-full tiles"):
-        for (_, *texts), address in zip(rows, addresses):
+        for (name, *texts), address in zip(rows, addresses):
             with ui.column().classes("gap-1"):
                 if address:
-                    ui.image(address).props("ratio=1").classes("w-full")
+                    ui.image(address).props("ratio=1").classes("w-full").props["alt"] = escape_controls(name)
                 for text in texts:
                     ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
     if not any(addresses):

@@ -299,7 +299,7 @@ class ReviewPage:
         return button.on("mousedown.prevent", js_handler="() => {}")
 
     def _build_image(self) -> None:
-        self._picture = ui.image().props("no-transition").classes("large")
+        self._picture = ui.image().props("no-transition alt='the image'").classes("large")
         self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
         with ui.row():
             self._chips = {key: self._add_button(key) for key in KEYS}

@@ -17,7 +17,7 @@ from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, filtered_table, find_run, make_columns, run_name, show_command
+from viewer.parts import REFRESH_SEC, bind_choice, filtered_table, find_run, make_columns, run_name, show_command
 from viewer.results import show_mistakes, show_tables, show_thresholds
 from viewer.site import Site
 
@@ -78,7 +78,8 @@ def add_page(site: Site) -> None:
             with ui.tab_panels(bar, value="Curves", animated=False).classes("w-full"):
                 for title in tabs:
                     panels[title] = ui.tab_panel(title).classes("q-px-none")
-            await build("Curves")
+            bind_choice(bar, "tab", [*tabs])
+            await build(bar.value)
             bar.on_value_change(lambda event: build(event.value))
 
 

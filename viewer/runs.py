@@ -18,7 +18,7 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, make_columns, run_name
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, make_columns, run_name, sort_by_keys
 from viewer.site import Site
 
 _SPARK_PX = (96, 24)
@@ -31,6 +31,8 @@ _SORT = """(rows, by, down) => rows.slice().sort((a, b) =>
     b.pinned - a.pinned || (a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : 0) * (down ? -1 : 1))"""
 # Quasar's templates: double braces show text, never markup.
 _SLOTS = {
+    "header-selection": '<q-checkbox v-model="props.selected" aria-label="all runs" />',
+    "body-selection": '<q-checkbox v-model="props.selected" :aria-label="props.row.run" />',
     "state": '<q-td :props="props"><q-badge :color="props.row.colour">{{ props.row.state }}</q-badge></q-td>',
     "run": """<q-td :props="props"><q-btn flat round dense size="sm" :aria-label="'pin ' + props.row.run"
         :aria-pressed="props.row.pinned" :icon="props.row.pinned ? 'star' : 'star_border'"
@@ -41,7 +43,8 @@ _SLOTS = {
         <pre class="mono">{{ props.row.ranking }}</pre><div v-for="job in props.row.jobs"><q-badge :color="job.colour">
         {{ job.state }}</q-badge> <a :href="job.link">{{ job.run }}</a> {{ job.shown }}</div></details></q-td>""",
     "share": (
-        '<q-td :props="props"><q-linear-progress :value="props.row.share" class="q-mb-xs" style="width: 110px" />'
+        '<q-td :props="props"><q-linear-progress :value="props.row.share" class="q-mb-xs" style="width: 110px"'
+        " :aria-label=\"'steps of ' + props.row.run\" />"
         '<span class="muted">{{ props.row.steps }}</span></q-td>'
     ),
     "best": '<q-td :props="props">{{ props.row.shown }}</q-td>',
@@ -126,8 +129,9 @@ def add_page(site: Site) -> None:
                 lambda: ui.navigate.to(f"/compare?{urlencode([('run', row['name']) for row in table.selected])}")
             )
             table.classes("w-full").props("loading").props[":sort-method"] = _SORT
+            sort_by_keys(table)
             for name, template in _SLOTS.items():
-                table.add_slot(f"body-cell-{name}", template)
+                table.add_slot(name if "-" in name else f"body-cell-{name}", template)
             table.add_slot(
                 "no-data",
                 "<div class='q-pa-md'>No run yet. <span class='mono'>make demo</span> makes some, "

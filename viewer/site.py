@@ -4,25 +4,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nicegui import ui
+from nicegui import app, ui
+from nicegui.events import GenericEventArguments
 
 from utils.record.run_index import RunIndex
 from viewer.config import AlertsConfig
 from viewer.images import Shelf
 from viewer.networks import Networks
-from viewer.parts import ACCENT
+from viewer.parts import ACCENT, follow_address, show_heading
 
+_PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try", "/watch": "Watch"}
+_COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
 _STYLE = """
-body { font-size: 15px; font-variant-numeric: tabular-nums }
+body { font-size: 15px; font-variant-numeric: tabular-nums; --link: #1c6dd0; --warn: #a35200; --error: #c92a2a }
+.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787 }
+.body--dark .text-primary { --q-primary: var(--link) } .body--dark .text-negative { --q-negative: var(--error) }
+a { color: var(--link) } h1 { font-size: 20px; font-weight: 600; line-height: 1.3; margin: 0; overflow-wrap: anywhere }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
+header.q-header { padding: 4px 16px; background: #212529 }
+header a { color: #fff; white-space: nowrap; text-decoration: none; padding: 8px 0 }
+header [aria-current] { box-shadow: inset 0 -2px }
+header a:hover, header a:focus-visible { text-decoration: underline; outline-color: #fff }
 .muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .chart { height: 240px; width: 100% }
 .tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px }
-.level-1 { color: #e67700 } .level-2 { color: #e03131 }
+.level-1 { color: var(--warn) } .level-2 { color: var(--error) }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
-.q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap } .q-table tbody tr { cursor: pointer }
-summary { display: list-item; font-weight: 500 }
+.q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap }
+.clickable tbody tr { cursor: pointer }
+summary { display: list-item; font-weight: 500; cursor: pointer }
 .bar { padding: 1px 6px; border-radius: 3px; background:
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
@@ -30,12 +41,13 @@ summary { display: list-item; font-weight: 500 }
 .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
-:focus-visible { outline: 2px solid #1c6dd0; outline-offset: 2px }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
 
 
 def set_looks() -> None:
     """Set how elements look on all pages."""
+    app.config.quasar_config["loadingBar"] = {"skipHijack": True}  # it has no name, and says nothing
     looks = {
         ui.button: "no-caps unelevated",
         ui.card: "flat bordered",
@@ -62,20 +74,33 @@ class Site:
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
-        """Frame a page: its header with the way back."""
-        ui.colors(primary=ACCENT)
+        """Frame a page: the way to the others, its heading, and how it looks."""
+        ui.colors(**_COLOURS)
         ui.add_css(_STYLE)
         ui.page_title(f"{title} - Atelier")
-        with ui.header().classes("items-center no-wrap gap-3 q-px-md q-py-sm").style("background: #212529"):
-            ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
-            ui.link("Collections", "/collection").classes(_LINK)
-            ui.link("Try", "/try").classes(_LINK)
-            ui.link("", "/watch").bind_text_from(self, "alerts", _show_alerts).classes(_LINK)
-            ui.label(title).classes("text-white ellipsis col text-right").style("opacity: .8")
+        with ui.header(wrap=False).classes("items-center gap-3"):
+            ui.label("Atelier").classes("text-weight-bold text-subtitle1 gt-xs")
+            with ui.element("nav").props("aria-label=pages").classes("row no-wrap gap-3 col"):
+                for address, name in _PAGES.items():
+                    link = ui.link(name, address)
+                    if address == ui.context.client.page.path:
+                        link.props("aria-current=page")
+            link.bind_text_from(self, "alerts", _show_alerts)
+            self._choose_look()
+        ui.skip_link(target=ui.context.client.content)
+        follow_address()
+        show_heading(title, 1)
         yield
 
+    def _choose_look(self) -> None:
+        """Show the switch between dark and light; until it is used, the browser's wish counts."""
+        look = ui.dark_mode(app.storage.general.get("dark"))
 
-_LINK = "text-white no-underline text-no-wrap"
+        def choose(event: GenericEventArguments) -> None:
+            app.storage.general["dark"] = look.value = event.args
+
+        switch = ui.button(icon="contrast").props("flat round dense color=white aria-label='dark or light'")
+        switch.on("click", choose, js_handler="() => emit(!Quasar.Dark.isActive)")
 
 
 def _show_alerts(count: int) -> str:

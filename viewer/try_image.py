@@ -15,6 +15,9 @@ from viewer.images import Shelf
 from viewer.networks import Answer, Bar
 from viewer.site import Site
 
+# Quasar's own header has a button without a name, and an input in it.
+_CHOOSE = """<q-btn flat icon="add" label="Drop, paste or choose an image" @click="props.pickFiles" />
+<span class="hidden"><q-uploader-add-trigger /></span>"""
 MAX_BYTES = 64 * 2**20  # of an upload
 _PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData?.files)"
 
@@ -76,7 +79,8 @@ class TryPage:
             choice.on_value_change(self._ask)
 
     def _build_upload(self) -> None:
-        upload = ui.upload(label="Drop, paste or choose an image", auto_upload=True, on_upload=self._take)
+        upload = ui.upload(auto_upload=True, on_upload=self._take)
+        upload.add_slot("header", _CHOOSE)
         upload.on_rejected(self._refuse).on("failed", self._refuse, args=[]).on("uploaded", upload.reset, args=[])
         upload.props(f"flat bordered max-file-size={MAX_BYTES}").classes("w-full")
         ui.run_javascript(_PASTE.format(upload.id))
@@ -86,7 +90,7 @@ class TryPage:
             self._collection = ui.select(collections, label="Collection", value=self._own.get(self._weights.value))
             self._collection.classes("col")
             self._search = ui.button("Find its nearest images", on_click=self._find)
-            self._progress = ui.linear_progress(0, show_value=False).style("width: 120px")
+            self._progress = ui.linear_progress(0, show_value=False).style("width: 120px").props("aria-label=compared")
             self._stop = ui.button("Stop", on_click=lambda: self._stop.set_visibility(False)).props("flat")
             self._stop.visible = False
 
@@ -152,7 +156,7 @@ class TryPage:
         self._alike.clear()
         with self._alike:
             for address, text in found:
-                ui.image(address).tooltip(escape_controls(text))
+                ui.image(address).tooltip(escape_controls(text)).props["alt"] = escape_controls(text)
 
 
 def _show_answer(answer: Answer) -> None:

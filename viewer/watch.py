@@ -30,7 +30,8 @@ _RECENT = 3  # rows of training, whose median speed is compared with the median 
 _GPUS = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
 _SLOT = """<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>
 <span v-else>{{ props.row.what }}</span><div class="muted">{{ props.row.text }}</div>
-<q-linear-progress :value="props.row.share" :color="props.row.link && 'negative'" /></q-td>"""
+<q-linear-progress :value="props.row.share" :color="props.row.link && 'negative'"
+:aria-label="props.row.what" /></q-td>"""
 # What may be wrong with a run that trains.
 RULES = {
     "the training loss is not finite": lambda run, curves, _: _last(curves, "epoch") > _last(curves, "loss"),

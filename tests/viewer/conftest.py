@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -92,6 +93,15 @@ def assert_fits(page):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_timeout(200)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def assert_accessible(page):
+    """axe-core finds nothing in what the page shows now, light or dark."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(400)  # colours change slowly
+        found = Axe().run(page)
+        assert not found.violations_count, f"{scheme}: {found.generate_report()}"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from tests.support import command
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import assert_fits, serve
+from tests.viewer.conftest import assert_accessible, assert_fits, serve
 
 LONG = "a" * 5_000
 TABS = ("Curves", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Log", "Commands")
@@ -32,7 +32,13 @@ def test_every_tab_of_a_hostile_run(page, address):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(600)
         assert page.locator("img[onerror]").count() == 0, tab
+        assert_accessible(page)
     assert page.get_by_text("python evaluate.py", exact=False).count() == 1
+    page.go_back()
+    page.get_by_role("tab", name=TABS[-2], selected=True).wait_for()
+    page.wait_for_url(f"**tab={TABS[-2]}")
+    page.reload()
+    page.get_by_role("tab", name=TABS[-2], selected=True).wait_for()
 
 
 def test_curves_and_the_log_move_while_the_run_goes_on(page, address, runs):
@@ -59,11 +65,12 @@ def test_two_runs_are_compared(page, address):
     page.locator("canvas").first.wait_for()
 
 
-@pytest.mark.parametrize("path", ["/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare"])
+@pytest.mark.parametrize("path", ["/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare", "/try", "/watch"])
 def test_nothing_overflows(page, address, path):
     page.goto(address + path)
     page.wait_for_timeout(1_200)
     assert_fits(page)
+    assert_accessible(page)
 
 
 def status_of(url, **headers):
