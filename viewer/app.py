@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"
+_PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried, beginning with view.port
 
 
@@ -122,4 +123,5 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     ui.run(
         host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
         favicon="🖼", dark=None, language="en-US", uvicorn_logging_level="error",
+        reconnect_timeout=_PATIENCE_SEC,
     )  # fmt: skip

@@ -1,119 +1,44 @@
-"""`/collection/NAME?find=...`: the images of a collection, found by terms (data/collection/search.py).
-
-Only the thumbnails near the visible part exist, so a collection may have millions of rows.
-"""
+"""`/collection/NAME?find=...`: the images of a collection, found by terms (data/collection/search.py)."""
 
 import asyncio
 import functools
+import io
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
+import pyarrow.parquet as pq
 from nicegui import ui
-from PIL import ExifTags
 
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
-from data.images.convert import convert, load_upright
-from data.images.open import open_image
-from data.layouts.table import TAG_LISTS
-from data.stream.source import UnreadableImage
+from data.layouts.corrections import Decision, desk_of
+from data.layouts.table import count_values
 from utils.errors import UserError
-from utils.formats.spelling import parse_tag
-from utils.formats.vocabulary import category_name
+from utils.formats.spelling import split_tags
 from utils.io.files import Json
+from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.parts import filtered_table, make_columns, run_name
+from viewer.select import HINT, STYLE, TILE, decide, describe_image, take_images
 from viewer.site import Site
 
-_TILE_PX = 158  # the least width of a tile, with its gap
-_LINE_PX = 176  # its height
-_HIGHEST_PX = 16_000_000  # of an element in every browser; beyond it a pixel of the scroll bar is several
+_SHOWN = 60  # tiles of a page
+search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 _COUNTED = 500  # values in the table
 _STYLE = """
 .browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 340px }
-.nicegui-scroll-area .q-scrollarea__content { padding: 0 }
-.thumbs { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 8px; padding: 2px }
-.tile { height: 168px; padding: 4px; border: 0; border-radius: 6px; font: inherit; color: inherit;
-  background: #868e9622 }
-.tile img { width: 100%; height: 134px; object-fit: contain; display: block }
-.tile span { font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
-.facts { display: grid; align-content: start; gap: 4px 12px;
-  grid-template-columns: fit-content(35%) minmax(0, 1fr); overflow-wrap: anywhere }
+@media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
+  backdrop-filter: blur(16px) brightness(1.02) } }
 .trained { gap: 4px 16px; max-height: 96px; overflow: auto }
 .muted.mono { overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
-_TILE = """<button class="tile cursor-pointer" :title="props.row.path" @click="$parent.$emit('open', props.row.row)">
-<img :src="props.row.src" :alt="props.row.path" /><span>{{ props.row.text }}</span></button>"""
-
-search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
-
-
-class Tiles:
-    """A grid of thumbnails that scrolls over any number of rows. tile: makes one; choose: called with a tile's row."""
-
-    def __init__(self, tile: Callable[[int], Json], choose: Callable[[int], Any], height: str = "72vh") -> None:
-        self._tile = tile
-        self._rows = np.empty(0, np.int64)
-        self._seen = (0.0, 700.0, 600.0)
-        self._drawn: tuple[list[int], str] | None = None
-        self._area = ui.scroll_area(on_scroll=self._scroll).style(f"height: {height}").props("tabindex=0")
-        with self._area, ui.element("div").classes("w-full") as self._space:
-            self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: choose(event.args))
-        self._table.props("grid hide-header hide-bottom card-container-class=thumbs :rows-per-page-options=[0]")
-        self._table.add_slot("item", _TILE)
-
-    def show(self, rows: np.ndarray) -> None:
-        """Show other rows, from the first one on."""
-        self._rows = rows
-        self._seen = (0.0, *self._seen[1:])
-        self._area.scroll_to(pixels=0)
-        self._drawn = None
-        self._draw()
-
-    def _scroll(self, event: Any) -> None:
-        self._seen = event.vertical_position, event.vertical_container_size, event.horizontal_container_size
-        self._draw()
-
-    def _draw(self) -> None:
-        top, view, width = self._seen
-        columns = max(2, int(width // _TILE_PX))
-        whole = -(-len(self._rows) // columns) * _LINE_PX
-        high = min(whole, _HIGHEST_PX)
-        at = top * max(whole - view, 0) / max(high - view, 1)  # if the bar had the whole height
-        first = max(0, int(at // _LINE_PX) - 2)
-        last = first + int(view // _LINE_PX) + 6
-        style = f"height: {high}px; --columns: {columns}; padding-top: {top - at + first * _LINE_PX:.0f}px"
-        rows = self._rows[first * columns : last * columns].tolist()
-        if (rows, style) == self._drawn:  # the page makes tiles anew, and a tile with the focus loses it
-            return
-        self._drawn = rows, style
-        self._space.style(style)
-        self._table.rows = [self._tile(row) for row in rows]
-
-
-def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) -> dict[str, str]:
-    """Return what the collection and the file say of an image: columns, tags by category, EXIF, or why not."""
-    facts = {"file": f"{collection.root}/{collection.row(row).path}"}
-    for column, value in collection.table.slice(row, 1).to_pylist()[0].items():
-        for text in value or () if column in TAG_LISTS else ():
-            key = f"{column}: {category_name(parse_tag(text).category or 0)}"
-            facts[key] = f"{facts[key]}, {text}" if key in facts else text
-        if value is not None and column not in TAG_LISTS:
-            facts[column] = str(value)
-    try:
-        content = shelf.read(name, collection, row)
-        with open_image(content, facts["path"], shelf.config(name).max_pixels) as image:
-            facts |= {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}"}
-            facts |= {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
-            convert(load_upright(image), 3, None)  # whether it can be decoded
-    except UnreadableImage as error:
-        facts["unreadable"] = error.reason
-    return facts
 
 
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
@@ -168,28 +93,56 @@ def add_page(site: Site) -> None:
     async def show(name: str, find: str = "") -> None:
         root = shelf.config(name).root
         with site.page(show_folder(root)):
-            ui.add_css(_STYLE)
+            ui.add_css(STYLE + _STYLE)
             ui.label(escape_controls(root)).classes("mono muted")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:
-                collection = await asyncio.to_thread(shelf.open, name, again=True)
+                browser = Browser(shelf, name, await asyncio.to_thread(shelf.open, name, again=True))
+                await browser.build(find)
             except UserError as error:
                 ui.label(escape_controls(str(error))).classes("text-negative")
-            else:
-                await _Browser(shelf, name, search_of(collection)).build(find)
             wait.delete()
 
 
-class _Browser:
-    """The page of a collection: its images that some terms find, and what is counted in them."""
+class Tiles:
+    """Pages of thumbnails of any number of rows."""
 
-    def __init__(self, shelf: Shelf, name: str, search: Search) -> None:
-        self._shelf = shelf
-        self._name = name
-        self._search = search
-        self._collection = search.collection
-        self._found = np.empty(0, np.int64)
+    def __init__(self, browser: "Browser") -> None:
+        self._tile = browser.tile
+        self._rows = browser.found
+        self._pages = ui.pagination(1, 1, direction_links=True, on_change=self.draw).props("max-pages=6")
+        self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: browser.open(event.args))
+        self._table.on("mark", lambda event: browser.switch(*event.args)).add_slot("item", TILE)
+        self._table.props("grid hide-header hide-bottom card-container-class=thumbs :rows-per-page-options=[0]")
+
+    def show(self, rows: np.ndarray) -> None:
+        """Show other rows, from the first one on."""
+        self._rows = rows
+        self._pages.max = max(1, -(-len(rows) // _SHOWN))
+        self._pages.value = 1
+        self.draw()
+
+    def draw(self) -> None:
+        """Show the rows of the page as they are now."""
+        first = (self._pages.value - 1) * _SHOWN
+        self._table.rows = [self._tile(row) for row in self._rows[first : first + _SHOWN].tolist()]
+
+
+class Browser:
+    """The page of a collection in one tab: images that some terms find, and what is decided on the marked ones.
+
+    found: rows; marked: paths.
+    """
+
+    def __init__(self, shelf: Shelf, name: str, collection: Collection) -> None:
+        self.shelf = shelf
+        self.name = name
+        self.collection = collection
+        self.found = np.empty(0, np.int64)
+        self.marked = set[str]()
+        self._last = 0  # the row that was marked last
+        self._done: list[list[Decision]] = []
         self._lock = asyncio.Lock()
 
     async def build(self, text: str) -> None:
@@ -201,23 +154,72 @@ class _Browser:
             self._terms.props("aria-label=find").classes("col")
             self._terms.on("keydown.enter", self._find)
             ui.button("Find", on_click=self._find)
-        self._said = ui.label()
+        self._said = ui.label().props("role=status")
         names = ["tags", "label", "split", "rating"]
-        if self._collection.table["label"].null_count < len(self._collection):
+        labels = count_values(self.collection.table["label"])
+        if labels:
             names.sort(key="label".__ne__)  # it comes first
         with ui.element("div").classes("browse"):
-            self._tiles = Tiles(self._tile, self._open)
+            with ui.element("div"):
+                with ui.row().classes("gap-2 actions"):
+                    self._build_bar([*labels])
+                self._tiles = Tiles(self)
             with ui.element("div"):
                 self._count = await filtered_table(names, "count", "term", self._fill)
-        self._box = ui.dialog().props("full-width")
+        self._box = ui.dialog().props("full-width aria-label='an image'")
         await self._find()
 
-    def _tile(self, row: int) -> Json:
-        view = self._collection.row(row)
-        src = image_address(self._name, self._collection, row)
+    def _build_bar(self, labels: list[str]) -> None:
+        text = ui.input(placeholder="a label, or tags", autocomplete=labels).props("aria-label='a label, or tags'")
+        words = lambda: split_tags(text.value or "")  # noqa: E731
+        changes = {"Relabel": ("label", lambda was: to_nfc((text.value or "").strip()) or was)}
+        changes["Add tags"] = "tags", lambda had: [*dict.fromkeys([*had, *words()])]
+        changes["Take tags away"] = "tags", lambda had: [tag for tag in had if tag not in words()]
+        changes["Leave out"] = "weight", lambda was: 0.0
+        changes["Take in"] = "weight", lambda was: was or 1.0
+        ui.button("Mark all found", on_click=lambda: self.mark(self.found))
+        ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
+        for title, change in changes.items():
+            ui.button(title, on_click=functools.partial(self._decide, *change))
+        ui.button("Group", on_click=self._group)
+        ui.button("Undo", on_click=self._undo)
+        ui.button("Save manifest", on_click=self._save)
+        self._marks = ui.label().props("role=status")
+        ui.label(HINT).classes("muted")
+
+    def tile(self, row: int) -> Json:
+        """Return what a small image shows."""
+        view = self.collection.row(row)
+        src = image_address(self.name, self.collection, row)
         path = escape_controls(view.path)
         text = escape_controls(view.label or view.path.rpartition("/")[2])
-        return {"row": row, "src": src, "path": path, "text": text}
+        text = text if view.weight else f"left out: {text}"
+        return {"row": row, "src": src, "path": path, "text": text, "marked": view.path in self.marked}
+
+    def mark(self, rows: np.ndarray) -> None:
+        """Mark rows, too."""
+        self.marked |= {*self.collection.table["path"].take(rows).to_pylist()}
+        self._say()
+
+    def switch(self, row: int, is_shift: bool) -> None:
+        """Mark a row or take its mark away; with Shift, mark all from the last one to it."""
+        ends = np.flatnonzero(np.isin(self.found, [row, self._last]))
+        self._last = row
+        if is_shift and len(ends):
+            self.mark(self.found[ends[0] : ends[-1] + 1])
+        else:
+            self.marked ^= {self.collection.row(row).path}
+            self._say()
+
+    def _say(self) -> None:
+        self._marks.text = f"{len(self.marked):,} marked"
+        self._tiles.draw()
+
+    def show(self, rows: np.ndarray) -> None:
+        """Show rows, from the first one on."""
+        self.found = rows
+        self._said.text = f"{len(rows):,} of {len(self.collection):,} images"
+        self._tiles.show(rows)
 
     async def _add(self, term: str) -> None:
         self._terms.set_value(f"{self._terms.value or ''} {term}".strip())
@@ -227,36 +229,70 @@ class _Browser:
         async with self._lock:  # the last search stays, also if one before it takes longer
             text = self._terms.value or ""
             try:
-                self._found = await asyncio.to_thread(self._search.find, text)
+                found = await asyncio.to_thread(search_of(self.collection).find, text)
             except UserError as error:
                 self._said.set_text(escape_controls(str(error)))
                 return
-            advice = "" if len(self._found) else ": remove a term, or write -TERM for images without it"
-            self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images{advice}")
-            ui.navigate.history.replace(f"/collection/{self._name}?{urlencode({'find': text})}")
-            self._tiles.show(self._found)
+            ui.navigate.history.replace(f"/collection/{self.name}?{urlencode({'find': text})}")
+            self.show(found)
+            if not len(found):
+                self._said.text += ": remove a term, or write -TERM for images without it"
             await self._count()
 
     async def _fill(self, table: ui.table, column: str) -> None:
         if not table.columns:
             table.on("rowClick", lambda event: self._add(event.args[1]["term"]))
         table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
-        table.rows = await asyncio.to_thread(value_rows, self._search, self._found, column)
+        table.rows = await asyncio.to_thread(value_rows, search_of(self.collection), self.found, column)
 
-    async def _open(self, row: int) -> None:
-        facts = await asyncio.to_thread(describe_image, self._shelf, self._name, self._collection, row)
+    async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
+        by = (ui.context.client.tab_id or "")[:8]
+        lines = await asyncio.to_thread(decide, self.collection, self.marked, field, change, by)
+        if lines:
+            self._done.append(lines)
+        await self._write(lines)
+
+    async def _group(self) -> None:
+        number = zlib.crc32(min(self.marked, default="").encode())
+        await self._decide("group", lambda was: number)
+
+    async def _undo(self) -> None:
+        lines = self._done.pop() if self._done else []
+        await self._write([line.model_copy(update={"verdict": "undone", "now": line.was}) for line in lines])
+
+    async def _write(self, lines: list[Decision]) -> None:
+        """Write decisions, and show the collection with them."""
+        root = self.collection.root
+        config = self.shelf.config(self.name)
+        said = "Nothing is written: corrections are for one folder here (data.root), and data.corrections=true"
+        if config.corrections and not config.concepts and isinstance(root, Path):
+            _, fault = await asyncio.to_thread(desk_of(root).sync, lines)
+            said = fault or f"{len(lines):,} decisions are in corrections.jsonl"
+            self.collection = await asyncio.to_thread(self.shelf.open, self.name, again=True)
+        ui.notify(escape_controls(said, keep="\n"))
+        await self._find()
+
+    async def _save(self) -> None:
+        """Let the browser save a manifest of the marked images; `data.table=FILE` takes it."""
+        file = io.BytesIO()
+        pq.write_table(take_images(self.collection, self.marked), file)
+        ui.download.content(file.getvalue(), "marked.parquet")
+
+    async def open(self, row: int) -> None:
+        """Show an image in a dialog."""
+        facts = await asyncio.to_thread(describe_image, self.shelf, self.name, self.collection, row)
         self._box.clear()
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
-            shown = ui.image(image_address(self._name, self._collection, row, 1024))
-            shown.style("height: min(60vh, 90vw)")
+            shown = ui.image(image_address(self.name, self.collection, row, 1024))
+            shown.style("height: min(60vh, 90vw)").props["alt"] = escape_controls(facts["path"])
             with ui.element("div").classes("facts"):
                 for key, value in facts.items():
                     ui.label(escape_controls(key)).classes("muted")
                     ui.label(escape_controls(value))
         self._box.open()
-        leads = await asyncio.to_thread(self._search.leads)
+        leads = await asyncio.to_thread(search_of(self.collection).leads)
         copies = np.flatnonzero(leads == leads[row])
         if len(copies) > 1 and not card.is_deleted:
             with card:
                 ui.label(f"{len(copies):,} equal or similar images").classes("text-weight-medium")
-                Tiles(self._tile, self._open, "184px").show(copies)
+                Tiles(self).show(copies)

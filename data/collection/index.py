@@ -16,7 +16,7 @@ from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import Share, assign_validation, count_twins
+from data.collection.split import Share, count_twins, split_corrected
 from data.layouts.corrections import Decisions, correct, read_corrections, settle
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
@@ -36,7 +36,7 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 17  # format version; increment it to rebuild every index
+_INDEX = 18  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class _Part:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
         corrected = correct(table, self.decisions, self.unused) if self.decisions else table
-        # An image's first label counts as its own. A corrected one moves no image to the other split.
-        labelled = replace_column(table, "label", pc.coalesce(table["label"], corrected["label"]))
-        return replace_column(corrected, "split", assign_validation(labelled, fraction)["split"])
+        return split_corrected(table, corrected, fraction)
 
 
 def index_collection(
@@ -147,7 +145,12 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
     say_unused(bad.describe(), "data.corrections")
     if decided := sum(settle(lines[0].was, lines).verdict != "undone" for lines in decisions.values()):
-        log.info("data.corrections: %s/%s decides on %s labels and lists of tags", folder, CORRECTIONS, f"{decided:,}")
+        log.info(
+            "data.corrections: %s/%s decides on %s labels, lists of tags, weights and groups",
+            folder,
+            CORRECTIONS,
+            f"{decided:,}",
+        )
     return _Part(folder, layout, decisions, unused)
 
 

@@ -4,10 +4,11 @@
     search.find('1girl -hat character:* split=val caption:"red house" width>=512 copies>1')       rows, int64 [n]
     search.count(rows, "tags")                                  {"1girl": 512, ...}, the most frequent first
 
-A term is a tag (`*` stands for any text) or COLUMN OPERATOR VALUE. A `-` before it excludes. `:` finds a part
-of a text, `=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. `OR` between terms
-finds what either side accepts. Beside the columns of the manifest there are `aspect` (width / height) and `copies` (how
-many images are equal or similar, itself included).
+A term is a word or COLUMN OPERATOR VALUE. A word is a tag (`*` stands for any text). If no image has that tag, it is
+looked for in names, labels, tags and captions. A `-` before a term excludes. `:` finds a part of a text, `=` the whole.
+Numbers have < <= > >=, too; a list of tags is compared by its length. `OR` between terms finds what either side
+accepts. Beside the columns of the manifest there are `aspect` (width / height) and `copies` (how many images are equal
+or similar, itself included).
 """
 
 import operator
@@ -29,6 +30,7 @@ from utils.formats.spelling import PREFIXES, parse_tag
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _TERM = re.compile(rf"(-?)(?:({_QUOTED}|\w[\w.-]*)(<=|>=|[:=<>]))?({_QUOTED}|\S+)")
+_WORDS = ("path", "label", "caption")  # the columns in which a word is looked for, beside tags
 _COMPARE = {
     ":": operator.eq, "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
@@ -72,7 +74,7 @@ class Search:
         return rows[np.argsort(self.leads()[rows], kind="stable")] if "copies" in self.names(text) else rows
 
     def names(self, text: str) -> set[str]:
-        """Return the columns that terms read; a tag reads `tags`."""
+        """Return the columns that terms read; a word reads `tags`."""
         names = {_unquote(name) for _, name, *_ in _TERM.findall(text)}
         return {name if name in self.columns else "tags" for name in names}
 
@@ -96,7 +98,9 @@ class Search:
         if sign == ":" and name in {*TAG_LISTS} & {*self.columns}:
             return self._has_tag(name, value)
         if name not in self.columns:
-            if not sign or (sign == ":" and name in PREFIXES):
+            if not sign:
+                return self._has_word(value)
+            if sign == ":" and name in PREFIXES:
                 return self._has_tag("tags", f"{name}{sign}{value}")
             raise UserError(
                 f"{name}{sign}{value}: no such column; there are {', '.join(self.columns)}. A tag with a colon needs "
@@ -112,6 +116,15 @@ class Search:
         column = self._table[name]
         found = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
         return found.fill_null(False).to_numpy()
+
+    def _has_word(self, word: str) -> ndarray:
+        """Return whether each row has a tag; of one that nothing has, whether a name, label, tag or caption has it."""
+        found = self._has_tag("tags", word)
+        if not found.any():
+            found = self._has_tag("tags", f"*{word}*")
+            for name in _WORDS:
+                found |= self._accepts(name, ":", word)
+        return found
 
     def _has_tag(self, name: str, value: str) -> ndarray:
         tags = self._lists(name)

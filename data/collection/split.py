@@ -48,6 +48,17 @@ def assign_validation(table: Table, fraction: Share) -> Table:
     return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
 
+def split_corrected(table: Table, corrected: Table, fraction: Share) -> Table:
+    """Return a corrected table with splits, those of `table`, which is without corrections.
+
+    First labels and groups count as its own. Other corrections move no image to another split.
+    """
+    table = replace_column(table, "label", pc.coalesce(table["label"], corrected["label"]))
+    if "group" in corrected.column_names:
+        table = replace_column(table, "group", corrected["group"])
+    return replace_column(corrected, "split", assign_validation(table, fraction)["split"])
+
+
 def _choose(table: Table, fraction: float) -> ndarray:
     """Return the validation rows of a table that is sorted by path, bool [N].
 

@@ -1,4 +1,4 @@
-"""What reviewers decided about labels and tags: `corrections.jsonl` at the root of a collection.
+"""What reviewers decided about labels, tags, weights and groups: `corrections.jsonl` at the root of a collection.
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import find_encoding, refuse_link_out
-from data.layouts.table import take_rows
+from data.layouts.table import TYPES, replace_column, take_rows
 from data.layouts.unused import Unused
 from data.layouts.walk import COPY
 from utils.config.schema import Strict
@@ -33,23 +33,31 @@ from utils.io.memo import file_version
 from utils.io.names import Names
 
 _PATIENCE_SEC = 10  # for another process that appends a line
+_KINDS = {"label": (str, type(None)), "tags": (list,), "weight": (int, float), "group": (int, type(None))}
+_Number = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[float, Field(ge=0)]
+_Value = str | list[str] | _Number | None
 
 
 class Decision(Strict):
-    """A decision about an image. was: what the collection said; by: a tab of the page; at: the time."""
+    """A decision about an image. was: what the collection said; by: a tab of the page; at: the time.
+
+    A weight of 0 leaves the image out. Images of one group are near-duplicates, which splits keep together.
+    """
 
     path: str
-    field: Literal["label", "tags"]
-    was: str | list[str] | None
-    now: str | list[str] | None
+    field: Literal["label", "tags", "weight", "group"]
+    was: _Value
+    now: _Value
     verdict: Literal["accepted", "rejected", "edited", "undone"]
     by: str
     at: str
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if any(isinstance(value, list) != (self.field == "tags") for value in (self.was, self.now)):
-            raise ValueError("was, now: tags are lists, and a label is a text or null")
+        if not all(isinstance(value, _KINDS[self.field]) for value in (self.was, self.now)):
+            raise ValueError(
+                "was, now: tags are lists, a weight is a number, a label a text or null, a group a number or null"
+            )
         return self
 
 
@@ -174,6 +182,8 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
 
     Those about other images, or about images with another label or other tags now, are added to `unused`.
     """
+    if "group" not in table.column_names and any(field == "group" for _, field in decisions):
+        table = replace_column(table, "group", pa.nulls(len(table), TYPES["group"]))
     places = {path: number for number, path in enumerate(table["path"].to_pylist())}
     known = Names(places)
     stacks = dict[int, dict[str, list[Decision]]]()  # by row and field
@@ -190,7 +200,7 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
             if last := settle(before, lines):
                 row[field] = last.now
             elif lines[-1].now != lines[-1].was:
-                unused.add("corrections of images whose label or tags were changed since", row["path"])
+                unused.add("corrections of images whose label, tags, weight or group was changed since", row["path"])
             if field == "tags" and row["tags"] != before and row["caption"]:
                 row["caption"] = retag(row["caption"], before, row["tags"])
     order = np.arange(len(table))

@@ -30,6 +30,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 _LACK = "images whose sidecars lack the corrections"
+_NO_PLACE = "weights and groups, for which sidecars have no place; corrections.jsonl keeps them"
 
 
 class ApplyCorrections(Tool):
@@ -88,6 +89,7 @@ def _apply(root: Path, choice: TableChoice) -> str:
     rows = {row["path"]: row for row in _read_rows(root, decisions, choice).to_pylist()}
     absent = [path for path, now in written.items() if _find_changes(rows[path], now)]
     left.add(f"{_LACK}: a table goes before these, or a tag has a comma", *absent)
+    left.add(_NO_PLACE, *(path for path, field in decisions if field in ("weight", "group")))
     say_unused(left.describe())
     return f"the corrections of {len(written) - len(absent):,} images are in sidecars; job.undo=true takes them back"
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from data.collection.split import assign_validation
+from data.collection.split import split_corrected
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import read_folder
@@ -74,10 +74,10 @@ class Manifest(Tool):
                 )
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
-            table = assign_validation(table, data.validation_fraction)
-            if data.corrections:
-                table = correct(table, read_corrections(folder, left := Unused()), left)
-                say_unused(left.describe())
+            left = Unused()
+            decisions = read_corrections(folder, left) if data.corrections else {}
+            table = split_corrected(table, correct(table, decisions, left), data.validation_fraction)
+            say_unused(left.describe())
             save_manifest(folder, table, {path: fact for path, fact in sources.items() if is_table(path)})
         if damaged:
             for path in list(damaged)[:_NAMED]:

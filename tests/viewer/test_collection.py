@@ -1,12 +1,19 @@
 """The page of a collection in a browser, over hostile names and a broken image; collections that cannot be opened."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data.collection.collection import Collection
+from data.collection.index import index_collection
 from data.images.open import EMPTY
+from data.layouts.corrections import read_corrections, settle
+from data.layouts.unused import Unused
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_fits
 
@@ -37,14 +44,14 @@ def test_a_collection_is_searched_and_shown(page, address):
     page.goto(f"{address}/collection")
     page.locator("a[href^='/collection/']").first.click()
     page.get_by_text("400 of 400 images").wait_for()
-    assert 0 < page.locator(".tile").count() < 100, "only what is near the visible part"
+    assert 0 < page.locator(".tile").count() < 100, "a page of them"
     assert_fits(page)
     page.locator(".tile").first.press("Enter")  # in one call: a late drawing after the resize takes the focus away
     page.get_by_text("40 x 30", exact=False).wait_for()
     assert_fits(page)
     page.keyboard.press("Escape")
     page.locator(".q-dialog").wait_for(state="detached")
-    page.locator(".q-scrollarea__container").evaluate("area => area.scrollTop = area.scrollHeight")
+    page.locator(".q-pagination").get_by_label("7", exact=True).click()
     page.locator(".tile[title*='399']").click()
     page.get_by_text(EMPTY, exact=False).wait_for()
     assert page.get_by_text(HOSTILE, exact=True).count() > 0 and page.locator("img[onerror]").count() == 0
@@ -67,6 +74,59 @@ def test_a_collection_is_searched_and_shown(page, address):
     find.press("Enter")
     page.locator(".q-table td", has_text=f"{HOSTILE}1").first.click()
     page.get_by_text("200 of 400 images").wait_for()
+
+
+def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
+    page.goto(f"{address}/collection")
+    page.locator("a[href^='/collection/']").first.click()
+    page.get_by_text("400 of 400 images").wait_for()
+    root = Path(words[1].removeprefix("data.root="))
+
+    def find(text, count):
+        page.get_by_label("find").fill(text)
+        page.get_by_label("find").press("Enter")
+        page.get_by_text(f"{count} of 400 images").wait_for()
+
+    def act(title, text=""):
+        page.get_by_label("a label, or tags").fill(text)
+        page.get_by_role("button", name=title).click()
+        page.get_by_text("decisions are in").last.wait_for()
+        page.get_by_text("decisions are in").last.wait_for(state="detached")
+
+    page.locator(".pick input").nth(1).click()
+    page.locator(".tile").nth(4).click(modifiers=["Shift"])
+    page.get_by_text("4 marked").wait_for()
+    page.locator(".tile").nth(2).press("x")
+    page.get_by_text("3 marked").wait_for()
+    page.keyboard.press("x")
+    page.get_by_text("4 marked").wait_for()  # a tile keeps the focus
+    assert_fits(page)
+    page.get_by_role("button", name="Unmark all").click()
+    find("path:/12", 10)
+    page.get_by_role("button", name="Mark all found").click()
+    act("Relabel", "An owl")
+    find("OWL", 10)
+    act("Leave out")
+    find("weight=0", 11)
+    act("Add tags", "new, red hat")
+    act("Take tags away", HOSTILE)
+    find(f'new "red hat" -"{HOSTILE}"', 10)
+    act("Group")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save manifest").click()
+    saved.value.save_as(tmp_path / "some.parquet")
+    assert len(pq.read_table(tmp_path / "some.parquet")) == 10
+    settings = {"validation_fraction": 0.0, "cache": tmp_path, "table": str(tmp_path / "some.parquet")}
+    collection = Collection(str(root), index_collection(str(root), **settings))
+    kept = collection.table.filter(pc.equal(collection.table["label"], "An owl"))
+    assert kept["weight"].to_pylist() == [0.0] * 10 and len({*kept["group"].to_pylist()}) == 1
+    for _ in range(5):
+        act("Undo")
+    find("", 400)
+    find("owl OR weight<1", 1)
+    decisions = read_corrections(root, Unused())
+    assert len(decisions) == 40 and all(settle(None if key[1] == "group" else lines[0].was, lines).verdict == "undone"
+                                        for key, lines in decisions.items())  # fmt: skip
 
 
 def test_a_collection_that_is_gone_says_so(page, address):

@@ -35,7 +35,8 @@ def search(tmp_path):
     ('caption:"red house"', "a"), ("split=val", "b"), ("width>=300", "b"), ("width<300", "a"), ("-width<300", "bc"),
     ("aspect>1", "a"), ("copies>1", "ac"), ("copies>0", "acb"), ("weight=0", "c"), ('"a b"<=0.5', "a"),
     ("width<300 OR label=o", "ab"), ("-label=o hat OR (", ""),
-    ("path:c.p", "c"), ("(", ""), ('"', ""), ("caption:<script", "c"),
+    ("path:c.p", "c"), ("(", ""), ('"', "a"), ("caption:<script", "c"),
+    ("CAT", "a"), ("girl", "a"), ("house", "a"), ("-script c.png", ""), ("C.PN", "c"), ("miku hat", ""),
 ])  # fmt: skip
 def test_terms(search, text, rows):
     assert [search.collection.row(row).path[0] for row in search.find(text)] == list(rows)

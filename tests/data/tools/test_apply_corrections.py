@@ -35,11 +35,11 @@ def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa:
         decide("cat/1.png", "cat", "dog"), decide("cat/1.png", ["1girl", "hat"], ["1girl", "red hair"]),
         decide("cat/2.png", ["hat", "sky"], ["sky"]), decide("cat/3.png", [], ["é\\, ü"]),
         decide("cat/4.png", ["hat"], ["sky"]), decide("dog/1.png", "fox", "cat"),
-        decide("dog/1.png", ["hat", "dog"], ["dog", "big"]),
+        decide("dog/1.png", ["hat", "dog"], ["dog", "big"]), decide("cat/4.png", 1.0, 0.0, field="weight"),
     ])  # fmt: skip
     before, wanted = contents(root), columns(opened(root), *HAD)
     assert apply(root).startswith("the corrections of 5 images")
-    assert "changed since: dog/1.png" in caplog.text
+    assert "changed since: dog/1.png" in caplog.text and "keeps them: cat/4.png" in caplog.text
     assert columns(opened(root), *HAD) == wanted
     assert (root / "cat/1.txt").read_text() == "1girl, red hair\n" and (root / "cat/4.txt").read_text() == "hat"
     assert read_json(root / "cat/2.json") == {"tag_string": "hat sky", "score": 3, "tags": ["sky"]}

@@ -1,0 +1,82 @@
+"""What a page shows of a collection's images, and the decisions on those that are marked."""
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags
+
+from data.collection.collection import Collection
+from data.images.convert import convert, load_upright
+from data.images.open import open_image
+from data.layouts.corrections import Decision
+from data.layouts.table import TAG_LISTS
+from data.stream.source import UnreadableImage
+from utils.formats.spelling import parse_tag
+from utils.formats.vocabulary import category_name
+from viewer.images import Shelf, find_rows
+
+STYLE = """
+.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; padding: 2px }
+.pick { position: relative; border-radius: 6px }
+.pick input { position: absolute; left: 6px; top: 6px; width: 20px; height: 20px; cursor: pointer }
+.pick:has(:checked) { background: #1c6dd055; box-shadow: 0 0 0 2px var(--link) }
+.tile { height: 168px; width: 100%; padding: 4px; border: 0; border-radius: 6px; font: inherit; color: inherit;
+  background: #868e9622 }
+.tile img { width: 100%; height: 134px; object-fit: contain; display: block }
+.tile span { font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
+.facts { display: grid; align-content: start; gap: 4px 12px;
+  grid-template-columns: fit-content(35%) minmax(0, 1fr); overflow-wrap: anywhere }
+"""
+# Any change of the page makes tiles anew; the one that had the focus takes it again.
+TILE = """<div class="pick">
+<button class="tile cursor-pointer" :id="'t' + props.row.row" :title="props.row.path"
+ @click="e => e.shiftKey || e.ctrlKey || e.metaKey ? $parent.$emit('mark', [props.row.row, e.shiftKey])
+  : $parent.$emit('open', props.row.row)"
+ @keydown.x="e => $parent.$emit('mark', [props.row.row, e.shiftKey])"
+ @focus="e => e.target.ownerDocument.hadFocus = e.target.id"
+ @vue:mounted="({el}) => el.ownerDocument.hadFocus == el.id && el.ownerDocument.activeElement == el.ownerDocument.body
+  && el.focus({preventScroll: true})">
+<img :src="props.row.src" :alt="props.row.path" /><span>{{ props.row.text }}</span></button>
+<input type="checkbox" :checked="props.row.marked" :aria-label="'mark ' + props.row.path"
+ @click="e => $parent.$emit('mark', [props.row.row, e.shiftKey])" /></div>"""
+HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."
+
+
+def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) -> dict[str, str]:
+    """Return what the collection and the file say of an image: columns, tags by category, EXIF, or why not."""
+    facts = {"file": f"{collection.root}/{collection.row(row).path}"}
+    for column, value in collection.table.slice(row, 1).to_pylist()[0].items():
+        for text in value or () if column in TAG_LISTS else ():
+            key = f"{column}: {category_name(parse_tag(text).category or 0)}"
+            facts[key] = f"{facts[key]}, {text}" if key in facts else text
+        if value is not None and column not in TAG_LISTS:
+            facts[column] = str(value)
+    try:
+        content = shelf.read(name, collection, row)
+        with open_image(content, facts["path"], shelf.config(name).max_pixels) as image:
+            facts |= {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}"}
+            facts |= {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
+            convert(load_upright(image), 3, None)  # whether it can be decoded
+    except UnreadableImage as error:
+        facts["unreadable"] = error.reason
+    return facts
+
+
+def take_images(collection: Collection, paths: Iterable[str]) -> pa.Table:
+    """Return the rows of some images."""
+    rows = find_rows(collection, [*paths])
+    return collection.table.take(np.sort(rows[rows >= 0]))
+
+
+def decide(
+    collection: Collection, paths: Iterable[str], field: str, change: Callable[[Any], Any], by: str
+) -> list[Decision]:
+    """Return decisions on images: what `change` makes of a field, where that is another value. by: the page's tab."""
+    taken = take_images(collection, paths)
+    values = taken[field].to_pylist() if field in taken.column_names else [None] * len(taken)
+    facts = {"field": field, "verdict": "edited", "by": by, "at": datetime.now(UTC).isoformat()}
+    pairs = [(path, was, change(was)) for path, was in zip(taken["path"].to_pylist(), values)]
+    return [Decision(path=path, was=was, now=now, **facts) for path, was, now in pairs if was != now]
