@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
+import numpy as np
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
+from data.collection.collection import Collection
 from data.layouts.corrections import Decision, Decisions, Desk, desk_of, settle
 from data.layouts.table import count_values
 from utils.errors import UserError
@@ -19,9 +22,10 @@ from utils.formats.spelling import Tag, parse_tag, write_tag
 from utils.formats.vocabulary import RATINGS
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from utils.record.tables import find_differences, images_about
+from utils.record.run_index import RunIndex, is_own_run
+from utils.record.tables import LABELS, Difference, find_differences, images_about, list_judged
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import REFRESH_SEC, find_run
+from viewer.parts import REFRESH_SEC, find_run, run_name, show_command
 from viewer.site import Site
 
 _MOST = 10_000  # differences
@@ -29,12 +33,18 @@ _CARDS = 24  # those on a screen
 _BUTTONS = {"Accept": "Enter", "Reject": "r", "Undo": "u"}  # and their keys
 KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
 _CHOICES = 9  # those that a review uses
+_NEAR_PX = 128
 # A key is for the page only while none of these has the focus.
 _FOCUSABLE = ["a", "button", "div", "input", "select", "summary", "textarea"]
 _CARD = """<div :class="props.row.kind" @click="event => $parent.$emit('pick', [props.row.id, event.shiftKey])">
 <img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
 <div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
+# The first class that is found is chosen by Enter; once the list is closed, keys are for the page again.
+_FIRST = "() => setTimeout(() => getElement({}).$refs.qRef.setOptionIndex(0), 50)"
+_LEAVE = "() => setTimeout(() => document.activeElement.blur(), 50)"
 _STYLE = """
+.near { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); font-size: 13px }
+.near .muted { grid-column: 1 / -1 } .near .q-img { height: 88px }
 .review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
 @media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
 .cards .q-table__grid-content { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
@@ -49,7 +59,8 @@ _STYLE = """
 class Question(NamedTuple):
     """An image of a review. had: its label or tags without decisions; says: what they are for the network.
 
-    by: how far these are apart, 0 to 1; names: the classes, or the tags that differ, for the first keys.
+    by: how far these are apart, 0 to 1; names: the classes, or the tags that differ, for the first keys. reason: why it
+    is asked; near: addresses and labels of the images most like it.
     """
 
     path: str
@@ -57,6 +68,8 @@ class Question(NamedTuple):
     had: Any
     says: Any
     names: Sequence[str]
+    reason: str = ""
+    near: Sequence[tuple[str, str]] = ()
 
 
 def ask(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Question:
@@ -88,18 +101,27 @@ class Review:
     order: the numbers of the questions that are shown.
     """
 
-    hint = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
-
     def __init__(self, questions: Sequence[Question], classes: Sequence[str] = ()) -> None:
         self.questions = questions
         self.classes = classes
         self.field = "tags" if isinstance(questions[0].had, list) else "label"
+        self._has_fixed_keys = 0 < len(classes) <= _CHOICES
         self.order: Sequence[int] = range(len(questions))
         self.decisions = Decisions()
         self.here = 0
         self.marked = set[int]()
         self.by = ""
         self._done: list[list[int]] = []  # what this page has decided on
+
+    @property
+    def hint(self) -> str:
+        """What the keys do."""
+        keys = "1-3 choose a guess · C another class by its name"
+        if self.field == "tags":
+            keys = "1-9 switch a tag below the image"
+        elif self._has_fixed_keys:
+            keys = f"1-{len(self.classes)} choose a class, which keeps its key"
+        return f"← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R reject · {keys} · U undo"
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
@@ -130,9 +152,8 @@ class Review:
         return last.now if last else self.questions[number].says
 
     def keys(self) -> dict[str, str]:
-        """Return the class or the tag of each key for the shown image."""
-        names = dict.fromkeys([*self.questions[self.here].names, *self.classes])
-        return dict(zip(KEYS[:_CHOICES], names))
+        """Return the class or the tag of each key for the shown image; few classes have the same keys for all."""
+        return dict(zip(KEYS[:_CHOICES], self.classes if self._has_fixed_keys else self.questions[self.here].names))
 
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags that have a key, and whether the shown image has them as it is shown."""
@@ -149,7 +170,7 @@ class Review:
         if self.field == "tags":
             changed = {*had}.symmetric_difference(value)
             text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
-        verdict = f"{last.verdict} by {last.by}" if last else f"{self.questions[number].by:.3f}"
+        verdict = f"{last.verdict} by {last.by}" if last else f"doubt {self.questions[number].by:.1%}"
         kinds = {"card": True, "here": number == self.here, "marked": number in self.marked, "decided": last}
         texts = {"text": escape_controls(text), "verdict": escape_controls(verdict)}
         return {"id": number, "image": image, **texts, "kind": " ".join(kind for kind in kinds if kinds[kind])}
@@ -206,7 +227,7 @@ class Review:
         return [self._add(number, now, "") for number, now in values.items()]
 
     def _add(self, number: int, now: Any, verdict: str) -> Decision:
-        path, _, was, says, _ = self.questions[number]
+        path, _, was, says, *_ = self.questions[number]
         at = datetime.now(UTC).isoformat(timespec="microseconds")
         kind = verdict or _judge(now, was, says)
         line = Decision(path=path, field=self.field, was=was, now=now, verdict=kind, by=self.by, at=at)
@@ -214,15 +235,16 @@ class Review:
         return line
 
 
-def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk]:
+def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk, str]:
     """Return the differences of a run in images of its collection, their addresses by number and px, and the decisions.
 
-    Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
+    The last one is what the order stands on. Raises UserError if there is no difference, with the command that finds
+    them, or if the collection is no folder.
     """
     name = shelf.of_run(run)
-    found = find_differences(run, _MOST)
-    command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
+    command = shlex.join(judge_command(shelf, name))
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
+    found = find_differences(run, _MOST)
     if name is None or not found:
         raise nothing
     collection = shelf.open(name, again=True, corrected=False)
@@ -232,19 +254,68 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
     desk = desk_of(collection.root)
-    field = "label" if isinstance(found[0][2], str) else "tags"
+    field = "label" if isinstance(found[0].says, str) else "tags"
     decisions, _ = desk.sync()
-    column = collection.table[field]
-    rows = zip(found, find_rows(collection, [path for path, _, _ in found]).tolist())
-    asked = [(ask(*each, column[row].as_py()), row) for each, row in rows if row >= 0]
-    asked = [(each, row) for each, row in asked if each.says != each.had or (each.path, field) in decisions]
+    values = collection.table[field]
+    paths = [*{path: None for each in found for path in (each.path, *each.near)}]
+    rows = {path: row for path, row in zip(paths, find_rows(collection, paths).tolist()) if row >= 0}
+
+    def show_near(path: str) -> tuple[str, str]:
+        return image_address(name, collection, rows[path], _NEAR_PX), str(values[rows[path]].as_py())
+
+    asked = []
+    for each in found:
+        if each.path in rows:
+            question = ask(*each[:3], values[rows[each.path]].as_py())
+            if question.says != question.had or (each.path, field) in decisions:
+                asked.append(_explain(question, each, [show_near(path) for path in each.near if path in rows]))
     if not asked:
         raise nothing
-    classes = [*count_values(collection.table["label"])] if field == "label" else []
-    review = Review([each for each, _ in asked], classes)
+    review = Review(asked, sorted(count_values(values)) if field == "label" else [])
     review.decisions = decisions
     review.here = review.next()
-    return review, lambda number, px: image_address(name, collection, asked[number][1], px), desk
+    address = lambda number, px: image_address(name, collection, rows[asked[number].path], px)  # noqa: E731
+    return review, address, desk, describe_basis(run, collection)
+
+
+def _explain(question: Question, found: Difference, near: Sequence[tuple[str, str]]) -> Question:
+    """Return a question with its reason, if that is known."""
+    if not found.guesses:
+        return question
+    guesses = ", ".join(f"{name} {prob:.1%}" for name, prob in found.guesses.items())
+    reason = f"given: {question.had} (right: {1 - found.by:.1%}) · guessed: {guesses}"
+    return question._replace(names=[*found.guesses], reason=reason, near=near)
+
+
+def describe_basis(run: Path, collection: Collection) -> str:
+    """Return what the order of a review stands on, and how many images have no part in it."""
+    if says := images_about(run, "says"):
+        return f"All other images judge each one, by the features of {says}."
+    rows = find_rows(collection, list_judged(run))
+    trained = np.isin(rows, collection.rows("train")).sum()
+    others = np.count_nonzero(collection.weights()) - np.count_nonzero(rows >= 0)
+    return (
+        f"{run.name} judges {len(rows):,} images. It has trained on {trained:,} of them, so it agrees with their wrong "
+        f"labels. {others:,} other images have no part in this review."
+    )
+
+
+def judge_command(shelf: Shelf, name: str | None) -> list[str]:
+    """Return the command that lets all images of a collection be judged by the others."""
+    config = None if name is None else shelf.config(name)
+    return [
+        "python",
+        "prepare.py",
+        "job=labels",
+        *([f"data={config.name}", f"data.root={config.root}"] if config else ()),
+    ]
+
+
+def find_review(index: RunIndex, root: str) -> str | None:
+    """Return the address of the review of a folder by job=labels, if that has looked at it."""
+    found = [file.parents[1] for parent in index.roots for file in parent.glob(f"*/labels/{LABELS}")]
+    names = [run_name(index, run) for run in found if is_own_run(run) and images_about(run, "root") == root]
+    return f"/review?run={quote(names[0])}" if names else None
 
 
 def add_page(site: Site) -> None:
@@ -258,13 +329,24 @@ def add_page(site: Site) -> None:
             note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
             try:
-                review, address, desk = await asyncio.to_thread(open_review, site.shelf, path)
+                review, address, desk, basis = await asyncio.to_thread(open_review, site.shelf, path)
             except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return
-            note.text = escape_controls(images_about(path, "says"))
+            note.text = escape_controls(basis)
+            if not images_about(path, "says"):
+                _show_other(site, path)
             review.by = (ui.context.client.tab_id or "")[:8]
             ReviewPage(review, address, desk)
+
+
+def _show_other(site: Site, run: Path) -> None:
+    """Show the way to a review of all images of a run's collection."""
+    if address := find_review(site.index, images_about(run, "root")):
+        ui.link("Review all images, each judged by the others", address)
+    else:
+        ui.label("This lets each image be judged by all others:").classes("muted")
+        show_command(judge_command(site.shelf, site.shelf.of_run(run)))
 
 
 class ReviewPage:
@@ -303,10 +385,16 @@ class ReviewPage:
         self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
         with ui.row():
             self._chips = {key: self._add_button(key) for key in KEYS}
-        if self._review.field == "label":
+        self._reason = ui.label().style("overflow-wrap: anywhere")
+        self._near = ui.element("div").classes("near w-full")
+        self._other = None
+        if len(self._review.classes) > _CHOICES:
             other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
-            self._other = other
+            other.on("input-value", js_handler=_FIRST.format(other.id))
+            for event in ("popup-hide", "keydown.esc"):
+                other.on(event, js_handler=_LEAVE)
             other.on_value_change(lambda event: event.value and self._choose(event.value))
+            self._other = other
 
     def _draw(self) -> None:
         review = self._review
@@ -316,6 +404,8 @@ class ReviewPage:
         self._picture.source = self._address(review.here, 1024)
         text = self._cards.rows[numbers.index(review.here)]["text"]
         self._title.text = f"{escape_controls(review.questions[review.here].path)}: {text}"
+        self._reason.text = escape_controls(review.questions[review.here].reason)
+        self._show_near(review.questions[review.here].near)
         names = review.keys()
         choices = review.choices()
         for key, chip in self._chips.items():  # the same elements, so that one keeps the focus
@@ -323,6 +413,16 @@ class ReviewPage:
             if key in names:
                 chip.set_text(f"{key} {escape_controls(names[key])}")
                 chip.props(remove="outline") if choices[names[key]] else chip.props("outline")
+
+    def _show_near(self, near: Sequence[tuple[str, str]]) -> None:
+        self._near.clear()
+        with self._near:
+            if near:
+                ui.label("The images most like it, with their labels").classes("muted")
+            for address, label in near:
+                with ui.element("div"):
+                    ui.image(address).props["alt"] = f"an image of {escape_controls(label)}"
+                    ui.label(escape_controls(label)).classes("ellipsis")
 
     def _pick(self, number: int, is_through: bool) -> None:
         self._review.pick(number, is_through)
@@ -346,9 +446,11 @@ class ReviewPage:
 
     async def _choose(self, name: str) -> None:
         self._other.value = None
-        self._other.run_method("blur")  # keys act again
         await self._take(self._review.choose(name))
 
     async def _on_key(self, event: KeyEventArguments) -> None:
         if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
-            await self._press(event.key.name.lower() if len(event.key.name) == 1 else event.key.name)
+            key = event.key.name.lower() if len(event.key.name) == 1 else event.key.name
+            if key == "c" and self._other is not None:
+                self._other.run_method("focus")
+            await self._press(key)

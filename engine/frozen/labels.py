@@ -3,7 +3,7 @@
 An image's own label has no part in what is predicted for it, so a wrong one cannot hide itself. All is float64, exact
 and without random numbers.
 
-right, proposed = judge_classes(features, labels)
+right, probs = judge_classes(features, labels)
 """
 
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probability that each label [N] is right, and the class that the other images say [N].
+    """Return the probability that each label [N] is right, and those of the classes by the other images alone [N, K].
 
     Every class has an image.
 
@@ -64,7 +64,7 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         further = _calibrate([_discriminate(logits, labels, right)], labels)
         logits = _calibrate([logits, further, logits + further], labels)
         right, _ = _explain(logits, labels, _ANY)
-    return right, logits.argmax(dim=1)
+    return right, logits.softmax(dim=1)
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:

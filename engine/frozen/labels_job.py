@@ -29,8 +29,8 @@ from utils.record.run_reader import CONFIG_FILE
 from utils.record.tables import LABELS
 
 _LEAST = 2  # images of a class: the others say nothing of what one alone has
-_NEAREST = 30  # images around one, of which those of the proposed class are named
-_NAMED = 3
+_GUESSES = 3
+_NEAREST = 6  # images around one
 _NEXT = 200  # images to label next
 _MOST = 10_000  # rows of the table, as many as the page shows
 
@@ -62,13 +62,15 @@ class Labels(Tool):
         features, rows = read_features(frozen, collection, data, rows, runtime)
         paths, labels = (np.array(collection.table[name].take(rows).to_pylist()) for name in ("path", "label"))
         names, given = np.unique(labels, return_inverse=True)
-        right, proposed = judge_classes(features, torch.from_numpy(given))
+        right, probs = judge_classes(features, torch.from_numpy(given))
         order = right.argsort(stable=True)[:_MOST]
-        near = find_nearest(features[order], features, min(_NEAREST, len(rows)))[1].numpy()
-        says = names[proposed[order].numpy()]
-        columns = {"path": paths[order], "given": labels[order], "proposed": says, "probability": right[order].numpy()}
-        columns["rank"] = range(1, len(order) + 1)
-        columns["neighbours"] = [paths[its[labels[its] == name]][:_NAMED].tolist() for its, name in zip(near, says)]
+        near = find_nearest(features[order], features, min(_NEAREST + 1, len(rows)))[1]
+        best, guesses = probs[order].topk(min(_GUESSES, len(names)))
+        columns = {"path": paths[order], "given": labels[order], "proposed": names[guesses[:, 0].numpy()]}
+        columns |= {"probability": right[order].numpy(), "rank": range(1, len(order) + 1)}
+        columns |= {"guesses": names[guesses.numpy()].tolist(), "probabilities": best.tolist()}
+        others = [each[each != row].numpy()[:_NEAREST] for each, row in zip(near, order)]
+        columns["neighbours"] = [paths[each].tolist() for each in others]
         about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
         table = pa.table(columns, metadata=about)
         folder = Path(self.report) / self.name

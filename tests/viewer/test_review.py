@@ -42,25 +42,34 @@ def runs(tmp_path_factory, animals):
     for name in ("a", "bare", "other", "odd"):
         add_data(make_run(folder / name), root=str(animals), validation_fraction=0.34)
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
-    one = {"path": ["cat/0.png"], "label": ["cat"], "prediction": ["dog"], "wrong": [True], "loss": [1.0]}
+    one = {
+        "path": ["cat/0.png"],
+        "label": ["cat"],
+        "prediction": ["dog"],
+        "wrong": [True],
+        "loss": [1.0],
+        "probability": [0.5],
+    }
     write_table(folder / "other", "/elsewhere", **one)
     write_table(folder / "odd", animals, **one | {"prediction": [None]})
     given = [path.split("/")[0] for path in paths]
     write_table(folder / "a", animals, path=[*paths, "gone.png"], label=[*given, "cat"],
                 prediction=["cat"] * 3 + ["dog"] * 3 + ["dog"] * 4, wrong=[True] * 6 + [False] * 3 + [True],
-                loss=[3.0, 2.9, 2.8, 0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 9.0])  # fmt: skip
+                loss=[3.0, 2.9, 2.8, 0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 9.0],
+                probability=[0.5] * 10)  # fmt: skip
     return folder
 
 
 def test_differences_are_ranked(tmp_path):
     write_table(tmp_path, "there", path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
-                       wrong=[True, True, False], loss=[1.0, 2.0, 0.0])  # fmt: skip
-    assert [(path, label, round(by, 3)) for path, by, label in find_differences(tmp_path, 9)] == [
+                       wrong=[True, True, False], loss=[1.0, 2.0, 0.0], probability=[0.5] * 3)  # fmt: skip
+    assert [(path, label, round(by, 3)) for path, by, label, *_ in find_differences(tmp_path, 9)] == [
         ("b", "z", 0.865), ("a", "y", 0.632),
     ]  # fmt: skip
     write_table(tmp_path, "there", path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
                        wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
-    assert images_about(tmp_path, "root") == "there" and find_differences(tmp_path, 9) == [
+    assert images_about(tmp_path, "root") == "there"
+    assert [found[:3] for found in find_differences(tmp_path, 9)] == [
         ("b", 0.4, {"x": False}),
         ("a", 0.3, {"y": True, "z": False, "x": True}),
     ]
@@ -100,7 +109,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
         return [(line["path"].split("/")[-1], line["now"], line["verdict"]) for line in lines]
 
     page.goto(f"{address}/review?run=0/bare")
-    wait("python evaluate.py run_dir=")
+    wait("python prepare.py job=labels")
     page.goto(f"{address}/review?run=0/other")
     wait("is about /elsewhere, not")
     page.goto(f"{address}/review?run=0/odd")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,9 +18,24 @@ from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
 LABELS = "tables/labels.parquet"  # of prepare.py job=labels
-_DIFFERENCE = TypeAdapter(tuple[str, float, str | dict[str, bool]] | None)
 _TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
+
+
+class Difference(NamedTuple):
+    """An image where network and label differ. by: how far, 0 to 1; says: a class, or tags to add (True) or take away.
+
+    guesses: the first classes with their probabilities; near: the paths of the images most like it.
+    """
+
+    path: str
+    by: float
+    says: str | dict[str, bool]
+    guesses: dict[str, float] = {}
+    near: list[str] = []
+
+
+_DIFFERENCE = TypeAdapter(Difference | None)
 
 
 def find_tables(run: Path) -> dict[str, Path]:
@@ -96,27 +111,34 @@ def images_about(run: Path, key: str) -> str:
     return metadata.get(key.encode(), b"").decode(errors="replace")
 
 
-def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
-    """Return path, distance and prediction of the images of highest loss where network and label differ, by distance.
+def list_judged(run: Path) -> list[str]:
+    """Return the paths of all images of the table of images."""
+    path = _find_images(run)
+    return [] if path is None else pq.read_table(path, columns=["path"])["path"].to_pylist()
 
-    The distance, 0 to 1, is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold.
-    The prediction is a class, or the tags to add (True) or to take away, the farthest from its threshold first. There
-    are none without images.parquet or `LABELS`. Raises UserError.
+
+def find_differences(run: Path, most: int) -> list[Difference]:
+    """Return the images of highest loss where network and label differ, by distance.
+
+    The distance is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold. Tags are
+    in the order of it, the farthest first. There are none without images.parquet or `LABELS`. Raises UserError.
     """
     found = worst_images(run, most, of=_differ) or ()
-    return sorted(filter(None, found), key=lambda difference: -difference[1])
+    return sorted(filter(None, found), key=lambda difference: -difference.by)
 
 
-def _differ(row: Json) -> tuple | None:
+def _differ(row: Json) -> Difference | None:
     found = None
     if "given" in row:  # of job=labels
-        found = row["path"], 1 - row["probability"], row["proposed"]
+        guesses = dict(zip(row["guesses"], row["probabilities"]))
+        found = Difference(row["path"], 1 - row["probability"], row["proposed"], guesses, row["neighbours"])
     elif "label" in row:
-        found = row["path"], 1 - math.exp(-row["loss"]), row["prediction"]
+        guesses = {row["prediction"]: row["probability"]}
+        found = Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"], guesses)
     else:
         tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
         tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
         tags.sort(reverse=True)
         if tags:
-            found = row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}
+            found = Difference(row["path"], tags[0][0], {name: is_added for _, name, is_added in tags})
     return _DIFFERENCE.validate_python(found)
