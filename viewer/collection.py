@@ -25,6 +25,7 @@ from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.parts import filtered_table, make_columns, run_name
+from viewer.review import find_review
 from viewer.select import HINT, STYLE, TILE, decide, describe_image, take_images
 from viewer.site import Site
 
@@ -95,6 +96,8 @@ def add_page(site: Site) -> None:
         with site.page(show_folder(root)):
             ui.add_css(STYLE + _STYLE)
             ui.label(escape_controls(root)).classes("mono muted")
+            if address := await asyncio.to_thread(find_review, shelf.runs, root):
+                ui.link("Review its labels", address)
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:

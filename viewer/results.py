@@ -16,6 +16,7 @@ from utils.record.figures import show_name
 from viewer.curves import draw_line, plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, make_columns, show_command
+from viewer.review import find_review
 
 _CLASSES = 40  # in a matrix
 _IMAGES = 48  # shown at once
@@ -91,9 +92,14 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[J
 
 
 async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
-    """Show which classes are confused, and the images of a confusion, or the worst of all."""
-    ui.link("Review the labels", f"/review?run={quote(name)}")
-    rows = await asyncio.to_thread(tables.read_newest, path, "confusions")
+    """Show which classes are confused, and the images of a confusion, or the worst of all, of one split."""
+    ui.link(
+        "Review the labels", find_review(shelf.runs, tables.images_about(path, "root")) or f"/review?run={quote(name)}"
+    )
+    file = tables.find_images(path)
+    split = file.stem.removeprefix("images").strip("_") if file else ""
+    ui.label(f"measured on: {split.replace('_', ' ') or 'validation'}").classes("muted")
+    rows = await asyncio.to_thread(tables.read_newest, path, f"{split}_confusions".strip("_"))
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
     chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")
@@ -112,7 +118,7 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
         images = await asyncio.to_thread(tables.worst_images, path, _IMAGES, chosen.value, describe_image)
         part.clear()
         with part:
-            await _show_images(path, shelf, images)
+            await show_images(path, shelf, images)
 
     await draw()
     chosen.on_value_change(draw)
@@ -133,7 +139,8 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:
     }
 
 
-async def _show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) -> None:
+async def show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) -> None:
+    """Show images with lines under them, or the command that finds them."""
     if rows is None:
         ui.label("No table of images yet. This command writes it:").classes("muted")
         show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow.parquet as pq
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
@@ -23,9 +24,9 @@ from utils.formats.vocabulary import RATINGS
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
-from utils.record.tables import LABELS, Difference, find_differences, images_about, list_judged
+from utils.record.tables import LABELS, Difference, find_differences, find_images, images_about
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import REFRESH_SEC, find_run, run_name, show_command
+from viewer.parts import REFRESH_SEC, find_run, run_name
 from viewer.site import Site
 
 _MOST = 10_000  # differences
@@ -242,7 +243,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     them, or if the collection is no folder.
     """
     name = shelf.of_run(run)
-    command = shlex.join(judge_command(shelf, name))
+    command = judge_command("PATH" if name is None else shelf.config(name).root)
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     found = find_differences(run, _MOST)
     if name is None or not found:
@@ -259,16 +260,10 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     values = collection.table[field]
     paths = [*{path: None for each in found for path in (each.path, *each.near)}]
     rows = {path: row for path, row in zip(paths, find_rows(collection, paths).tolist()) if row >= 0}
-
-    def show_near(path: str) -> tuple[str, str]:
-        return image_address(name, collection, rows[path], _NEAR_PX), str(values[rows[path]].as_py())
-
-    asked = []
-    for each in found:
-        if each.path in rows:
-            question = ask(*each[:3], values[rows[each.path]].as_py())
-            if question.says != question.had or (each.path, field) in decisions:
-                asked.append(_explain(question, each, [show_near(path) for path in each.near if path in rows]))
+    given = {path: values[row].as_py() for path, row in rows.items()}
+    near = {path: (image_address(name, collection, row, _NEAR_PX), str(given[path])) for path, row in rows.items()}
+    asked = [_explain(ask(*each[:3], given[each.path]), each, near) for each in found if each.path in rows]
+    asked = [each for each in asked if each.says != each.had or (each.path, field) in decisions]
     if not asked:
         raise nothing
     review = Review(asked, sorted(count_values(values)) if field == "label" else [])
@@ -278,37 +273,33 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     return review, address, desk, describe_basis(run, collection)
 
 
-def _explain(question: Question, found: Difference, near: Sequence[tuple[str, str]]) -> Question:
-    """Return a question with its reason, if that is known."""
+def _explain(question: Question, found: Difference, near: Mapping[str, tuple[str, str]]) -> Question:
+    """Return a question with its reason, if that is known. near: addresses and labels of images by path."""
     if not found.guesses:
         return question
     guesses = ", ".join(f"{name} {prob:.1%}" for name, prob in found.guesses.items())
     reason = f"given: {question.had} (right: {1 - found.by:.1%}) · guessed: {guesses}"
-    return question._replace(names=[*found.guesses], reason=reason, near=near)
+    nearest = [near[path] for path in found.near if path in near]
+    return question._replace(names=[*found.guesses], reason=reason, near=nearest)
 
 
 def describe_basis(run: Path, collection: Collection) -> str:
     """Return what the order of a review stands on, and how many images have no part in it."""
     if says := images_about(run, "says"):
         return f"All other images judge each one, by the features of {says}."
-    rows = find_rows(collection, list_judged(run))
+    rows = find_rows(collection, pq.read_table(find_images(run))["path"].to_pylist())
     trained = np.isin(rows, collection.rows("train")).sum()
-    others = np.count_nonzero(collection.weights()) - np.count_nonzero(rows >= 0)
+    others = np.count_nonzero(collection.weights()) - len(rows)
     return (
-        f"{run.name} judges {len(rows):,} images. It has trained on {trained:,} of them, so it agrees with their wrong "
-        f"labels. {others:,} other images have no part in this review."
+        f"{run.name} judges {len(rows):,} images and has trained on {trained:,} of them, whose wrong labels it agrees "
+        f"with; {others:,} others have no part here. This judges each image by all others: "
+        + judge_command(collection.root)
     )
 
 
-def judge_command(shelf: Shelf, name: str | None) -> list[str]:
-    """Return the command that lets all images of a collection be judged by the others."""
-    config = None if name is None else shelf.config(name)
-    return [
-        "python",
-        "prepare.py",
-        "job=labels",
-        *([f"data={config.name}", f"data.root={config.root}"] if config else ()),
-    ]
+def judge_command(root: Path | str) -> str:
+    """Return the command that lets each image of a collection be judged by all others."""
+    return shlex.join(["python", "prepare.py", "job=labels", f"data.root={root}"])
 
 
 def find_review(index: RunIndex, root: str) -> str | None:
@@ -334,19 +325,8 @@ def add_page(site: Site) -> None:
                 note.text = escape_controls(str(error))
                 return
             note.text = escape_controls(basis)
-            if not images_about(path, "says"):
-                _show_other(site, path)
             review.by = (ui.context.client.tab_id or "")[:8]
             ReviewPage(review, address, desk)
-
-
-def _show_other(site: Site, run: Path) -> None:
-    """Show the way to a review of all images of a run's collection."""
-    if address := find_review(site.index, images_about(run, "root")):
-        ui.link("Review all images, each judged by the others", address)
-    else:
-        ui.label("This lets each image be judged by all others:").classes("muted")
-        show_command(judge_command(site.shelf, site.shelf.of_run(run)))
 
 
 class ReviewPage:
@@ -421,7 +401,7 @@ class ReviewPage:
                 ui.label("The images most like it, with their labels").classes("muted")
             for address, label in near:
                 with ui.element("div"):
-                    ui.image(address).props["alt"] = f"an image of {escape_controls(label)}"
+                    ui.image(address).props["alt"] = escape_controls(label)
                     ui.label(escape_controls(label)).classes("ellipsis")
 
     def _pick(self, number: int, is_through: bool) -> None:

@@ -14,9 +14,10 @@ from nicegui import app, ui
 from utils.config.recipe import flatten
 from utils.io.safe_text import escape_controls
 from utils.record.report import STEPS
-from utils.record.run_index import RunIndex, find_runs, is_inside
+from utils.record.run_index import RunIndex, find_runs, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
+from viewer.overview import command_of, show_overview
 from viewer.parts import REFRESH_SEC, bind_choice, filtered_table, find_run, make_columns, run_name, show_command
 from viewer.results import show_mistakes, show_tables, show_thresholds
 from viewer.site import Site
@@ -46,8 +47,9 @@ def add_page(site: Site) -> None:
     @ui.page("/run/{name:path}")
     async def show(name: str) -> None:
         path = find_run(index, name)
+        curves = partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING)
         tabs = {
-            "Curves": partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING),
+            "Overview": partial(show_overview, site, name, path, curves),
             "Pictures": partial(_show_pictures, name, path),
             "Tables": partial(show_tables, path),
             "Thresholds": partial(show_thresholds, path),
@@ -72,10 +74,13 @@ def add_page(site: Site) -> None:
                     waits.delete()
 
         with site.page(escape_controls(path.name)):
+            gone = ui.label(f"This run is deleted: {escape_controls(str(path))} is gone.").props("role=alert")
+            gone.classes("text-negative").set_visibility(False)
+            ui.timer(REFRESH_SEC, lambda: gone.set_visibility(not is_own_run(path)))
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
                 for title in tabs:
                     ui.tab(title)
-            with ui.tab_panels(bar, value="Curves", animated=False).classes("w-full"):
+            with ui.tab_panels(bar, value="Overview", animated=False).classes("w-full"):
                 for title in tabs:
                     panels[title] = ui.tab_panel(title).classes("q-px-none")
             bind_choice(bar, "tab", [*tabs])
@@ -103,7 +108,7 @@ async def _show_pictures(name: str, path: Path) -> None:
     pictures = await asyncio.to_thread(find_pictures, path)
     if _SEEN not in pictures:
         ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
-        show_command([*_command_of(path), "dry_run=true"])
+        show_command([*command_of(path), "dry_run=true"])
     if not pictures:
         ui.label("No pictures yet: evaluations make them.").classes("muted")
     if "plots/samples.png" in pictures:
@@ -199,14 +204,9 @@ class LogReader:
         return lines
 
 
-def _command_of(path: Path) -> list[str]:
-    reader = RunReader(path)
-    return ["python", f"{reader.config.get('script', 'finetune')}.py", *sorted(reader.settings), f"run_dir={path}"]
-
-
 async def _show_commands(path: Path) -> None:
     commands = {
-        "Go on": _command_of(path),
+        "Go on": command_of(path),
         "Evaluate": ["python", "evaluate.py", f"run_dir={path}"],
         "Predict": ["python", "predict.py", f"weights={path}", "input=FOLDER", "output=predictions.jsonl"],
         "Export": ["python", "export.py", "format=onnx", f"run_dir={path}"],

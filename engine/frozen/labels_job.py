@@ -30,7 +30,7 @@ from utils.record.tables import LABELS
 
 _LEAST = 2  # images of a class: the others say nothing of what one alone has
 _GUESSES = 3
-_NEAREST = 6  # images around one
+_NEAREST = 6  # images around one, itself left out
 _NEXT = 200  # images to label next
 _MOST = 10_000  # rows of the table, as many as the page shows
 
@@ -69,7 +69,7 @@ class Labels(Tool):
         columns = {"path": paths[order], "given": labels[order], "proposed": names[guesses[:, 0].numpy()]}
         columns |= {"probability": right[order].numpy(), "rank": range(1, len(order) + 1)}
         columns |= {"guesses": names[guesses.numpy()].tolist(), "probabilities": best.tolist()}
-        others = [each[each != row].numpy()[:_NEAREST] for each, row in zip(near, order)]
+        others = [each[each != row].numpy() for each, row in zip(near, order)]
         columns["neighbours"] = [paths[each].tolist() for each in others]
         about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
         table = pa.table(columns, metadata=about)

@@ -1,8 +1,6 @@
 """What a run has measured about what would improve it: for its last screen and result.json."""
 
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +12,7 @@ _SHOWN = 3  # classes
 Table = Sequence[Values]
 
 
-def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str]:
+def advise(tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str]:
     """Return lines that say what is known beyond chance; none without a table of the classes.
 
     A class is named if its accuracy is below that of all images, so that their intervals do not touch. Labels are to be
@@ -40,9 +38,8 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
         lines.append(f"most errors: {', '.join(shown)}")
     sure, differ = _count_sure(decisions)
     if differ and low > 0.5:
-        command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
         differing = f"{differ:,} of {sure:,} sure predictions differ from the label"
-        lines.append(f"labels to check: {differing}; {command}, then Review in view.py")
+        lines.append(f"labels to check: {differing}; prepare.py job=labels judges each by all other images")
     return lines
 
 

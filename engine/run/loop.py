@@ -409,7 +409,7 @@ class Run:
         share = self.recorder.clock.wait_share
         if share > _MUCH_WAITING:
             rows.append(("waiting", _WAITING.format(share)))
-        advice = advise(folder, self._tables, self.streams.class_images)
+        advice = advise(self._tables, self.streams.class_images)
         if advice:
             self._write_result(advice)
         rows += [("to improve", line) for line in advice]

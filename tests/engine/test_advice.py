@@ -1,7 +1,5 @@
 """What a finished run says would improve it, from the tables of its last evaluation."""
 
-from pathlib import Path
-
 import pytest
 
 from engine.run.advice import advise
@@ -19,14 +17,14 @@ def ask(recalls, class_images, samples=100):
         {"threshold": share / 100, "predicted": images * (100 - share) // 100, "correct": right * (100 - share) // 100,
          "precision": right / max(1, images)} for share in range(100)
     ]  # fmt: skip
-    return advise(Path("run"), {"classes": classes, "decisions": decisions}, class_images)
+    return advise({"classes": classes, "decisions": decisions}, class_images)
 
 
 def test_the_classes_with_most_errors_and_labels_to_check():
     errors, labels = ask([0.9, 0.2, 0.8, 0.4, 0.6, 0.7], [90, 20, 80, 40, 60, 70])
     most = "c1 33% (accuracy 0.2, 20 images), c3 25% (accuracy 0.4, 40 images)"
     assert errors == f"most errors: {most}"
-    assert "120 of 300 sure" in labels and "evaluate.py run_dir=run" in labels  # the right ones have 0.5 on average
+    assert "120 of 300 sure" in labels and "prepare.py job=labels" in labels  # the right ones have 0.5 on average
 
 
 @pytest.mark.parametrize("counts", [(), (9,)], ids=["a task without classes", "another number of classes"])

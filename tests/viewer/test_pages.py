@@ -12,7 +12,7 @@ from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import assert_accessible, assert_fits, serve
 
 LONG = "a" * 5_000
-TABS = ("Curves", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Log", "Commands")
+TABS = ("Overview", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Log", "Commands")
 
 
 def test_all_runs_are_listed_and_hostile_names_are_text(page, address):

@@ -12,8 +12,8 @@ from data.collection.collection import Collection
 from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_fits, serve
-from utils.record.tables import find_differences, images_about
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, serve
+from utils.record.tables import LABELS, find_differences, images_about
 from viewer.review import Review, ask
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
@@ -118,6 +118,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("link", name="Review").click()
     wait("0 of 6 decided")
+    wait("a judges 10 images and has trained on 6 of them")
     page.keyboard.press("Enter")
     wait("1 of 6 decided")
     page.keyboard.press("r"), wait("2 of 6 decided")
@@ -178,3 +179,33 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
     page.keyboard.press("Enter")
     page.wait_for_url("**/collection")
     wait_for()
+
+
+def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
+    for number in range(7):
+        (animals / f"class{number}").mkdir()
+        Image.new("RGB", (20, 30)).save(animals / f"class{number}/0.png")
+    rows = {"path": ["dog/1.png", "dog/2.png"], "given": ["dog"] * 2, "proposed": ["cat"] * 2, "rank": [1, 2]}
+    rows |= {"probability": [0.25, 0.5], "guesses": [["cat", "dog"]] * 2, "probabilities": [[0.75, 0.125]] * 2}
+    rows["neighbours"] = [["cat/2.png"], []]
+    folder = add_data(make_run(runs / "care/labels"), root=str(animals), validation_fraction=0.34)
+    (folder / "tables").mkdir()
+    pq.write_table(pa.table(rows, metadata={"root": str(animals), "says": "a network"}), folder / LABELS)
+    page.goto(f"{address}/run/0/a?tab=Mistakes")
+    page.get_by_role("link", name="Review").click()
+    page.get_by_text("All other images judge each one, by the features of a network").wait_for()
+    page.get_by_text("given: dog (right: 25.0%) · guessed: cat 75.0%, dog 12.5%").wait_for()
+    page.locator(".near img").wait_for()
+    assert_accessible(page)
+    page.keyboard.press("c")
+    page.wait_for_function("document.activeElement.tagName == 'INPUT'")
+    page.keyboard.type("class3", delay=60)
+    page.get_by_role("option", name="class3").wait_for()
+    page.wait_for_timeout(300)
+    page.keyboard.press("Enter")
+    page.get_by_text("1 of 2 decided").wait_for()
+    page.wait_for_function("document.activeElement == document.body")
+    page.keyboard.press("2")
+    page.get_by_text("2 of 2 decided").wait_for()
+    lines = [json.loads(line) for line in (animals / CORRECTIONS).read_text().splitlines()]
+    assert [(line["path"], line["now"]) for line in lines[-2:]] == [("dog/1.png", "class3"), ("dog/2.png", "dog")]

@@ -22,6 +22,8 @@ DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" 
     f"{(90 - level) / (100 - level) if level < 90 else 0},{max(0, 90 - level) / 90},0.5\n"
     for level in range(100)
 )
+PLAN = "2026-01-01 00:00:00,000 INFO the plan for 5 minutes\n  optim=sgd because it is good\n"
+NEXT = "2026-01-01 00:00:00,000 INFO finished\n  to improve  more cats\n  next        python export.py run_dir=x\n"
 LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("INFO", "WARNING", "ERROR"))
 
 
@@ -29,8 +31,10 @@ LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("
 def runs(tmp_path_factory):
     """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
     root = tmp_path_factory.mktemp("run")
+    result = '{"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": false, "interval": [0.4, 0.6]}'
+    files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
-        make_run(root / "runs/sweep" / name, LOG, metrics_jsonl=line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2))
+        make_run(root / "runs/sweep" / name, PLAN + LOG + NEXT, complete_json="{}", **files)
     run = root / "runs/sweep/a"
     for number in range(3):
         (root / "images/train" / "xyz"[number]).mkdir(parents=True)
@@ -106,6 +110,14 @@ def test_curves_by_time(tmp_path):
 def test_one_visit(page, address, runs):
     page.goto(f"{address}/run/0/sweep/a")
     page.get_by_text("Learning rate and steps").wait_for()
+    said = page.locator(".lines").all_inner_texts()
+    assert "best top-1 0.5 (95 % interval: 0.4 to 0.6)" in said[0] and said[0].startswith("finished, step 2")
+    assert (
+        "optim=sgd because it is good\n" in said[2]
+        and "more cats" in said[2]
+        and page.locator(".tiles img").count() == 2
+    )
+    assert page.get_by_text("python export.py").count() == 1
     page.get_by_role("tab", name="Thresholds").click()
     said = page.get_by_text("Threshold 0.50")
     assert "precision 0.800" in said.inner_text()
@@ -129,5 +141,10 @@ def test_one_visit(page, address, runs):
     page.get_by_role("button", name="warnings and errors").click()
     page.get_by_text("about INFO").wait_for(state="hidden")
     assert page.get_by_text("about ERROR").is_visible() and page.locator("img[onerror]").count() == 0
+    page.goto(f"{address}/run/0/sweep/b")
+    page.get_by_text("finished, step 2").wait_for()
+    (runs / "sweep/b").rename(runs / ".b")
+    page.get_by_text("This run is deleted").wait_for()
+    (runs / ".b").rename(runs / "sweep/b")
     page.goto(f"{address}/compare?run=0/sweep")
     page.locator("canvas").first.wait_for()

@@ -84,12 +84,13 @@ class RunIndex:
         states = []
         for path in find_runs(self.roots):
             try:
-                states.append(self._read(path))
+                states.append(self.read(path))
             except (OSError, OverflowError, ValueError):
                 continue
         return sorted(states, key=lambda state: -state.changed)
 
-    def _read(self, path: Path) -> RunState:
+    def read(self, path: Path) -> RunState:
+        """Return what one line says of a run. Raises OSError, OverflowError, ValueError for odd or deleted files."""
         run = RunReader(path)
         config = run.config
         state = run.state

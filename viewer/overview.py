@@ -1,0 +1,76 @@
+"""The first tab of a run: its state, best figure and plan, what to do next, its worst images; then its curves."""
+
+import asyncio
+import re
+import shlex
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from urllib.parse import quote
+
+from nicegui import ui
+
+from utils.io.safe_text import escape_controls
+from utils.record import tables
+from utils.record.figures import show_interval
+from utils.record.run_index import RunIndex
+from utils.record.run_reader import RunReader
+from viewer.parts import REFRESH_SEC, show_command, show_heading
+from viewer.results import describe_image, show_images
+from viewer.runs import make_row
+from viewer.site import Site
+
+_WORST = 10  # images
+_PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  to improve .*", re.MULTILINE)
+_NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
+_LOG_BYTES = 200_000  # of its beginning, with the plan, and of its end
+
+
+def describe_run(index: RunIndex, path: Path) -> str:
+    """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
+    row = make_row(index, index.read(path))
+    best = row["shown"] and f"best {row['shown']}{show_interval((RunReader(path).result or {}).get('interval'))}"
+    lines = [f"{row['state']}, step {row['steps']}", best, f"{row['task']}, {row['model']}"]
+    return "\n".join(filter(None, lines))
+
+
+def read_advice(path: Path) -> tuple[str, list[list[str]]]:
+    """Return what a run has logged for people: its plan and what would improve it, and the commands that come next."""
+    log = path / "log.txt"
+    with log.open("rb") as file:
+        text = file.read(_LOG_BYTES)
+        file.seek(max(file.tell(), log.stat().st_size - _LOG_BYTES))
+        text = (text + b"\n" + file.read()).decode(errors="replace")
+    return "\n".join(_PLAN.findall(text)), [*map(shlex.split, dict.fromkeys(_NEXT.findall(text)))]
+
+
+def command_of(path: Path) -> list[str]:
+    """Return the command of a run, which goes on with it."""
+    reader = RunReader(path)
+    return ["python", f"{reader.config.get('script', 'finetune')}.py", *sorted(reader.settings), f"run_dir={path}"]
+
+
+async def show_overview(site: Site, name: str, path: Path, show_curves: Callable[[], Awaitable]) -> None:
+    """Show the front of a run; its first lines follow the run."""
+    said = ui.label().classes("lines")
+
+    async def refresh() -> None:
+        said.text = await asyncio.to_thread(describe_run, site.index, path)
+
+    await refresh()
+    ui.timer(REFRESH_SEC, refresh)
+    if collection := await asyncio.to_thread(site.shelf.of_run, path):
+        root = site.shelf.config(collection).root
+        ui.link(f"collection {escape_controls(root)}", f"/collection/{collection}").classes("lines")
+    plan, commands = await asyncio.to_thread(read_advice, path)
+    ui.label(escape_controls(plan, keep="\n")).classes("lines")
+    if RunReader(path).state in ("stopped", "dead", "failed"):
+        commands = [command_of(path)]
+    if commands:
+        show_heading("Next", 2)
+    for command in commands:
+        show_command(command)
+    if images := await asyncio.to_thread(tables.worst_images, path, _WORST, (), describe_image):
+        show_heading("The worst images", 2)
+        ui.link("all mistakes", f"/run/{quote(name)}?tab=Mistakes")
+        await show_images(path, site.shelf, images)
+    await show_curves()
