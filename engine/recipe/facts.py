@@ -51,7 +51,7 @@ _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
 _PASS_SHARE = 0.5  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
 _FETCHED_PASS_SHARE = 0.25  # as much of a network that is fetched
-_PROMISE = 0.75  # begin from features that leave at most this share of the errors by small pictures
+_PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files

@@ -39,7 +39,7 @@ from utils.ranks import distributed
 _MISTAKES = 48  # images in a picture
 _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
-_HEAD_IMAGES_A_MINUTE = 3000  # with loop.minutes: a few milliseconds each, on one core
+_HEAD_IMAGES_A_MINUTE = 2000  # with loop.minutes: 3 to 6 ms each, on one core, and they are read twice
 
 
 def count_head_images(config: TrainingConfig) -> int:
