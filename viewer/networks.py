@@ -127,7 +127,7 @@ class Networks:
         predictor, version = self.get(self.find(weights))
         opened = shelf.open(collection, again=True)
         contents = open_contents(opened)
-        store = FeatureStore(contents, Frozen(predictor, version, weights, is_blind=False))
+        store = FeatureStore(contents, Frozen(predictor, version, weights))
         rows = np.flatnonzero(opened.weights()).tolist()
         query = embed(content, name)
         vectors = dict[int, np.ndarray]()

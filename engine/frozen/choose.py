@@ -48,7 +48,6 @@ PIXELS = Frozen(
     ),
     "pixels",
     "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
-    is_blind=True,
 )
 
 
@@ -95,7 +94,7 @@ def open_timm(name: str, runtime: Runtime) -> Frozen:
     model = ImageModel(network, Normalise(stated["mean"], stated["std"], 3), "features").eval()
     metadata = {"output": "features", "weights_hash": version, "preprocessing": {**stated, "channels": 3}}
     says = f"timm's {name} at {stated['image_size_hw'][0]} px, which has never seen these labels"
-    return Frozen(torch_predictor(model, metadata, runtime.device), version, says, is_blind=True)
+    return Frozen(torch_predictor(model, metadata, runtime.device), version, says)
 
 
 def _open_own(path: Path, collection: Collection, runtime: Runtime) -> Frozen:
@@ -104,7 +103,7 @@ def _open_own(path: Path, collection: Collection, runtime: Runtime) -> Frozen:
     run = run_of(path)
     is_blind = run is not None and (_trains_blind(run) or not _trains_on(run, collection))
     seen = "has not seen these labels" if is_blind else "may have trained on these labels, so it agrees with wrong ones"
-    return Frozen(predictor, hash_once(path, _HASHES), f"{path}, which {seen}", is_blind)
+    return Frozen(predictor, hash_once(path, _HASHES), f"{path}, which {seen}")
 
 
 def _find_fcmae(collection: Collection) -> Path | None:

@@ -32,15 +32,11 @@ _BATCH = 32
 
 
 class Frozen(NamedTuple):
-    """A network that gives features. version: of its weights; says: its name for a line, and what it was trained on.
-
-    is_blind: whether its training has not seen the labels of the collection.
-    """
+    """A network that gives features. version: of its weights; says: its name for a line, and what it was trained on."""
 
     predictor: Predictor
     version: str
     says: str
-    is_blind: bool
 
 
 class FeatureStore:

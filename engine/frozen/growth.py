@@ -7,13 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from engine.measures.probe import count_hits
-from engine.measures.ridge import Ridge
+from engine.measures.probe import count_right
 
 FEWEST = 64  # images of a curve
-_TIMES = torch.tensor([1.0, 2.0, 4.0])  # as many images
+_TIMES = torch.tensor([1.0, 2.0])  # as many images
 # Over the logarithm of images, the logit of accuracy is about a line. These are its slope, the standard deviations of
 # the slope and of a measured point, and a third of the variance of the slope's drift per unit (docs/how_much.md).
 _SLOPE = 0.35
@@ -24,12 +22,14 @@ _NORMAL = 1.645  # standard deviations on each side of 90 %
 
 
 def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
-    """Return the columns images, accuracy, low and high for as many images as there are, for 2 and 4 times as many.
+    """Return the columns images, accuracy, low and high for as many images as there are, and twice as many.
 
     features: [N, C] float64. labels: [N], N >= `FEWEST`. 90 % of what would be measured is between low and high.
     """
     count = len(labels)
-    shares = torch.tensor([_count_right(features, F.one_hot(labels), parts) / count for parts in (4, 1)])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    right = [sum(count_right(features[rows], labels[rows]) for rows in order.chunk(parts)) for parts in (4, 1)]
+    shares = torch.tensor(right) / count
     quarter, whole = shares.logit(eps=0.5 / count).tolist()
     sample = (2 + 2 * math.cosh(whole)) / count  # variance of the logit of a share of so many images
     span = math.log(4)
@@ -46,10 +46,3 @@ def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
         "low": (logit - margin).sigmoid().tolist(),
         "high": (logit + margin).sigmoid().tolist(),
     }
-
-
-def _count_right(features: Tensor, targets: Tensor, parts: int) -> float:
-    """Return how many images are recognised by a regression on all others of the same random part."""
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    ridges = [Ridge(features[rows], targets[rows]) for rows in order.chunk(parts)]
-    return sum(max(quality.tolist() for quality in ridge.compare(count_hits).values())[0] for ridge in ridges)

@@ -101,7 +101,7 @@ class Labels(Tool):
 
 def _describe(growth: Sequence[TableRow]) -> str:
     """Return what twice as many labels promise, as the end of a sentence."""
-    now, twice, _ = growth
+    now, twice = growth
     interval = f"{twice['low']:.2f} to {twice['high']:.2f}"
     return (
         f"; a linear classifier has {now['accuracy']:.2f}, with twice the labels {twice['accuracy']:.2f} ({interval})"

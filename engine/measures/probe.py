@@ -70,3 +70,9 @@ def count_hits(targets: Tensor, scores: Tensor) -> Tensor:
     """
     hits = (scores.argmax(dim=1) == targets.argmax(dim=1)).sum()
     return torch.stack([hits, -(targets - scores).square().sum()])
+
+
+def count_right(features: Tensor, labels: Tensor) -> int:
+    """Return how many of the labels [N] a ridge regression on features [N, C] names without the image itself."""
+    ridge = Ridge(features, F.one_hot(labels))
+    return int(max(hits.item() for hits, _ in ridge.compare(count_hits).values()))

@@ -17,8 +17,7 @@ from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
 from engine.frozen.choose import open_timm
 from engine.frozen.features import read_features
-from engine.measures.probe import count_hits
-from engine.measures.ridge import Ridge
+from engine.measures.probe import count_right
 from engine.run.length import wait_for
 from engine.tasks.classification import count_head_images
 from engine.tasks.kind import ImageTrainingConfig
@@ -271,10 +270,7 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
 def left_out_errors(features: Tensor, labels: Tensor) -> float:
     """Return how often a ridge regression without an image names another class for it. features: [N, ...]."""
-
-    ridge = Ridge(features.flatten(1).double(), F.one_hot(labels).double())
-    most = max(hits.item() for hits, _ in ridge.compare(count_hits).values())
-    return 1 - most / len(labels)
+    return 1 - count_right(features.flatten(1), labels) / len(labels)
 
 
 def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:

@@ -17,9 +17,9 @@ def make_clouds(count, noise, classes=5, width=400):
 
 @pytest.mark.parametrize("noise", [6.0, 12.0])
 def test_what_is_measured_with_more_labels_is_in_the_interval(noise):
-    features, labels = make_clouds(1600, noise)
+    features, labels = make_clouds(800, noise)
     curve = extrapolate(features[:400], labels[:400])
-    assert curve["images"] == [400, 800, 1600]
+    assert curve["images"] == [400, 800]
     for index, images in enumerate(curve["images"]):
         found = extrapolate(features[:images], labels[:images])["accuracy"][0]
         assert curve["low"][index] <= found + 1e-9 and found <= curve["high"][index] + 1e-9

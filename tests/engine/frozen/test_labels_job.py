@@ -86,7 +86,7 @@ def test_growth_and_what_to_label_next(place):  # noqa: F811
     assert "about 0 of 70 labels are probably wrong" in said and "with twice the labels 0.9" in said
     folder = place / "outputs/care/labels"
     growth = read_json(folder / "labels.json")["tables"]["growth"]
-    assert [row["images"] for row in growth] == [70, 140, 280] and growth[1]["low"] <= growth[1]["accuracy"]
+    assert [row["images"] for row in growth] == [70, 140] and growth[1]["low"] <= growth[1]["accuracy"]
     ranked = pq.read_table(folder / "tables/next.parquet").to_pylist()
     assert sorted(row["path"] for row in ranked) == [f"{number}.png" for number in range(70, 80)]
     assert "at 16 px" in images_about(folder, "says")
