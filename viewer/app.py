@@ -19,9 +19,10 @@ from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import collection, curves, images, review, run, runs, samples, try_image, watch
+from viewer import collection, curves, images, review, run, runs, samples, start, try_image, watch
 from viewer.config import PageConfig
 from viewer.networks import Networks
+from viewer.queue import Queue
 from viewer.site import Site, set_looks
 from viewer.try_image import MAX_BYTES
 
@@ -94,22 +95,24 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     host = view.host
     token = view.token
-    if token is None and host not in _LOOPBACK:
+    if host not in _LOOPBACK and (token is None or view.start):
         raise UserError(
-            f"view.host: {host} lets other machines in; set view.token to a long random text, too, or "
-            "view.host=127.0.0.1"
+            f"view.host: {host} lets other machines in; set view.token to a long random text, too, and no "
+            "view.start=true, since others would start trainings here; or view.host=127.0.0.1"
         )
+    readable = [Path.cwd(), Path.home()]
     if data.root and not is_remote(data.root):
-        check_root(data.root)
+        readable.append(check_root(data.root).resolve())
     for root in roots:
         if not Path(root).is_dir() and not data.root:
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     port = choose_port(host, view.port)
     index = RunIndex([Path(root) for root in roots])
-    site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts)
+    queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
+    site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts, queue, data)
     images.add_route(site.shelf)
     set_looks()
-    for page in (runs, run, curves, samples, collection, try_image, review, watch):
+    for page in (runs, start, run, curves, samples, collection, try_image, review, watch):
         page.add_page(site)
     logging.getLogger("nicegui").setLevel("ERROR")  # its line about a 404 has the whole address
     # Of a tab that is closed before its answer.

@@ -52,9 +52,10 @@ class Shelf:
         self._open = dict[tuple[str, bool], Collection]()  # by name, and whether it is corrected
         self._shown = dict[tuple[str, str], Collection]()  # by name and fingerprint
         if data is not None:
-            self._add(data)
+            self.add(data)
 
-    def _add(self, config: DataConfig) -> str:
+    def add(self, config: DataConfig) -> str:
+        """Add a collection, and return its name."""
         if not is_remote(config.root):
             config = config.model_copy(update={"root": str(Path(config.root).expanduser().resolve())})
         keys = config.model_dump(mode="json", include={"root", *config.index_settings()})
@@ -65,7 +66,7 @@ class Shelf:
     def of_run(self, run: Path) -> str | None:
         """Return the name of the collection that a run was trained on; None if its settings say none."""
         try:
-            return self._add(DataConfig.model_validate(RunReader(run).config.get("data")))
+            return self.add(DataConfig.model_validate(RunReader(run).config.get("data")))
         except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
             return None
 

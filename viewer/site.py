@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from nicegui import app, ui
 from nicegui.events import GenericEventArguments
 
+from data.config import DataConfig
 from utils.record.run_index import RunIndex
 from viewer.config import AlertsConfig
 from viewer.images import Shelf
 from viewer.networks import Networks
 from viewer.parts import ACCENT, follow_address, show_heading
+from viewer.queue import Queue
 
 _PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try", "/watch": "Watch"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
@@ -38,7 +40,8 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
 .bar { padding: 1px 6px; border-radius: 3px; background:
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
-.q-uploader__subtitle { display: none }
+.q-uploader__subtitle { display: none } .nicegui-code { width: 100% }
+.nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
 .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
@@ -65,12 +68,17 @@ def set_looks() -> None:
 
 @dataclass
 class Site:
-    """The parts that pages use. alerts: the number of those raised now, which every header shows."""
+    """The parts that pages use. alerts: the number of those raised now, which every header shows.
+
+    data: the settings of a collection, for any root.
+    """
 
     index: RunIndex
     shelf: Shelf
     networks: Networks
     limits: AlertsConfig
+    queue: Queue
+    data: DataConfig
     alerts: int = 0
 
     @contextmanager

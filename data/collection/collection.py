@@ -56,7 +56,7 @@ class Collection:
     fingerprint: a hash of the columns, stored in the index. seen: the same without the test split, which training does
     not read. twins: how many images of `val` and of `test` have a near-duplicate in training (`count_twins`).
     is_packed: whether rows are byte ranges of shards, in the columns `data.layouts.table.PLACES`. concepts:
-    `data.concepts`; empty without.
+    `data.concepts`; empty without. unused: lines about what no reader uses.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
@@ -71,6 +71,7 @@ class Collection:
         self.twins: dict[str, int] = facts["twins"]
         self.concepts = CONCEPT_LIST.validate_python(facts["concepts"])
         self.possible_labels: list[str] = facts["possible_labels"]
+        self.unused: list[str] = facts["unused"]
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 

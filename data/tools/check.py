@@ -68,7 +68,7 @@ class Check(Tool):
                 log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
         pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
         page = save_report(Path(self.report) / self.name, data.root, _summarise(collection), tables, pictures)
-        return f"{describe_collection(collection)}; {found or 'no fault'}; {page}"
+        return f"{describe_collection(collection)}; {found or 'no fault'}; {copies:,} copies; {page}"
 
     def _find_faults(self, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
         """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
