@@ -57,7 +57,8 @@ def _lowest(collection: Collection, rows: ndarray, limit: int | float, classes: 
 
 def spread(rows: ndarray, limit: int) -> ndarray:
     """Return at most `limit` rows, evenly spread."""
-    return rows[:: max(1, -(-len(rows) // limit))]
+    count = min(limit, len(rows))
+    return rows[np.arange(count) * len(rows) // max(count, 1)]
 
 
 def choose_probe_rows(class_ids: ndarray, train_rows: ndarray, val_rows: ndarray, most: int) -> tuple[ndarray, ndarray]:

@@ -47,7 +47,7 @@ _SMALL_PX = 16  # side of the pictures in which they are compared
 _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
-_PROBE_SHARE = 0.04  # of the minutes is for features of weights
+_PROBE_SHARE = 0.08  # of the minutes is for features of weights
 _PASS_SHARE = 0.5  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
 _FETCHED_PASS_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
@@ -244,7 +244,8 @@ def _most_telling(
             continue
         features, rows = read_features(frozen, collection, config.data, sample.rows[:_FINE], runtime, deadline)
         if len(rows) < _LEAST_FINE:
-            break  # the time is over
+            log.info("the plan: the time was over before the features of %s were read", name)
+            break
         is_read = np.isin(sample.rows, rows)
         wrong, plain = (left_out_errors(each, sample.labels[is_read]) for each in (features, sample.small[is_read]))
         line = "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f"
