@@ -29,8 +29,7 @@ def describe_run(index: RunIndex, path: Path) -> str:
     """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
     row = make_row(index, index.read(path))
     best = row["shown"] and f"best {row['shown']}{show_interval((RunReader(path).result or {}).get('interval'))}"
-    lines = [f"{row['state']}, step {row['steps']}", best, f"{row['task']}, {row['model']}"]
-    return "\n".join(filter(None, lines))
+    return f"{row['state']}, step {row['steps']}\n{row['task']}, {row['model']}\n{best}"
 
 
 def read_advice(path: Path) -> tuple[str, list[list[str]]]:

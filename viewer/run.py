@@ -84,6 +84,7 @@ def add_page(site: Site) -> None:
                 for title in tabs:
                     panels[title] = ui.tab_panel(title).classes("q-px-none")
             bind_choice(bar, "tab", [*tabs])
+            await ui.context.client.connected()
             await build(bar.value)
             bar.on_value_change(lambda event: build(event.value))
 

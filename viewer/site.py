@@ -28,6 +28,7 @@ header a { color: #fff; white-space: nowrap; text-decoration: none; padding: 8px
 header [aria-current] { box-shadow: inset 0 -2px }
 header a:hover, header a:focus-visible { text-decoration: underline; outline-color: #fff }
 .muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
+h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .lines { white-space: pre-line; overflow-wrap: anywhere }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .chart { height: 240px; width: 100% }
