@@ -4,6 +4,7 @@ import asyncio
 import re
 import shlex
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -39,7 +40,7 @@ def read_advice(path: Path) -> tuple[str, list[list[str]]]:
         text = file.read(_LOG_BYTES)
         file.seek(max(file.tell(), log.stat().st_size - _LOG_BYTES))
         text = (text + b"\n" + file.read()).decode(errors="replace")
-    return "\n".join(_PLAN.findall(text)), [*map(shlex.split, dict.fromkeys(_NEXT.findall(text)))]
+    return "\n".join(_PLAN.findall(text)), [*map(shlex.split, _NEXT.findall(text))]
 
 
 def command_of(path: Path) -> list[str]:
@@ -53,7 +54,8 @@ async def show_overview(site: Site, name: str, path: Path, show_curves: Callable
     said = ui.label().classes("lines")
 
     async def refresh() -> None:
-        said.text = await asyncio.to_thread(describe_run, site.index, path)
+        with suppress(OSError, ValueError):  # deleted meanwhile, which the page says
+            said.text = await asyncio.to_thread(describe_run, site.index, path)
 
     await refresh()
     ui.timer(REFRESH_SEC, refresh)

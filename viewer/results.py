@@ -98,7 +98,7 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     )
     file = tables.find_images(path)
     split = file.stem.removeprefix("images").strip("_") if file else ""
-    ui.label(f"measured on: {split.replace('_', ' ') or 'validation'}").classes("muted")
+    ui.label(f"measured on: {split or 'validation'}").classes("muted")
     rows = await asyncio.to_thread(tables.read_newest, path, f"{split}_confusions".strip("_"))
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
