@@ -112,11 +112,8 @@ def test_one_visit(page, address, runs):
     page.get_by_text("Learning rate and steps").wait_for()
     said = page.locator(".lines").all_inner_texts()
     assert "best top-1 0.5 (95 % interval: 0.4 to 0.6)" in said[0] and said[0].startswith("finished, step 2")
-    assert (
-        "optim=sgd because it is good\n" in said[2]
-        and "more cats" in said[2]
-        and page.locator(".tiles img").count() == 2
-    )
+    assert "optim=sgd because it is good\n" in said[2] and "more cats" in said[2]
+    assert page.locator(".tiles img").count() == 2
     assert page.get_by_text("python export.py").count() == 1
     page.get_by_role("tab", name="Thresholds").click()
     said = page.get_by_text("Threshold 0.50")
@@ -127,7 +124,8 @@ def test_one_visit(page, address, runs):
     page.locator(".tiles img").nth(1).wait_for()
     assert page.locator(".tiles > div").count() == 3
     box = page.locator("canvas").last.bounding_box()
-    page.locator("canvas").last.click(position={"x": box["width"] * 0.8, "y": box["height"] * 0.2})
+    place = {"x": box["width"] * 0.8, "y": box["height"] * 0.2}
+    page.locator("canvas").last.click(position=place, force=True)  # a layer for what is hovered may come above
     page.get_by_text("→ x (0.25)").wait_for(state="detached")
     page.get_by_text("→ y (0.88)").wait_for()
     assert page.locator(".tiles > div").count() == 1
