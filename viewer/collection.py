@@ -98,6 +98,7 @@ def add_page(site: Site) -> None:
             ui.label(escape_controls(root)).classes("mono muted")
             if address := await asyncio.to_thread(find_review, shelf.runs, root):
                 ui.link("Review its labels", address)
+            ui.link("Label these images", f"/label?collection={name}")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:

@@ -229,9 +229,12 @@ class Review:
 
     def _add(self, number: int, now: Any, verdict: str) -> Decision:
         path, _, was, says, *_ = self.questions[number]
+        return self.state(path, was, now, verdict or _judge(now, was, says))
+
+    def state(self, path: str, was: Any, now: Any, verdict: str) -> Decision:
+        """Decide on an image, or on a name (without a path), and return the line to save."""
         at = datetime.now(UTC).isoformat(timespec="microseconds")
-        kind = verdict or _judge(now, was, says)
-        line = Decision(path=path, field=self.field, was=was, now=now, verdict=kind, by=self.by, at=at)
+        line = Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at)
         self.decisions.setdefault((path, self.field), []).append(line)
         return line
 
@@ -316,7 +319,6 @@ def add_page(site: Site) -> None:
     async def show(run: str = "") -> None:
         path = find_run(site.index, run)
         with site.page(f"Review {escape_controls(path.name)}"):
-            ui.add_css(_STYLE)
             note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
             try:
@@ -333,6 +335,7 @@ class ReviewPage:
     """The review in one tab: buttons and keys, the shown image with its choices, and small images beside it."""
 
     def __init__(self, review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
+        ui.add_css(_STYLE)
         self._review = review
         self._address = address
         self._desk = desk

@@ -144,7 +144,9 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     bad = Unused()
     decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
     say_unused(bad.describe(), "data.corrections")
-    if decided := sum(settle(lines[0].was, lines).verdict != "undone" for lines in decisions.values()):
+    if decided := sum(
+        settle(lines[0].was, lines).verdict != "undone" for (path, _), lines in decisions.items() if path
+    ):
         log.info(
             "data.corrections: %s/%s decides on %s labels, lists of tags, weights and groups",
             folder,

@@ -2,6 +2,8 @@
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
+A line without a path is about no image: `now` is a class that a user typed.
+
 Lines are only appended, by any number of processes. The last line about an image counts, if the collection's value is
 `was` or `now` of one of its lines. The verdict `undone` takes the last line of the same `by` back, and no other's.
 """
@@ -188,6 +190,8 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
     known = Names(places)
     stacks = dict[int, dict[str, list[Decision]]]()  # by row and field
     for (path, field), lines in decisions.items():
+        if not path:
+            continue
         if (found := known.find(path)) is None:
             unused.add("corrections of images that the collection has not", path)
         else:
