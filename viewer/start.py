@@ -12,8 +12,6 @@ from urllib.parse import quote
 from nicegui import app, ui
 
 from data.layouts.table import has_value
-from data.open import describe_collection
-from data.tools.check import Check
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import safe_lines
@@ -113,7 +111,7 @@ async def look_into(site: Site, folder: Path, refresh: Callable) -> None:
     said = ui.label("Reading the folder").style("white-space: pre-wrap; overflow-wrap: anywhere").props("role=status")
     await ui.context.client.connected()
     collection = await asyncio.to_thread(site.shelf.open, name, again=True)
-    said.text = describe_collection(collection)
+    said.text = f"{len(collection):,} images; reading every file"
     kinds = ["LoRA"]
     if has_value(collection.table["tags"]).any():
         kinds.append("Tag")
@@ -141,6 +139,10 @@ async def look_into(site: Site, folder: Path, refresh: Callable) -> None:
     shown.copy_button.props("aria-label=copy")
     ui.button("Start", on_click=lambda: refresh("", "Add", [*words])).on_click(update)
     update()
-    check = Check(name="check", verify=True, report=str(care / name))
-    line = await asyncio.to_thread(check.run, site.shelf.config(name))
-    said.text = safe_lines("\n".join([line, *collection.unused]))
+
+    def check() -> str:
+        from data.tools.check import Check  # imports torch
+
+        return Check(name="check", verify=True, report=str(care / name)).run(site.shelf.config(name))
+
+    said.text = safe_lines("\n".join([await asyncio.to_thread(check), *collection.unused]))
