@@ -18,9 +18,9 @@ from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from utils.record.run_index import RunIndex
 from viewer import collection, curves, images, label, review, run, runs, samples, start, try_image, watch
 from viewer.config import PageConfig
+from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.queue import Queue
 from viewer.site import Site, set_looks
@@ -104,10 +104,10 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     if data.root and not is_remote(data.root):
         readable.append(check_root(data.root).resolve())
     for root in roots:
-        if not Path(root).is_dir() and not data.root:
+        if not Path(root).is_dir() and not data.root and root != "outputs":  # a fresh clone has none yet
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     port = choose_port(host, view.port)
-    index = RunIndex([Path(root) for root in roots])
+    index = LiveIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
     site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts, queue, data)
     images.add_route(site.shelf)

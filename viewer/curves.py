@@ -34,7 +34,8 @@ def chart_options(
             steps, values = its.series(kind, figure)
             if not np.isfinite(values).any():
                 continue
-            values = smooth(values, smoothing if kind == "train" else 0.0)
+            is_noisy = kind == "train" and group_of(figure) == 0  # a rate and a memory are read as they are
+            values = smooth(values, smoothing if is_noisy else 0.0)
             steps, values = thin(steps, values, _POINTS)
             points = to_points(its.minutes(steps) if by_time else steps, values)
             is_alone = len(curves) == 1

@@ -21,7 +21,11 @@ from utils.record.run_reader import STATES
 REFRESH_SEC = 2.0
 ACCENT = "#1c6dd0"
 GREY = "#868e96"
-COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
+# Of lines: any two differ by 20 or more in CIEDE2000, the first twelve by 22, and each from a light and a dark page.
+COLOURS = (
+    ACCENT, "#ff780f", "#00b400", "#ff3cb4", "#5a5a4b", "#00b4c3", "#a5a5b4", "#9600d2", "#ff0f3c", "#008769",
+    "#c39600", "#b4005a", "#695a78", "#874b00", "#a578ff", "#96a587", "#1ea5ff", "#a57869", "#697800", "#0f6978",
+)  # fmt: skip
 # A new entry of the history, unless the address says so already.
 _SET_PARAMETER = """{{ const url = new URL(location), [name, text] = [{}, {}]
 text ? url.searchParams.set(name, text) : url.searchParams.delete(name)
@@ -53,6 +57,12 @@ def bind_address(name: str, show: Callable[[str], Any]) -> Callable[[str], None]
     if first:
         show(first)
     return lambda text: ui.run_javascript(_SET_PARAMETER.format(json.dumps(name), json.dumps(text)))
+
+
+def bind_value(box: ValueElement, name: str) -> None:
+    """Bind a text to a parameter of the page's address."""
+    tell = bind_address(name, box.set_value)
+    box.on_value_change(lambda event: tell(event.value or ""))
 
 
 def bind_choice(choice: ValueElement, name: str, values: Collection[str]) -> None:

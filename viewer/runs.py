@@ -18,7 +18,7 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, make_columns, run_name, sort_by_keys
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, bind_value, make_columns, run_name, sort_by_keys
 from viewer.site import Site
 
 _SPARK_PX = (96, 24)
@@ -29,6 +29,20 @@ _NAMES = {
 # Pinned runs stay first.
 _SORT = """(rows, by, down) => rows.slice().sort((a, b) =>
     b.pinned - a.pinned || (a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : 0) * (down ? -1 : 1))"""
+# Each word must be found in a row.
+_FIND = """(rows, words) => rows.filter(row => words.toLowerCase().split(/\\s+/).every(
+    word => `${row.name} ${row.task} ${row.model} ${row.state} ${row.steps} ${row.shown} ${row.ranking}`
+        .toLowerCase().includes(word)))"""
+_LOOK_SEC = 1.0  # between two looks at the runs that are read so far
+_STYLE = """
+.runs td:nth-child(3) { overflow-wrap: anywhere; min-width: 180px }
+@media (max-width: 800px) {
+  .runs .q-table, .runs thead, .runs tbody { display: block }
+  .runs .q-table :is(tr, th, td) { height: auto; width: auto; border: 0; padding: 4px 6px }
+  .runs .q-table tr { display: flex; flex-wrap: wrap; align-items: center; border-bottom: 1px solid #868e9655 }
+  .runs td:nth-child(3) { flex: 1 0 60% }
+}
+"""
 # Quasar's templates: double braces show text, never markup.
 _SLOTS = {
     "header-selection": '<q-checkbox v-model="props.selected" aria-label="all runs" />',
@@ -119,7 +133,7 @@ def add_page(site: Site) -> None:
     async def show() -> None:
         with site.page("Runs"):
             with ui.row(wrap=False):
-                find = ui.input(placeholder="filter by name, task, model or state").classes("col")
+                find = ui.input(placeholder="name, task, model, state: all words must match").classes("col")
                 find.props("aria-label=filter")
                 compare = ui.button("Compare")
             table = ui.table(columns=make_columns(_NAMES), rows=[], row_key="name", pagination={"rowsPerPage": 50})
@@ -128,7 +142,11 @@ def add_page(site: Site) -> None:
             compare.on_click(
                 lambda: ui.navigate.to(f"/compare?{urlencode([('run', row['name']) for row in table.selected])}")
             )
-            table.classes("w-full").props("loading").props[":sort-method"] = _SORT
+            table.classes("w-full runs").props("loading").props[":sort-method"] = _SORT
+            table.props[":filter-method"] = _FIND
+            ui.add_css(_STYLE)
+            said = ui.label("reading the runs").props("role=status").classes("muted")
+            said.bind_visibility_from(said, "text", backward=bool)
             sort_by_keys(table)
             for name, template in _SLOTS.items():
                 table.add_slot(name if "-" in name else f"body-cell-{name}", template)
@@ -137,17 +155,24 @@ def add_page(site: Site) -> None:
                 "<div class='q-pa-md'>No run yet. <span class='mono'>make demo</span> makes some, "
                 "<span class='mono'>python view.py runs=FOLDER</span> shows others.</div>",
             )
-            ui.label(", ".join(map(str, site.index.roots))).classes("muted mono")
+            ui.label(", ".join(map(str, site.index.roots))).classes("muted mono").style("overflow-wrap: anywhere")
+            bind_value(find, "find")
             find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
             async def refresh() -> None:
-                states = await asyncio.to_thread(site.index.states)
+                reading = asyncio.ensure_future(asyncio.to_thread(site.index.states))
+                while not (await asyncio.wait([reading], timeout=_LOOK_SEC))[0] and table.props.get("loading"):
+                    known = site.index.known()
+                    said.text = f"reading {site.index.total:,} runs; {len(known):,} so far"
+                    table.rows = await asyncio.to_thread(make_rows, site.index, known, ())
+                states = await reading
                 rows = make_rows(site.index, states, app.storage.general.get("pinned", []))
                 if rows != table.rows or table.props.get("loading"):
                     names = {row["name"] for row in table.selected}
                     table.rows = rows
                     table.selected = [row for row in rows if row["name"] in names]
                     table.props(remove="loading")
+                    said.text = ""
 
             async def pin(path: str) -> None:
                 pinned = {*app.storage.general.get("pinned", [])}

@@ -8,9 +8,9 @@ from nicegui import app, ui
 from nicegui.events import GenericEventArguments
 
 from data.config import DataConfig
-from utils.record.run_index import RunIndex
 from viewer.config import AlertsConfig
 from viewer.images import Shelf
+from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.parts import ACCENT, follow_address, show_heading
 from viewer.queue import Queue
@@ -74,7 +74,7 @@ class Site:
     data: the settings of a collection, for any root.
     """
 
-    index: RunIndex
+    index: LiveIndex
     shelf: Shelf
     networks: Networks
     limits: AlertsConfig

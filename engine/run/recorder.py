@@ -238,6 +238,7 @@ class Recorder:
         self._next_tell = time.perf_counter() + _TELL_SEC
         left = self.bar.left_sec if state == "running" else None
         figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self.best}
+        figures["metric"] = self._learner.task.best_metric
         write_progress(self.folder, state, **figures)
 
     def add_row(self, step: int, kind: str, figures: Json) -> None:

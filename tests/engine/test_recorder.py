@@ -35,7 +35,10 @@ def make_recorder(folder, momentum=None, *overrides):
     plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
     schedule = SimpleNamespace(at=lambda step: GroupValues(0.5, 0.0, momentum))
     learner = SimpleNamespace(
-        schedule=schedule, runtime=choose_runtime(config.runtime), optimizer=SimpleNamespace(param_groups=[{}])
+        schedule=schedule,
+        runtime=choose_runtime(config.runtime),
+        optimizer=SimpleNamespace(param_groups=[{}]),
+        task=SimpleNamespace(best_metric="loss"),
     )
     return Recorder(config, plan, learner, folder)
 

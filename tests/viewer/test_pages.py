@@ -20,6 +20,16 @@ def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
     page.get_by_text("dead").first.wait_for()
     assert page.locator("tbody tr").count() == 3 and page.get_by_text("29 of 20").count() == 3
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x", exact=False).count() >= 1
+    page.get_by_label("filter").fill("TAGGING 0/c dead")
+    page.get_by_text("1-1 of 1").wait_for()
+    page.wait_for_url("**find=TAGGING*")
+    page.get_by_role("button", name="dark or light").click()
+    page.locator("body.body--dark").wait_for()
+    page.reload()
+    page.get_by_text("1-1 of 1").wait_for()
+    page.locator("body.body--dark").wait_for()
+    page.get_by_role("button", name="dark or light").click()
+    page.locator("body.body--light").wait_for()
     page.get_by_label("filter").fill("no such run")
     page.get_by_text("No run yet").wait_for()
 

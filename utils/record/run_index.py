@@ -102,9 +102,9 @@ class RunIndex:
         told, *others = (file.stat().st_mtime if file.exists() else 0.0 for file in files)
         changed = max(told, *others)
         names = {key: _name(config.get(key)) for key in ("task", "model")}
-        if result is not None:
-            best = said.get("best", result["value"])
-            names |= {"metric": escape_controls(str(result["metric"])), "best": _number(best)}
+        if (named := result or said).get("metric"):  # the result is written at the end
+            best = said.get("best", named.get("value"))
+            names |= {"metric": escape_controls(str(named["metric"])), "best": _number(best)}
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
         last = int(max([step or 0, *steps[-1:]]))
         times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}

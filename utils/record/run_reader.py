@@ -120,8 +120,11 @@ class RunReader:
         return said if said in STATES and said != "running" else "dead"
 
 
-def write_progress(path: Path, state: str, **figures: float | None) -> None:
-    """Write a run's state, `step`, `total_steps`, `left_sec`, `best`; those not given stay. Logs write errors."""
+def write_progress(path: Path, state: str, **figures: float | str | None) -> None:
+    """Write a run's state, `step`, `total_steps`, `left_sec`, `metric`, `best`; those not given stay.
+
+    Write errors are logged.
+    """
     with ignore_write_errors(file := path / PROGRESS_FILE):
         text = json.dumps({**RunReader(path).progress, **figures, "state": state})
         write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"), flush=False)
