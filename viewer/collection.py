@@ -8,23 +8,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from nicegui import ui
+from matplotlib.path import Path as Polygon
+from nicegui import events, ui
 
+from data.collection.choose import spread
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
 from data.layouts.corrections import Decision, desk_of
-from data.layouts.table import count_values
+from data.layouts.table import TAG_LISTS, count_values
 from utils.errors import UserError
 from utils.formats.spelling import split_tags
 from utils.io.files import Json
 from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.parts import filtered_table, make_columns, run_name
+from viewer.map import CHART, LEGEND, MOST, THUMBNAIL, place_images
+from viewer.parts import COLOURS, bind_address, bind_choice, filtered_table, make_columns, run_name
 from viewer.review import find_review
 from viewer.select import HINT, STYLE, TILE, decide, describe_image, take_images
 from viewer.site import Site
@@ -90,20 +94,23 @@ def add_page(site: Site) -> None:
             if not rows:
                 ui.label("No collection yet: python view.py data.root=PATH shows one, and so does a run.")
 
-    @ui.page("/collection/{name}")
-    async def show(name: str, find: str = "") -> None:
-        root = shelf.config(name).root
+    @ui.page("/map")
+    @ui.page("/collection/{collection}")
+    async def show(collection: str) -> None:
+        root = shelf.config(collection).root
         with site.page(show_folder(root)):
             ui.add_css(STYLE + _STYLE)
             ui.label(escape_controls(root)).classes("mono muted")
             if address := await asyncio.to_thread(find_review, shelf.runs, root):
                 ui.link("Review its labels", address)
-            ui.link("Label these images", f"/label?collection={name}")
+            ui.link("Label these images", f"/label?collection={collection}")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:
-                browser = Browser(shelf, name, await asyncio.to_thread(shelf.open, name, again=True))
-                await browser.build(find)
+                browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
+                if ui.context.client.page.path == "/map":
+                    await show_map(browser)
+                await browser.build()
             except UserError as error:
                 ui.label(escape_controls(str(error))).classes("text-negative")
             wait.delete()
@@ -149,15 +156,14 @@ class Browser:
         self._done: list[list[Decision]] = []
         self._lock = asyncio.Lock()
 
-    async def build(self, text: str) -> None:
-        """Build the page for some terms."""
+    async def build(self) -> None:
+        """Build the page for the terms in its address."""
         with ui.row(wrap=False):
-            self._terms = ui.input(
-                value=text, placeholder='1girl -hat character:* split=val caption:"red house" copies>1'
-            )
+            self._terms = ui.input(placeholder='1girl -hat character:* split=val caption:"red house" copies>1')
             self._terms.props("aria-label=find").classes("col")
             self._terms.on("keydown.enter", self._find)
             ui.button("Find", on_click=self._find)
+            ui.link("Map", f"/map?collection={self.name}")
         self._said = ui.label().props("role=status")
         names = ["tags", "label", "split", "rating"]
         labels = count_values(self.collection.table["label"])
@@ -171,7 +177,12 @@ class Browser:
             with ui.element("div"):
                 self._count = await filtered_table(names, "count", "term", self._fill)
         self._box = ui.dialog().props("full-width aria-label='an image'")
+        self._tell = bind_address("find", self._go)
         await self._find()
+
+    def _go(self, text: str) -> None:
+        self._terms.value = text
+        ui.timer(0, self._find, once=True)
 
     def _build_bar(self, labels: list[str]) -> None:
         text = ui.input(placeholder="a label, or tags", autocomplete=labels).props("aria-label='a label, or tags'")
@@ -219,15 +230,12 @@ class Browser:
         self._marks.text = f"{len(self.marked):,} marked"
         self._tiles.draw()
 
-    def show(self, rows: np.ndarray) -> None:
-        """Show rows, from the first one on."""
+    async def show(self, rows: np.ndarray) -> None:
+        """Show rows, from the first one on, and what is counted in them."""
         self.found = rows
         self._said.text = f"{len(rows):,} of {len(self.collection):,} images"
         self._tiles.show(rows)
-
-    async def _add(self, term: str) -> None:
-        self._terms.set_value(f"{self._terms.value or ''} {term}".strip())
-        await self._find()
+        await self._count()
 
     async def _find(self) -> None:
         async with self._lock:  # the last search stays, also if one before it takes longer
@@ -237,15 +245,16 @@ class Browser:
             except UserError as error:
                 self._said.set_text(escape_controls(str(error)))
                 return
-            ui.navigate.history.replace(f"/collection/{self.name}?{urlencode({'find': text})}")
-            self.show(found)
+            self._tell(text)
+            await self.show(found)
             if not len(found):
                 self._said.text += ": remove a term, or write -TERM for images without it"
-            await self._count()
 
     async def _fill(self, table: ui.table, column: str) -> None:
         if not table.columns:
-            table.on("rowClick", lambda event: self._add(event.args[1]["term"]))
+            table.classes("clickable").on(
+                "rowClick", lambda event: self._go(f"{self._terms.value or ''} {event.args[1]['term']}".strip())
+            )
         table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
         table.rows = await asyncio.to_thread(value_rows, search_of(self.collection), self.found, column)
 
@@ -300,3 +309,45 @@ class Browser:
             with card:
                 ui.label(f"{len(copies):,} equal or similar images").classes("text-weight-medium")
                 Tiles(self).show(copies)
+
+
+async def show_map(browser: Browser) -> None:
+    """Show the map of a collection, when its images are read. Raises UserError (`data.root`)."""
+    from engine.frozen.propose import read_points
+
+    table = browser.collection.table
+    said = ui.label("looking at the images").props("role=status")
+    rows = spread(np.arange(len(table)), MOST)
+    config = browser.shelf.config(browser.name)
+    points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, lambda share: None)
+    places = await asyncio.to_thread(place_images, points.numpy())
+    said.text = escape_controls(f"{len(rows):,} of {len(table):,} images, by {says}")
+
+    def draw() -> None:
+        """Draw the images with the values that the collection has now: numbers, or the most frequent texts."""
+        column = browser.collection.table[colour.value].take(rows)
+        values = column.to_pylist()
+        legend = pc.min_max(column).as_py()
+        if isinstance(legend["max"], str | None):
+            codes = dict(zip(count_values(column), range(len(COLOURS))))
+            values = [codes.get(value) for value in values]
+            pieces = [{"value": code, "label": name, "color": COLOURS[code]} for name, code in codes.items()]
+            legend = {"pieces": pieces}
+        points = [*zip(*places.T.tolist(), rows, values)]
+        tip = {":formatter": THUMBNAIL % (browser.name, browser.collection.fingerprint)}
+        series = [{"type": "scatter", "symbolSize": 6, "data": points}]
+        chart.options.update(visualMap=LEGEND | legend, tooltip=tip, series=series)
+
+    async def choose(event: events.GenericEventArguments) -> None:
+        """Show and mark the images in a lasso."""
+        for area in event.args["areas"]:
+            chosen = rows[Polygon(area["coordRange"]).contains_points(places)]
+            await browser.show(chosen)
+            browser.mark(chosen)
+
+    names = [name for name in ("label", "split", *table.column_names[8:]) if name not in TAG_LISTS]
+    colour = ui.select(names, value="label", label="colour").classes("w-40").on_value_change(draw)
+    chart = ui.echart({**CHART}).style("height: 60vh").props("role=img aria-label='map of the images'")
+    chart.on("chart:brushEnd", choose, ["areas"])
+    bind_choice(colour, "colour", names)
+    draw()

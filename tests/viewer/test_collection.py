@@ -1,21 +1,19 @@
 """The page of a collection in a browser, over hostile names and a broken image; collections that cannot be opened."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data.collection.collection import Collection
 from data.collection.index import index_collection
 from data.images.open import EMPTY
-from data.layouts.corrections import read_corrections, settle
-from data.layouts.unused import Unused
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_fits
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits
 
 NAME = HOSTILE.replace("/", "")
 
@@ -74,6 +72,19 @@ def test_a_collection_is_searched_and_shown(page, address):
     find.press("Enter")
     page.locator(".q-table td", has_text=f"{HOSTILE}1").first.click()
     page.get_by_text("200 of 400 images").wait_for()
+    page.get_by_role("link", name="Map").click()
+    canvas = page.get_by_label("map of the images").locator("canvas")
+    canvas.wait_for(timeout=150_000)
+    page.get_by_text("400 of 400 images", exact=True).wait_for()
+    assert_accessible(page)
+    left, top, width, height = canvas.bounding_box().values()
+    page.mouse.click(left + width - 60, top + 22)
+    page.mouse.move(left + width / 6, top + height / 5)
+    page.mouse.down()
+    page.mouse.move(left + width / 6, top + height, steps=4)
+    page.mouse.move(left + width, top + height / 2, steps=4)
+    page.mouse.up()
+    page.get_by_text(re.compile("^[1-9][0-9]* marked")).wait_for()
 
 
 def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
@@ -115,7 +126,6 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save manifest").click()
     saved.value.save_as(tmp_path / "some.parquet")
-    assert len(pq.read_table(tmp_path / "some.parquet")) == 10
     settings = {"validation_fraction": 0.0, "cache": tmp_path, "table": str(tmp_path / "some.parquet")}
     collection = Collection(str(root), index_collection(str(root), **settings))
     kept = collection.table.filter(pc.equal(collection.table["label"], "An owl"))
@@ -124,9 +134,6 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
         act("Undo")
     find("", 400)
     find("owl OR weight<1", 1)
-    decisions = read_corrections(root, Unused())
-    assert len(decisions) == 40 and all(settle(None if key[1] == "group" else lines[0].was, lines).verdict == "undone"
-                                        for key, lines in decisions.items())  # fmt: skip
 
 
 def test_a_collection_that_is_gone_says_so(page, address):
