@@ -4,8 +4,10 @@ An image's own label has no part in what is predicted for it, so a wrong one can
 and without random numbers.
 
 right, probs = judge_classes(features, labels)
+right = judge_tags(features, targets)
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import product, starmap
 
@@ -22,6 +24,8 @@ _SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # o
 _ROUNDS = 15
 _PAIRS = 0.1  # errors that each pair of classes has from the start, relative to the mean of those found
 _ANY = 1e3  # all pairs are alike
+_SURE = 0.99  # at most, of what other images say of a tag
+_TAGS = 0.1  # of an image's tags are taken to be missing, and as many too many
 _GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain half of the labels better
 
 
@@ -65,6 +69,18 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = _calibrate([logits, further, logits + further], labels)
         right, _ = _explain(logits, labels, _ANY)
     return right, logits.softmax(dim=1)
+
+
+def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability that each of the targets, bool [N, T], is right: whether an image has a tag.
+
+    A tag is too much where the other images give it less than is usual, not where it is rare.
+    """
+    given = targets.double()
+    found = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
+    odds = found.logit(eps=1 - _SURE)
+    usual = given.mean(dim=0).logit(eps=1 - _SURE)
+    return (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_TAGS)).sigmoid()
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
-"""job=labels: the labels of a collection that are probably wrong, by what all other images say of each."""
+"""job=labels: the labels and tags of a collection that are probably wrong, by what all other images say of each."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
+from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.table import count_values
 from data.open import load_collection
@@ -17,26 +21,33 @@ from data.tools.tool import Tool, save_report
 from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
-from engine.frozen.labels import judge_classes
+from engine.frozen.labels import judge_classes, judge_tags
 from engine.frozen.order import order_next
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
 from utils.config.schema import PathText
 from utils.errors import UserError
+from utils.formats.spelling import parse_tag
+from utils.formats.vocabulary import RATING
 from utils.io.files import output_errors, write_atomically, write_json
 from utils.record.report import TableRow
 from utils.record.run_reader import CONFIG_FILE
 from utils.record.tables import LABELS
 
 _LEAST = 2  # images of a class: the others say nothing of what one alone has
+_LEAST_TAGGED = 5  # images of a tag
+_CELLS = 2**24  # images times tags: of more, the most frequent tags are judged
+_SHOWN = 2  # rows of tags, as a multiple of those that are probably wrong
 _GUESSES = 3
 _NEAREST = 6  # images around one, itself left out
 _NEXT = 200  # images to label next
 _MOST = 10_000  # rows of the table, as many as the page shows
 
+_Read = Callable[[np.ndarray], tuple[Tensor, np.ndarray]]
+
 
 class Labels(Tool):
-    """Rank the labels by how probably they are wrong, and the images without a label by how much one would tell.
+    """Rank labels and tags by how probably they are wrong, and images without a label by how much one would tell.
 
     weights: a run or a file whose features tell; null: a network that has not seen the labels.
     """
@@ -46,61 +57,132 @@ class Labels(Tool):
     weights: PathText | None
 
     def run(self, data: DataConfig) -> str:
-        """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`)."""
+        """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`).
+
+        They are in the folder `labels`; if the images have classes and tags, those of the tags are in `tags`.
+        """
         collection = load_collection(data)
         used = collection.weights() > 0
         counts = count_values(collection.table["label"].filter(pa.array(used)))
         ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST])
         rows = np.flatnonzero((ids >= 0) & used)
-        if not ids[rows].any():
+        tagged, tags, has = mark_tags(collection)
+        judges = {}
+        if ids[rows].any():
+            judges[_judge_labels] = rows
+        if len(tags):
+            judges[partial(_judge_tags, tags, has)] = tagged
+        if not judges:
             raise UserError(
-                f"data.root: {str(collection.root)!r} has no two classes of {_LEAST} images; give them, since other "
-                "images judge a label"
+                f"data.root: {str(collection.root)!r} has neither two classes of {_LEAST} images nor a tag on "
+                f"{_LEAST_TAGGED}; give them, since other images judge a label"
             )
         runtime = choose_runtime(MACHINE)
         frozen = choose_frozen(self.weights, collection, runtime, "job.weights")
-        features, rows = read_features(frozen, collection, data, rows, runtime)
-        paths, labels = (np.array(collection.table[name].take(rows).to_pylist()) for name in ("path", "label"))
-        names, given = np.unique(labels, return_inverse=True)
-        right, probs = judge_classes(features, torch.from_numpy(given))
-        order = right.argsort(stable=True)[:_MOST]
-        near = find_nearest(features[order], features, min(_NEAREST + 1, len(rows)))[1]
-        best, guesses = probs[order].topk(min(_GUESSES, len(names)))
-        columns = {"path": paths[order], "given": labels[order], "proposed": names[guesses[:, 0].numpy()]}
-        columns |= {"probability": right[order].numpy(), "rank": range(1, len(order) + 1)}
-        columns |= {"guesses": names[guesses.numpy()].tolist(), "probabilities": best.tolist()}
-        others = [each[each != row].numpy() for each, row in zip(near, order)]
-        columns["neighbours"] = [paths[each].tolist() for each in others]
+        read = partial(read_features, frozen, collection, data, runtime=runtime)
         about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
-        table = pa.table(columns, metadata=about)
-        folder = Path(self.report) / self.name
-        with output_errors("job.report", folder):
-            write_atomically(folder / LABELS, partial(pq.write_table, table))
-            write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
-        wrong = round((1 - right).sum().item())
-        title = f"{collection.root}, by the features of {frozen.says}"
-        figures = {"labels": len(rows), "probably wrong": wrong}
-        unlabelled = np.flatnonzero(used & collection.table["label"].is_null().to_numpy())
-        unlabelled = np.setdiff1d(unlabelled, collection.rows("test"))
-        if len(unlabelled):
-            more, unlabelled = read_features(frozen, collection, data, unlabelled, runtime)
-            chosen = order_next(torch.cat([features, more]), torch.arange(len(rows)), torch.from_numpy(given), _NEXT)
-            chosen = collection.table["path"].take(unlabelled[np.array(chosen) - len(rows)])
-            ranked = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
+        said = []
+        for name, (judge, rows) in zip((self.name, "tags"), judges.items()):
+            folder = Path(self.report) / name
+            found = judge(collection, read, rows)
             with output_errors("job.report", folder):
-                write_atomically(folder / "tables/next.parquet", partial(pq.write_table, ranked))
-        tables = {"suspects": table.to_pylist()}
-        further = ""
-        if len(rows) >= FEWEST:
-            tables["growth"] = pa.table(extrapolate(features.double(), torch.from_numpy(given))).to_pylist()
-            further = _describe(tables["growth"])
-        page = save_report(folder, title, figures, tables, {})
-        suspects = f"about {wrong:,} of {len(rows):,} labels are probably wrong; {folder / LABELS} ranks them"
-        return f"{suspects}{further}; {page}"
+                write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
+                for file, table in found.files.items():
+                    write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
+            tables = {"suspects": found.files[LABELS].to_pylist(), "growth": found.growth}
+            title = f"{collection.root}, by the features of {frozen.says}"
+            page = save_report(folder, title, found.figures, tables, {})
+            view = shlex.join(["python", "view.py", f"runs={self.report}"])
+            said.append(f"{found.line}; {view} shows them under /review?run=0/{name}; {page}")
+        return "; ".join(said)
+
+
+class _Found(NamedTuple):
+    """What is found of labels or tags. files: tables by their names; line: for the log."""
+
+    files: dict[str, pa.Table]
+    figures: dict[str, int]
+    line: str
+    growth: Sequence[TableRow] = ()
+
+
+def mark_tags(collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows [N] of images with tags, names [T], and which row has which tag, bool [N, T].
+
+    Images with unknown tags are left out.
+    """
+    table = collection.table
+    used = (collection.weights() > 0) & (pc.list_value_length(table["tags"]).to_numpy() > 0)
+    if "unknown_tags" in table.column_names:
+        used &= [not unknown for unknown in table["unknown_tags"].to_pylist()]
+    rows = np.flatnonzero(used)
+    texts = table["tags"].take(rows)
+    parsed = {text: parse_tag(text) for text, count in count_values(texts).items() if count >= _LEAST_TAGGED}
+    common = [text for text, tag in parsed.items() if tag.name and tag.category != RATING]
+    places = {text: place for place, text in enumerate(common[: _CELLS // max(len(rows), 1)])}
+    has = np.zeros((len(rows), len(places)), bool)
+    for row, tags in enumerate(texts.to_pylist()):
+        has[row, [places[text] for text in tags if text in places]] = True
+    return rows, np.array([parsed[text].name for text in places]), has
+
+
+def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Found:
+    """Rank the labels of rows, and the images without one; measure how far more labels would take a classifier."""
+    features, rows = read(rows)
+    labels = np.array(collection.table["label"].take(rows).to_pylist())
+    names, given = np.unique(labels, return_inverse=True)
+    given = torch.from_numpy(given)
+    right, probs = judge_classes(features, given)
+    order = right.argsort(stable=True)[:_MOST]
+    best, guesses = probs[order].topk(min(_GUESSES, len(names)))
+    columns = {"given": labels[order], "proposed": names[guesses[:, 0].numpy()]}
+    columns |= {"guesses": names[guesses.numpy()].tolist(), "probabilities": best.tolist()}
+    paths = collection.table["path"].take(rows)
+    files = {LABELS: _rank(columns, right[order], features, order, paths)}
+    wrong = round((1 - right).sum().item())
+    free = np.flatnonzero((collection.weights() > 0) & collection.table["label"].is_null().to_numpy())
+    free = np.setdiff1d(free, collection.rows("test"))
+    if len(free):
+        more, free = read(free)
+        chosen = order_next(torch.cat([features, more]), torch.arange(len(rows)), given, _NEXT)
+        chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
+        files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
+    growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
+    line = f"about {wrong:,} of {len(rows):,} labels are probably wrong{_describe(growth)}"
+    return _Found(files, {"labels": len(rows), "probably wrong": wrong}, line, growth)
+
+
+def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Found:
+    """Rank which tags the images of rows lack, or have too many."""
+    features, found = read(rows)
+    has = has[np.isin(rows, found)]
+    right = judge_tags(features, torch.from_numpy(has))
+    wrong = round((1 - right).sum().item())
+    order = right.flatten().argsort(stable=True)[: min(_SHOWN * wrong, _MOST)].numpy()
+    images, tags = np.divmod(order, len(names))
+    columns = {"tag": names[tags], "given": has[images, tags]}
+    paths = collection.table["path"].take(found)
+    files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
+    count = int(has.sum())
+    line = f"about {wrong:,} tags are probably missing or too many, of {count:,}"
+    return _Found(files, {"tags": count, "probably wrong": wrong}, line)
+
+
+def _rank(
+    columns: Mapping[str, Sequence], right: Tensor, features: Tensor, images: Tensor, paths: pa.ChunkedArray
+) -> pa.Table:
+    """Return the table of labels of images, the most suspicious first, with the images most like each."""
+    names = np.array(paths.to_pylist())
+    near = find_nearest(features[images], features, min(_NEAREST + 1, len(features)))[1]
+    neighbours = [names[each[each != image].numpy()].tolist() for each, image in zip(near, images)]
+    shared = {"path": names[images.numpy()], "probability": right.numpy(), "rank": range(1, len(images) + 1)}
+    return pa.table({**shared, **columns, "neighbours": neighbours})
 
 
 def _describe(growth: Sequence[TableRow]) -> str:
     """Return what twice as many labels promise, as the end of a sentence."""
+    if not growth:
+        return ""
     now, twice = growth
     interval = f"{twice['low']:.2f} to {twice['high']:.2f}"
     return (

@@ -117,13 +117,20 @@ def find_differences(run: Path, most: int) -> list[Difference]:
     The distance is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold. Tags are
     in the order of it, the farthest first. There are none without images.parquet or `LABELS`. Raises UserError.
     """
-    found = worst_images(run, most, of=_differ) or ()
-    return sorted(filter(None, found), key=lambda difference: -difference.by)
+    found = {}
+    for each in filter(None, worst_images(run, most, of=_differ) or ()):
+        first = found.setdefault(each.path, each)
+        if isinstance(each.says, dict):  # job=labels has a row for each tag
+            first.says.update(each.says)
+    return sorted(found.values(), key=lambda difference: -difference.by)
 
 
 def _differ(row: Json) -> Difference | None:
     found = None
-    if "given" in row:  # of job=labels
+    if "tag" in row:  # of job=labels, too
+        by = 1 - row["probability"]
+        found = Difference(row["path"], by, {row["tag"]: not row["given"]}, near=row["neighbours"])
+    elif "given" in row:  # of job=labels
         guesses = dict(zip(row["guesses"], row["probabilities"]))
         found = Difference(row["path"], 1 - row["probability"], row["proposed"], guesses, row["neighbours"])
     elif "label" in row:

@@ -92,11 +92,25 @@ def test_growth_and_what_to_label_next(place):  # noqa: F811
     assert "at 16 px" in images_about(folder, "says")
 
 
+def test_tags(pictures, place):  # noqa: F811
+    for name in WRONG:
+        (pictures / name).with_suffix(".txt").write_text("square")
+    (pictures / "03.txt").write_text("red, green, square")
+    said = run("prepare", COMMAND, place)
+    assert "runs=outputs/care shows them under /review?run=0/labels" in said
+    rows = read_table(place)
+    assert {(row["path"], row["tag"], row["given"]) for row in rows[:5]} == {
+        *((name, "green", False) for name in WRONG), ("03.png", "green", True),
+    }  # fmt: skip
+    found = find_differences(place / "outputs/care/labels", 100)
+    assert {each.path: each.says["green"] for each in found[:5]} == {**dict.fromkeys(WRONG, True), "03.png": False}
+
+
 def test_what_is_refused(pictures, place):  # noqa: F811
-    with refuses("^data.root: "):
-        run("prepare", COMMAND, place)
     for file in pictures.iterdir():
         file.unlink()
+    with refuses("^data.root: "):
+        run("prepare", COMMAND, place)
     for folder in ("a", "b"):
         (pictures / folder).mkdir()
         for number in range(2):
