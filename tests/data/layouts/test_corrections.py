@@ -40,11 +40,19 @@ def test_decisions_change_the_labels_and_the_fingerprint_and_not_the_split(anima
     assert columns(corrected, "path", "split") == columns(plain, "path", "split")
 
 
-def test_first_labels_are_split_by_class(root, opened):  # noqa: F811
-    paths = [f"{number}.png" for number in range(9)]
-    put(root, *paths)
-    append_corrections(root, [decide(path, None, "ab"[number % 2]) for number, path in enumerate(paths)])
-    assert opened(root, 0.1).class_names("val") == ["a", "b"]
+def test_weights_and_groups(animals, opened, log):  # noqa: F811
+    names = [f"cat/{number}.png" for number in range(1, 4)]
+    plain = opened(animals, 0.3)
+    append_corrections(animals, [decide("dog/1.png", 1.0, 0.0, field="weight")])
+    weighed = opened(animals, 0.3)
+    assert weighed.fingerprint != plain.fingerprint and columns(weighed, "split") == columns(plain, "split")
+    assert weighed.weights().tolist() == [1, 1, 1, 0, 1] and "decides on 1 " in log.text
+    append_corrections(animals, [decide(name, None, 7, field="group") for name in names])
+    assert {split for (split,) in columns(opened(animals, 0.3), "split")[:3]} == {"train"}, "a group is not torn"
+    assert columns(plain, "split")[:3].count(("val",)) == 1
+    Manifest(name="manifest", verify=False).run(data_config(root=str(animals), validation_fraction=0.3))
+    (animals / CORRECTIONS).unlink()
+    assert columns(opened(animals), "group", "weight")[2:4] == [(7, 1.0), (None, 0.0)]
 
 
 @pytest.mark.parametrize(("lines", "label"), [
