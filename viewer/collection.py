@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from matplotlib.path import Path as Polygon
 from nicegui import events, ui
 
-from data.collection.choose import spread
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
 from data.layouts.corrections import Decision, desk_of
@@ -313,6 +312,7 @@ class Browser:
 
 async def show_map(browser: Browser) -> None:
     """Show the map of a collection, when its images are read. Raises UserError (`data.root`)."""
+    from data.collection.choose import spread
     from engine.frozen.propose import read_points
 
     table = browser.collection.table
