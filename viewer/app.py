@@ -18,7 +18,7 @@ from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from viewer import collection, curves, images, label, review, run, runs, samples, start, try_image, watch
+from viewer import collection, compare, images, label, review, run, runs, samples, start, try_image, watch
 from viewer.config import PageConfig
 from viewer.live import LiveIndex
 from viewer.networks import Networks
@@ -112,7 +112,7 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts, queue, data)
     images.add_route(site.shelf)
     set_looks()
-    for page in (runs, start, run, curves, samples, collection, label, try_image, review, watch):
+    for page in (runs, start, run, compare, samples, collection, label, try_image, review, watch):
         page.add_page(site)
     logging.getLogger("nicegui").setLevel("ERROR")  # its line about a 404 has the whole address
     # Of a tab that is closed before its answer.

@@ -1,29 +1,28 @@
-"""Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
+"""Live curves of one run, or of several."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Annotated
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from fastapi import HTTPException, Query
 from nicegui import ui
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from utils.record.curves import Curves, smooth, thin
+from utils.record.curves import Curves, Series, smooth, thin
 from utils.record.figures import GROUPS, group_of, list_curves, title_curve
-from utils.record.run_index import find_runs
-from viewer.parts import COLOURS, GREY, REFRESH_SEC, run_name
-from viewer.site import Site
+from viewer.parts import COLOURS, GREY, REFRESH_SEC
 
 _POINTS = 2_000  # of a curve
 _MARKED = 40  # points, at most, of a curve whose points are marked
 
 
 def chart_options(
-    curves: dict[str, Curves], figure: str, smoothing: float, *, logarithmic: bool, by_time: bool = False
+    curves: dict[str, list[Curves]], figure: str, smoothing: float, *, logarithmic: bool, by_time: bool = False
 ) -> Json | None:
-    """Return the ECharts options of a figure: training and evaluation of each run; None if no run has it.
+    """Return the ECharts options of a figure: training and evaluation of each group of runs; None if no run has it.
+
+    A group has a line of its means, between thin ones of its least and greatest values.
 
     by_time: over minutes of training, instead of steps.
     """
@@ -31,19 +30,32 @@ def chart_options(
     for number, (name, its) in enumerate(curves.items()):
         prefix = f"{name} " if len(curves) > 1 else ""
         for kind, words in (("train", "training"), ("evaluate", "validation")):
-            steps, values = its.series(kind, figure)
-            if not np.isfinite(values).any():
+            series = [run.series(kind, figure) for run in its]
+            series = [each for each in series if np.isfinite(each[1]).any()]
+            if not series:
                 continue
+            steps, values = join(series)
+            across = its[0].minutes(steps) if by_time else steps
             is_noisy = kind == "train" and group_of(figure) == 0  # a rate and a memory are read as they are
-            values = smooth(values, smoothing if is_noisy else 0.0)
-            steps, values = thin(steps, values, _POINTS)
-            points = to_points(its.minutes(steps) if by_time else steps, values)
             is_alone = len(curves) == 1
             colour = COLOURS[(kind == "evaluate") if is_alone else number % len(COLOURS)]
-            style = {"width": 2, "type": "solid" if is_alone or kind == "train" else "dashed"}
-            lines.append(draw_line(prefix + words, colour, points) | {"lineStyle": style})
+            for width, line in zip((2, 1, 1), values):
+                points = to_points(*thin(across, smooth(line, smoothing if is_noisy else 0.0), _POINTS))
+                style = {"width": width, "type": "solid" if is_alone or kind == "train" else "dashed"}
+                lines.append(draw_line(prefix + words, colour, points) | {"lineStyle": style})
     x_axis = {"min": "dataMin", "max": "dataMax"} | ({"name": "minutes of training"} if by_time else {})
     return plot(lines, x_axis, logarithmic=logarithmic) if lines else None
+
+
+def join(series: Sequence[Series]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return all steps [N] of some runs, and their means; of several runs also the least and the greatest values.
+
+    Between its steps a run counts by interpolation, and before and after them by its first and last value.
+    """
+    steps = np.unique(np.concatenate([its for its, _ in series]))
+    rows = [np.interp(steps, *each) for each in series]
+    values = [reduce(rows, axis=0) for reduce in (np.mean, np.min, np.max)]
+    return steps, values if len(rows) > 1 else rows
 
 
 def to_points(across: np.ndarray, values: np.ndarray) -> list[list[float | None]]:
@@ -74,15 +86,13 @@ def plot(lines: list[Json], x_axis: Json, *, logarithmic: bool = False) -> Json:
     }
 
 
-def list_figures(curves: dict[str, Curves]) -> list[str]:
+def list_figures(runs: Iterable[Curves]) -> list[str]:
     """Return the figures of some runs that have a curve, in their order."""
-    evaluated = {name for its in curves.values() for name in its.names("evaluate")}
-    trained = {name for its in curves.values() for name in its.names("train")}
-    return list_curves(evaluated, trained)
+    return list_curves(*({name for run in runs for name in run.names(kind)} for kind in ("evaluate", "train")))
 
 
-async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> None:
-    """Show a chart of each figure, and draw them anew as the runs go on. read: the figures of runs, by name."""
+async def show_curves(read: Callable[[], dict[str, list[Curves]]], nothing: str) -> None:
+    """Show a chart of each figure, and draw them anew as runs go on. read: the figures of groups of runs, by name."""
     charts = dict[str, ui.echart]()
     titles = set[int]()
     drawn = []
@@ -96,11 +106,12 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
 
     async def draw() -> None:
         curves = await asyncio.to_thread(read)
-        state = [*(its.size for its in curves.values()), smoothing.value, logarithmic.value, by_time.value]
+        runs = [*itertools.chain(*curves.values())]
+        state = [*(run.size for run in runs), smoothing.value, logarithmic.value, by_time.value]
         if state == drawn:
             return
         drawn[:] = state
-        figures = list_figures(curves)
+        figures = list_figures(runs)
         empty.set_visibility(not figures)
         for figure in figures:
             options = chart_options(
@@ -133,22 +144,3 @@ def redraw(chart: ui.echart, options: Json) -> None:
         chart.options.clear()
         chart.options.update(options)
         chart.update()
-
-
-def add_page(site: Site) -> None:
-    """Add the page that compares runs: those that are named, and all in a folder of runs, such as a sweep."""
-
-    index = site.index
-
-    @ui.page("/compare")
-    async def show(run: Annotated[list[str], Query()] = ()) -> None:
-        wanted = tuple(f"{name.rstrip('/')}/" for name in run)
-        every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
-        named = {name: path for name, path in every.items() if f"{name}/".startswith(wanted)}
-        if wanted and not named:
-            raise HTTPException(404, "no such run")
-        with site.page("Compare runs"):
-            await show_curves(
-                lambda: {escape_controls(name): index.curves(path) for name, path in named.items()},
-                "No figures: mark runs in the table of runs and choose Compare.",
-            )

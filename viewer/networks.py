@@ -19,6 +19,7 @@ from utils.formats.spelling import join_tags
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, category_name
 from utils.io.files import Json, readable, sha256_text
+from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 from viewer.images import Shelf, image_address
 
@@ -108,7 +109,9 @@ class Networks:
             caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
         bars = _make_bars(predictor, values, row, least if least.any() else None)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
-        return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)
+        return Answer(
+            bars, escape_controls(caption), Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts
+        )
 
     def nearest(
         self, weights: str, shelf: Shelf, collection: str, content: bytes, name: str
@@ -170,5 +173,5 @@ def _make_bars(predictor: "Predictor", values: np.ndarray, row: Json, least: np.
         is_rating = kind == "rating"
         if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
             limit = None if is_rating or least is None else float(least[index])
-            bars.setdefault(kind, []).append(Bar(name, float(values[index]), is_chosen, limit))
+            bars.setdefault(kind, []).append(Bar(escape_controls(name), float(values[index]), is_chosen, limit))
     return bars

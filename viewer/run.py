@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
@@ -47,7 +47,7 @@ def add_page(site: Site) -> None:
     @ui.page("/run/{name:path}")
     async def show(name: str) -> None:
         path = find_run(index, name)
-        curves = partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING)
+        curves = partial(show_curves, lambda: {"": [index.curves(path)]}, _NOTHING)
         tabs = {
             "Overview": partial(show_overview, site, name, path, curves),
             "Pictures": partial(_show_pictures, name, path),
@@ -148,20 +148,15 @@ def _read_settings(path: Path) -> dict[str, str]:
 async def _show_settings(index: RunIndex, path: Path) -> None:
     settings = await asyncio.to_thread(_read_settings, path)
     alone = "compare with"
-    others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
+    names = [run_name(index, other) for other in find_runs(index.roots) if other != path]
 
-    async def fill(table: ui.table, name: str) -> None:
-        labels = {"key": "Key", "value": "This run"}
-        rows = [{"key": key, "value": value} for key, value in settings.items()]
-        if name != alone:
-            other = await asyncio.to_thread(_read_settings, others[name])
-            labels["other"] = escape_controls(name)
-            keys = (key for key in {**settings, **other} if settings.get(key) != other.get(key))
-            rows = [{"key": key, "value": settings.get(key, ""), "other": other.get(key, "")} for key in keys]
-        table.columns = make_columns(labels)
-        table.rows = rows
+    async def fill(table: ui.table, other: str) -> None:
+        if other != alone:
+            ui.navigate.to(f"/compare?{urlencode([('run', run_name(index, path)), ('run', other)])}")
+        table.columns = make_columns({"key": "Key", "value": "Value"})
+        table.rows = [{"key": key, "value": value} for key, value in settings.items()]
 
-    await filtered_table([alone, *others], alone, "key", fill)
+    await filtered_table([alone, *names], alone, "key", fill)
 
 
 async def _show_log(path: Path) -> None:

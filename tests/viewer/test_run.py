@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
 from utils.record.tables import read_decisions
@@ -34,7 +34,8 @@ def runs(tmp_path_factory):
     result = '{"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": false, "interval": [0.4, 0.6]}'
     files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
-        make_run(root / "runs/sweep" / name, PLAN + LOG + NEXT, complete_json="{}", **files)
+        corrected = "2026-01-01 00:00:00,000 INFO data.corrections: x decides on 19 labels\n" * (name == "b")
+        make_run(root / "runs/sweep" / name, PLAN + LOG + NEXT + corrected, complete_json="{}", **files)
     run = root / "runs/sweep/a"
     for number in range(3):
         (root / "images/train" / "xyz"[number]).mkdir(parents=True)
@@ -103,8 +104,14 @@ def test_curves_by_time(tmp_path):
     )
     curves = Curves(file)
     curves.read()
-    trained, evaluated = chart_options({"": curves}, "loss", 0, logarithmic=False, by_time=True)["series"]
+    trained, evaluated = chart_options({"": [curves]}, "loss", 0, logarithmic=False, by_time=True)["series"]
     assert trained["data"] == [[1.0, 2.0], [1.5, 1.0]] and evaluated["data"] == [[1.25, 3.0]]
+    file.write_text(line(10, loss=4.0) + line(30, loss=5.0))
+    (other := Curves(file)).read()
+    lines = chart_options({"a": [curves, other]}, "loss", 0, logarithmic=False)["series"][:3]
+    assert [each["data"] for each in lines] == [
+        [[10, 3.0], [20, 2.75], [30, 3.0]], [[10, 2.0], [20, 1.0], [30, 1.0]], [[10, 4.0], [20, 4.5], [30, 5.0]],
+    ]  # fmt: skip
 
 
 def test_one_visit(page, address, runs):
@@ -144,5 +151,14 @@ def test_one_visit(page, address, runs):
     (runs / "sweep/b").rename(runs / ".b")
     page.get_by_text("This run is deleted").wait_for()
     (runs / ".b").rename(runs / "sweep/b")
+    (runs / "sweep/b/tables").mkdir()
+    table = pq.read_table(runs / "sweep/a/tables/images.parquet")
+    table = table.set_column(table.column_names.index("wrong"), "wrong", [[False, False, True]])
+    pq.write_table(table, runs / "sweep/b/tables/images.parquet")
     page.goto(f"{address}/compare?run=0/sweep")
     page.locator("canvas").first.wait_for()
+    page.get_by_text("They saw other data: data: data.corrections.").wait_for()
+    page.get_by_text("a probability of 0.5 (McNemar's exact test): this may be chance").wait_for()
+    page.get_by_role("heading", name="0/sweep/b errs less: 2").wait_for()
+    assert page.locator(".tiles > div").count() == 3
+    assert_accessible(page)

@@ -17,7 +17,6 @@ PROMPTS = ["black", {"text": HOSTILE, "seed": 7, "negative": "blurry", "image_si
 def runs(tmp_path_factory):
     """A run with pictures of two prompts, 32 x 40 and 16 x 24 pixels, before training and at two steps."""
     root = tmp_path_factory.mktemp("samples")
-    make_run(root / "none")
     run = make_run(root / "lora")
     samples = {"prompts": PROMPTS, "image_size_hw": [32, 40], "steps": 3, "guidance": 5.0}
     config = read_json(run / "config.json") | {"task": {"name": "diffusion", "samples": samples}}
@@ -34,9 +33,6 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     page.goto(f"{address}/samples?run=0/lora")
     group = page.get_by_role("group", name="pictures")
     page.wait_for_function("document.activeElement.classList.contains('samples')")
-    assert page.locator(".pair img").evaluate_all("all => all.map(each => each.alt)") == [
-        "left: 0/lora, before training", "right: 0/lora, step 9",
-    ]  # fmt: skip
     group.press("ArrowRight")
     page.get_by_role("button", name=HOSTILE).and_(page.locator("[aria-pressed=true]")).wait_for()
     group.press("ArrowUp")
@@ -58,6 +54,3 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     page.get_by_label("wipe").fill("80")
     assert "80%" in page.locator(".samples").get_attribute("style")
     assert_fits(page)
-    assert page.locator("img[onerror]").count() == 0
-    page.goto(f"{address}/samples?run=0/none")
-    page.get_by_text("No pictures").wait_for()

@@ -1,0 +1,143 @@
+"""`/compare?run=A&run=B`: what differs between runs, what two of them say of the same images, and all their curves."""
+
+import asyncio
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow.parquet as pq
+from fastapi import HTTPException, Query
+from nicegui import ui
+
+from utils.config.recipe import flatten
+from utils.io.files import Json, read_json, readable
+from utils.io.safe_text import escape_controls
+from utils.record.figures import show_cell
+from utils.record.run_index import find_runs
+from utils.record.run_reader import RunReader
+from utils.record.tables import find_images
+from viewer.curves import show_curves
+from viewer.parts import make_columns, run_name, show_command, show_heading
+from viewer.results import describe_image, show_images
+from viewer.site import Site
+
+_MOST = 20  # runs: each has a colour of its own
+_IMAGES = 24  # shown of a kind
+_LIKELY = 0.05  # chance makes a greater difference less often
+# What a run's log says of its data; the last line of a kind counts.
+_DATA = re.compile(r"(?m)(?:^  |DEBUG |INFO )(collection|data\.corrections):? +(.+)$")
+_EVALUATE = "Two runs are compared on the same images once both have a table of them, of the same split:"
+
+
+def read_facts(path: Path) -> Json:
+    """Return what the table says of a run: its newest figures, its data, and its settings."""
+    run = RunReader(path)
+    facts = {f"best {run.result['metric']}": run.result["value"]} if run.result else {}
+    for row in run.rows[-1:]:
+        facts |= flatten(row, "last ")
+    facts |= {f"data: {name}": text for name, text in _DATA.findall((path / "log.txt").read_text("utf-8"))}
+    for file in sorted(path.glob("checkpoints/*/state.json"))[-1:]:
+        facts |= flatten(read_json(file)["fingerprints"], "data: fingerprint of ")
+    return facts | flatten(run.config)
+
+
+def make_rows(facts: Sequence[Json]) -> list[dict]:
+    """Return the rows of the table, with a column for each run: what is not the same in all."""
+    rows = []
+    for key in dict.fromkeys(itertools.chain(*facts)):
+        texts = [escape_controls(show_cell(its.get(key))) for its in facts]
+        if len({*texts}) > 1:
+            rows.append({"key": escape_controls(key)} | dict(enumerate(texts)))
+    return rows
+
+
+def read_images(run: Path) -> dict[tuple[str, str], Json]:
+    """Return the rows of the newest table of images by path and label, or tags, the highest loss first.
+
+    There are none without the table. Raises UserError.
+    """
+    if (path := find_images(run)) is None:
+        return {}
+    with readable(path, "Parquet", "evaluate.py per_image=true writes it"):
+        rows = pq.read_table(path).sort_by("rank").to_pylist()
+        return {(row["path"], str(row.get("label") or row["tags"])): row for row in rows}
+
+
+def count_errors(row: Json) -> int:
+    """Return 1 for a wrong class, or the number of tags that are wrong or missed."""
+    return len(row["wrong"] + row["missed"]) if "missed" in row else row["wrong"]
+
+
+def judge(less: int, more: int) -> str:
+    """Return what McNemar's test says. less, more: the images on which the first run errs less, and the second one."""
+    from scipy.stats import binomtest
+
+    p = binomtest(less, less + more).pvalue if less + more else 1.0
+    says = "this is hardly chance" if p < _LIKELY else "this may be chance"
+    return f"Equally good runs would differ as much with a probability of {p:.2g} (McNemar's exact test): {says}."
+
+
+def add_page(site: Site) -> None:
+    """Add the page: it compares the runs that are named, and all in a folder of runs, such as a sweep."""
+    index = site.index
+
+    @ui.page("/compare")
+    async def show(run: Annotated[list[str], Query()] = ()) -> None:
+        wanted = tuple(f"{name.rstrip('/')}/" for name in run)
+        every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
+        named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
+        if wanted and not named:
+            raise HTTPException(404, "no such run")
+        with site.page("Compare runs"):
+            await ui.context.client.connected()
+            rows = await asyncio.to_thread(lambda: make_rows([*map(read_facts, named.values())][:_MOST]))
+            columns = make_columns({"key": "differs", **dict(enumerate([*named][:_MOST]))})
+            table = ui.table(columns=columns, rows=rows, row_key="key", pagination=0).props("dense hide-pagination")
+            table.classes("w-full").style("max-height: 60vh")
+            changed = [row["key"] for row in rows if row["key"].startswith("data: ")]
+            ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
+            if len(named) == 2:
+                await _show_pair(site, named)
+            groups = await asyncio.to_thread(gather, named)
+            await show_curves(
+                lambda: {its[0]: [index.curves(named[name]) for name in its] for its in groups},
+                "No figures: mark runs in the table of runs and choose Compare.",
+            )
+
+
+def gather(named: Mapping[str, Path]) -> list[list[str]]:
+    """Return names of runs: those that differ by their seed alone together."""
+
+    def recipe(name: str) -> str:
+        return str({**RunReader(named[name]).config, "run_dir": "", "seed": 0})
+
+    return [[*its] for _, its in itertools.groupby(sorted(named, key=recipe), recipe)]
+
+
+async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
+    """Show the images on which one of two runs errs less than the other one, and those where both err alike."""
+    names = [*named]
+    runs = [*named.values()]
+    first, second = [await asyncio.to_thread(read_images, run) for run in runs]
+    pairs = [(row, second[key]) for key, row in first.items() if key in second]
+    if not pairs:
+        ui.label(_EVALUATE)
+        for run in runs:
+            show_command(["python", "evaluate.py", f"run_dir={run}", "per_image=true"])
+        return
+    groups = {f"{names[0]} errs less": [], f"{names[1]} errs less": [], "both err alike": []}
+    for pair in pairs:
+        less, more = map(count_errors, pair)
+        if less or more:
+            [*groups.values()][2 if less == more else less > more].append(pair)
+    less, more, _ = map(len, groups.values())
+    ui.label(f"{len(pairs):,} images of both tables have the same label or tags. {judge(less, more)}")
+    for title, its in groups.items():
+        show_heading(f"{title}: {len(its):,}", 2)
+        rows = [
+            [one["path"], names[0], *describe_image(one)[1:], names[1], *describe_image(other)[1:]]
+            for one, other in its[:_IMAGES]
+        ]
+        await show_images(runs[0], site.shelf, rows)
