@@ -43,7 +43,8 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
 .q-uploader__subtitle { display: none } .nicegui-code { width: 100% }
 .nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
-.answers { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)) }
+.answers { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr));
+  overflow-wrap: anywhere }
 .answers > * { padding: 0 } .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
