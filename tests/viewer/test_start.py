@@ -84,7 +84,8 @@ def test_commands_run_one_after_the_other_and_outlive_view(queue, tmp_path):
     queue.act(name_of(queue, "a"), "Start again")
     queue.act(name_of(queue, "b"), "Remove")
     assert states(queue) == {"c": "running", "a": "waiting"}
-    process = next(each for each in viewer.queue.psutil.process_iter() if each.cmdline()[1:] == words_of(queue, "c"))
+    processes = viewer.queue.psutil.process_iter(["cmdline"])
+    process = next(each for each in processes if (each.info["cmdline"] or [])[1:] == words_of(queue, "c"))
     os.kill(process.pid, signal.SIGKILL)
     wait(lambda: queue.act() and started(queue) == ["a", "c", "a"])
     assert states(queue) == {"c": "ended", "a": "running"}
