@@ -49,7 +49,6 @@ SCRIPTS = {
     "tagging": "finetune.py",
     "diffusion": "finetune_sdxl.py",
     "autoencoder": "finetune_vae.py",
-    "flow": "tests/tasks/flow.py",
     "multicrop": "tests/tasks/multicrop.py",
 }
 SMALL_MODEL = ["model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]"]  # an update takes milliseconds
@@ -77,7 +76,6 @@ TINY = {
         "task.discriminator.start_step=3",
         "optim.lr=1e-4",  # at larger ones, two players multiply rounding errors
     ],
-    "flow": [],
     "multicrop": [],
 }
 OF_DIFFUSERS = ("diffusion", "autoencoder")

@@ -41,7 +41,7 @@ def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     golden.test_losses_of_twenty_steps(task, collection, tmp_path, request)
 
 
-@pytest.mark.parametrize("task", ["fcmae", "flow", "multicrop"])
+@pytest.mark.parametrize("task", ["fcmae", "multicrop"])
 def test_killed_and_resumed(task, collection, tmp_path):
     exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task)
 

@@ -1,5 +1,6 @@
 """Distillation: the losses by hand, the teacher's view, and whole runs whose teacher is a tiny tagger or classifier."""
 
+import json
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import TimmConfig
 from models.image_model import Normalise, find_head
+from tests.engine.test_checkpoint import replace_state
 from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
@@ -154,6 +156,13 @@ def test_a_run_resumes_bit_for_bit(place):
     run("finetune", [*settings, "run_dir=killed"], place)
     one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    checkpoint = place / "killed/checkpoints/step_00000006"
+    state, metadata = read_json(checkpoint / "state.json"), read_weights(checkpoint / "weights.safetensors")[1]
+    assert state["fingerprints"]["frozen.teacher"] == metadata["frozen"]["teacher"]
+    state["fingerprints"]["frozen.teacher"] = "another"
+    replace_state(checkpoint, json.dumps(state))
+    with refuses(r"^resume: .*\n  frozen\.teacher: "):
+        run("finetune", [*settings, "run_dir=killed", "loop.total_steps=7"], place)
 
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):

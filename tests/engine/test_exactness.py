@@ -1,4 +1,4 @@
-"""Exactness, for the three real tasks and the strangers' three: equality of whole runs, as real processes.
+"""Exactness, for every task: equality of whole runs, as real processes.
 
 Resume equals the uninterrupted run bit for bit. Ranks and accumulation equal one rank up to summation order. Another
 number of ranks sees the same samples.
@@ -33,7 +33,6 @@ NOISY = {
     "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "diffusion": [],
     "autoencoder": [],
-    "flow": [],
     "multicrop": ["model.drop_path_rate=0.3"],
 }
 

@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -53,18 +52,6 @@ def exported(tmp_path_factory):
     task = write_classifier(folder / "w.safetensors")
     assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
     return folder, task
-
-
-def test_weight_file_and_onnx_file_predict_alike(exported):
-    folder, task = exported
-    images = torch.randint(0, 256, (3, 3, 24, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        wanted = task.network(task.normalise(images)).softmax(1).numpy()
-    for name in ("w.safetensors", "model.onnx"):
-        predictor = load_predictor(folder / name, CPU)
-        assert predictor.names == ["ä", "b,c", "d"]
-        assert predictor.preprocessing["image_size_hw"] == [24, 32]
-        np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
 
 
 def test_the_onnx_file_says_what_it_takes_and_gives(exported):

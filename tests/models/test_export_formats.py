@@ -1,4 +1,4 @@
-"""Exports as their users load them: timm, transformers; equal logits, equal preprocessing.
+"""Exports as their users load them: equal logits, equal preprocessing; backbones: test_export_snippets.py.
 
 The networks have varied weights, so that logits vary between images. Nothing here uses a network connection.
 """
@@ -11,7 +11,6 @@ import onnx
 import pytest
 import timm
 import torch
-import transformers
 import yaml
 
 from engine.exports.card import Card
@@ -31,7 +30,6 @@ from models.weights.layouts import SIZES
 from tests import support
 from tests.support import refuses
 from utils.io.files import read_json
-from utils.io.weights import read_weights
 
 NAMES = ["ä", "b,c", "d"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -156,34 +154,12 @@ def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-# --- backbones, and our own files
-
-
-def test_a_backbone_goes_to_every_format(tmp_path):
-    model, metadata = make(geometry(), num_classes=0)
-    _, inputs = normalised(model)
-    for form in ("timm", "transformers", "safetensors"):
-        export(form, model, metadata, tmp_path / form)
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, features_only=True).eval()
-    other = transformers.ConvNextV2Model.from_pretrained(tmp_path / "transformers").eval()
-    with torch.no_grad():
-        wanted = model.network.forward_features(inputs)
-        for found in (theirs(inputs)[-1], other(inputs).last_hidden_state):
-            assert_near(found, wanted)
-
-
-def test_files_with_the_networks_own_names(tmp_path):
-    model, metadata = make(config := timm_config("test_resnet", in_channels=1, channels=[16, 24, 32, 64]))
-    export("timm", model, metadata, tmp_path / "timm")  # as timm loads any network of its own
-    loaded, inputs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True), torch.randn(2, 1, 64, 64)
+def test_timm_loads_any_network_of_its_own(tmp_path):
+    model, metadata = make(timm_config("test_resnet", in_channels=1, channels=[16, 24, 32, 64]))
+    export("timm", model, metadata, tmp_path)
+    loaded, inputs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True), torch.randn(2, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(inputs), model.network(inputs))
-    export("safetensors", model, metadata, tmp_path)
-    tensors, found = read_weights(tmp_path / "model.safetensors")
-    assert found["class_names"] == NAMES and found["origin"]["license"] == "cc-by-nc-4.0"
-    fresh = build_network(config, len(NAMES))
-    fresh.load_state_dict(tensors)
-    assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
 # --- ONNX

@@ -1,4 +1,4 @@
-"""LoRA of SDXL's networks: training, merging, and its file, which diffusers reads as its own."""
+"""LoRA of SDXL's networks: training, merging, and its file. That diffusers reads it: test_diffusion_exports.py."""
 
 import copy
 
@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -157,20 +156,3 @@ def test_targets_that_match_nothing_are_refused():
         build_lora(build_networks(), targets=["unet.*.to_q", "unet.*.atn1.to_q"])
     with pytest.raises(ValidationError, match="targets.0"):
         configure(targets=["*"])
-
-
-@torch.no_grad()
-def test_diffusers_reads_every_layer(tmp_path):
-    networks = build_networks()
-    lora = vary(build_lora(networks, targets=ALL))
-    path = tmp_path / "lora.safetensors"
-    write_kohya(path, lora, torch.float32, FACTS)
-    theirs = StableDiffusionXLPipeline(
-        vae=None, tokenizer=None, tokenizer_2=None, scheduler=EulerDiscreteScheduler(), **build_networks()
-    )
-    theirs.load_lora_weights(path)
-    modules = [module for name in networks for module in getattr(theirs, name).modules()]
-    assert sum(hasattr(module, "lora_A") for module in modules) == len(lora.names)
-    lora.attach(networks)
-    found = run({name: getattr(theirs, name) for name in networks})
-    torch.testing.assert_close(found, run(networks), rtol=1e-4, atol=1e-4)
