@@ -2,17 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 from nicegui import ui
 
-from data.layouts.corrections import desk_of
+from data.layouts.corrections import Decision
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.review import KEYS, Question, Review, ReviewPage
+from viewer.review import KEYS, Question, Review, ReviewPage, open_desk
 from viewer.site import Site
 
 _FOLLOW_SEC = 0.3  # between two looks for new labels
@@ -25,7 +24,7 @@ class Labelling(Review):
     share of new images that is read. Raises UserError (`data.root`).
     """
 
-    hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R no label · U undo"
+    hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R no label · U undo · Esc leave"
 
     def __init__(self, shelf: Shelf, name: str, show: str, tell: Callable[[float], None]) -> None:
         from engine.frozen.propose import read_points
@@ -38,23 +37,32 @@ class Labelling(Review):
             [Question(path, 1.0, had, had, ()) for path, had in zip(table["path"].to_pylist(), labels)], []
         )
         self.address = lambda number, px: image_address(name, collection, int(rows[number]), px)
-        self.desk = desk_of(Path(collection.root))
+        self.root = collection.root
+        self.desk = open_desk(collection)
         self.decisions, _ = self.desk.sync()
         self._first = sorted({*labels} - {None})
         self._show = show
         self._points, self.says = read_points(collection, shelf.config(name), rows, tell)
-        self._quality = ""
+        self.quality = ""
         self.order = []
         self.follow()
 
     def keys(self) -> dict[str, str]:
-        """Return the class of each key: those of the collection, then those that were typed."""
-        typed = (each.now for each in self.decisions.get(("", "label"), ()))
-        return dict(zip(KEYS, dict.fromkeys([*self._first, *typed])))
+        """Return the class of each key: those of the collection, then those that were typed. Joined ones keep both."""
+        names = self._first
+        for line in self.decisions.get(("", "label"), ()):
+            names = [line.now if name == line.was else name for name in names]
+            names += {line.now}.difference(names)
+        return dict(zip(KEYS, names))
+
+    def name(self, new: str, old: str | None) -> list[Decision]:
+        """Add a class, or give one another name, also that of another class; return the decisions to save."""
+        renamed = {number: new for number, label in self._find_labels().items() if label == old}
+        return [self.state("", old, new, "edited"), *self._write(renamed)]
 
     def progress(self) -> str:
         """Return how many images have a label, and how good the proposals are."""
-        return f"{len(self._find_labels()):,} of {len(self.questions):,} labelled{self._quality}"
+        return f"{len(self._find_labels()):,} of {len(self.questions):,} labelled{self.quality}"
 
     def _find_labels(self) -> dict[int, str]:
         labels = {}
@@ -68,11 +76,14 @@ class Labelling(Review):
         """Propose and order by the labels of now; the screen stays. Call it in a thread: it takes up to a second."""
         from engine.frozen.propose import propose
 
-        order, classes, probs, self._quality = propose(self._points, self._find_labels())
+        order, classes, probs, self.quality = propose(self._points, self._find_labels())
         offers = zip(self.questions, classes, probs)
-        self.questions = [
-            each._replace(by=1 - by, says=each.had or name) for each, name, by in offers
-        ] or self.questions
+        offered = [each._replace(by=1 - by, says=each.had or name) for each, name, by in offers]
+        if offered:
+            for number in {self.here, *self.marked}:  # Enter takes what is shown
+                if says := self.questions[number].says:
+                    offered[number] = offered[number]._replace(says=says)
+            self.questions = offered
         if self._show:
             alike = [number for number, name in enumerate(classes) if name == self._show]
             order = sorted(alike, key=probs.__getitem__, reverse=True)
@@ -110,24 +121,32 @@ class LabelPage(ReviewPage):
     def __init__(self, labelling: Labelling, base: str) -> None:
         self._base = base
         self._lines = 0
-        self._new = ui.input("A class, then Enter").on("keydown.enter", self._add)
+        with ui.row():
+            self._new = ui.input("A class, then Enter").on("keydown.enter", self._name)
+            self._new.on("keydown.esc", js_handler="event => event.target.blur()")
+            self._old = ui.select({}, label="in place of", clearable=True).style("min-width: 9em")
         self._links = ui.row()
+        self._train = ui.link("Train on these labels", "/start?folder=" + quote(bytes(labelling.root)))
         super().__init__(labelling, labelling.address, labelling.desk)
         ui.timer(_FOLLOW_SEC, self._follow)
 
     def _draw(self) -> None:
         super()._draw()
-        names = self._review.keys()
-        if len(names) >= len(self._links.default_slot.children):
+        self._train.set_visibility(bool(self._review.quality))
+        names = {name: escape_controls(name) for name in self._review.keys().values()}
+        if self._old.options != names:
+            self._old.set_options(names)
             self._links.clear()
             with self._links:
-                for name in ("", *names.values()):
-                    ui.link(escape_controls(name and f"Proposed: {name}") or "Next to label", self._base + quote(name))
+                ui.link("Next to label", self._base)
+                for name, text in names.items():
+                    ui.link(f"Proposed: {text}", self._base + quote(name))
 
-    async def _add(self) -> None:
-        name = (self._new.value or "").strip()
-        self._new.value = None
-        await self._take([self._review.state("", None, name, "edited")] if name else [])
+    async def _name(self) -> None:
+        if new := (self._new.value or "").strip():
+            lines = self._review.name(new, self._old.value)
+            self._new.value = self._old.value = None
+            await self._take(lines)
 
     async def _follow(self) -> None:
         lines = sum(map(len, self._review.decisions.values()))

@@ -253,11 +253,9 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
         raise nothing
     collection = shelf.open(name, again=True, corrected=False)
     root = images_about(run, "root")
-    if not isinstance(collection.root, Path):
-        raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
+    desk = open_desk(collection)
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    desk = desk_of(collection.root)
     field = "label" if isinstance(found[0].says, str) else "tags"
     decisions, _ = desk.sync()
     values = collection.table[field]
@@ -274,6 +272,13 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     review.here = review.next()
     address = lambda number, px: image_address(name, collection, rows[asked[number].path], px)  # noqa: E731
     return review, address, desk, describe_basis(run, collection)
+
+
+def open_desk(collection: Collection) -> Desk:
+    """Return the decisions about a collection. Raises UserError (`data.root`) if it is no folder."""
+    if not isinstance(collection.root, Path):
+        raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
+    return desk_of(collection.root)
 
 
 def _explain(question: Question, found: Difference, near: Mapping[str, tuple[str, str]]) -> Question:

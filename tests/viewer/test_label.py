@@ -1,24 +1,36 @@
-"""Labels from nothing: keys give labels, and the rest is proposed."""
+"""Labels from nothing: keys give labels, the rest is proposed, another page sees it, and a reload keeps it."""
 
-import numpy as np
-from PIL import Image
+import pytest
 
-from tests.support import data_config
-from utils.record.run_index import RunIndex
-from viewer.images import Shelf
-from viewer.label import Labelling
+from tests.support import make_collection
+from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits
 
 
-def test_labels_follow_keys_and_the_rest_is_proposed(tmp_path):
-    for number in range(60):
-        image = np.random.default_rng(number).integers(0, 256, (24, 24), np.uint8)
-        image[12 * (number % 2) :][:12] //= 4
-        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
-    shelf = Shelf(RunIndex([]), data_config(root=str(tmp_path)))
-    tab = Labelling(shelf, *shelf.configs, "", print)
-    tab.state("", None, "0", "edited")
-    tab.state("", None, "1", "edited")
-    for _ in range(24):
-        tab.press("12"[int(tab.questions[tab.here].path[1]) % 2])
-    tab.follow()
-    assert tab.progress().startswith("24 of 60 labelled; the others recognise")
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    root = make_collection(tmp_path_factory.mktemp("flat"), classes=".")  # without class folders
+    return [f"runs={root}", f"data.root={root}"]
+
+
+def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
+    page.goto(f"{address}/collection")
+    page.locator("a[href^='/collection/']").click()
+    page.get_by_role("link", name="Label these images").click()
+    for name in ("a", HOSTILE):
+        page.get_by_label("A class, then Enter").fill(name, timeout=200_000)  # torch is imported
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name=f"Proposed: {name}").wait_for()
+    page.keyboard.press("Escape")
+    for number in range(20):
+        page.get_by_text(f"{number} of 23 labelled").wait_for()
+        page.keyboard.press("12"[number % 2])
+    page.get_by_text("the others recognise").wait_for()
+    other = page.context.new_page()
+    other.goto(page.url)
+    for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23), ("u", 20)):
+        page.keyboard.press(key)
+        other.get_by_text(f"{count} of 23 labelled; the others recognise").wait_for()
+    assert_fits(page)
+    assert_accessible(page)
+    page.reload()
+    page.get_by_text("20 of 23 labelled; the others recognise").wait_for()
