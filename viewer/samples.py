@@ -70,7 +70,8 @@ def read_prompts(run: Path) -> list["Prompt"]:
     """Return the prompts of a run's pictures, in the order of their columns."""
     from models.sdxl.sampling import SamplesConfig
 
-    return SamplesConfig.model_validate(RunReader(run).config["task"]["samples"]).complete_all()
+    samples = RunReader(run).config.get("task", {}).get("samples")
+    return SamplesConfig.model_validate(samples).complete_all() if samples else []
 
 
 def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Path], key: str) -> str:
@@ -97,36 +98,46 @@ def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Pa
 
 
 def add_page(site: Site) -> None:
-    """Add the page. Choices are kept in the first run."""
+    """Add the page. It shows the runs with equal prompts; the first run that has any keeps the choices."""
 
     @ui.page("/samples")
     async def show(run: Annotated[list[str], Query()]) -> None:
         paths = [find_run(site.index, name) for name in run]
-        first = paths[0]
         files = []
         strips = []
-        for name, path in zip(run, paths):
-            for step, file in find_pictures(path).get("plots/samples.png", {}).items():
-                files.append(path / file)
-                when = f"step {step}" if step else "before training"
-                address = f"/picture/{quote(name)}?file={quote(file)}"
-                strips.append({"name": f"{escape_controls(name)}, {when}", "src": address})
+        prompts = []
         done = []
+        lock = asyncio.Lock()
 
-        def press(event: GenericEventArguments) -> None:
+        async def press(event: GenericEventArguments) -> None:
             key, row = event.args
-            if key != "u":
-                done.append(keep(first, prompts, row["here"], [files[row["left"]], files[row["right"]]], key))
-            elif done:
-                text = (first / FILE).read_text()
-                write_text(first / FILE, text.replace(done.pop(), "", 1))
+            async with lock:
+                if key != "u":
+                    pair = files[row["left"]], files[row["right"]]
+                    done.append(await asyncio.to_thread(keep, first, prompts, row["here"], pair, key))
+                elif done:
+                    text = (first / FILE).read_text()
+                    write_text(first / FILE, text.replace(done.pop(), "", 1))
             said.text = f"{len(done)} choices are kept in {FILE}"
 
         with site.page("Samples"):
             ui.add_css(_STYLE)
-            said = ui.label("" if strips else "No pictures of task.samples.prompts yet.").props("role=status")
-            await ui.context.client.connected()  # torch is imported
-            prompts = await asyncio.to_thread(read_prompts, first) if strips else []
+            said = ui.label("Looking for pictures").props("role=status").style("overflow-wrap: anywhere")
+            await ui.context.client.connected()
+            for name, path in zip(run, paths):
+                its = await asyncio.to_thread(read_prompts, path)
+                if not prompts:
+                    prompts = its
+                    first = path
+                if str(its) != str(prompts):
+                    ui.label(f"{escape_controls(name)} is left out: it has other prompts, or none.")
+                    continue
+                for step, file in find_pictures(path).get("plots/samples.png", {}).items():
+                    files.append(path / file)
+                    when = f"step {step}" if step else "before training"
+                    address = f"/picture/{quote(name)}?file={quote(file)}"
+                    strips.append({"name": f"{escape_controls(name)}, {when}", "src": address})
+            said.text = "" if strips else "No pictures of task.samples.prompts yet."
             texts = [escape_controls(prompt.text) for prompt in prompts]
             widths = " ".join(f"{prompt.image_size_hw[1]}fr" for prompt in prompts)
             row = {"strips": strips, "prompts": texts, "widths": widths, "right": len(strips) - 1}
