@@ -76,16 +76,16 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
         metadata = {**metadata, **kept.facts(), "preprocessing": preprocessing}
         tag_forms.write_tags(folder, kept, _thresholds(weights, config))
         report = tag_forms.describe_changes(vocabulary, kept)
-    return report | _write_library(libraries.TIMM, network, metadata, folder, config)
+    report["max_abs_diff"] = libraries.write_compared(libraries.TIMM, network, metadata, folder, config.accepted)
+    return report
 
 
 def write_transformers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a folder of transformers."""
-    return _write_library(libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config)
-
-
-def _write_library(library: libraries.Library, network: nn.Module, metadata: Any, folder: Path, config: Any) -> Entry:
-    return {"max_abs_diff": libraries.write_compared(library, network, metadata, folder, config.accepted)}
+    difference = libraries.write_compared(
+        libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config.accepted
+    )
+    return {"max_abs_diff": difference}
 
 
 def write_safetensors(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
@@ -131,7 +131,9 @@ def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Entry
     if values := unlike_sdxls(weights.setup.model.vae_values):
         log.warning("format: the LoRA learnt latents of a VAE with %s, unlike SDXL's; use it with this VAE", values)
     path = folder / FORMATS["kohya"].file
-    lora.write_kohya(path, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
+    lora.write_kohya(
+        path, weights.task.adapter, _DTYPES[config.precision], modelspec_facts(weights, _given(weights, config))
+    )
     with torch.device("meta"):
         shapes = open_networks(weights.setup.model, ("unet", *ENCODERS))
     read = read_lora(path, shapes)
@@ -153,10 +155,6 @@ def _given(weights: Weights, config: "ExportConfig") -> dict[str, str | None]:
     return {"author": config.author, "description": config.description, "trigger": trigger}
 
 
-def _facts(weights: Weights, config: "ExportConfig") -> dict[str, str]:
-    return modelspec_facts(weights, _given(weights, config))
-
-
 def whole_networks(weights: Weights) -> Networks:
     """Return all of a run's networks, with its LoRA merged. Raises UserError if the base model is not the run's."""
     task = weights.task
@@ -172,13 +170,13 @@ def whole_networks(weights: Weights) -> Networks:
 def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a folder of diffusers."""
     zeros = weights.setup.task.captions.dropout_to == "zeros"
-    more = {"tokenizer": build_tokenizer(), "zeros_for_empty_prompt": zeros}
-    return _write_whole(partial(checkpoint_files.write_diffusers, **more), weights, folder, config)
+    write = partial(checkpoint_files.write_diffusers, tokenizer=build_tokenizer(), zeros_for_empty_prompt=zeros)
+    return _write_whole(write, weights, folder, config)
 
 
 def write_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a single file."""
-    write = partial(checkpoint_files.write_single_file, facts=_facts(weights, config))
+    write = partial(checkpoint_files.write_single_file, facts=modelspec_facts(weights, _given(weights, config)))
     return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
 
 
@@ -218,7 +216,9 @@ def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a VAE for ComfyUI. It is read back, and its pictures are compared. A frozen encoder is the base model's."""
     path = folder / FORMATS["vae"].file
     vae = weights.task.vae
-    checkpoint_files.write_vae_file(path, vae, _DTYPES[config.precision], _facts(weights, config))
+    checkpoint_files.write_vae_file(
+        path, vae, _DTYPES[config.precision], modelspec_facts(weights, _given(weights, config))
+    )
     return _compare_vae(vae, load_vae(path), config)
 
 

@@ -62,7 +62,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     if weights is not None:
         with about(key):
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
-    for name in _list_names() if frozen is None else ():
+    for name in cached_names() or list_weights("auto", math.inf, math.inf) if frozen is None else ():
         try:
             frozen = open_timm(name, runtime)
             break
@@ -73,10 +73,6 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     frozen = frozen or PIXELS
     log.info("features: those of %s", frozen.says)
     return frozen
-
-
-def _list_names() -> list[str]:
-    return cached_names() or list_weights("auto", math.inf, math.inf)
 
 
 def open_timm(name: str, runtime: Runtime) -> Frozen:

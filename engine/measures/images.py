@@ -24,14 +24,10 @@ def measure_ssim(images: Tensor, decoded: Tensor) -> Tensor:
     size = min(_WINDOW_PX, *images.shape[-2:])
     offsets = torch.arange(size, device=images.device) - (size - 1) / 2
     weights = torch.softmax(-offsets.square() / (2 * _WINDOW_STD**2), dim=0)
-
-    def blur(values: Tensor) -> Tensor:
-        window = torch.outer(weights, weights).expand(values.shape[1], 1, size, size)
-        return F.conv2d(values, window, groups=values.shape[1])
-
-    first = blur(images)
-    second = blur(decoded)
-    spread = blur(images.square()) - first.square(), blur(decoded.square()) - second.square()
-    shared = blur(images * decoded) - first * second
-    near = (2 * first * second + 0.01**2) / (first.square() + second.square() + 0.01**2)
-    return (near * (2 * shared + 0.03**2) / (spread[0] + spread[1] + 0.03**2)).mean(dim=(1, 2, 3))
+    window = torch.outer(weights, weights).expand(images.shape[1], 1, size, size)
+    moments = torch.cat([images, decoded, images * decoded, images.square() + decoded.square()])
+    first, second, product, squares = F.conv2d(moments, window, groups=len(window)).chunk(4)
+    both = first * second
+    apart = first.square() + second.square()
+    near = (2 * both + 0.01**2) / (apart + 0.01**2)
+    return (near * (2 * (product - both) + 0.03**2) / (squares - apart + 0.03**2)).mean(dim=(1, 2, 3))

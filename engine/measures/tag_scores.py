@@ -5,7 +5,7 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain, repeat
 
 import numpy as np
@@ -80,9 +80,15 @@ class Group:
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1 = self.micro()[2]
         mean_f1 = self.macro[2]
-        figures = {"mAP": self.mean_ap, "macro_f1": mean_f1[macro], "macro_pr_threshold": PROBS[macro]}
-        figures |= {"micro_f1": f1[micro], "micro_pr_threshold": PROBS[micro]}
-        figures |= {"macro_f1_at_0.35": mean_f1[_FIXED], "micro_f1_at_0.35": f1[_FIXED]}
+        figures = {
+            "mAP": self.mean_ap,
+            "macro_f1": mean_f1[macro],
+            "macro_pr_threshold": PROBS[macro],
+            "micro_f1": f1[micro],
+            "micro_pr_threshold": PROBS[micro],
+            "macro_f1_at_0.35": mean_f1[_FIXED],
+            "micro_f1_at_0.35": f1[_FIXED],
+        }
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
         return {name: float(value) for name, value in figures.items()} | counts
 
@@ -145,17 +151,16 @@ class TagScores:
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
         tags = []
-        for number, support in enumerate(self.support.tolist()):
-            category = category_name(self.vocabulary.categories[number])
-            row = {"tag": self.vocabulary.names[number], "category": category}
-            row |= {"training_images": self.vocabulary.counts[number], "support": support}
-            tags.append(row | dict(zip(names, figures[number].tolist() if support else repeat(None))))
+        columns = (*astuple(self.vocabulary), self.support.tolist(), figures.tolist())
+        for name, category, count, _, support, values in zip(*columns):
+            row = {"tag": name, "category": category_name(category), "training_images": count, "support": support}
+            tags.append(row | dict(zip(names, values if support else repeat(None))))
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
         held = {name: group for name, group in self.groups.items() if group.num_tags}
         decisions = (decision_rows(name, group.predicted, group.tp, group.support) for name, group in held.items())
         groups = [{"group": name, **group.row()} for name, group in held.items()]
-        tables = {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
-        return tables | {"decisions": [*chain.from_iterable(decisions)]}
+        rows = [*chain.from_iterable(decisions)]
+        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST], "decisions": rows}
 
 
 def is_fitted(leads: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ one or two bins hold nearly all logits, as with an untrained head.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +58,8 @@ class TagCounts:
 
     def join(self, other: "TagCounts") -> "TagCounts":
         """Return the counts of both."""
-        scores = torch.cat([self.scores, other.scores], dim=1)
-        hits = torch.cat([self.hits, other.hits], dim=1)
-        scores, order = scores.topk(_KEPT, dim=1)
-        return TagCounts(self.histograms + other.histograms, scores, hits.gather(1, order))
+        highest = _keep_highest([(self.scores, self.hits), (other.scores, other.hits)])
+        return TagCounts(self.histograms + other.histograms, *highest)
 
     def tails(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield, for _TAGS tags at a time, their slice, and true positives and predictions at each edge [C, BINS]."""
@@ -80,6 +78,13 @@ class TagCounts:
         """Return each tag's AP [T], as scikit-learn defines it; NaN for a tag without positives."""
         parts = zip(*(tensor.split(_TAGS) for tensor in (self.histograms, self.scores, self.hits)))
         return torch.cat([_average_precision(*part) for part in parts]).cpu().numpy()
+
+
+def _keep_highest(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the highest scores of all parts, and their hits. parts: scores and hits [C, N]."""
+    scores, hits = (torch.cat(column, dim=1) for column in zip(*parts))
+    scores, order = scores.topk(_KEPT, dim=1)
+    return scores, hits.gather(1, order)
 
 
 def _average_precision(histograms: Tensor, scores: Tensor, hits: Tensor) -> Tensor:
@@ -125,10 +130,8 @@ class TagHistograms:
             hits = known > 0.5
             scores = torch.where(used & ~scores.isnan(), scores, -torch.inf)
             self._counts[tags].scatter_add_(1, _bin_of(scores) + BINS * hits, used.int())
-            scores = torch.cat([self._scores[tags], scores], dim=1)
-            hits = torch.cat([self._hits[tags], hits], dim=1)
-            self._scores[tags], order = scores.topk(_KEPT, dim=1, sorted=False)
-            self._hits[tags] = hits.gather(1, order)
+            kept = self._scores[tags], self._hits[tags]
+            self._scores[tags], self._hits[tags] = _keep_highest([kept, (scores, hits)])
 
     def reduce(self) -> TagCounts:
         """Return the counts of all ranks."""
@@ -137,7 +140,5 @@ class TagHistograms:
         parts = []
         for pair in zip(self._scores.split(_TAGS), self._hits.split(_TAGS)):
             gathered = (distributed.gather_rows(kept).view(-1, *kept.shape) for kept in pair)  # [ranks, C, 256]
-            scores, hits = (kept.transpose(0, 1).flatten(1) for kept in gathered)
-            scores, order = scores.topk(_KEPT, dim=1)
-            parts.append((scores, hits.gather(1, order)))
+            parts.append(_keep_highest(zip(*gathered)))
         return TagCounts(counts, *(torch.cat(column) for column in zip(*parts)))

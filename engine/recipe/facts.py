@@ -110,11 +110,6 @@ class Facts:
     colours: bool = True
     network: Network | None = None
 
-    @property
-    def shows_things(self) -> bool:
-        """Whether the images are coloured drawings or photographs, no letters or bare textures."""
-        return self.colours and self.mirrors >= MIRRORS
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -7,7 +7,8 @@ workspaces of kernels, the pass of trained text encoders, pictures and the filli
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.latents.buckets import BucketConfig
 from engine.config import TrainingConfig
 from engine.task import networks_of
 from engine.tasks.diffusion import DiffusionTask
@@ -77,10 +77,8 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 
 def predict_memory(config: TrainingConfig, precision: str) -> float:
     """Return the GiB of a training step."""
-    samples = config.task.samples.model_copy(update={"prompts": []})
-    plain = config.task.model_copy(update={"samples": samples, "judge": None})
     with torch.device("meta"):
-        task = DiffusionTask(Setup(config.model, plain))
+        task = DiffusionTask(Setup(config.model, config.task.model_copy(update={"judge": None})))
         task.load_helpers("training")
     task.train()
     is_bf16 = getattr(config.optim, "bf16_weights", False)
@@ -111,7 +109,10 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
     """
     loop = config.loop
     unet = task.unet.config
-    height, width = _largest_size(config.task.buckets)
+    buckets = config.task.buckets
+    height = width = int(max(buckets.areas_px) ** 0.5) // 32 * 32
+    if buckets.sizes_hw:
+        height, width = max(chain(*buckets.sizes_hw), key=math.prod)
     size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
@@ -124,13 +125,6 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
             inputs = [torch.empty(size, *shape) for shape in shapes]
             task.predict(*inputs).square().mean().backward()
     return live.peak
-
-
-def _largest_size(buckets: BucketConfig) -> Sequence[int]:
-    if buckets.sizes_hw:
-        return max((size for sizes in buckets.sizes_hw for size in sizes), key=math.prod)
-    side = int(max(buckets.areas_px) ** 0.5) // 32 * 32
-    return side, side
 
 
 def _state_share(config: OptimConfig) -> float:

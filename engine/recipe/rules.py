@@ -138,8 +138,8 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
         yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
-    one_cycle = "schedule=onecycle schedule.cycle_momentum=false"
-    yield Rule("schedule", "schedule=cosine" if network.is_pretrained else one_cycle, "it is good at any length")
+    schedule = "schedule=cosine" if network.is_pretrained else "schedule=onecycle schedule.cycle_momentum=false"
+    yield Rule("schedule", schedule, "it is good at any length")
 
 
 def _rules_for_classes(facts: Facts, network: Network) -> Iterator[Rule]:
@@ -172,9 +172,9 @@ def _rules_for_classes(facts: Facts, network: Network) -> Iterator[Rule]:
 
 
 def _takes_policy(facts: Facts) -> bool:
-    """Return whether RandAugment pays: drawings or photographs in many epochs."""
+    """Return whether RandAugment pays: drawings or photographs, no letters or bare textures, in many epochs."""
     least, most = _POLICY_EPOCHS
-    return facts.shows_things and least <= epochs_of(facts) < most
+    return facts.colours and facts.mirrors >= MIRRORS and least <= epochs_of(facts) < most
 
 
 def _is_letters(facts: Facts) -> bool:

@@ -114,7 +114,7 @@ class DiffusionTask(Task):
         for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
             self.register_buffer(name, values, persistent=False)
         if config.lora is not None:
-            self._attach()
+            self.adapter.attach(networks_of(self, ADAPTED))
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
@@ -209,33 +209,27 @@ class DiffusionTask(Task):
         loss = self._config.loss
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
-        level, timesteps = self._draw_levels(batch)
+        config = self._config.timesteps
+        times = sdxl.draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
+        level, timesteps = sdxl.find_levels(kind, times, sdxl.NoiseLevel(self.alphas, self.sigmas))
         noise = sdxl.draw_noise(batch["key"], latents, self._config.noise.offset)
         noisy = sdxl.add_noise(latents, noise, level)
         pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
         squared = (pred - sdxl.target(kind, latents, noise, level)).square()
-        counts = None if self._config.mask is None else self._find_counts(batch)
-        if counts is not None:
-            mean = 1.0
-            if self._config.mask.normalise:
-                mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA)
+        mask = self._config.mask
+        if mask is not None:
+            counts = self._find_counts(batch)
+            mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
             squared = squared * (counts / mean)
         error = squared.mean(dim=(1, 2, 3))
         weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
         if loss.perceptual is not None:
             predicted = sdxl.denoise(kind, noisy, pred, level)
-            if counts is not None:
+            if mask is not None:
                 predicted = torch.lerp(latents, predicted, counts)
             figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
         return figures, timesteps
-
-    def _draw_levels(self, batch: Batch) -> tuple[sdxl.NoiseLevel, Tensor]:
-        """Return the noise level of each sample, and the U-Net's timesteps [B]."""
-        config = self._config.timesteps
-        times = sdxl.draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
-        kind = self._config.noise.prediction_type
-        return sdxl.find_levels(kind, times, sdxl.NoiseLevel(self.alphas, self.sigmas))
 
     def _find_counts(self, batch: Batch) -> Tensor:
         """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
@@ -313,8 +307,8 @@ class DiffusionTask(Task):
         measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
         drawn = self.draw()
         judged = self._judge(loaders["judge"], loaders["judge_trained"]) if "judge" in loaders else Report()
-        scalars = {**measured, **judged.scalars, **drawn.scalars}
-        return Report(scalars, judged.tables, {**drawn.images, **judged.images})
+        scalars = measured | judged.scalars | drawn.scalars
+        return Report(scalars, judged.tables, drawn.images | judged.images)
 
     def draw(self) -> Report:
         """Return a picture of each prompt, and its brightness."""
@@ -328,7 +322,8 @@ class DiffusionTask(Task):
 
     def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
         """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
-        prompts = self._config.samples.complete_all() if prompts is None else prompts
+        if prompts is None:
+            prompts = self._config.samples.complete_all()
         scheduler = scheduler_config(**self._config.stated_noise)
         encoded = self._encode(prompts)
         with visiting(self.alphas.device, self.vae):
@@ -350,10 +345,9 @@ class DiffusionTask(Task):
         held = gather(stream)
         vectors = self.judge.see_trained(trained, self.alphas.device)
         steps = self._config.judge.steps
-        prompts = [Prompt(text=each.caption, steps=steps) for each in held]
-        complete = [self._config.samples.complete(prompt, seed) for seed, prompt in enumerate(prompts)]
-        pictures = self.sample(complete)
+        prompts = [
+            self._config.samples.complete(Prompt(text=each.caption, steps=steps), seed)
+            for seed, each in enumerate(held)
+        ]
+        pictures = self.sample(prompts)
         return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, vectors, self.alphas.device))
-
-    def _attach(self) -> None:
-        self.adapter.attach(networks_of(self, ADAPTED))

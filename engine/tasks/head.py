@@ -60,25 +60,27 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
             "set task.head=random"
         )
     mean, scale = standardise(features)
-    standard = (features - mean) / scale
-    weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: fit_classes(standard, labels, head.out_features))
+    weight, bias, loss, accuracy = distributed.rank_zero_call(
+        lambda: fit_classes((features - mean) / scale, labels, head.out_features)
+    )
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
-    features_in = seen.pop(head)
-    same = features_in.data_ptr(), features_in.numel()
-    norm = next((norm for norm, output in seen.items() if (output.data_ptr(), output.numel()) == same), None)
+    inputs = seen.pop(head)
+    norm = next((norm for norm, output in seen.items() if output.flatten(1).is_set_to(inputs)), None)
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
     else:
         # A constant feature (infinite scale) is left unchanged; the head gives it no weight.
-        mean = mean.where(scale.isfinite(), 0.0)
-        scale = scale.where(scale.isfinite(), 1.0)
+        is_constant = scale.isinf()
+        mean[is_constant] = 0.0
+        scale[is_constant] = 1.0
         norm.weight.copy_(norm.weight.cpu() / scale)
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
-    line = "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f"
-    log.info(line, f"{len(labels):,}", loss, accuracy)
+    log.info(
+        "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f", f"{len(labels):,}", loss, accuracy
+    )
 
 
 def fit_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:

@@ -170,8 +170,7 @@ class Kind:
     def preprocessing(self, config: ImageTrainingConfig) -> Json:
         """Return how evaluation prepares an image."""
         background = DEFAULT if config.data.background is None else config.data.background
-        preprocessing = config.augment.preprocessing(config.model.in_channels)
-        return {**preprocessing, "background": background}
+        return {**config.augment.preprocessing(config.model.in_channels), "background": background}
 
     def set_up(self, config: ImageTrainingConfig, collection: Collection, facts: Values | None = None) -> Setup:
         """Return the setup of a new run. facts: of the run, for one of its phases."""
@@ -197,12 +196,6 @@ class Kind:
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return which rows the task can use, bool [N], and a function that adds a sample's fields to its images."""
         return np.ones(len(collection), dtype=bool), no_fields
-
-    def count_classes(self, collection: Collection, setup: Setup, rows: np.ndarray) -> Sequence[int]:
-        """Return the number of rows of each class; none if the task has no classes."""
-        names = setup.facts.get("class_names", [])
-        class_ids = collection.class_ids(names)[rows]
-        return np.bincount(class_ids[class_ids >= 0], minlength=len(names)).tolist()
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image. Custom views are made in the workers."""
@@ -241,7 +234,9 @@ class Kind:
             "collection": describe_collection(collection),
             "images": config.augment.describe("orientation" in setup.facts),
         }
-        counts = self.count_classes(collection, setup, rows)
+        names = setup.facts.get("class_names", [])
+        class_ids = collection.class_ids(names)[rows]
+        counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names)).tolist()
         return Streams(train, {}, data.fingerprints, described=described, class_images=counts)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
