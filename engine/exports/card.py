@@ -157,8 +157,13 @@ class Card:
         for title, figures in results.items() if "pipeline_tag" in front else ():
             metrics = [{"type": name, "value": value} for name, value in figures.items() if name not in COUNTS]
             split, _, images = title.partition(": ")
-            dataset = {"type": "images", "name": images, "split": split}
-            entries.append({"task": {"type": front["pipeline_tag"]}, "dataset": dataset, "metrics": metrics})
+            entries.append(
+                {
+                    "task": {"type": front["pipeline_tag"]},
+                    "dataset": {"type": "images", "name": images, "split": split},
+                    "metrics": metrics,
+                }
+            )
             front["model-index"] = [{"name": self.weights.title, "results": entries}]
         return front
 

@@ -151,8 +151,11 @@ def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Entry
 
 def _given(weights: Weights, config: "ExportConfig") -> dict[str, str | None]:
     """Return the user's facts. Without `trigger`, it is that of the run."""
-    trigger = config.trigger or dict_of(weights.metadata, "trained_on").get("trigger")
-    return {"author": config.author, "description": config.description, "trigger": trigger}
+    return {
+        "author": config.author,
+        "description": config.description,
+        "trigger": config.trigger or dict_of(weights.metadata, "trained_on").get("trigger"),
+    }
 
 
 def whole_networks(weights: Weights) -> Networks:
@@ -169,8 +172,11 @@ def whole_networks(weights: Weights) -> Networks:
 
 def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a folder of diffusers."""
-    zeros = weights.setup.task.captions.dropout_to == "zeros"
-    write = partial(checkpoint_files.write_diffusers, tokenizer=build_tokenizer(), zeros_for_empty_prompt=zeros)
+    write = partial(
+        checkpoint_files.write_diffusers,
+        tokenizer=build_tokenizer(),
+        zeros_for_empty_prompt=weights.setup.task.captions.dropout_to == "zeros",
+    )
     return _write_whole(write, weights, folder, config)
 
 

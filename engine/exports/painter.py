@@ -83,8 +83,11 @@ class Painter:
             "Seed": prompt.seed,
             "Size": f"{width}x{height}",
         }
-        settings |= {"Model hash": self.hashes[0][:10], "Model": self.name}
-        settings["CFG Rescale"] = f"{prompt.guidance_rescale:g}"
+        settings |= {
+            "Model hash": self.hashes[0][:10],
+            "Model": self.name,
+            "CFG Rescale": f"{prompt.guidance_rescale:g}",
+        }
         if self.loras:
             settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
         settings["Version"] = "Atelier"

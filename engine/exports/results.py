@@ -18,6 +18,9 @@ def read_results(folder: Path, weights_hash: str | None) -> dict[str, dict[str, 
         with suppress(OSError, ValueError, TypeError, KeyError):
             found = dict(read_json(file))
             if found["weights_hash"] == weights_hash and ("data" in found or found["split"] in ("val", "test")):
-                numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-                results[str(found["measured"])] = {name: numbers[name] for name in numbers if name not in _NO_FIGURES}
+                results[str(found["measured"])] = {
+                    name: value
+                    for name, value in found.items()
+                    if isinstance(value, int | float) and name not in _NO_FIGURES
+                }
     return results

@@ -29,8 +29,13 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     images = dict_of(metadata, "trained_on").get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
-    facts = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
-    facts |= {**licence_entry(metadata), "ss_output_name": weights.title}
+    facts = {
+        "title": weights.title,
+        "date": date.today().isoformat(),
+        "author": given["author"],
+        **licence_entry(metadata),
+        "ss_output_name": weights.title,
+    }
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
         facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}

@@ -16,6 +16,7 @@ from engine.task import Task, Use, fingerprint_helpers
 from engine.tasks.kind import Kind, Setup, load_task, read_setup
 from engine.tasks.kinds import KINDS
 from models.image_model import ImageModel
+from models.interop.metadata import dict_of
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
@@ -55,7 +56,7 @@ class Weights:
         """Return the weights with a licence for the export; None keeps the known one of the source weights."""
         metadata = dict(self.metadata)
         if licence is not None:
-            metadata["origin"] = {**(metadata.get("origin") or {}), "license": licence}
+            metadata["origin"] = {**dict_of(metadata, "origin"), "license": licence}
         return replace(self, metadata=metadata)
 
     def check_helpers(self) -> None:
@@ -106,10 +107,11 @@ def open_weights(
     moved = {} if base is None else base.model_dump(exclude_none=True)
     kind, setup, metadata = read_setup(path, KINDS, moved)
     if needs_output and kind.output is None:
-        name = setup.task.name
-        raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
+        raise UserError(
+            f"{path} is of task {setup.task.name!r}, which has no output for a single image; use evaluate.py"
+        )
     task = load_task(path, kind, setup, use)
-    task.origin = origin if isinstance(origin := metadata.get("origin"), dict) else None
+    task.origin = dict_of(metadata, "origin") or None
     metadata |= {"output": kind.output}
     model = whole = None
     if kind.output is not None:

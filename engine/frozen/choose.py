@@ -119,5 +119,4 @@ def _trains_blind(run: RunReader) -> bool:
 
 def _trains_on(run: RunReader, collection: Collection) -> bool:
     """Return whether a run trains on the folder of the collection."""
-    root = run.config.get("data", {}).get("root", "")
-    return Path(root).resolve() == Path(collection.root).resolve()
+    return Path(run.config.get("data", {}).get("root", "")).resolve() == Path(collection.root).resolve()

@@ -29,8 +29,7 @@ def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
     count = len(labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     right = [sum(count_right(features[rows], labels[rows]) for rows in order.chunk(parts)) for parts in (4, 1)]
-    shares = torch.tensor(right) / count
-    quarter, whole = shares.logit(eps=0.5 / count).tolist()
+    quarter, whole = (torch.tensor(right) / count).logit(eps=0.5 / count).tolist()
     sample = (2 + 2 * math.cosh(whole)) / count  # variance of the logit of a share of so many images
     span = math.log(4)
     known = _SLOPE_STD**-2

@@ -135,8 +135,12 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Fou
     right, probs = judge_classes(features, given)
     order = right.argsort(stable=True)[:_MOST]
     best, guesses = probs[order].topk(min(_GUESSES, len(names)))
-    columns = {"given": labels[order], "proposed": names[guesses[:, 0].numpy()]}
-    columns |= {"guesses": names[guesses.numpy()].tolist(), "probabilities": best.tolist()}
+    columns = {
+        "given": labels[order],
+        "proposed": names[guesses[:, 0].numpy()],
+        "guesses": names[guesses.numpy()].tolist(),
+        "probabilities": best.tolist(),
+    }
     paths = collection.table["path"].take(rows)
     files = {LABELS: _rank(columns, right[order], features, order, paths)}
     wrong = round((1 - right).sum().item())

@@ -62,5 +62,4 @@ def find_doubts(features: Tensor, labelled: Tensor, labels: Tensor) -> Tensor:
 def _reduce(features: Tensor) -> Tensor:
     """Return features [N, D] on the principal axes of some images."""
     sample = features[:: len(features) // _AT_ONCE + 1]
-    axes = torch.linalg.eigh(sample.T @ sample).eigenvectors
-    return features @ axes[:, -_AXES:]
+    return features @ torch.linalg.eigh(sample.T @ sample).eigenvectors[:, -_AXES:]

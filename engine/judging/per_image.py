@@ -27,8 +27,7 @@ class ImageRows:
         """Yield the batches, and keep the rows of their readable images."""
         for batch in batches:
             yield batch
-            ids = pa.array(batch["sample_id"].tolist(), pa.int64())
-            table = self._describe(batch).append_column("id", ids)
+            table = self._describe(batch).append_column("id", pa.array(batch["sample_id"].tolist(), pa.int64()))
             read = table.filter(pa.array((batch["weight"] > 0).tolist()))
             self._tables += distributed.gather_objects(read)
 

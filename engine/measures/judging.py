@@ -28,17 +28,25 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     """
     leaked = (drawn.tags & others).sum() - (real.tags & others).sum()
     centre = real.vectors.mean(axis=0)
-    figures = {"recall": drawn.tags[prompted].mean(), "real_recall": real.tags[prompted].mean()}
-    figures["leakage"] = leaked / len(others)
     pairs = (torch.from_numpy(seen.vectors - centre).double() for seen in (drawn, real))
-    figures["similarity"] = F.cosine_similarity(*pairs).mean()
+    figures = {
+        "recall": drawn.tags[prompted].mean(),
+        "real_recall": real.tags[prompted].mean(),
+        "leakage": leaked / len(others),
+        "similarity": F.cosine_similarity(*pairs).mean(),
+    }
     return {name: float(value) for name, value in figures.items()}
 
 
 def tag_rows(names: Sequence[str], prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: Seen) -> list[Json]:
     """Return a row for each tag that was prompted or is seen unprompted, the most prompted ones first."""
-    counts = {"prompted": prompted, "seen": prompted & drawn.tags, "seen_in_real": prompted & real.tags}
-    counts |= {"leaked": others & drawn.tags, "leaked_in_real": others & real.tags}
+    counts = {
+        "prompted": prompted,
+        "seen": prompted & drawn.tags,
+        "seen_in_real": prompted & real.tags,
+        "leaked": others & drawn.tags,
+        "leaked_in_real": others & real.tags,
+    }
     sums = {name: each.sum(axis=0) for name, each in counts.items()}
     shown = np.flatnonzero(sums["prompted"] + sums["leaked"] + sums["leaked_in_real"])
     order = shown[np.argsort(-sums["prompted"][shown], kind="stable")]

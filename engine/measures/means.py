@@ -23,7 +23,7 @@ class Means:
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._sums: Tensor | None = None  # [1 + N]: the count, then a sum for each name
+        self._sums: Tensor | float = 0.0  # [1 + N]: the count, then a sum for each name
 
     def add(self, values: Tensors, valid: Tensor) -> None:
         """Add a batch: values [B] by name, with the same names each time, and valid [B] bool."""
@@ -32,12 +32,11 @@ class Means:
             [torch.ones_like(valid, dtype=torch.float64), *(value.double() for value in values.values())]
         )
         # Select, do not multiply: the loss of a blank image may be NaN.
-        sums = torch.where(valid, rows, 0.0).sum(dim=1)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = self._sums + torch.where(valid, rows, 0.0).sum(dim=1)
 
     def reduce(self) -> dict[str, float]:
         """Return the means by name, and `samples`, the number of valid samples. Raises UserError if it is 0."""
-        assert self._sums is not None, "no batch was added"
+        assert self._names, "no batch was added"
         count, *sums = distributed.all_reduce_sum(self._sums).tolist()
         if count == 0:
             raise UserError("data.root: no image of the validation split could be read; see the warnings above")

@@ -74,5 +74,4 @@ def count_hits(targets: Tensor, scores: Tensor) -> Tensor:
 
 def count_right(features: Tensor, labels: Tensor) -> int:
     """Return how many of the labels [N] a ridge regression on features [N, C] names without the image itself."""
-    ridge = Ridge(features, F.one_hot(labels))
-    return int(max(hits.item() for hits, _ in ridge.compare(count_hits).values()))
+    return int(max(hits.item() for hits, _ in Ridge(features, F.one_hot(labels)).compare(count_hits).values()))

@@ -89,8 +89,11 @@ class Group:
             "macro_f1_at_0.35": mean_f1[_FIXED],
             "micro_f1_at_0.35": f1[_FIXED],
         }
-        counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
-        return {name: float(value) for name, value in figures.items()} | counts
+        return {name: float(value) for name, value in figures.items()} | {
+            "tags": self.num_tags,
+            "tags_without_positives": self.num_empty,
+            "support": self.support,
+        }
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:

@@ -243,8 +243,10 @@ def _most_telling(
             break
         is_read = np.isin(sample.rows, rows)
         wrong, plain = (left_out_errors(each, sample.labels[is_read]) for each in (features, sample.small[is_read]))
-        line = "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f"
-        log.info(line, name, wrong, plain)
+        log.info(
+            "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f",
+            name, wrong, plain,
+        )  # fmt: skip
         if wrong < min(least, _PROMISE * plain):
             least = wrong
             best = name

@@ -129,15 +129,23 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     if facts.side_px > _SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     if _takes_policy(facts):
-        why = f"the images show things, in about {epochs_of(facts):.0f} epochs"
-        yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)
+        yield Rule(
+            "augment.rand_augment augment.on_device",
+            f"augment.rand_augment={_POLICY}",
+            f"the images show things, in about {epochs_of(facts):.0f} epochs",
+        )
     if facts.has_classes:
         yield from _rules_for_classes(facts, network)
-    yield _choose_optimiser(facts, network)
     if network.is_pretrained:
+        yield Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
         yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
+    elif facts.bf16:
+        words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
+        yield Rule("optim", words, "it beats SGD")
+    else:
+        yield Rule("optim", "optim=sgd_train optim.lr=0.2", "Muon is slow without bf16")
     schedule = "schedule=cosine" if network.is_pretrained else "schedule=onecycle schedule.cycle_momentum=false"
     yield Rule("schedule", schedule, "it is good at any length")
 
@@ -184,15 +192,6 @@ def _is_letters(facts: Facts) -> bool:
 def _mixes_letters(facts: Facts) -> bool:
     epochs = epochs_of(facts)
     return _is_letters(facts) and epochs >= _LETTER_EPOCHS and epochs * facts.images >= _LETTERS_SEEN
-
-
-def _choose_optimiser(facts: Facts, network: Network) -> Rule:
-    if network.is_pretrained:
-        return Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
-    if not facts.bf16:
-        return Rule("optim", "optim=sgd_train optim.lr=0.2", "Muon is slow without bf16")
-    words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
-    return Rule("optim", words, "it beats SGD")
 
 
 def _choose_weights(facts: Facts, network: Network) -> Rule:

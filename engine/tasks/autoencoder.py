@@ -83,8 +83,7 @@ class AutoencoderTaskConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        player = self.discriminator
-        if player.weight and player.start_step is None:
+        if self.discriminator.weight and self.discriminator.start_step is None:
             raise ValueError(
                 "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
                 "good without it, such as 2000, or task.discriminator.weight=0.0"
@@ -117,14 +116,11 @@ class AutoencoderTask(Task):
         self.vae = open_networks(setup.model, ("vae",))["vae"]
         self.vae.encoder = self.vae.quant_conv = None
         self.trained = self.exported = self.averaged = ("vae.decoder", "vae.post_quant_conv")
-        self.helpers = ("vae.encoder", "vae.quant_conv")
+        self.helpers = ("vae.encoder", "vae.quant_conv", "perceptual")
         for name, parameter in self.vae.named_parameters():
             if name.endswith("to_k.bias"):  # softmax cancels it: Adam would make steps of the gradient's rounding
                 parameter.requires_grad_(False)
-        self.perceptual = None
-        if config.perceptual.network is not None:
-            self.helpers = (*self.helpers, "perceptual")
-        self.discriminator = None
+        self.perceptual = self.discriminator = None
         player = config.discriminator
         if player.weight:
             self.discriminator = PatchDiscriminator()
@@ -138,18 +134,18 @@ class AutoencoderTask(Task):
     def load_helpers(self, use: Use) -> None:
         """Load the frozen encoder, and the perceptual network unless for an export."""
         whole = open_networks(self._model, ("vae",), frozen=True)["vae"]
-        self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
+        self.vae.encoder = whole.encoder
+        self.vae.quant_conv = whole.quant_conv
         if self._config.perceptual.network is not None and use != "export":
             self.perceptual = PerceptualNetwork(self._config.perceptual)
             self.perceptual.load()
-            self.perceptual.eval().requires_grad_(False)
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the VAE of the base model, and set `origin` to its description."""
-        if self._model.vae is not None:
-            self.origin = {"source": self._model.vae, "layout": "VAE", "license": stated_license(self._model.vae)}
-        elif (path := self._model.path) is not None:
-            self.origin = {"source": path, "layout": "VAE", "license": describe(path)["license"]}
+        model = self._model
+        if path := model.vae or model.path:
+            licence = stated_license(path) if model.vae else describe(path)["license"]
+            self.origin = {"source": path, "layout": "VAE", "license": licence}
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -164,7 +160,7 @@ class AutoencoderTask(Task):
             self._note_gradients(loss, theirs, batch["weight"])
             parts |= {"fooled": theirs, "discriminator": judged}
             added = player.weight * self.balance * theirs + judged
-            loss = loss + torch.where(self.updates >= player.start_step, added, 0.0)
+            loss = loss + added.where(self.updates >= player.start_step, 0.0)
         return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
 
     @torch.no_grad()

@@ -99,8 +99,9 @@ class ClassificationTask(MixingTask):
         logits = self.network(images).float()
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
         logs = {"accuracy": log_mean(correct, batch["weight"])}
-        loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        return StepOutput(loss, logs)
+        return StepOutput(
+            F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing), logs
+        )
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B], or targets [B, K] if images are mixed."""
@@ -142,8 +143,14 @@ class ClassificationTask(MixingTask):
             top = logits.topk(most, dim=1)
             hits = top.indices == labels[:, None]
             predicted = top.indices[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            means.add({"loss": loss, "top1": hits[:, 0], f"top{most}": hits.any(dim=1)}, valid)
+            means.add(
+                {
+                    "loss": F.cross_entropy(logits, labels, reduction="none"),
+                    "top1": hits[:, 0],
+                    f"top{most}": hits.any(dim=1),
+                },
+                valid,
+            )
             counts.add(labels, predicted, valid)
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
@@ -176,8 +183,11 @@ class ClassificationTask(MixingTask):
         logits = self.network(self.normalise(batch["images"])).float()
         labels = batch["labels"]
         prob, first = logits.softmax(dim=1).max(dim=1)
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        columns = {"probability": prob, "wrong": first != labels, "loss": loss}
+        columns = {
+            "probability": prob,
+            "wrong": first != labels,
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+        }
         columns = {name: column.cpu().numpy() for name, column in columns.items()}
         names = np.array(self.class_names, object)
         return pa.table({"label": names[labels.cpu()], "prediction": names[first.cpu()], **columns})

@@ -307,8 +307,7 @@ class DiffusionTask(Task):
         measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
         drawn = self.draw()
         judged = self._judge(loaders["judge"], loaders["judge_trained"]) if "judge" in loaders else Report()
-        scalars = measured | judged.scalars | drawn.scalars
-        return Report(scalars, judged.tables, drawn.images | judged.images)
+        return Report(measured | judged.scalars | drawn.scalars, judged.tables, drawn.images | judged.images)
 
     def draw(self) -> Report:
         """Return a picture of each prompt, and its brightness."""
@@ -344,9 +343,8 @@ class DiffusionTask(Task):
         """Return the judge's report on pictures of held-out captions, always at the same noise."""
         held = gather(stream)
         vectors = self.judge.see_trained(trained, self.alphas.device)
-        steps = self._config.judge.steps
         prompts = [
-            self._config.samples.complete(Prompt(text=each.caption, steps=steps), seed)
+            self._config.samples.complete(Prompt(text=each.caption, steps=self._config.judge.steps), seed)
             for seed, each in enumerate(held)
         ]
         pictures = self.sample(prompts)

@@ -83,8 +83,7 @@ class BucketedKind(Kind):
         sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
         train = read.train(buckets.rows, fields, views, sampler=sampler)
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        trained_on = {"buckets": buckets.count()}
-        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on)
+        return Streams(train, {}, read.fingerprints, described=described, trained_on={"buckets": buckets.count()})
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, in buckets, with centred crops and whole captions."""
@@ -159,20 +158,15 @@ class DiffusionKind(BucketedKind):
         collection = data.collection
         buckets = find_buckets(data, setup, rows)
         encode, vary = _read_texts(data, setup, rows, training=training)
-        weights = _weigh_rows(collection, rows, task)
-        fields = caption_fields(collection, task.captions, encode, vary, parts, weights)
+        fields = caption_fields(collection, task.captions, encode, vary, parts, _weigh_rows(collection, rows, task))
         read = data
-        if task.latent_cache is None:
-            find_fit = buckets.draw_fit
-            views = fitted_views(find_fit)
-        else:
-            latents = _open_latents(data, setup, buckets)
+        find_fit = buckets.draw_fit
+        if task.latent_cache is not None:
+            latents = _read_latents(data, setup, buckets)
             find_fit = latents.find_fit
-            views = fitted_views(find_fit)
             if not data.dry_run:
-                _fill_latents(latents, data, setup)
                 read = data.read_from(latents, latents.fingerprints)
-                views = {}
+        views = fitted_views(find_fit) if read is data else {}
         if task.mask is not None:
             masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
             digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
@@ -202,8 +196,7 @@ class DiffusionKind(BucketedKind):
 def check_noise(path: str, noise: NoiseConfig) -> None:
     """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
     source = describe(path)
-    unread = source["unread"]
-    if unread:
+    if unread := source["unread"]:
         log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
     if noise.convert:
         return
@@ -234,18 +227,17 @@ def caption_fields(
     rules = Captions(captions, collection)
     concepts = collection.concepts
     concept_of = collection.concept_ids()
-    has_priors = any(concept.is_prior for concept in concepts)
 
     def add(example: Example) -> Sample:
         row = example.draw.index
         config = rules.of(row)
         generator = example.generator if example.training else None
         text, is_dropped = config.draw(config.read(example.row), generator, partial(vary, config))
-        strata = torch.tensor([example.draw.position % parts, parts])
-        fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
+        fields = {**encode(text), "is_dropped": is_dropped}
+        fields["strata"] = torch.tensor([example.draw.position % parts, parts])
         if example.training:
             fields["loss_weight"] = float(weights[row])
-        if has_priors:
+        if any(concept.is_prior for concept in concepts):
             fields["is_prior"] = concepts[concept_of[row]].is_prior
         return fields
 
@@ -301,22 +293,21 @@ def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) ->
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
-        networks = open_networks(setup.model, ENCODERS, frozen=True)
-        return [networks[name].to(data.machine.device) for name in ENCODERS]
+        networks = open_networks(setup.model, ENCODERS, frozen=True).values()
+        return [network.to(data.machine.device) for network in networks]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
         return encode_captions(encoders(), texts, chunks, emphasis=emphasis)
 
-    fingerprint = _fingerprint(setup.model, ENCODERS)
-    inputs = {"encoders": fingerprint, "most_chunks": task.caption_chunks, "emphasis": emphasis}
+    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks, "emphasis": emphasis}
     store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
     store.fill(texts, encode, _TEXTS_AT_ONCE)
     return store
 
 
 def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
-    ids, weights = tokenize([caption], chunks, emphasis=emphasis)
-    return {"token_ids": ids[0]} if weights is None else {"token_ids": ids[0], "token_weights": weights[0]}
+    found = zip(("token_ids", "token_weights"), tokenize([caption], chunks, emphasis=emphasis))
+    return {name: tokens[0] for name, tokens in found if tokens is not None}
 
 
 def _count_variants(own: CaptionConfig, most: int) -> int:
@@ -344,26 +335,22 @@ def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTas
     return chunks
 
 
-def _open_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
-    """Return the cache of the latents of images in their buckets."""
+def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
+    """Return the cache of the latents of images in their buckets. Except in a dry run, it has them all."""
     task = setup.task
     decoder = data.source.decoder
-    padding = setup.model.settled().vae_values["padding_mode"]
-    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, padding)
+    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, setup.model.settled().vae_values["padding_mode"])
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-    return LatentCache(store, data.collection, buckets, inputs, hashes)
-
-
-def _fill_latents(latents: LatentCache, data: Data, setup: Setup) -> None:
-    if latents.store.is_missing(latents.keys).any():
+    latents = LatentCache(store, data.collection, buckets, inputs, hashes)
+    if not data.dry_run and store.is_missing(latents.keys).any():
         vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
         latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
+    return latents
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
     """Return a hash of some networks' files, or of the single file that has them all."""
-    files = base_files(model, parts)
-    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
+    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in base_files(model, parts)])
     dtype = str(frozen_dtype(model, parts[0])).removeprefix("torch.")
     return record_key(model.name if model.path is None else "", hashes, dtype)

@@ -103,8 +103,10 @@ class DistillationTask(Task):
         self.teacher = build_network(TypeAdapter(ModelConfig).validate_python(teacher["model"]), teacher["outputs"])
         self._learns_features = self._config.targets == "features"
         if self._learns_features:
-            networks = (self.student.network, self.teacher)
-            widths = (getattr(network, "head_hidden_size", network.num_features) for network in networks)
+            widths = (
+                getattr(network, "head_hidden_size", network.num_features)
+                for network in (self.student.network, self.teacher)
+            )
             self.projection = nn.Linear(*widths)
         stated = teacher["preprocessing"]
         self.teacher_normalise = Normalise(stated["mean"], stated["std"], setup.model.in_channels)

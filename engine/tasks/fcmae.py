@@ -134,11 +134,12 @@ class FCMAETask(ImageTask):
             if not images:
                 images["reconstructions"] = self._draw(inputs, pred, batch)
         scalars = means.reduce()
+        del scalars["samples"]
         if "probe_train" in loaders:
             encode = lambda batch: (self.network.encoder(self.normalise(batch["images"])), batch)  # noqa: E731
             probes = (map(encode, loaders[name]) for name in ("probe_train", "probe_val"))
             scalars |= measure_probes(*probes, self.probe_k)
-        return Report({name: value for name, value in scalars.items() if name != "samples"}, images=images)
+        return Report(scalars, images=images)
 
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Draw rows of originals, inputs with grey masked patches, and reconstructions, for a few images of a batch."""
@@ -173,13 +174,10 @@ class FCMAEKind(Kind):
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return all rows, and a function that adds a sample's mask, bool [L], True for removed patches."""
-        patch_px = _patch_px(setup.model, setup.task)
-        mask_ratio = setup.task.mask_ratio
 
         def mask(example: Example) -> State:
-            height, width = example.views[IMAGES].shape[-2:]
-            patches = (height // patch_px) * (width // patch_px)
-            return {"mask": draw_mask(example.generator, patches, mask_ratio)}
+            patches = patch_count(setup.model, setup.task, example.views[IMAGES].shape[-2:])
+            return {"mask": draw_mask(example.generator, patches, setup.task.mask_ratio)}
 
         return super().samples(collection, setup)[0], mask
 

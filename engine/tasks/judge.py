@@ -103,8 +103,11 @@ class Judge(nn.Module):
             self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))
         self.names = self._predictor.names
         self.preprocessing = self._predictor.preprocessing
-        known = known_outputs(str(self.path), self._predictor)
-        self.outputs = {name: output for (category, name), output in known.items() if category != RATING}
+        self.outputs = {
+            name: output
+            for (category, name), output in known_outputs(str(self.path), self._predictor).items()
+            if category != RATING
+        }
         self._thresholds = self._predictor.choose_thresholds(self.path)
         self._trained: dict[str, Tensor] = {}  # the vectors of this rank's training images, by path
 
@@ -169,11 +172,9 @@ class Judge(nn.Module):
 
     def _describe(self, held: Held, seen: np.ndarray) -> list[Line]:
         """Return the lines below a drawn picture: its caption, what is missing, and what is seen unprompted."""
-        missing = np.flatnonzero(held.prompted & ~seen)[:_LINES]
-        leaked = np.flatnonzero(held.others & seen)[:_LINES]
         lines = [(held.caption, INK)]
-        lines += [(f"- {self.names[tag]}", RIGHT) for tag in missing]
-        lines += [(f"+ {self.names[tag]}", WRONG) for tag in leaked]
+        for sign, tags, color in (("-", held.prompted & ~seen, RIGHT), ("+", held.others & seen, WRONG)):
+            lines += [(f"{sign} {self.names[tag]}", color) for tag in np.flatnonzero(tags)[:_LINES]]
         return [(legible(shorten(text, _WIDTH)), color) for text, color in lines]
 
 

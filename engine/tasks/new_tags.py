@@ -3,8 +3,6 @@
 Nothing else of the network changes.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from engine.measures.probe import gather_features
 from engine.measures.ridge import decompose, standardise
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
-from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
@@ -47,8 +44,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
         targets[number, index.unknown_of(row)] = torch.nan
         targets[number, index.of_row(row)] = 1.0
     mean, scale = standardise(features)
-    standard = (features - mean) / scale
-    weight, bias = distributed.rank_zero_call(lambda: fit_logits(standard, targets[:, first:]))
+    weight, bias = distributed.rank_zero_call(lambda: fit_logits((features - mean) / scale, targets[:, first:]))
     weight = weight / scale
     head.weight[first:] = weight
     head.bias[first:] = bias - weight @ mean
@@ -58,12 +54,8 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
 def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> tuple[Tensor, Tensor]:
     """Return the head's input, float64 [N, C], for those of `rows` whose image can be read, and these rows [N]."""
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
-
-    def embed() -> Iterator[tuple[Tensor, Batch]]:
-        for batch in data.prepared(rows, no_fields, setup.preprocessing):
-            yield model.embed(batch["images"]), batch | {"labels": batch["sample_id"]}
-
-    found = gather_features(embed())
+    batches = data.prepared(rows, no_fields, setup.preprocessing)
+    found = gather_features((model.embed(batch["images"]), batch | {"labels": batch["sample_id"]}) for batch in batches)
     task.train()
     return found
 

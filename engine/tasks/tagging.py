@@ -172,8 +172,7 @@ class TaggingTask(MixingTask):
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         images, targets = self.views(batch)
-        logits = self.network(images).float()
-        return StepOutput(self.label_losses(logits, targets))
+        return StepOutput(self.label_losses(self.network(images).float(), targets))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
@@ -339,8 +338,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     rules = read_rules(setup.task, "task.")
-    only_used = setup.task.append_to is not None
-    return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, only_used)
+    return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, setup.task.append_to is not None)
 
 
 def tag_fields(index: TagIndex) -> Fields:
@@ -406,8 +404,7 @@ class TaggingKind(Kind):
             facts = {**vocabulary.facts(), "known_tags": len(known)}
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
-        rows = training_rows(collection, config.loop, index.tagged)
-        facts["tag_priors"] = measure_priors(index, rows, vocabulary)
+        facts["tag_priors"] = measure_priors(index, training_rows(collection, config.loop, index.tagged), vocabulary)
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
@@ -430,8 +427,7 @@ class TaggingKind(Kind):
         """Fit the new tags of `task.append_to`."""
         if is_new and "known_tags" in setup.facts:
             index = index_of(data.collection, setup)
-            rows = training_rows(data.collection, config.loop, index.tagged)
-            fit_new_tags(task, data, rows, index, setup)
+            fit_new_tags(task, data, training_rows(data.collection, config.loop, index.tagged), index, setup)
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write the vocabulary."""
