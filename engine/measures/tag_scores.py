@@ -31,9 +31,10 @@ _Z = 1.645  # of the normal distribution at 95 %
 _KNOWN = 0.1  # how precisely `balanced` knows a recall of 0.5
 _HARDEST = 100  # rows of the table
 _HARDEST_SUPPORT = 10  # the least positives of a tag in it
+Rates = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall and F1
 
 
-def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> Rates:
     """Return precision, recall and F1, elementwise; 0 for a division by zero."""
     f1 = 2 * tp / np.maximum(predicted + positives, 1)
     return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
@@ -71,7 +72,7 @@ class Group:
         """The number of positives of all tags."""
         return int(self.tp[0])
 
-    def micro(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def micro(self) -> Rates:
         """Return the micro precision, recall and F1 at each edge."""
         return rates(self.tp, self.predicted, self.tp[0])
 

@@ -37,6 +37,7 @@ from engine.task import (
 )
 from engine.tasks.judge import Judge, gather, read_texts
 from engine.tasks.kind import Setup
+from models.interop.metadata import dict_of
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
 from models.sdxl.lora import ADAPTED, LoRA, LoRAConfig
@@ -155,9 +156,8 @@ class DiffusionTask(Task):
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
 
     def _refuse_other_noise(self, path: Path, metadata: Values) -> None:
-        task = metadata.get("task")
-        stated = task.get("noise") if isinstance(task, dict) else None
-        if self._config.noise.convert or not isinstance(stated, dict):
+        stated = dict_of(dict_of(metadata, "task"), "noise")
+        if self._config.noise.convert or not stated:
             return
         for name, ours in self._config.noise.model_dump(include={"prediction_type", "zero_terminal_snr"}).items():
             if stated.get(name) != ours:

@@ -34,6 +34,7 @@ from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
+from models.interop.metadata import dict_of
 from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
@@ -286,10 +287,10 @@ def read_setup(
         except UserError as error:  # the weights of most kinds need no path
             log.warning("%s", error)
     for key, value in (moved or {}).items():
-        if not isinstance(metadata.get("model"), dict) or metadata["model"].get(key) is None:
+        if dict_of(metadata, "model").get(key) is None:
             raise UserError(f"model.{key}: {path} has none; remove model.{key}")
         metadata["model"] = {**metadata["model"], key: value}
-    if "model" not in metadata or not isinstance(metadata.get("task"), dict):
+    if "model" not in metadata or not dict_of(metadata, "task"):
         raise UserError(
             f"{path} was not written by a run of Atelier. To turn a classifier or tagger of others into a run: python "
             f"finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... augment=... data=... "
