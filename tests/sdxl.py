@@ -1,4 +1,4 @@
-"""What the tests of SDXL share: tiny base models, and comparisons of tensors by name."""
+"""What the tests of SDXL share: tiny base models, and pictures of diffusers."""
 
 import torch
 
@@ -15,13 +15,6 @@ def write_base(folder, networks=None, noise=V_ZTSNR):
     networks = networks or draw_networks()
     write_diffusers(folder, networks, build_tokenizer(), dtype=torch.float32, zeros_for_empty_prompt=False, **noise)
     return folder
-
-
-def assert_equal(found, wanted):
-    """Compare tensors by name, bit for bit."""
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def paint(pipeline, text, negative="", height=64, guidance=5.0, seed=0):

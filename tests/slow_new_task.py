@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.support import ROOT, command, make_collection, rows
+from tests.support import ROOT, command, make_collection, read_table, rows
 from utils.io.files import read_json
 
 PAGE = (ROOT / "docs/new_task.md").read_text(encoding="utf-8")
@@ -60,6 +60,5 @@ def test_the_page_builds_a_kind_that_every_command_knows(tmp_path):
     for name in ("loss", "mean_absolute_error"):
         assert found[name] == pytest.approx(measured[name], rel=1e-5)
     start(program, predict)
-    with open(program / "outputs/score/scores.csv", newline="") as file:
-        predicted = list(csv.DictReader(file))
+    predicted = read_table(program / "outputs/score/scores.csv")
     assert len(predicted) == len(files) and all(float(row["score"]) for row in predicted)

@@ -19,7 +19,7 @@ from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, refuses, rows, write_manifest
+from tests.support import assert_equal_runs, checkpoint_tensors, refuses, rows, write_manifest
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 
@@ -154,8 +154,7 @@ def test_a_run_resumes_bit_for_bit(place):
     run("finetune", [*settings, "run_dir=whole"], place)
     run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
     run("finetune", [*settings, "run_dir=killed"], place)
-    one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
-    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert_equal_runs(place / "whole", place / "killed", 6)
     checkpoint = place / "killed/checkpoints/step_00000006"
     state, metadata = read_json(checkpoint / "state.json"), read_weights(checkpoint / "weights.safetensors")[1]
     assert state["fingerprints"]["frozen.teacher"] == metadata["frozen"]["teacher"]

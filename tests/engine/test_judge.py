@@ -1,7 +1,5 @@
 """task.judge: what a tagger sees in pictures of held-out captions; loop.best; evaluate.py; refusals."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from engine.measures.judging import Seen, judge_pictures, tag_rows
 from engine.tasks.judge import Held, Judge, JudgeConfig, prepare
 from tests.in_process import SHORT as SMALL_RUN
 from tests.in_process import SMALL_MODEL, run, run_command, run_until_killed
-from tests.support import TINY, rows, start
+from tests.support import TINY, read_table, rows, start
 from tests.test_arena import write_colours, write_wd
 from utils.io.files import read_json
 
@@ -51,13 +49,11 @@ def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     best = read_json(place / "run/result.json")
     assert best["metric"] == "judge.similarity" and not best["is_lowest_best"]
     assert best["value"] == max(row["judge.similarity"] for row in figures)
-    with open(place / "run/tables/judge.csv", newline="") as stream:
-        table = {row["tag"]: row for row in csv.DictReader(stream)}
+    table = {row["tag"]: row for row in read_table(place / "run/tables/judge.csv")}
     assert {tag: (row["prompted"], row["seen_in_real"]) for tag, row in table.items()} == dict.fromkeys(
         ("red", "Green", "blue"), ("1", "1")
     )
-    with open(place / "run/tables/judge_nearest.csv", newline="") as stream:
-        nearest = list(csv.DictReader(stream))
+    nearest = read_table(place / "run/tables/judge_nearest.csv")
     assert len(nearest) == 3 and all((place / "images" / row["training_image"]).is_file() for row in nearest)
     assert all("train" in row["training_image"] for row in nearest)
     assert (place / "run/plots/judge.png").is_file()

@@ -3,7 +3,6 @@
 What it writes is tested with whole runs, too (test_survival, test_exactness).
 """
 
-import csv
 import json
 import shutil
 import time
@@ -21,7 +20,7 @@ from engine.task import Report
 from engine.update.runtime import choose_runtime
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
-from tests.support import rows
+from tests.support import read_table, rows
 from utils.io.files import read_json
 from utils.record.run_reader import RunReader
 
@@ -128,8 +127,7 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
 
 
 def read_log(folder):
-    with open(folder / "run/training_log.txt", newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_table(folder / "run/training_log.txt")
 
 
 def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):

@@ -20,8 +20,8 @@ from models.sdxl.names import part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, describe, load_networks, open_networks
 from models.sdxl.step import build_noise_table
 from models.sdxl.vae import AS_STATED
-from tests.sdxl import EPSILON, V_ZTSNR, assert_equal, write_base
-from tests.support import refuses
+from tests.sdxl import EPSILON, V_ZTSNR, write_base
+from tests.support import assert_same_tensors, refuses
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json
 from utils.io.weights import read_header
@@ -88,7 +88,7 @@ def test_our_files_are_read_bit_exactly(networks, folder, file):
     (folder / "README.md").write_text("---\ntags: [a]\nlicense: openrail++\n---\n# SDXL\n")
     for path in (folder, file):
         found = load_networks(path)
-        assert_equal(states(found), states(networks))
+        assert_same_tensors(states(found), states(networks))
         assert found["vae"].config.scaling_factor == 0.13025
         assert {"license": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
         ids = torch.randint(999, (1, 77))
@@ -101,7 +101,7 @@ def test_diffusers_reads_both(networks, folder, file):
     assert first.scheduler.config.prediction_type == "v_prediction" and not first.config.force_zeros_for_empty_prompt
     assert first.scheduler.alphas_cumprod[-1] == 0 and first.scheduler.config.timestep_spacing == "trailing"
     for pipeline in (first, second):  # tests/engine/test_diffusion_exports.py compares their pictures
-        assert_equal(states(pipeline.components), states(networks))
+        assert_same_tensors(states(pipeline.components), states(networks))
     assert first.tokenizer_2("a cat", padding="max_length").input_ids[-1] == 0
 
 
@@ -150,7 +150,7 @@ def test_files_of_other_programs_are_read(program, networks, file, tmp_path):
     tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
     tensors |= {name: one.clone() for name, one in beside.items()}
     save_file(tensors, path := tmp_path / "other.safetensors", metadata=metadata)
-    assert_equal(states(load_networks(path)), states(networks))
+    assert_same_tensors(states(load_networks(path)), states(networks))
     source = describe(path)
     assert (source["prediction_type"], source["zero_terminal_snr"]) == says
     assert source["other_noise"] is None and source["unread"] == []
@@ -161,7 +161,9 @@ def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, fil
     tensors = {name.replace(f"{FIRST}text_model.", FIRST): one for name, one in load_file(file).items()}
     low = {name: one.to(LOW) for name, one in tensors.items()}
     save_file({**low, "model_ema.w": ONE}, path := tmp_path / "other.safetensors")
-    assert_equal(states(load_networks(path)), {name: one.to(LOW).float() for name, one in states(networks).items()})
+    assert_same_tensors(
+        states(load_networks(path)), {name: one.to(LOW).float() for name, one in states(networks).items()}
+    )
     assert describe(path)["unread"] == ["model_ema.w"]
 
 
@@ -171,7 +173,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
     pipeline.save_pretrained(other := tmp_path / "other", max_shard_size="2MB", variant=variant)
     stale = next(other.glob("unet/*-00001-of-*"))
     shutil.copy(stale, stale.with_name("diffusion_pytorch_model-00009-of-00009.safetensors"))
-    assert_equal(states(load_networks(other)), states(networks))
+    assert_same_tensors(states(load_networks(other)), states(networks))
     shutil.copy(stale, stale.with_name(f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"))
     with refuses("both"):
         load_networks(other)
@@ -291,7 +293,7 @@ def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # no
     content = {path.relative_to(tmp_path / "base").as_posix(): path.read_bytes() for path in files}
     server.files = {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other"}
     server.files["README.md"] = b"---\nlicense: mit\n---\n"
-    assert_equal(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
+    assert_same_tensors(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
     assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
     server.files = {}
     with refuses(r"^model\.path: hf:me/net@v2 has no model_index\.json"):

@@ -17,8 +17,8 @@ from models.sdxl.names import part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, load_networks, load_vae
 from models.sdxl.step import decode_latents, encode_images
 from models.sdxl.vae import latent_scale, unlike_sdxls
-from tests.sdxl import V_ZTSNR, assert_equal, write_base
-from tests.support import refuses
+from tests.sdxl import V_ZTSNR, write_base
+from tests.support import assert_same_tensors, refuses
 from utils.io.files import read_json
 
 NOISE = {**V_ZTSNR, "dtype": torch.float32, "facts": {"title": "toy"}}
@@ -61,7 +61,7 @@ def state(place, folder, **values):
      "comfyui.safetensors"],
 )  # fmt: skip
 def test_a_vae_is_read_from_folders_and_files(name, place):
-    assert_equal(load_vae(place / name).state_dict(), load_networks(place / "model")["vae"].state_dict())
+    assert_same_tensors(load_vae(place / name).state_dict(), load_networks(place / "model")["vae"].state_dict())
 
 
 @pytest.mark.parametrize(
