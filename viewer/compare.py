@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow.parquet as pq
-from fastapi import HTTPException, Query
+from fastapi import Query
 from nicegui import ui
 
 from utils.config.recipe import flatten
 from utils.io.files import Json, read_json, readable
 from utils.io.safe_text import escape_controls
-from utils.record.figures import show_cell
+from utils.record.figures import show_cell, show_name
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_images
@@ -27,8 +27,14 @@ _MOST = 20  # runs: each has a colour of its own
 _IMAGES = 24  # shown of a kind
 _LIKELY = 0.05  # chance makes a greater difference less often
 # What a run's log says of its data; the last line of a kind counts.
-_DATA = re.compile(r"(?m)(?:^  |DEBUG |INFO )(collection|data\.corrections):? +(.+)$")
-_EVALUATE = "Two runs are compared on the same images once both have a table of them, of the same split:"
+_DATA = re.compile(r"(?m)(?:^  |DEBUG |INFO )(?:data\.)?(collection|corrections):? +(.+)$")
+_TITLES = (  # of classes, and of tags
+    ("only {0} right", "only {1} right", "both wrong"),
+    ("{0} errs less", "{1} errs less", "both err alike"),
+)
+_EVALUATE = (
+    "The newest tables of images have none in common, or are of different splits. These commands make equal ones:"
+)
 
 
 def read_facts(path: Path) -> Json:
@@ -40,7 +46,7 @@ def read_facts(path: Path) -> Json:
     facts |= {f"data: {name}": text for name, text in _DATA.findall((path / "log.txt").read_text("utf-8"))}
     for file in sorted(path.glob("checkpoints/*/state.json"))[-1:]:
         facts |= flatten(read_json(file)["fingerprints"], "data: fingerprint of ")
-    return facts | flatten(run.config)
+    return facts | flatten({**run.config, "run_dir": None})
 
 
 def make_rows(facts: Sequence[Json]) -> list[dict]:
@@ -49,12 +55,12 @@ def make_rows(facts: Sequence[Json]) -> list[dict]:
     for key in dict.fromkeys(itertools.chain(*facts)):
         texts = [escape_controls(show_cell(its.get(key))) for its in facts]
         if len({*texts}) > 1:
-            rows.append({"key": escape_controls(key)} | dict(enumerate(texts)))
+            rows.append({"key": escape_controls(show_name(key))} | dict(enumerate(texts)))
     return rows
 
 
-def read_images(run: Path) -> dict[tuple[str, str], Json]:
-    """Return the rows of the newest table of images by path and label, or tags, the highest loss first.
+def read_images(run: Path) -> dict[tuple[str, ...], Json]:
+    """Return the rows of the newest table of images by its name, path and label, or tags, the highest loss first.
 
     There are none without the table. Raises UserError.
     """
@@ -62,7 +68,7 @@ def read_images(run: Path) -> dict[tuple[str, str], Json]:
         return {}
     with readable(path, "Parquet", "evaluate.py per_image=true writes it"):
         rows = pq.read_table(path).sort_by("rank").to_pylist()
-        return {(row["path"], str(row.get("label") or row["tags"])): row for row in rows}
+        return {(path.name, row["path"], str(row.get("label") or row["tags"])): row for row in rows}
 
 
 def count_errors(row: Json) -> int:
@@ -86,17 +92,17 @@ def add_page(site: Site) -> None:
     @ui.page("/compare")
     async def show(run: Annotated[list[str], Query()] = ()) -> None:
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
-        every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
-        named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
-        if wanted and not named:
-            raise HTTPException(404, "no such run")
         with site.page("Compare runs"):
+            said = ui.label("Reading the runs").props("role=status")
             await ui.context.client.connected()
-            rows = await asyncio.to_thread(lambda: make_rows([*map(read_facts, named.values())][:_MOST]))
+            every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
+            named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
+            rows = await asyncio.to_thread(lambda: make_rows([*map(read_facts, [*named.values()][:_MOST])]))
+            said.text = "" if named else "There is no such run."
             columns = make_columns({"key": "differs", **dict(enumerate([*named][:_MOST]))})
             table = ui.table(columns=columns, rows=rows, row_key="key", pagination=0).props("dense hide-pagination")
             table.classes("w-full").style("max-height: 60vh")
-            changed = [row["key"] for row in rows if row["key"].startswith("data: ")]
+            changed = [row["key"].removeprefix("data: ") for row in rows if row["key"].startswith("data: ")]
             ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
             if len(named) == 2:
                 await _show_pair(site, named)
@@ -125,15 +131,17 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
     if not pairs:
         ui.label(_EVALUATE)
         for run in runs:
-            show_command(["python", "evaluate.py", f"run_dir={run}", "per_image=true"])
+            ui.label(escape_controls(f"Newest table of images: {find_images(run)}")).style("overflow-wrap: anywhere")
+            show_command(["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"])
         return
-    groups = {f"{names[0]} errs less": [], f"{names[1]} errs less": [], "both err alike": []}
+    groups = {title.format(*names): [] for title in _TITLES["missed" in pairs[0][0]]}
     for pair in pairs:
         less, more = map(count_errors, pair)
         if less or more:
             [*groups.values()][2 if less == more else less > more].append(pair)
-    less, more, _ = map(len, groups.values())
-    ui.label(f"{len(pairs):,} images of both tables have the same label or tags. {judge(less, more)}")
+    less, more, both = map(len, groups.values())
+    said = f"Of {len(pairs):,} images of both tables with the same label or tags, both are right on"
+    ui.label(f"{said} {len(pairs) - less - more - both:,}. {judge(less, more)}")
     for title, its in groups.items():
         show_heading(f"{title}: {len(its):,}", 2)
         rows = [

@@ -19,7 +19,7 @@ from models.predictor import Predictor
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
 from tests.support import data_config, make_collection, refuses, thresholds_of
-from tests.viewer.conftest import HOSTILE, add_data
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import read_json
@@ -252,6 +252,7 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").first.inner_text()
     page.get_by_role("button", name="Find its nearest images").click()
     page.wait_for_function("document.querySelectorAll('.alike img').length > 9")
+    assert_accessible(page)
     box = page.get_by_label("weights")
     box.fill("/etc/passwd"), box.press("Enter")
     page.get_by_text("file below").first.wait_for()
