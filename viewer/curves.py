@@ -27,8 +27,9 @@ def chart_options(
     by_time: over minutes of training, instead of steps.
     """
     lines = []
+    is_alone = len(curves) == 1
     for number, (name, its) in enumerate(curves.items()):
-        prefix = f"{name} " if len(curves) > 1 else ""
+        prefix = "" if is_alone else f"{name} "
         for kind, words in (("train", "training"), ("evaluate", "validation")):
             series = [run.series(kind, figure) for run in its]
             series = [each for each in series if np.isfinite(each[1]).any()]
@@ -37,7 +38,6 @@ def chart_options(
             steps, values = join(series)
             across = its[0].minutes(steps) if by_time else steps
             is_noisy = kind == "train" and group_of(figure) == 0  # a rate and a memory are read as they are
-            is_alone = len(curves) == 1
             colour = COLOURS[(kind == "evaluate") if is_alone else number % len(COLOURS)]
             for width, line in zip((2, 1, 1), values):
                 points = to_points(*thin(across, smooth(line, smoothing if is_noisy else 0.0), _POINTS))

@@ -148,7 +148,7 @@ class Networks:
         if not vectors:
             raise UserError(f"data.root: {opened.root} has no image that can be read")
         best = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
-        texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
+        texts = [f"{each['similarity']:.3f}  {opened.row(each['path']).path}" for each in best]
         yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
 
 

@@ -91,7 +91,7 @@ def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Pa
             image.crop((left, 0, left + width, height)).save(run / names[-1])
     chosen, rejected = names[:: -1 if key == "2" else 1]
     values = {"prompt": prompt.text, "negative": prompt.negative, "seed": prompt.seed, "tie": key == "0"}
-    line = json.dumps({**values, "chosen": chosen, "rejected": rejected}) + "\n"
+    line = json.dumps(values | {"chosen": chosen, "rejected": rejected}) + "\n"
     with (run / FILE).open("a") as file:
         file.write(line)
     return line
@@ -113,11 +113,14 @@ def add_page(site: Site) -> None:
             key, row = event.args
             async with lock:
                 if key != "u":
-                    pair = files[row["left"]], files[row["right"]]
-                    done.append(await asyncio.to_thread(keep, first, prompts, row["here"], pair, key))
+                    done.append(
+                        await asyncio.to_thread(
+                            keep, first, prompts, row["here"], [files[row["left"]], files[row["right"]]], key
+                        )
+                    )
                 elif done:
-                    text = (first / FILE).read_text()
-                    write_text(first / FILE, text.replace(done.pop(), "", 1))
+                    kept = first / FILE
+                    write_text(kept, kept.read_text().replace(done.pop(), "", 1))
             said.text = f"{len(done)} choices are kept in {FILE}"
 
         with site.page("Samples"):
@@ -135,12 +138,16 @@ def add_page(site: Site) -> None:
                 for step, file in find_pictures(path).get("plots/samples.png", {}).items():
                     files.append(path / file)
                     when = f"step {step}" if step else "before training"
-                    address = f"/picture/{quote(name)}?file={quote(file)}"
-                    strips.append({"name": f"{escape_controls(name)}, {when}", "src": address})
+                    strips.append(
+                        {
+                            "name": f"{escape_controls(name)}, {when}",
+                            "src": f"/picture/{quote(name)}?file={quote(file)}",
+                        }
+                    )
             said.text = "" if strips else "No pictures of task.samples.prompts yet."
             texts = [escape_controls(prompt.text) for prompt in prompts]
             widths = " ".join(f"{prompt.image_size_hw[1]}fr" for prompt in prompts)
-            row = {"strips": strips, "prompts": texts, "widths": widths, "right": len(strips) - 1}
-            row |= {"left": 0, "here": 0, "at": 50, "zoom": 100}
+            shown = {"left": 0, "right": len(strips) - 1, "here": 0, "at": 50, "zoom": 100}
+            row = {"strips": strips, "prompts": texts, "widths": widths, **shown}
             table = ui.table(columns=[], rows=[row] if strips else []).props("grid hide-header hide-bottom")
             table.on("press", press).classes("w-full").add_slot("item", _PAGE)

@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import io
+from urllib.parse import quote
 
 from fastapi import HTTPException
 from nicegui import events, ui
 
+from data.collection.search import quote_value
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, PER_TAG
@@ -18,6 +20,9 @@ from viewer.site import Site
 
 # Quasar's own header has a button without a name, and an input in it.
 _CHOOSE = """<q-btn flat icon="add" label="Drop, paste or choose images" @click="props.pickFiles" />
+<div class="q-px-md q-pb-sm">Is the image in a collection? Its nearest images lead to their places there, where labels
+can be changed; 1.000 is the image itself. To add a new one, save it in the collection's folder, labelled as the others
+are.</div>
 <span class="hidden"><q-uploader-add-trigger /></span>"""
 MAX_BYTES = 64 * 2**20  # of an upload
 _ANSWER = """<q-card flat bordered class="q-pa-sm"><div class="ellipsis" :title="props.row.weights">
@@ -73,10 +78,9 @@ class TryPage:
 
     def _build_choices(self) -> None:
         with ui.row():
-            label = "Runs, weight files, or folders with a WD tagger"
             weights = ui.select(
                 [*self._own],
-                label=label,
+                label="Runs, weight files, or folders with a WD tagger",
                 value=[*self._own][:1],
                 multiple=True,
                 with_input=True,
@@ -143,8 +147,8 @@ class TryPage:
         if not (self._images and self._weights.value and self._collection.value):
             ui.notify("choose a network, an image and a collection")
             return
-        shelf = self._site.shelf
-        steps = self._site.networks.nearest(self._weights.value[0], shelf, self._collection.value, *self._images[0])
+        name = self._collection.value
+        steps = self._site.networks.nearest(self._weights.value[0], self._site.shelf, name, *self._images[0])
         found = []
         self._search.disable()
         self._stop.set_visibility(True)
@@ -164,4 +168,6 @@ class TryPage:
         self._alike.clear()
         with self._alike:
             for address, text in found:
-                ui.image(address).tooltip(escape_controls(text)).props["alt"] = escape_controls(text)
+                term = quote(f"path={quote_value(text.partition('  ')[2])}")
+                with ui.link(target=f"/collection/{name}?find={term}"):
+                    ui.image(address).tooltip(escape_controls(text)).props["alt"] = escape_controls(text)
