@@ -1,4 +1,4 @@
-"""Labels from nothing: keys give labels, the rest is proposed, another page sees it, and a reload keeps it."""
+"""Labels from nothing: keys give labels, the rest is proposed, a class is renamed; a second page sees it."""
 
 import pytest
 
@@ -27,10 +27,16 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.get_by_text("the others recognise").wait_for()
     other = page.context.new_page()
     other.goto(page.url)
-    for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23), ("u", 20)):
+    for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23)):
         page.keyboard.press(key)
         other.get_by_text(f"{count} of 23 labelled; the others recognise").wait_for()
     assert_fits(page)
     assert_accessible(page)
+    page.get_by_label("in place of").click()
+    page.get_by_role("option").first.click()
+    page.get_by_label("A class, then Enter").fill("b")
+    page.keyboard.press("Enter")
+    other.get_by_text("1 b", exact=True).wait_for()
     page.reload()
-    page.get_by_text("20 of 23 labelled; the others recognise").wait_for()
+    page.get_by_text("1 b", exact=True).wait_for()
+    page.get_by_text("23 of 23 labelled; the others recognise").wait_for()

@@ -1,4 +1,4 @@
-"""The review of labels: keys and what they save, two tabs, a file that cannot be written, and training."""
+"""The review of labels: keys and what they save, two tabs, a file that cannot be written, a restart, and training."""
 
 import json
 
@@ -12,7 +12,7 @@ from data.collection.collection import Collection
 from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, serve
 from utils.record.tables import LABELS, find_differences, images_about
 from viewer.review import Review, ask
 
@@ -39,11 +39,19 @@ def animals(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, animals):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("a", "bare", "other"):
+    for name in ("a", "bare", "other", "odd"):
         add_data(make_run(folder / name), root=str(animals), validation_fraction=0.34)
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
-    write_table(folder / "other", "/elsewhere", path=["cat/0.png"], label=["cat"], prediction=["dog"], wrong=[True],
-                loss=[1.0], probability=[0.5])  # fmt: skip
+    one = {
+        "path": ["cat/0.png"],
+        "label": ["cat"],
+        "prediction": ["dog"],
+        "wrong": [True],
+        "loss": [1.0],
+        "probability": [0.5],
+    }
+    write_table(folder / "other", "/elsewhere", **one)
+    write_table(folder / "odd", animals, **one | {"prediction": [None]})
     given = [path.split("/")[0] for path in paths]
     write_table(folder / "a", animals, path=[*paths, "gone.png"], label=[*given, "cat"],
                 prediction=["cat"] * 3 + ["dog"] * 3 + ["dog"] * 4, wrong=[True] * 6 + [False] * 3 + [True],
@@ -92,7 +100,7 @@ def test_undo_leaves_what_another_tab_decided():
     assert mine.last(0).now == "fox"
 
 
-def test_the_page(page, address, browser, animals, tmp_path):
+def test_the_page(page, address, browser, animals, runs, tmp_path):
     def wait(text):
         page.get_by_text(text, exact=False).first.wait_for()
 
@@ -104,6 +112,8 @@ def test_the_page(page, address, browser, animals, tmp_path):
     wait("python prepare.py job=labels")
     page.goto(f"{address}/review?run=0/other")
     wait("is about /elsewhere, not")
+    page.goto(f"{address}/review?run=0/odd")
+    wait("odd/tables/images.parquet is not a readable")
     page.goto(f"{address}/run/0/a")
     page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("link", name="Review").click()
@@ -133,6 +143,12 @@ def test_the_page(page, address, browser, animals, tmp_path):
     other.get_by_text("4 of 6 decided").wait_for()
     page.wait_for_timeout(2_500)
     assert saved()[-1] == ("0.png", "dog", "accepted")
+    other.close()
+    with serve(f"runs={runs}") as again:
+        tab = browser.new_page()
+        tab.goto(f"{again}/review?run=0/a")
+        tab.get_by_text("4 of 6 decided").wait_for()
+        tab.close()
     arrow = index_collection(str(animals), validation_fraction=0.34, cache=tmp_path)  # as the next training does
     labels = Collection(str(animals), arrow).table["label"].to_pylist()
     assert labels == ["cat", "dog", "dog", "dog", "cat", "cat", *["dog"] * 3]
