@@ -7,13 +7,14 @@ from urllib.parse import quote
 import numpy as np
 from nicegui import ui
 
-from data.layouts.corrections import Decision
+from data.layouts.corrections import Decision, list_kept
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.review import KEYS, Question, Review, ReviewPage, open_desk
 from viewer.site import Site
 
+_NO_IMAGE = -1  # in place of an image's number: a class
 _FOLLOW_SEC = 0.3  # between two looks for new labels
 
 
@@ -44,13 +45,14 @@ class Labelling(Review):
         self._show = show
         self._points, self.says = read_points(collection, shelf.config(name), rows, tell)
         self.quality = ""
+        self._old = None
         self.order = []
         self.follow()
 
     def keys(self) -> dict[str, str]:
         """Return the class of each key: those of the collection, then those that were typed. Joined ones keep both."""
         names = self._first
-        for line in self.decisions.get(("", "label"), ()):
+        for line in reversed([*list_kept(self.decisions.get(("", "label"), ()))]):
             names = [line.now if name == line.was else name for name in names]
             names += {line.now}.difference(names)
         return dict(zip(KEYS, names))
@@ -58,7 +60,13 @@ class Labelling(Review):
     def name(self, new: str, old: str | None) -> list[Decision]:
         """Add a class, or give one another name, also that of another class; return the decisions to save."""
         renamed = {number: new for number, label in self._find_labels().items() if label == old}
-        return [self.state("", old, new, "edited"), *self._write(renamed)]
+        self._old = old
+        return self._write({_NO_IMAGE: new, **renamed})
+
+    def _add(self, number: int, now: str | None, verdict: str) -> Decision:
+        if number == _NO_IMAGE:
+            return self.state("", self._old, now, verdict or "edited")
+        return super()._add(number, now, verdict)
 
     def progress(self) -> str:
         """Return how many images have a label, and how good the proposals are."""

@@ -2,7 +2,7 @@
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
-A line without a path is about no image: `now` is a class that a user typed.
+A line without a path is about no image: `now` is a class that a user typed, in place of the class `was`.
 
 Lines are only appended, by any number of processes. The last line about an image counts, if the collection's value is
 `was` or `now` of one of its lines. The verdict `undone` takes the last line of the same `by` back, and no other's.
@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, Literal, Self
@@ -155,6 +155,11 @@ def settle(value: Any, lines: Sequence[Decision]) -> Decision | None:
     """Return the decision that counts, if `value` is `was` or `now` of any; an undone one if all are taken back."""
     if not any(value in (each.was, each.now) for each in lines):
         return None
+    return next(list_kept(lines), lines[-1])
+
+
+def list_kept(lines: Sequence[Decision]) -> Iterator[Decision]:
+    """Yield the decisions that are not taken back, the last one first."""
     undone = Counter()
     for each in reversed(lines):
         if each.verdict == "undone":
@@ -162,8 +167,7 @@ def settle(value: Any, lines: Sequence[Decision]) -> Decision | None:
         elif undone[each.by]:
             undone[each.by] -= 1
         else:
-            return each
-    return lines[-1]
+            yield each
 
 
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
