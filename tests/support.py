@@ -360,6 +360,7 @@ def assert_same_tensors(first, second, tolerance=0.0):
     """Compare tensors by name."""
     assert first.keys() == second.keys()
     for name, tensor in first.items():
+        assert tensor.shape == second[name].shape, name
         difference = (tensor.double() - second[name].double()).abs().max() if tensor.numel() else torch.tensor(0.0)
         assert difference <= tolerance and tensor.dtype == second[name].dtype, f"{name} differs by {difference:.3e}"
 
