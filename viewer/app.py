@@ -23,7 +23,7 @@ from viewer.config import PageConfig
 from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.queue import Queue
-from viewer.site import Site, set_looks
+from viewer.site import Site, add_missing_page, set_looks
 from viewer.try_image import MAX_BYTES
 
 log = get_logger(__name__)
@@ -112,6 +112,7 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts, queue, data)
     images.add_route(site.shelf)
     set_looks()
+    add_missing_page(site)
     for page in (runs, start, run, compare, samples, collection, label, try_image, review, watch):
         page.add_page(site)
     logging.getLogger("nicegui").setLevel("ERROR")  # its line about a 404 has the whole address

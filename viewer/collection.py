@@ -36,13 +36,18 @@ _SHOWN = 60  # tiles of a page
 search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 _COUNTED = 500  # values in the table
 _STYLE = """
-.browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 340px }
+.browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 380px }
 @media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
   backdrop-filter: blur(16px) brightness(1.02) } }
-.trained { gap: 4px 16px; max-height: 96px; overflow: auto }
+.trained { gap: 4px 16px; max-height: 50vh; overflow: auto }
+.trained a { overflow-wrap: anywhere; min-width: 0 }
+.term { all: unset; display: block; cursor: pointer; overflow-wrap: anywhere }
+.term:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 .muted.mono { overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
+_TERM = """<q-td :props="props"><button class="term" @click="$parent.$emit('add', props.row.term)">
+{{ props.row.shown }}</button></q-td>"""
 
 
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
@@ -178,10 +183,19 @@ class Browser:
         self._box = ui.dialog().props("full-width aria-label='an image'")
         self._tell = bind_address("find", self._go)
         await self._find()
+        self._tell_image = bind_address("image", self._go_to)
+        self._box.on_value_change(lambda event: event.value or self._tell_image(""))
 
     def _go(self, text: str) -> None:
         self._terms.value = text
         ui.timer(0, self._find, once=True)
+
+    def _go_to(self, text: str) -> None:
+        """Open the image of a row, or close the dialog."""
+        if text.isdecimal() and int(text) < len(self.collection):
+            ui.timer(0, functools.partial(self.open, int(text)), once=True)
+        else:
+            self._box.close()
 
     def _build_bar(self, labels: list[str]) -> None:
         text = ui.input(placeholder="a label, or tags", autocomplete=labels).props("aria-label='a label, or tags'")
@@ -251,9 +265,8 @@ class Browser:
 
     async def _fill(self, table: ui.table, column: str) -> None:
         if not table.columns:
-            table.classes("clickable").on(
-                "rowClick", lambda event: self._go(f"{self._terms.value or ''} {event.args[1]['term']}".strip())
-            )
+            table.add_slot("body-cell-shown", _TERM)
+            table.on("add", lambda event: self._go(f"{self._terms.value or ''} {event.args}".strip()))
         table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
         table.rows = await asyncio.to_thread(value_rows, search_of(self.collection), self.found, column)
 
@@ -302,6 +315,7 @@ class Browser:
                     ui.label(escape_controls(key)).classes("muted")
                     ui.label(escape_controls(value))
         self._box.open()
+        self._tell_image(str(row))
         leads = await asyncio.to_thread(search_of(self.collection).leads)
         copies = np.flatnonzero(leads == leads[row])
         if len(copies) > 1 and not card.is_deleted:
@@ -316,10 +330,14 @@ async def show_map(browser: Browser) -> None:
     from engine.frozen.propose import read_points
 
     table = browser.collection.table
-    said = ui.label("looking at the images").props("role=status")
+    said = ui.label("Looking at the images").props("role=status")
+    shares = [0.0]
+    timer = ui.timer(1, lambda: said.set_text(f"Looking at the images: {shares[-1]:.0%}"))
     rows = spread(np.arange(len(table)), MOST)
     config = browser.shelf.config(browser.name)
-    points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, lambda share: None)
+    points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, shares.append)
+    timer.cancel()
+    said.text = "Placing the images"
     places = await asyncio.to_thread(place_images, points.numpy())
     said.text = escape_controls(f"{len(rows):,} of {len(table):,} images, by {says}")
 

@@ -19,7 +19,7 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_images
 from viewer.curves import show_curves
-from viewer.parts import make_columns, run_name, show_command, show_heading
+from viewer.parts import make_columns, run_name, show_command, show_heading, sort_by_keys
 from viewer.results import describe_image, show_images
 from viewer.site import Site
 
@@ -102,6 +102,7 @@ def add_page(site: Site) -> None:
             columns = make_columns({"key": "differs", **dict(enumerate([*named][:_MOST]))})
             table = ui.table(columns=columns, rows=rows, row_key="key", pagination=0).props("dense hide-pagination")
             table.classes("w-full").style("max-height: 60vh")
+            sort_by_keys(table)
             changed = [row["key"].removeprefix("data: ") for row in rows if row["key"].startswith("data: ")]
             ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
             if len(named) == 2:

@@ -11,7 +11,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, Series, smooth, thin
 from utils.record.figures import GROUPS, group_of, list_curves, title_curve
-from viewer.parts import COLOURS, GREY, REFRESH_SEC
+from viewer.parts import COLOURS, GREY, REFRESH_SEC, TEXT
 
 _POINTS = 2_000  # of a curve
 _MARKED = 40  # points, at most, of a curve whose points are marked
@@ -71,14 +71,13 @@ def draw_line(name: str, colour: str, points: list[list[float | None]]) -> Json:
 
 def plot(lines: list[Json], x_axis: Json, *, logarithmic: bool = False) -> Json:
     """Return the ECharts options of lines."""
-    text = {"color": GREY}
     faint = {"lineStyle": {"color": GREY, "opacity": 0.25}}
-    x_usual = {"type": "value", "axisLabel": text, "splitLine": {"show": False}, "nameLocation": "middle"}
-    x_axis = {**x_usual, "nameGap": 24, "nameTextStyle": text, **x_axis}
-    y_axis = {"type": "log" if logarithmic else "value", "scale": True, "axisLabel": text, "splitLine": faint}
+    x_usual = {"type": "value", "axisLabel": TEXT, "splitLine": {"show": False}, "nameLocation": "middle"}
+    x_axis = {**x_usual, "nameGap": 24, "nameTextStyle": TEXT, **x_axis}
+    y_axis = {"type": "log" if logarithmic else "value", "scale": True, "axisLabel": TEXT, "splitLine": faint}
     return {
         "grid": {"left": 56, "right": 16, "top": 36, "bottom": 40 if "name" in x_axis else 28},
-        "legend": {"top": 4, "right": 8, "textStyle": text, "itemHeight": 8, "type": "scroll"},
+        "legend": {"top": 4, "right": 8, "textStyle": TEXT, "pageTextStyle": TEXT, "itemHeight": 8, "type": "scroll"},
         "tooltip": {"trigger": "axis", "confine": True, "renderMode": "richText", "order": "valueDesc"},
         "xAxis": x_axis,
         "yAxis": y_axis,

@@ -6,9 +6,10 @@ import numpy as np
 
 from utils.io.files import write_atomically
 from utils.io.memo import OURS, own_cache
-from viewer.parts import GREY
+from viewer.parts import GREY, TEXT
 
 MOST = 10_000  # images on a map
+_NEIGHBOURS = 20  # of an image; t-SNE looks at three times as many
 THUMBNAIL = """point => { const image = new Image(160); image.alt = ""
 image.src = "/image/%s/%s/" + point.value[2] + "?px=256"; return image }"""
 _HIDDEN = {"show": False, "scale": True}
@@ -18,7 +19,7 @@ CHART = {
     "toolbox": {"feature": {"brush": {"type": ["polygon", "clear"]}}},
 }  # fmt: skip
 LEGEND = {
-    "dimension": 3, "outOfRange": {"color": GREY}, "top": 0, "orient": "horizontal", "textStyle": {"color": GREY},
+    "dimension": 3, "outOfRange": {"color": GREY}, "top": 0, "orient": "horizontal", "textStyle": TEXT,
     "inRange": {"color": ["#440154", "#3b528b", "#21918c", "#5ec962", "#d9c80f"]},
 }  # fmt: skip
 
@@ -26,12 +27,14 @@ LEGEND = {
 def place_images(points: np.ndarray) -> np.ndarray:
     """Return the places of images on the map, float [N, 2], by t-SNE of their features; kept by these.
 
-    points: features on their principal axes, float32 [N, C], the widest axis last.
+    points: features on their principal axes, float32 [N, C], the widest axis last. Few images are shown by two axes.
     """
+    if len(points) <= 3 * _NEIGHBOURS:
+        return points[:, -2:]
     file = own_cache(OURS / "maps") / hashlib.sha256(points).hexdigest()
     if not file.exists():
         from openTSNE import TSNE
 
-        tsne = TSNE(perplexity=20, early_exaggeration_iter=100, n_iter=200, random_state=0)
+        tsne = TSNE(perplexity=_NEIGHBOURS, early_exaggeration_iter=100, n_iter=200, random_state=0)
         write_atomically(file, tsne.fit(points[:, -50:]).tofile)
     return np.fromfile(file).reshape(-1, 2)

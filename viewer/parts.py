@@ -21,6 +21,8 @@ from utils.record.run_reader import STATES
 REFRESH_SEC = 2.0
 ACCENT = "#1c6dd0"
 GREY = "#868e96"
+# The colour of a chart's text, on a light and on a dark page.
+TEXT = {":color": "Quasar.Dark.isActive ? '#ced4da' : '#495057'"}
 # Of lines: any two differ by 20 or more in CIEDE2000, the first twelve by 22, and each from a light and a dark page.
 COLOURS = (
     ACCENT, "#ff780f", "#00b400", "#ff3cb4", "#5a5a4b", "#00b4c3", "#a5a5b4", "#9600d2", "#ff0f3c", "#008769",

@@ -15,7 +15,7 @@ from utils.record import tables
 from utils.record.figures import show_name
 from viewer.curves import draw_line, plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, make_columns, show_command
+from viewer.parts import ACCENT, COLOURS, GREY, TEXT, filtered_table, make_columns, show_command
 from viewer.review import find_review
 
 _CLASSES = 40  # in a matrix
@@ -128,7 +128,7 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:
     """Return the ECharts options of the confusions between some classes."""
     at = {name: number for number, name in enumerate(names)}
     cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
-    text = {"color": GREY, "width": 110, "overflow": "truncate"}
+    text = {**TEXT, "width": 110, "overflow": "truncate"}
     axis = {"type": "category", "data": [*map(escape_controls, names)]}
     look = {"show": False, "inRange": {"color": [ACCENT], "opacity": [0.2, 1]}}
     return _MATRIX | {

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nicegui import app, ui
+from nicegui import Client, ElementFilter, app, ui
 from nicegui.events import GenericEventArguments
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from data.config import DataConfig
 from viewer.config import AlertsConfig
@@ -17,9 +20,13 @@ from viewer.queue import Queue
 
 _PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try", "/watch": "Watch"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
+_FOLLOW_LOOK = """let dark = Quasar.Dark.isActive
+new MutationObserver(() => dark == (dark = Quasar.Dark.isActive) || emitEvent('look')).observe(document.body,
+    {attributeFilter: ['class']})"""
 _STYLE = """
-body { font-size: 15px; font-variant-numeric: tabular-nums; --link: #1c6dd0; --warn: #a35200; --error: #c92a2a }
-.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787 }
+body { font-size: 15px; font-variant-numeric: tabular-nums;
+  --link: #1c6dd0; --warn: #a35200; --error: #c92a2a; --muted: #555 }
+.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787; --muted: #b5b5b5 }
 .body--dark .text-primary { --q-primary: var(--link) } .body--dark .text-negative { --q-negative: var(--error) }
 a { color: var(--link) } h1 { font-size: 20px; font-weight: 600; line-height: 1.3; margin: 0; overflow-wrap: anywhere }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
@@ -27,7 +34,7 @@ header.q-header { padding: 4px 16px; background: #212529 }
 header a { color: #fff; white-space: nowrap; text-decoration: none; padding: 8px 0 }
 header [aria-current] { box-shadow: inset 0 -2px }
 header a:hover, header a:focus-visible { text-decoration: underline; outline-color: #fff }
-.muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
+.muted { color: var(--muted) } .mono { font-family: ui-monospace, monospace; font-size: 13px }
 h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .lines { white-space: pre-line; overflow-wrap: anywhere }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
@@ -111,8 +118,25 @@ class Site:
         def choose(event: GenericEventArguments) -> None:
             app.storage.general["dark"] = look.value = event.args
 
+        def redraw() -> None:
+            for chart in ElementFilter(kind=ui.echart):
+                chart.update()  # its text takes the colour of now
+
+        ui.run_javascript(_FOLLOW_LOOK)
+        ui.on("look", redraw)
         switch = ui.button(icon="contrast").props("flat round dense color=white aria-label='dark or light'")
         switch.on("click", choose, js_handler="() => emit(!Quasar.Dark.isActive)")
+
+
+def add_missing_page(site: Site) -> None:
+    """Let addresses that lead nowhere answer 404 in the frame of a page."""
+
+    @app.exception_handler(404)
+    async def show(request: Request, error: HTTPException) -> Response:
+        with Client(ui.page(""), request=request) as client, site.page("Nothing is here"):
+            ui.label(error.detail)
+            ui.link("All runs", "/")
+        return client.build_response(request, 404)
 
 
 def _show_alerts(count: int) -> str:
