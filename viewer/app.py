@@ -115,7 +115,6 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     add_missing_page(site)
     for page in (runs, start, run, compare, samples, collection, label, try_image, review, watch):
         page.add_page(site)
-    logging.getLogger("nicegui").setLevel("ERROR")  # its line about a 404 has the whole address
     # Of a tab that is closed before its answer.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "No response returned" not in str(line.exc_info))
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import shlex
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -16,6 +16,7 @@ from utils.record.figures import show_interval
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
 from viewer.parts import REFRESH_SEC, show_command, show_heading
+from viewer.queue import Queue
 from viewer.results import describe_image, show_images
 from viewer.runs import make_row
 from viewer.site import Site
@@ -23,6 +24,11 @@ from viewer.site import Site
 _WORST = 10  # images
 _PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  to improve .*", re.MULTILINE)
 _NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
+# What a word of a command leaves in a run's folder.
+_LEAVES = {
+    "evaluate.py": "tables/images*.parquet",
+    "calibrate=true": "weights/*_thresholds.csv", "format=onnx": "export/*.onnx", "format=wd14": "export/wd14/*",
+}  # fmt: skip
 _LOG_BYTES = 200_000  # of its beginning, with the plan, and of its end
 
 
@@ -40,7 +46,24 @@ def read_advice(path: Path) -> tuple[str, list[list[str]]]:
         text = file.read(_LOG_BYTES)
         file.seek(max(file.tell(), log.stat().st_size - _LOG_BYTES))
         text = (text + b"\n" + file.read()).decode(errors="replace")
-    return "\n".join(_PLAN.findall(text)), [*map(shlex.split, _NEXT.findall(text))]
+    return "\n".join(_PLAN.findall(text)), [
+        shlex.split(line.replace("evaluate.py", "evaluate.py per_image=true")) for line in _NEXT.findall(text)
+    ]
+
+
+def show_next(queue: Queue, path: Path, words: Sequence[str]) -> None:
+    """Show a command about a run, struck out if it is done, and a button that starts it."""
+    patterns = [*filter(None, map(_LEAVES.get, words))]
+    is_done = patterns and all(any(path.glob(pattern)) for pattern in patterns)
+
+    async def start() -> None:
+        await asyncio.to_thread(queue.act, "", "Add", words[1:])
+        ui.navigate.to("/start")
+
+    with ui.element("s" if is_done else "div").classes("w-full"):
+        show_command(words)
+    if queue.may_start and queue.takes(words[1:]):
+        ui.button("Start", on_click=start)
 
 
 def command_of(path: Path) -> list[str]:
@@ -69,7 +92,7 @@ async def show_overview(site: Site, name: str, path: Path, show_curves: Callable
     if commands:
         show_heading("Next", 2)
     for command in commands:
-        show_command(command)
+        show_next(site.queue, path, command)
     if images := await asyncio.to_thread(tables.worst_images, path, _WORST, (), describe_image):
         show_heading("The worst images", 2)
         ui.link("all mistakes", f"/run/{quote(name)}?tab=Mistakes")

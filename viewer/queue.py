@@ -28,7 +28,9 @@ _PATIENCE_SEC = 10.0  # for another process that changes the queue
 _COMMAND = (
     r"((train|finetune_sdxl|prepare)\.py(\n((data\.root|model\.path)=(READ)(/[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*"
     r"|(run_dir|job\.report)=WRITTEN/\w[\w.-]*|task=tagging|experiment=sdxl/lora|job=labels"
-    r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=[A-Za-z][A-Za-z0-9_ -]*))*)?"
+    r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=[A-Za-z][A-Za-z0-9_ -]*))*"
+    r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=test"
+    r"|format=(onnx|wd14)))*)?"
 )
 
 
@@ -38,14 +40,18 @@ class Queue:
     def __init__(self, roots: Sequence[Path], runs: Path, *, may_start: bool) -> None:
         self.roots = roots
         self.runs = runs
-        self._may_start = may_start
+        self.may_start = may_start
         self._folder = runs / ".queue"
         read = "|".join(map(re.escape, map(str, roots)))
         self._command = _COMMAND.replace("READ", read).replace("WRITTEN", re.escape(str(runs)))
 
+    def takes(self, words: Sequence[str]) -> bool:
+        """Return whether the page may start a command."""
+        return bool(re.fullmatch(self._command, "\n".join(words)))
+
     def check(self, words: Sequence[str]) -> None:
         """Raise UserError for a command that the page may not start."""
-        if not re.fullmatch(self._command, "\n".join(words)):
+        if not self.takes(words):
             raise UserError(
                 f"data.root: the page does not take {words}; it takes the settings that it offers, and whole paths "
                 "below your home or its working folder, not hidden; python view.py data.root=PATH adds another"
@@ -72,7 +78,7 @@ class Queue:
         does, so a run saves, and once more, so it leaves at once; `Start again` lets a run go on; `Remove`; any other
         one moves it to the front. Raises UserError: `view.start`, `runs`, or the key of a word that is not allowed.
         """
-        if not self._may_start:
+        if not self.may_start:
             raise UserError("view.start: the page starts nothing; it needs view.start=true and view.host=127.0.0.1")
         self.check(words)
         file = self._folder / "queue.json"

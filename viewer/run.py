@@ -58,7 +58,6 @@ def add_page(site: Site) -> None:
             "Mistakes": partial(show_mistakes, name, path, site.shelf),
             "Settings": partial(_show_settings, index, path),
             "Log": partial(_show_log, path),
-            "Commands": partial(_show_commands, path),
         }
         panels = {}
 
@@ -198,15 +197,3 @@ class LogReader:
                 self._level = {"WARNING": 1, "ERROR": 2}.get(found[1], 0)
             lines.append((self._level, line))
         return lines
-
-
-async def _show_commands(path: Path) -> None:
-    commands = {
-        "Go on": command_of(path),
-        "Evaluate": ["python", "evaluate.py", f"run_dir={path}"],
-        "Predict": ["python", "predict.py", f"weights={path}", "input=FOLDER", "output=predictions.jsonl"],
-        "Export": ["python", "export.py", "format=onnx", f"run_dir={path}"],
-    }
-    for title, command in commands.items():
-        ui.label(title).classes("text-weight-medium q-mt-sm")
-        show_command(command)

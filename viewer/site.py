@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fastapi import HTTPException, Request, Response
 from nicegui import Client, ElementFilter, app, ui
 from nicegui.events import GenericEventArguments
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
 from data.config import DataConfig
 from viewer.config import AlertsConfig
@@ -54,6 +52,7 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
   overflow-wrap: anywhere }
 .answers > * { padding: 0 } .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
+s::after { content: "done" }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """

@@ -73,6 +73,7 @@ def test_a_collection_is_searched_and_shown(page, address):
     page.get_by_text("size has numbers", exact=False).wait_for()
     find.fill("")
     find.press("Enter")
+    page.get_by_text("50.0%").first.wait_for()  # the table is drawn anew
     page.locator(".term", has_text=f"{HOSTILE}1").press("Enter")
     page.get_by_text("200 of 400 images").wait_for()
     page.get_by_role("link", name="Map").click()

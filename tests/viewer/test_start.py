@@ -118,7 +118,8 @@ def test_a_kill_of_view_loses_nothing_and_starts_nothing_twice(queue, tmp_path, 
 GOOD = [
     "train.py data.root=P/--x task=tagging run_dir=R/a", "train.py data.root=P/a=b loop.minutes=2.5 run_dir=R/a",
     "finetune_sdxl.py experiment=sdxl/lora model.path=P/$(x) data.trigger=sks data.root=P/;rm run_dir=R/a",
-    "prepare.py job=labels data.root=P/é job.report=R/care",
+    "prepare.py job=labels data.root=P/é job.report=R/care", "export.py run_dir=R/a format=wd14",
+    "evaluate.py run_dir=R/sweep/a calibrate=true per_image=true",
 ]  # fmt: skip
 BAD = [
     "train.py data.root=P/.ssh", "train.py data.root=P/../x", "train.py data.root=Px", "train.py data.root=/",
@@ -126,7 +127,7 @@ BAD = [
     "train.py task=fcmae", "train.py data.trigger=${oc.env:HOME}", "train.py run_dir=/tmp/x",
     "train.py run_dir=R/a/../x", "train.py run_dir=R/.queue", "train.py hydra.run.dir=x", "evaluate.py data.root=P",
     "train.py data.root=P/a\nb", "train.py loop.minutes=1\n", "train.py data.root=P\0x", "sh -c",
-    "-c data.root=P", "../train.py",
+    "-c data.root=P", "../train.py", "evaluate.py run_dir=R/../a", "export.py run_dir=R/a format=timm",
 ]  # fmt: skip
 
 
