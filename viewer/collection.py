@@ -27,7 +27,7 @@ from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.map import CHART, LEGEND, MOST, THUMBNAIL, place_images
-from viewer.parts import COLOURS, bind_address, bind_choice, filtered_table, make_columns, run_name
+from viewer.parts import COLOURS, GREY, bind_address, bind_choice, filtered_table, make_columns, run_name
 from viewer.review import find_review
 from viewer.select import HINT, STYLE, TILE, decide, describe_image, take_images
 from viewer.site import Site
@@ -348,9 +348,9 @@ async def show_map(browser: Browser) -> None:
         legend = pc.min_max(column).as_py()
         if isinstance(legend["max"], str | None):
             codes = dict(zip(count_values(column), range(len(COLOURS))))
-            values = [codes.get(value) for value in values]
+            values = [codes.get(value, -1) for value in values]
             pieces = [{"value": code, "label": name, "color": COLOURS[code]} for name, code in codes.items()]
-            legend = {"pieces": pieces}
+            legend = {"pieces": [*pieces, {"value": -1, "label": "other", "color": GREY}]}
         points = [*zip(*places.T.tolist(), rows, values)]
         tip = {":formatter": THUMBNAIL % (browser.name, browser.collection.fingerprint)}
         series = [{"type": "scatter", "symbolSize": 6, "data": points}]

@@ -6,7 +6,7 @@ import numpy as np
 
 from utils.io.files import write_atomically
 from utils.io.memo import OURS, own_cache
-from viewer.parts import GREY, TEXT
+from viewer.parts import TEXT
 
 MOST = 10_000  # images on a map
 _NEIGHBOURS = 20  # of an image; t-SNE looks at three times as many
@@ -19,7 +19,7 @@ CHART = {
     "toolbox": {"feature": {"brush": {"type": ["polygon", "clear"]}}},
 }  # fmt: skip
 LEGEND = {
-    "dimension": 3, "outOfRange": {"color": GREY}, "top": 0, "orient": "horizontal", "textStyle": TEXT,
+    "dimension": 3, "top": 0, "orient": "horizontal", "textStyle": TEXT,
     "inRange": {"color": ["#440154", "#3b528b", "#21918c", "#5ec962", "#d9c80f"]},
 }  # fmt: skip
 

@@ -52,7 +52,7 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
   overflow-wrap: anywhere }
 .answers > * { padding: 0 } .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
-s::after { content: "done" }
+s::after { content: "done"; display: inline-block }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
