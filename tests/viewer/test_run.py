@@ -24,6 +24,7 @@ DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" 
 )
 PLAN = "2026-01-01 00:00:00,000 INFO the plan for 5 minutes\n  optim=sgd because it is good\n"
 NEXT = "2026-01-01 00:00:00,000 INFO finished\n  to improve  more cats\n  next        python export.py run_dir=x\n"
+NEXT += "  next        python evaluate.py run_dir=x\n"
 LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("INFO", "WARNING", "ERROR"))
 
 
@@ -122,6 +123,7 @@ def test_one_visit(page, address, runs):
     assert "optim=sgd because it is good\n" in said[2] and "more cats" in said[2]
     assert page.locator(".tiles img").count() == 2
     assert page.get_by_text("python export.py").count() == 1
+    assert page.locator("s", has_text="evaluate.py per_image=true").count() == 1
     page.get_by_role("tab", name="Thresholds").click()
     said = page.get_by_text("Threshold 0.50")
     assert "precision 0.800" in said.inner_text()
