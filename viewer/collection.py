@@ -265,9 +265,7 @@ class Browser:
     async def _fill(self, table: ui.table, column: str) -> None:
         if not table.columns:
             table.add_slot("body-cell-shown", _TERM)
-            table.classes("clickable").on(
-                "rowClick", lambda event: self._go(f"{self._terms.value or ''} {event.args[1]['term']}".strip())
-            )
+            table.on("rowClick", lambda event: self._go(f"{self._terms.value or ''} {event.args[1]['term']}".strip()))
         table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
         table.rows = await asyncio.to_thread(value_rows, search_of(self.collection), self.found, column)
 

@@ -9,7 +9,6 @@ from utils.io.memo import OURS, own_cache
 from viewer.parts import TEXT
 
 MOST = 10_000  # images on a map
-_NEIGHBOURS = 20  # of an image; t-SNE looks at three times as many
 THUMBNAIL = """point => { const image = new Image(160); image.alt = ""
 image.src = "/image/%s/%s/" + point.value[2] + "?px=256"; return image }"""
 _HIDDEN = {"show": False, "scale": True}
@@ -29,12 +28,12 @@ def place_images(points: np.ndarray) -> np.ndarray:
 
     points: features on their principal axes, float32 [N, C], the widest axis last. Few images are shown by two axes.
     """
-    if len(points) <= 3 * _NEIGHBOURS:
+    if len(points) <= 60:  # t-SNE looks at as many neighbours
         return points[:, -2:]
     file = own_cache(OURS / "maps") / hashlib.sha256(points).hexdigest()
     if not file.exists():
         from openTSNE import TSNE
 
-        tsne = TSNE(perplexity=_NEIGHBOURS, early_exaggeration_iter=100, n_iter=200, random_state=0)
+        tsne = TSNE(perplexity=20, early_exaggeration_iter=100, n_iter=200, random_state=0)
         write_atomically(file, tsne.fit(points[:, -50:]).tofile)
     return np.fromfile(file).reshape(-1, 2)

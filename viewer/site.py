@@ -41,7 +41,6 @@ h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .level-1 { color: var(--warn) } .level-2 { color: var(--error) }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
 .q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap }
-.clickable tbody tr { cursor: pointer }
 summary { display: list-item; font-weight: 500; cursor: pointer }
 .bar { padding: 1px 6px; border-radius: 3px; background:
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
