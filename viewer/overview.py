@@ -60,7 +60,7 @@ def show_next(queue: Queue, path: Path, words: Sequence[str]) -> None:
         await asyncio.to_thread(queue.act, "", "Add", words[1:])
         ui.navigate.to("/start")
 
-    with ui.element("s" if is_done else "div").classes("w-full"):
+    with ui.element("s" if is_done else "section"):
         show_command(words)
     if queue.may_start and queue.takes(words[1:]):
         ui.button("Start", on_click=start)

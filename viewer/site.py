@@ -51,7 +51,7 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
   overflow-wrap: anywhere }
 .answers > * { padding: 0 } .alike .q-img { aspect-ratio: 1 }
 .alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
-s::after { content: "done"; display: inline-block }
+s, section { width: 100% } s::after { content: "done"; display: inline-block }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
@@ -133,7 +133,6 @@ def add_missing_page(site: Site) -> None:
     async def show(request: Request, error: HTTPException) -> Response:
         with Client(ui.page(""), request=request) as client, site.page("Nothing is here"):
             ui.label(error.detail)
-            ui.link("All runs", "/")
         return client.build_response(request, 404)
 
 
