@@ -14,7 +14,7 @@ from nicegui import ui
 from utils.config.recipe import flatten
 from utils.io.files import Json, read_json, readable
 from utils.io.safe_text import escape_controls
-from utils.record.figures import show_cell, show_name
+from utils.record.figures import show_cell
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_images
@@ -55,7 +55,7 @@ def make_rows(facts: Sequence[Json]) -> list[dict]:
     for key in dict.fromkeys(itertools.chain(*facts)):
         texts = [escape_controls(show_cell(its.get(key))) for its in facts]
         if len({*texts}) > 1:
-            rows.append({"key": escape_controls(show_name(key))} | dict(enumerate(texts)))
+            rows.append({"key": escape_controls(key)} | dict(enumerate(texts)))
     return rows
 
 
@@ -124,7 +124,7 @@ def gather(named: Mapping[str, Path]) -> list[list[str]]:
 
 
 async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
-    """Show the images on which one of two runs errs less than the other one, and those where both err alike."""
+    """Show the images that only one of two runs has right, and those that both have wrong; of tags, who errs less."""
     names = [*named]
     runs = [*named.values()]
     first, second = [await asyncio.to_thread(read_images, run) for run in runs]

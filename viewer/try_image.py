@@ -21,8 +21,8 @@ from viewer.site import Site
 # Quasar's own header has a button without a name, and an input in it.
 _CHOOSE = """<q-btn flat icon="add" label="Drop, paste or choose images" @click="props.pickFiles" />
 <div class="q-px-md q-pb-sm">Is the image in a collection? Its nearest images lead to their places there, where labels
-can be changed; 1.000 is the image itself. To add a new one, save it in the collection's folder, labelled as the others
-are.</div>
+can be changed; 1.000 is the image itself, or a copy. To add a new one, save it in the collection's folder,
+labelled as the others are.</div>
 <span class="hidden"><q-uploader-add-trigger /></span>"""
 MAX_BYTES = 64 * 2**20  # of an upload
 _ANSWER = """<q-card flat bordered class="q-pa-sm"><div class="ellipsis" :title="props.row.weights">
