@@ -58,7 +58,7 @@ def _lowest(collection: Collection, rows: ndarray, limit: int | float, classes: 
 def spread(rows: ndarray, limit: int) -> ndarray:
     """Return at most `limit` rows, evenly spread."""
     count = min(limit, len(rows))
-    return rows[np.arange(count) * len(rows) // max(count, 1)]
+    return rows[(2 * np.arange(count) + 1) * len(rows) // max(2 * count, 1)]
 
 
 def choose_probe_rows(class_ids: ndarray, train_rows: ndarray, val_rows: ndarray, most: int) -> tuple[ndarray, ndarray]:

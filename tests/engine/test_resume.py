@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_begins_with_it(place, monkeypatc
         finetune(place, *length)
     assert RunReader(place / "run").state == "failed"
     finetune(place, *length)
-    told = {"state": "finished", "step": 4, "total_steps": 4, "left_sec": None, "best": 0.75}
+    told = {"state": "finished", "step": 4, "total_steps": 4, "left_sec": None, "best": 0.75, "metric": "top1"}
     assert RunReader(place / "run").state == "finished" and RunReader(place / "run").progress == told
     assert_same_rows(place / "straight", place / "run")
     assert_same_tensors(checkpoint_tensors(place / "straight", 4), checkpoint_tensors(place / "run", 4))

@@ -14,8 +14,8 @@ TRAIN, VAL = np.arange(0, 8), np.arange(8, 12)
     [
         (9, [1, 3, 6, 2, 7, 0, 5], [10, 8], "all that have a label, in the order of their classes"),
         (4, [1, 6, 7, 5], [10, 8], "every second one: two of three, one of two, one of two"),
-        (3, [1, 2, 5], [10, 8], "every third one; of each class one"),
-        (1, [1], [10], "one class, and validation images of it alone"),
+        (3, [3, 2, 0], [10, 8], "of each class one"),
+        (2, [3, 0], [8], "two classes, and a validation image of them alone"),
     ],
 )
 def test_probe_rows_are_spread_over_the_classes(most, train, val, why):
