@@ -47,7 +47,7 @@ def test_killed_and_resumed(task, collection, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["diffusion", "autoencoder optim.lr=1e-4", "autoencoder task.discriminator.weight=0 optim.lr=1e-3"]
+    "case", ["diffusion", "autoencoder optim.lr=1e-5", "autoencoder task.discriminator.weight=0 optim.lr=1e-3"]
 )
 def test_two_ranks_equal_one(case, collection, tmp_path):
     task, *more = case.split()
