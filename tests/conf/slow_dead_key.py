@@ -174,7 +174,7 @@ JudgeConfig: weights prompts steps                  # tests/engine/test_judge.py
 LibraryConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
 LoRAConfig: factor                                  # of kind lokr: tests/models/test_sdxl_lora.py
-PageConfig: host port open token alerts start       # all of view.py: tests/viewer/test_pages.py, test_watch.py, test_start.py
+PageConfig: host port open token alerts start       # tests/viewer/test_pages.py, test_watch.py, test_start.py
 AlertsConfig: disk_gib command webhook
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/engine/test_diffusion.py
