@@ -131,9 +131,9 @@ async def show_curves(read: Callable[[], dict[str, list[Curves]]], nothing: str)
             else:
                 redraw(charts[figure], options)
 
-    await draw()
     for control in (smoothing, logarithmic, by_time):
         control.on_value_change(draw)
+    await draw()
     ui.timer(REFRESH_SEC, draw)
 
 

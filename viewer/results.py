@@ -120,8 +120,8 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
         with part:
             await show_images(path, shelf, images)
 
-    await draw()
     chosen.on_value_change(draw)
+    await draw()
 
 
 def draw_confused(rows: list[dict[str, str]], names: list[str]) -> Json:

@@ -83,9 +83,9 @@ def add_page(site: Site) -> None:
                 for title in tabs:
                     panels[title] = ui.tab_panel(title).classes("q-px-none")
             bind_choice(bar, "tab", [*tabs])
+            bar.on_value_change(lambda event: build(event.value))  # a tab may be chosen while the first is built
             await ui.context.client.connected()
             await build(bar.value)
-            bar.on_value_change(lambda event: build(event.value))
 
 
 def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
