@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -111,9 +111,9 @@ class Task(nn.Module):
     offloaded: tuple[str, ...] = ()
     exported: tuple[str, ...] = ("network",)
     metadata: Values = {}
-    best_metric: ClassVar[str] = "loss"
-    best_is_lowest: ClassVar[bool] = True
-    may_be_recorded: ClassVar[bool] = False
+    best_metric: str = "loss"
+    best_is_lowest: bool = True
+    may_be_recorded: bool = False
     choices: Mapping[str, bool] = {}
     origin: Json | None = None
     measures_start: bool = False

@@ -20,7 +20,7 @@ ALLOWED = {
     "data/collection": {"utils", "data/layouts"},
     "data/stream": {"utils", "data/collection"},
     "data/images": {"utils", "data", "data/stream", "data/collection", "data/layouts"},
-    "data/tags": {"utils", "data", "data/collection", "data/layouts"},
+    "data/tags": {"utils", "data", "data/stream", "data/collection", "data/layouts"},
     "data/augment": {"utils", "data", "data/stream", "data/images"},
     "data/latents": {"utils", "data/stream", "data/images", "data/collection", "data/layouts"},
     "data/tools": {"utils", "data", *DATA},

@@ -77,6 +77,11 @@ class TagIndex(TagRows):
         absent = np.bincount(self.set_ids, np.repeat(used, sizes), width).astype(np.int64)
         return len(rows) - absent + np.bincount(had, minlength=width)
 
+    def shares(self, rows: ndarray, width: int) -> list[float]:
+        """Return how frequent each output is among the rows that have a tag and a known label of it, [width]."""
+        rows = rows[self.tagged[rows]]
+        return (self.count(rows, width) / np.maximum(self.count_known(rows, width), 1)).tolist()
+
     def describe(self, vocabulary: Vocabulary) -> str:
         """Describe in one line how many images have tags."""
         is_rating = np.asarray(vocabulary.categories) == RATING

@@ -14,13 +14,14 @@ import torch
 
 from data.config import DataConfig
 from data.open import Data, load_collection, open_images
+from data.tags.fields import read_targets, tag_fields
 from data.tags.rules import TagRulesConfig, read_rules
 from data.tags.tag_index import index_tags
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.task import Report
-from engine.tasks.tagging import CACHE, read_targets, tag_fields
+from engine.tasks.tagging import CACHE
 from engine.update.runtime import Runtime
 from models.predictor import Predictor, known_outputs
 from utils.config.bounds import Count

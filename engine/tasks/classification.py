@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from time import monotonic
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.augment.mixing import MixingConfig
 from data.augment.views import evaluation_views
 from data.collection.choose import spread, training_rows
 from data.collection.collection import Collection, check_classes
@@ -27,8 +28,8 @@ from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, label_fields
-from engine.tasks.mixing import MixingConfig, MixingTask
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
+from engine.tasks.mixing import MixingTask
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
@@ -49,7 +50,7 @@ def count_head_images(config: TrainingConfig) -> int:
     return min(HEAD_IMAGES, int(_HEAD_IMAGES_A_MINUTE * config.loop.minutes))
 
 
-class ClassificationTaskConfig(MixingConfig):
+class ClassificationTaskConfig(MixingConfig, TaskConfig):
     """Settings of a classifier's training."""
 
     name: Literal["classification"]
@@ -74,8 +75,8 @@ class ClassificationTaskConfig(MixingConfig):
 class ClassificationTask(MixingTask):
     """Own a classifier. `facts["class_names"]` gives the order of its outputs."""
 
-    best_metric: ClassVar[str] = "top1"
-    best_is_lowest: ClassVar[bool] = False
+    best_metric = "top1"
+    best_is_lowest = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, setup.facts["class_names"])
@@ -98,9 +99,9 @@ class ClassificationTask(MixingTask):
         images, targets = self.views(batch)
         logits = self.network(images).float()
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
-        logs = {"accuracy": log_mean(correct, batch["weight"])}
         return StepOutput(
-            F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing), logs
+            F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing),
+            {"accuracy": log_mean(correct, batch["weight"])},
         )
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,13 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.augment.mixing import Mixing, MixingConfig
 from data.collection.collection import Collection
 from data.tags.rules import TagRulesConfig
 from engine.measures.means import measure_means
 from engine.task import Loaders, Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
-from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
 from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
@@ -46,7 +46,7 @@ _BCE = TagLossConfig(name="bce", gamma_neg=0.0, clip=0.0)
 _UNUSED = {"vocabulary": None, "append_to": None, "orientation": None}  # the tags are the teacher's
 
 
-class DistillationTaskConfig(MixingConfig, TagRulesConfig):
+class DistillationTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
     """The teacher and what is learned of it. evaluate.py measures the student by labels that the tag rules read.
 
     teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.

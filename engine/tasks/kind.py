@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class ImageTask(Task):
     keep_head: `init_from` loads the head or decoder too; with `class_names`, the head for these classes.
     """
 
-    may_be_recorded: ClassVar[bool] = True
+    may_be_recorded: bool = True
     keep_head: bool = False
     class_names: Sequence[str] | None = None
 
@@ -132,18 +132,18 @@ class ImageTask(Task):
 class Kind:
     """One kind of training on the images of a collection. Subclasses override what differs."""
 
-    config: ClassVar[type[TaskConfig]]  # the schema of the `task` group
-    schema: ClassVar[type[TaskTrainingConfig]] = ImageTrainingConfig  # the schema of a run
-    model: ClassVar[Any] = ModelConfig  # the schema of the `model` group
-    task: ClassVar[type[Task]] = ImageTask
-    scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")  # the root scripts that train it
-    names: ClassVar[tuple[str, ...]] = ()  # the facts in its weight files; other facts are for training only
+    config: type[TaskConfig]  # the schema of the `task` group
+    schema: type[TaskTrainingConfig] = ImageTrainingConfig  # the schema of a run
+    model: Any = ModelConfig  # the schema of the `model` group
+    task: type[Task] = ImageTask
+    scripts: tuple[str, ...] = ("train", "finetune")  # the root scripts that train it
+    names: tuple[str, ...] = ()  # the facts in its weight files; other facts are for training only
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
-    output: ClassVar[str | None] = None
-    network: ClassVar[str] = "network"
+    output: str | None = None
+    network: str = "network"
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
-    next_commands: ClassVar[tuple[str, ...]] = ()
-    evaluation_command: ClassVar[str] = "python evaluate.py run_dir={run}"  # if there are validation images
+    next_commands: tuple[str, ...] = ()
+    evaluation_command: str = "python evaluate.py run_dir={run}"  # if there are validation images
 
     # --------------------------------------------------------------------------------------------------------- setup
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from data.augment.config import AugmentConfig
+from data.augment.mixing import MixingConfig
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.layouts.table import TAG_LISTS
 from data.open import Data
-from data.stream.batch import Ragged, Sample, multi_hot
-from data.stream.loader import Example, Fields
+from data.stream.loader import Fields
+from data.tags.fields import read_targets, tag_fields
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRulesConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
@@ -31,8 +31,8 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
-from engine.tasks.mixing import MixingConfig, MixingTask
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
+from engine.tasks.mixing import MixingTask
 from engine.tasks.new_tags import fit_new_tags
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
@@ -68,7 +68,7 @@ class TagLossConfig(Strict):
     alpha: BelowOne = 0.25
 
 
-class TaggingTaskConfig(MixingConfig, TagRulesConfig):
+class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
     """Settings of a tagger's training.
 
     vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
@@ -105,8 +105,9 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
         augment = config.augment.model_copy(update=stated)
         data = config.data.model_copy(update={"background": None})
         loop = config.loop.model_copy(update={"total_steps": 0})
-        changes = {"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
-        return config.model_copy(update=changes)
+        return config.model_copy(
+            update={"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
+        )
 
 
 def read_tagger(file: str) -> Setup:
@@ -144,8 +145,8 @@ def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
 class TaggingTask(MixingTask):
     """Own a tagger. Its outputs have the order of its vocabulary."""
 
-    best_metric: ClassVar[str] = "mAP"
-    best_is_lowest: ClassVar[bool] = False
+    best_metric = "mAP"
+    best_is_lowest = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, setup.facts["tag_names"])
@@ -293,13 +294,6 @@ def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> State:
     return found
 
 
-@torch.compiler.disable  # the number of tags changes with each batch
-def read_targets(batch: Batch, width: int) -> Tensor:
-    """Return the targets float32 [B, T]: 1 with the tag, 0 without, NaN if unknown."""
-    targets, unknown = (multi_hot(batch[name], batch[f"{name}_offsets"], width) for name in TAG_LISTS)
-    return targets.masked_fill(unknown > targets, torch.nan)
-
-
 def prior_bias(priors: Tensor) -> Tensor:
     """Return biases with which an untrained head predicts each tag's frequency; priors: [T], shares of images."""
     return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
@@ -322,7 +316,6 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     known = read_facts(path, metadata).columns
     state = convert(network, state)[1]
     pairs = {row: known[key] for key, row in vocabulary.columns.items() if key in known}
-    rows = list(pairs)
     for name, head in output_layers(network, "init_from", "name another file").items():
         for part, parameter in head.named_parameters():
             values = state.get(f"{name}.{part}", torch.empty(0))
@@ -331,7 +324,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
                     f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger"
                 )
             parameter.copy_(prior_bias(priors) if part == "bias" else values.mean(0))
-            parameter[rows] = values[list(pairs.values())].to(parameter)
+            parameter[list(pairs)] = values[list(pairs.values())].to(parameter)
     log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 
@@ -339,24 +332,6 @@ def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     rules = read_rules(setup.task, "task.")
     return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, setup.task.append_to is not None)
-
-
-def tag_fields(index: TagIndex) -> Fields:
-    """Return a function that adds a sample's tags and its unknown ones."""
-
-    def add(example: Example) -> Sample:
-        row = example.draw.index
-        outputs = zip(TAG_LISTS, (index.of_row(row), index.unknown_of(row)))
-        return {name: Ragged(torch.from_numpy(ids.astype(np.int64))) for name, ids in outputs}
-
-    return add
-
-
-def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
-    """Return how frequent each tag is among the rows that have a tag and a known label of it."""
-    rows = rows[index.tagged[rows]]
-    width = len(vocabulary)
-    return (index.count(rows, width) / np.maximum(index.count_known(rows, width), 1)).tolist()
 
 
 def append_tags(known: Vocabulary, found: Vocabulary) -> Vocabulary:
@@ -404,7 +379,7 @@ class TaggingKind(Kind):
             facts = {**vocabulary.facts(), "known_tags": len(known)}
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
-        facts["tag_priors"] = measure_priors(index, training_rows(collection, config.loop, index.tagged), vocabulary)
+        facts["tag_priors"] = index.shares(training_rows(collection, config.loop, index.tagged), len(vocabulary))
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts

@@ -5,7 +5,7 @@ import torch
 
 from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
-from engine.tasks.mixing import Mixing, MixingConfig
+from data.augment.mixing import Mixing, MixingConfig
 from tests import small_tasks
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
@@ -22,7 +22,7 @@ def make_learner(optimizer, device, *, recorded):
     torch.manual_seed(0)
     task = make_task("resnet10t", 32)
     mixes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 0.8}
-    task.mixing = Mixing(MixingConfig(name="any", **mixes))
+    task.mixing = Mixing(MixingConfig(**mixes))
     task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
     task.network.register_forward_pre_hook(lambda module, images: module.drop_path(*images))
     machine = {"device": device, "precision": "fp32", "deterministic": False}

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from bench.measure import read_group
 from data.layouts.table import build_table
 from data.stream.batch import Ragged, collate
+from data.tags.fields import read_targets
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias, read_targets
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, prior_bias
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from tests.support import make_collection, refuses, rows
@@ -135,7 +136,7 @@ def test_priors_are_shares_of_the_images_whose_label_is_known():
     )
     table = build_table({"path": list("abcde"), "tags": tags, "unknown_tags": unknown})
     index = map_tags(table, VOCABULARY, TagRules(None, {}, {}, "task."))
-    shares = dict(zip(VOCABULARY.names, measure_priors(index, np.array([0, 1, 2, 3]), VOCABULARY)))
+    shares = dict(zip(VOCABULARY.names, index.shares(np.array([0, 1, 2, 3]), 8)))
     assert [shares[name] for name in ("general", "explicit", "left_eye", "text")] == [1, 0, 1, 0.5]
 
 

@@ -5,8 +5,8 @@ import torch
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 
-from engine.tasks import mixing
-from engine.tasks.mixing import Mixing, MixingConfig
+from data.augment import mixing
+from data.augment.mixing import Mixing, MixingConfig
 
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
 TARGETS = F.one_hot(LABELS, 4).float()
@@ -19,7 +19,7 @@ def images(count=6):
 
 
 def make(**changes):
-    return Mixing(MixingConfig(name="any", **{**BOTH, **changes}))
+    return Mixing(MixingConfig(**{**BOTH, **changes}))
 
 
 def mix(seed, weight=ONES, **changes):
