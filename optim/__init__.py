@@ -1,1 +1,1 @@
-"""Optimisers, parameter groups, schedules and EMA. Imports only utils."""
+"""Optimisers, parameter groups, schedules, EMA, and ridge regression in closed form. Imports only utils."""

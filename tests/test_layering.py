@@ -25,7 +25,7 @@ ALLOWED = {
     "data/latents": {"utils", "data/stream", "data/images", "data/collection", "data/layouts"},
     "data/tools": {"utils", "data", *DATA},
     "optim": {"utils"},
-    "engine/measures": {"utils"},
+    "engine/measures": {"utils", "optim"},
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
     "engine/run": {"utils", "optim", "engine", "engine/update"},

@@ -17,9 +17,9 @@ from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.order import order_next
-from engine.measures.ridge import standardise
 from engine.tasks.head import fit_classes
 from engine.update.runtime import choose_runtime
+from optim.ridge import standardise
 from utils.record.figures import interval, show_interval
 
 _AXES = 256  # of the features; they propose as well as all

@@ -28,8 +28,7 @@ class ImageRows:
         for batch in batches:
             yield batch
             table = self._describe(batch).append_column("id", pa.array(batch["sample_id"].tolist(), pa.int64()))
-            read = table.filter(pa.array((batch["weight"] > 0).tolist()))
-            self._tables += distributed.gather_objects(read)
+            self._tables += distributed.gather_objects(table.filter(pa.array((batch["weight"] > 0).tolist())))
 
     def write(self, file: Path, paths: pa.Array, root: str) -> None:
         """Write `path`, the columns of `describe`, and `rank`: 1 for the highest loss.

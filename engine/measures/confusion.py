@@ -49,11 +49,10 @@ class Confusion:
         """Return the mean accuracy and mean F1 over the classes that have samples."""
         held = np.flatnonzero(self.samples)
         samples = self.samples[held]
-        predicted = self.predicted[held]
         correct = self.correct[held]
         return {
             "mean_class_accuracy": float((correct / samples).mean()),
-            "macro_f1": float((2 * correct / (samples + predicted)).mean()),
+            "macro_f1": float((2 * correct / (samples + self.predicted[held])).mean()),
         }
 
     def class_rows(self, names: Sequence[str]) -> list[Json]:

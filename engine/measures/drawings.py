@@ -26,15 +26,14 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 
-def draw_predictions(kept: Mapping[str, np.ndarray], class_names: Sequence[str], title: str) -> np.ndarray:
-    """Draw samples; `kept` has images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
+def draw_predictions(kept: Mapping[str, np.ndarray], class_names: Sequence[str]) -> np.ndarray:
+    """Draw mistakes; `kept` has images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
     captions = []
     for label, predicted, prob in zip(kept["labels"], kept["predicted"], kept["prob"]):
-        color = pictures.RIGHT if label == predicted else pictures.WRONG
         true, wrong = (pictures.legible(class_names[index]) for index in (label, predicted))
-        mark = "✓" if label == predicted else f"→ {pictures.shorten(wrong, 14)}"
-        captions.append([(pictures.shorten(true, 20), color), (f"{mark} ({prob:.2f})", color)])
-    title += "\ntrue → predicted (probability); blue right, red wrong"
+        lines = (pictures.shorten(true, 20), f"→ {pictures.shorten(wrong, 14)} ({prob:.2f})")
+        captions.append([(line, pictures.WRONG) for line in lines])
+    title = "Mistakes, the most confident first\ntrue → predicted (probability)"
     return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.measures.neighbours import find_nearest
-from engine.measures.ridge import Ridge, standardise
+from optim.ridge import Ridge, standardise
 from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.record.logging import get_logger

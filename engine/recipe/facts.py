@@ -18,10 +18,9 @@ from data.stream.source import IMAGE, UnreadableImage
 from engine.frozen.choose import open_timm
 from engine.frozen.features import read_features
 from engine.measures.probe import count_right
-from engine.run.length import wait_for
+from engine.run.length import time_update
 from engine.tasks.classification import count_head_images
 from engine.tasks.kind import ImageTrainingConfig
-from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, TimmConfig
@@ -56,8 +55,6 @@ _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
 _BATCH = 128  # of timing the reference network
 _OWN_BATCH = 8  # of timing the user's network
-_WARM_UP = 2  # updates before a timing
-_TIMED_SEC = 1.0
 UPDATE = 5  # the time of an update, as a multiple of that of a forward pass
 
 
@@ -318,25 +315,4 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, num_classes=10).to(runtime.device, memory_format=layout)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
-
-    def update() -> None:
-        with runtime.autocast():
-            loss = network(images).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(_WARM_UP):
-        update()
-    try:
-        repeat, _ = record_graph(update, runtime.device)
-    except RuntimeError:  # the network waits for the GPU, as its training will
-        repeat = update
-    started = time.monotonic()
-    count = 0
-    while time.monotonic() < started + _TIMED_SEC:
-        repeat()
-        wait_for(runtime.device)
-        count += 1
-    return (time.monotonic() - started) / (count * batch)
+    return time_update(network, images, runtime) / batch

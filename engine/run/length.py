@@ -10,11 +10,14 @@ from contextlib import closing
 from time import monotonic
 
 import torch
+from torch import Tensor, nn
 
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
 from engine.run.minutes import Found, Pace, Speed, of_length, read_minutes
+from engine.update.graphs import record_graph
+from engine.update.runtime import Runtime
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
@@ -30,6 +33,7 @@ _SLOW = 8  # if fewer updates than this fit into a timing, one warm-up update is
 _DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
+_TIMED_SEC = 1.0  # of a network alone
 
 
 def fit_minutes(run: Run) -> None:
@@ -151,3 +155,29 @@ def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
+    """Return the seconds of an update of a network by a batch of images, without reading them."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+
+    def update() -> None:
+        with runtime.autocast():
+            loss = network(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(_WARM_UP):
+        update()
+    try:
+        repeat, _ = record_graph(update, runtime.device)
+    except RuntimeError:  # the network waits for the GPU, as its training will
+        repeat = update
+    started = monotonic()
+    count = 0
+    while monotonic() < started + _TIMED_SEC:
+        repeat()
+        wait_for(runtime.device)
+        count += 1
+    return (monotonic() - started) / count

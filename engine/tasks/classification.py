@@ -175,7 +175,7 @@ class ClassificationTask(MixingTask):
             report.tables["decisions"] = decision_rows("all", *counts, int(scalars["samples"]))
             report.images = {
                 "confusion": lambda: draw_confusion(confusion, names),
-                "mistakes": lambda: draw_predictions(wrong, names, "Mistakes, the most confident first"),
+                "mistakes": lambda: draw_predictions(wrong, names),
             }
         return report, decided
 

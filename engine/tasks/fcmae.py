@@ -146,9 +146,8 @@ class FCMAETask(ImageTask):
         images = images[:_PICTURES]
         mask = batch["mask"][:_PICTURES]
         painted = self.network.reconstruct(images, pred[:_PICTURES].float(), mask)
-        removed = self._removed(images, mask)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
-        masked = torch.where(removed[..., None], _MASK_GREY, original)
+        masked = torch.where(self._removed(images, mask)[..., None], _MASK_GREY, original)
         images = torch.cat([original, masked, painted]).cpu().numpy()
         title = "From the top: originals, masked inputs, reconstructions"
         return pictures.image_grid(images, [()] * len(images), title, columns=len(mask))
@@ -184,8 +183,7 @@ class FCMAEKind(Kind):
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run. The probe runs every `task.probe.every_epochs`."""
         streams = super().streams(data, setup, config)
-        every = setup.task.probe.every_epochs
-        probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
+        probes = {name: setup.task.probe.every_epochs for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:

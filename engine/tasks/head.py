@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.measures.probe import gather_features
-from engine.measures.ridge import Ridge, standardise
 from engine.tasks.kind import ImageTask
 from engine.update.runtime import Runtime
 from models.image_model import find_head
+from optim.ridge import Ridge, standardise
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed

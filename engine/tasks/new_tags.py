@@ -12,9 +12,9 @@ from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import TagIndex
 from engine.measures.probe import gather_features
-from engine.measures.ridge import decompose, standardise
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
+from optim.ridge import decompose, standardise
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
@@ -54,8 +54,10 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
 def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> tuple[Tensor, Tensor]:
     """Return the head's input, float64 [N, C], for those of `rows` whose image can be read, and these rows [N]."""
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
-    batches = data.prepared(rows, no_fields, setup.preprocessing)
-    found = gather_features((model.embed(batch["images"]), batch | {"labels": batch["sample_id"]}) for batch in batches)
+    found = gather_features(
+        (model.embed(batch["images"]), batch | {"labels": batch["sample_id"]})
+        for batch in data.prepared(rows, no_fields, setup.preprocessing)
+    )
     task.train()
     return found
 

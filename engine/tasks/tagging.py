@@ -185,8 +185,7 @@ class TaggingTask(MixingTask):
 
     def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""
-        losses = tag_loss(self.loss, logits, targets.nan_to_num())
-        return losses.where(~targets.isnan(), 0.0).sum(dim=1)
+        return tag_loss(self.loss, logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -235,9 +234,8 @@ class TaggingTask(MixingTask):
         probs = logits.sigmoid().cpu().numpy()
         targets = targets.cpu().numpy()
         has = targets == 1
-        lacks = targets == 0
         found = probs >= self.thresholds
-        masks = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
+        masks = {"tags": has, "prediction": found, "wrong": found & (targets == 0), "missed": has & ~found}
         names = np.broadcast_to(np.array(self.vocabulary.names, object), probs.shape)
         columns = {name: _select(names, mask, pa.string()) for name, mask in masks.items()}
         distance = np.abs(probs - self.thresholds)
@@ -330,8 +328,9 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
-    rules = read_rules(setup.task, "task.")
-    return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, setup.task.append_to is not None)
+    return index_tags(
+        collection, vocabulary_of(setup.facts), read_rules(setup.task, "task."), CACHE, setup.task.append_to is not None
+    )
 
 
 def append_tags(known: Vocabulary, found: Vocabulary) -> Vocabulary:

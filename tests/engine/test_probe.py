@@ -11,7 +11,7 @@ from sklearn import linear_model
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from engine.measures.probe import measure_probes
-from engine.measures.ridge import PENALTIES, Ridge, standardise
+from optim.ridge import PENALTIES, Ridge, standardise
 from tests.in_process import TINY, run, run_until_killed
 from tests.support import checkpoint_tensors, rows, training_log
 
