@@ -1,1 +1,1 @@
-"""Optimisers, parameter groups, schedules, EMA, and ridge regression in closed form. Imports only utils."""
+"""Optimisers, parameter groups, schedules, EMA, and linear classifiers that are fitted at once. Imports only utils."""

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.measures.probe import count_right
+from optim.linear import count_right
 
 FEWEST = 64  # images of a curve
 _TIMES = torch.tensor([1.0, 2.0])  # as many images

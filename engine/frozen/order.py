@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.tasks.head import fit_classes
+from optim.linear import fit_classes
 from utils.ranks.signals import check_stop
 
 _AXES = 64  # principal axes of the features; more cost time and change little

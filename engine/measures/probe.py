@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.measures.neighbours import find_nearest
+from optim.linear import count_hits
 from optim.ridge import Ridge, standardise
 from utils.contracts import Batch
 from utils.ranks import distributed
@@ -61,17 +62,3 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     votes = (targets[rows] * (similarities / TEMPERATURE).exp()[:, :, None]).sum(dim=1)
     scores = {"probe/knn": votes, "probe/linear": val @ weight.T + bias}
     return {name: (classes[score.argmax(dim=1)] == val_labels).double().mean().item() for name, score in scores.items()}
-
-
-def count_hits(targets: Tensor, scores: Tensor) -> Tensor:
-    """Return the number of correct predictions, and the negative squared error, which breaks ties.
-
-    With many small classes, the squared error alone would choose scores near 0, which recognise nothing.
-    """
-    hits = (scores.argmax(dim=1) == targets.argmax(dim=1)).sum()
-    return torch.stack([hits, -(targets - scores).square().sum()])
-
-
-def count_right(features: Tensor, labels: Tensor) -> int:
-    """Return how many of the labels [N] a ridge regression on features [N, C] names without the image itself."""
-    return int(max(hits.item() for hits, _ in Ridge(features, F.one_hot(labels)).compare(count_hits).values()))

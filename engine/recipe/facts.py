@@ -17,7 +17,6 @@ from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
 from engine.frozen.choose import open_timm
 from engine.frozen.features import read_features
-from engine.measures.probe import count_right
 from engine.run.length import time_update
 from engine.tasks.classification import count_head_images
 from engine.tasks.kind import ImageTrainingConfig
@@ -25,6 +24,7 @@ from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, TimmConfig
 from models.weights.offers import list_weights
+from optim.linear import count_right
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed

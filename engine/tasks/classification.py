@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.augment.mixing import MixingConfig
 from data.augment.views import evaluation_views
 from data.collection.choose import spread, training_rows
 from data.collection.collection import Collection, check_classes
@@ -29,7 +28,7 @@ from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
-from engine.tasks.mixing import MixingTask
+from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch

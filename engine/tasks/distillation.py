@@ -21,13 +21,13 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.augment.mixing import Mixing, MixingConfig
 from data.collection.collection import Collection
 from data.tags.rules import TagRulesConfig
 from engine.measures.means import measure_means
 from engine.task import Loaders, Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
+from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig

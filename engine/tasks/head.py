@@ -13,21 +13,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.measures.probe import gather_features
 from engine.tasks.kind import ImageTask
 from engine.update.runtime import Runtime
 from models.image_model import find_head
-from optim.ridge import Ridge, standardise
+from optim.linear import fit_classes
+from optim.ridge import standardise
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-_SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
 
 
 @torch.no_grad()
@@ -81,25 +79,3 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     log.info(
         "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f", f"{len(labels):,}", loss, accuracy
     )
-
-
-def fit_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return a head for standardised features [N, C]: weight [K, C], bias [K], leave-one-out loss and accuracy.
-
-    Penalty and scale minimise the cross-entropy of the leave-one-out scores. On its own training images, a head with
-    many classes and few images of each is right too often, and would start overconfident.
-    """
-
-    def measure(targets: Tensor, scores: Tensor) -> Tensor:
-        labels = targets.argmax(dim=1)
-        losses = [F.cross_entropy(scale * scores.float(), labels, reduction="sum") for scale in _SCALES]
-        return torch.stack([*losses, (scores.argmax(dim=1) == labels).sum()]) / len(features)
-
-    ridge = Ridge(features, F.one_hot(labels, num_classes).double())
-    measured = {penalty: values.tolist() for penalty, values in ridge.compare(measure).items()}
-    penalty = min(measured, key=lambda penalty: min(measured[penalty][:-1]))
-    *losses, accuracy = measured[penalty]
-    loss = min(losses)
-    scale = _SCALES[losses.index(loss)]
-    weight, bias = ridge.solve(penalty)
-    return scale * weight, scale * bias, loss, accuracy

@@ -6,7 +6,6 @@ Nothing else of the network changes.
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.open import Data
 from data.stream.loader import no_fields
@@ -14,17 +13,13 @@ from data.tags.tag_index import TagIndex
 from engine.measures.probe import gather_features
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
-from optim.ridge import decompose, standardise
+from optim.linear import fit_logits
+from optim.ridge import standardise
 from utils.errors import UserError
 from utils.ranks import distributed
-from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-_PENALTY = 2.0  # of squared weights, in units of the curvature of a tag's loss
-_RARE = 100  # images with a tag, from which the penalty weighs less
-_STEPS = 20
 
 
 @torch.no_grad()
@@ -60,36 +55,3 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
     )
     task.train()
     return found
-
-
-@torch.enable_grad()
-def fit_logits(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight [T, C] and bias [T] of logistic regressions of targets [N, T], NaN if unknown, on features [N, C].
-
-    Features are standardised. On the axes of a ridge regression, scaled by its shrinkage, the loss curves about equally
-    in all directions, so few steps suffice.
-    """
-    values, axes = decompose(features)
-    shrink = (values / len(features) + _PENALTY).rsqrt()
-    rotated = features @ (axes * shrink)
-    known = ~targets.isnan()
-    share = targets.nanmean(dim=0).nan_to_num()
-    # Of a tag's loss at the start. The penalty is in proportion, so it does not outweigh the few images of a rare tag.
-    curvature = (share * (1 - share)).clamp(min=1e-6)
-    penalty = _PENALTY * _RARE / (targets == 1).sum(dim=0).clamp(min=_RARE)
-    weight = torch.zeros(targets.shape[1], rotated.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = share.logit(eps=1e-6).requires_grad_()
-    solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        check_stop(alone=True)
-        logits = rotated @ weight.T + bias
-        losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
-        losses = losses.where(known, 0.0).sum(dim=0) / known.sum(dim=0).clamp(min=1)
-        loss = (losses / curvature).sum() + (penalty * (weight * shrink).square().sum(dim=1)).sum() / 2
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return (weight.detach() * shrink) @ axes.T, bias.detach()

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from data.augment.config import AugmentConfig
-from data.augment.mixing import MixingConfig
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import Data
@@ -32,7 +31,7 @@ from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
-from engine.tasks.mixing import MixingTask
+from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.tasks.new_tags import fit_new_tags
 from engine.update.runtime import Runtime
 from models.image_model import output_layers

@@ -50,20 +50,6 @@ def replace_state(path, text):
     (path / "state.sha256").write_text(sha256_text(text))
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    shared = torch.arange(12.0).reshape(3, 4)
-    last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    tensors = {"task": {"a": shared, "b": shared[1], "c": shared.t(), "last": last}, "optimizer": {}}
-    path = tmp_path / "step_00000007"
-    save_checkpoint(path, tensors, {"best": {"value": 0.1 + 0.2, "step": 3}}, {})
-    state = read_state(path)
-    assert state["step"] == 7 and state["best"] == {"value": 0.1 + 0.2, "step": 3}
-    groups = read_groups(path, state)
-    assert all(torch.equal(groups["task"][name], tensor) for name, tensor in tensors["task"].items())
-    assert groups["optimizer"] == {}  # plain SGD has no state
-    assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.sha256", "task.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from engine.plan import Plan
 from engine.run.start import start_ranks
-from engine.task import Task, checkpointed_state
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from engine.update.learner import Learner
@@ -114,18 +112,6 @@ def test_the_average_is_that_of_the_weights_after_each_update():
     assert found.keys() == average.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7)
-
-
-def test_half_of_a_network_is_frozen_by_its_dotted_name():
-    task = Task()
-    task.network = nn.ModuleDict({"encoder": nn.Linear(3, 4), "decoder": nn.Linear(4, 1)})
-    task.trained, task.helpers = ("network.decoder",), ("network.encoder",)
-    task.train()
-    assert [name for name, one in task.named_parameters() if one.requires_grad] == [
-        "network.decoder.weight", "network.decoder.bias"
-    ]  # fmt: skip
-    assert task.network["decoder"].training and not task.network["encoder"].training
-    assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
 
 
 FUSED = {

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from engine.exports.weights import load_predictor
-from engine.tasks.new_tags import _PENALTY, fit_logits
+from optim.linear import _PENALTY, fit_logits
 from optim.ridge import standardise
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import make_collection

@@ -117,12 +117,6 @@ def test_a_network_of_the_command_counts_by_its_own_cost():
     assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
 
 
-def test_an_experiment_and_words_of_a_group_keep_rules_out():
-    assert planning._touches("experiment=a", "optim") and planning._touches("optim.lr=1", "optim")
-    assert planning._touches("+optim.extra.a=1", "optim") and planning._touches("augment=light", "augment.crop_scale")
-    assert not planning._touches("augment.crop_ratio=[1,1]", "augment.crop_scale")
-
-
 def test_more_time_gives_larger_images_and_networks():
     times = [replace(FACTS, reference=10.0**power) for power in range(3, 10)]
     sides, costs = [choose_px(each) for each in times], [planning.cost_of(each) for each in times]

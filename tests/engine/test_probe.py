@@ -56,16 +56,6 @@ def test_leave_one_out_predictions_are_those_of_as_many_fits(count, width, class
         assert (features @ weight.T + bias).numpy() == pytest.approx(whole, abs=1e-9)
 
 
-def test_a_ridge_of_small_types_is_that_of_float64():
-    """Features of 100,000 images and their targets of 1,000 classes are not copied into float64 at once."""
-    features, labels = make_features(40, 12)
-    features, targets = features.float(), torch.eye(4, dtype=torch.bool)[labels]
-    small, large = Ridge(features, targets), Ridge(features.double(), targets.double())
-    assert torch.equal(small.solve(0.1)[0], large.solve(0.1)[0])
-    for found, wanted in zip(next(small.left_out(0.1)), next(large.left_out(0.1))):
-        assert torch.equal(found, wanted)
-
-
 def test_features_that_few_images_have_count_little():
     """By its own deviation alone, a feature of one image in 100 is the largest of a new image: 0.43 and 0.87."""
     sets = []

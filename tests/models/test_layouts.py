@@ -155,15 +155,10 @@ def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_
 # --- licence
 
 
-def test_the_licence_of_released_files_is_presumed_and_carried(tmp_path, log):
+def test_the_licence_of_released_files_is_presumed(tmp_path, log):
     torch.save({"model": ours(0).state_dict()}, tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
     origin = start(ours(), tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
     assert origin["license"] == "cc-by-nc-4.0" and "presumed" in log.text
-    # A run of ours that began with it, and one that began with that run.
-    write_weights(tmp_path / "own.safetensors", ours().state_dict(), {"task": {}, "origin": origin})
-    later = start(ours(), tmp_path / "own.safetensors")
-    later.pop("weights_hash")
-    assert later == {"source": str(tmp_path / "own.safetensors"), "layout": "atelier", "license": "cc-by-nc-4.0"}
     # The same network, trained by the user with the official code, has other entries.
     torch.save({"model": ours(0).state_dict(), "optimizer": {}, "epoch": 1}, tmp_path / "mine.pt")
     assert start(ours(), tmp_path / "mine.pt")["license"] is None

@@ -61,16 +61,6 @@ def strata_of(keys):
     return torch.stack([torch.arange(len(keys)), torch.full((len(keys),), len(keys))], dim=1)
 
 
-@pytest.mark.parametrize("kind", ["logit_normal", "stratified"])
-def test_draws_do_not_depend_on_how_a_batch_is_split(kind):
-    strata = strata_of(KEYS)
-    whole = draw_times(kind, KEYS, strata)
-    parts = [draw_times(kind, *pair) for pair in zip(KEYS.split(1000), strata.split(1000))]
-    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=0)  # vectorised sigmoids may differ in a bit
-    assert whole.dtype == torch.float32
-    assert whole.min() >= 0 and whole.max() < 1 and not torch.equal(whole, draw_times(kind, KEYS + 1, strata))
-
-
 def test_strata_have_a_timestep_each():
     times = draw_times("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
     found = find_levels("v_prediction", times, build_noise_table(True))[1]

@@ -45,16 +45,19 @@ def test_cores_that_others_use_are_counted():
     assert 0.5 < float(found.stdout) <= 1.1
 
 
-def start(before, script="train.py", options=()):
-    """Run a root script, without arguments, after some lines of Python."""
-    lines = f"{before}\nimport runpy, sys\nsys.argv = [{script!r}]\nrunpy.run_path({script!r}, run_name='__main__')"
+@pytest.mark.parametrize(
+    ("before", "options", "words"),
+    [
+        ("import os, sys\ndel os.sched_getaffinity\nsys.platform = 'win32'", [], ["Linux", "WSL"]),
+        ("", ["-S"], [sys.executable, "make install", ".venv/bin/activate"]),  # without site-packages
+        ("import sys\nsys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'", [], ["3.11", "3.10.1"]),
+    ],
+    ids=["Windows", "no packages", "an old Python"],
+)
+def test_a_system_that_cannot_train_is_told_what_is_needed(before, options, words):
+    lines = f"{before}\nimport runpy, sys\nsys.argv = ['train.py']\nrunpy.run_path('train.py', run_name='__main__')"
     done = subprocess.run([sys.executable, *options, "-c", lines], cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stderr
-
-
-def test_windows_is_told_what_is_needed():
-    status, said = start("import os, sys\ndel os.sched_getaffinity\nsys.platform = 'win32'")
-    assert status == 2 and "Linux" in said and "WSL" in said and said.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
 
 
 def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, monkeypatch, capsys):
@@ -72,17 +75,6 @@ def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, 
     assert (tmp_path / "run/weights/last_weights.safetensors").is_file()
     with refuses("runtime.workers"):
         run("train", [*words, "run_dir=other", "runtime.workers=2"], tmp_path)
-
-
-def test_a_python_without_the_packages_is_told_how_to_get_them():
-    status, said = start("", options=["-S"])  # without site-packages
-    assert status == 2 and said.count("\n") == 1
-    assert sys.executable in said and "make install" in said and ".venv/bin/activate" in said
-
-
-def test_another_python_is_told_which_one_is_needed():
-    status, said = start("import sys\nsys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'")
-    assert status == 2 and "3.11" in said and "3.10.1" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

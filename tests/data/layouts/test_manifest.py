@@ -126,12 +126,6 @@ def test_rows_are_refused(refuse, root, tmp_path, row, words):
     refuse(jsonl(root, [{"path": "a.png"}, row]), "manifest.jsonl", *words)
 
 
-def test_all_missing_files_are_one_refusal(refuse, root):
-    names = [f"{number}.png" for number in range(9)]
-    put(root, *names[:2])
-    refuse(jsonl(root, [{"path": name} for name in names]), "7 of 9", "2.png, 3.png, 4.png")
-
-
 def test_links_inside_the_root_are_fine(opened, root):
     put(root, "real/a.png")
     (root / "b.png").symlink_to(root / "real" / "a.png")

@@ -219,18 +219,12 @@ GLOBAL = 24
 STEPS = 7
 
 
-def batches(sampler, *, rank, world, micro, start_step=0, count):
-    return list(islice(train_batches(sampler, GLOBAL, micro, start_step, rank, world), count))
-
-
-def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
+def steps_over_ranks(name, world, micro):
     """Per step, the draws of all ranks in rank order."""
     accum = GLOBAL // world // micro
-    found = [[] for _ in range(steps)]
+    found = [[] for _ in range(STEPS)]
     for rank in range(world):
-        mine = batches(
-            SAMPLERS[name](0), rank=rank, world=world, micro=micro, start_step=start_step, count=accum * steps
-        )
+        mine = list(islice(train_batches(SAMPLERS[name](0), GLOBAL, micro, 0, rank, world), accum * STEPS))
         assert all(len(batch) == micro for batch in mine)
         for number, batch in enumerate(mine):
             found[number // accum].extend(batch)
@@ -246,16 +240,6 @@ def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(
     share = GLOBAL // world
     for micro in [size for size in range(1, share + 1) if share % size == 0]:
         assert steps_over_ranks(name, world, micro) == alone
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("world, micro", [(1, 8), (3, 2)])
-def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro):
-    whole = steps_over_ranks(name, world, micro)
-    for start_step in (1, 2, 5):
-        rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)
-        assert rest == whole[start_step:]
-    assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
 
 
 def labelled(labels):

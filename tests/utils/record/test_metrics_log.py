@@ -33,15 +33,6 @@ def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
     log.close()
 
 
-def test_a_resumed_run_drops_the_rows_beyond_its_checkpoint(folder):
-    log = MetricsLog(folder, 2)
-    assert [row["step"] for row in log.rows] == [1, 2] == steps_of(folder)
-    log.add(3, "train", {"loss": 9.0})
-    log.close()
-    assert steps_of(folder) == [1, 2, 3]
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
-
-
 @pytest.mark.parametrize("torn", ['{"step": 3, "ki', '{"step": 3, "kind": "train", "loss": 1.0}', "\0"])
 def test_a_torn_last_line_is_dropped(folder, torn):
     """Also one that is whole but for its end: its number may be cut."""

@@ -5,8 +5,8 @@ import torch
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 
-from data.augment import mixing
-from data.augment.mixing import Mixing, MixingConfig
+from engine.tasks import mixing
+from engine.tasks.mixing import Mixing, MixingConfig
 
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
 TARGETS = F.one_hot(LABELS, 4).float()
