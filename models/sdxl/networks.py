@@ -1,5 +1,6 @@
 """SDXL's four networks, from a diffusers folder or a single file, or tiny ones with random weights."""
 
+import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -47,13 +48,20 @@ _SCHEDULE_DEFAULTS = {
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
 _PREDICTIONS = {name: prediction for prediction, row in family.PREDICTIONS.items() for name in row.names}
 # Tensors that identify other kinds of checkpoints.
+_SCALED = "quantised weights, whose scales are not read (its fp16 or bf16 file is)"
 _OTHERS = {
-    "cond_stage_model.": "Stable Diffusion 1 or 2",
-    "conditioner.embedders.0.model.": "SDXL's refiner",
+    "cond_stage_model.*": "Stable Diffusion 1 or 2",
+    "conditioner.embedders.0.model.*": "SDXL's refiner",
+    "*joint_blocks.*": "Stable Diffusion 3",
+    "*double_blocks.*": "FLUX",
     "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
     "edm_mean": "Playground 2.5",
-    "lora_": "a LoRA (which init_from and predict.py lora=[FILE] take)",
+    "lora_*": "a LoRA (which init_from and predict.py lora=[FILE] take)",
+    "scaled_fp8": _SCALED,
+    "*.weight_scale": _SCALED,
+    "*.absmax": _SCALED,
 }
+_UNETS = {(9,): "inpaints"}  # by their input channels
 
 
 class SDXLConfig(Strict):
@@ -190,6 +198,9 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     if "vae" in parts:
         stated["vae"] = stated_config(path)
         configs["vae"]["force_upcast"] = _read_upcast(path, shapes["vae"], stated["vae"])
+    taken = shapes.get("unet", {}).get("conv_in.weight", torch.empty(0)).shape[1:2]
+    if taken in _UNETS:
+        raise UserError(f"{path} has a U-Net that {_UNETS[taken]}, which is not trained here; name one of 4 channels")
     with torch.device("meta"):
         networks = {part: family.build_part(part, configs[part]) for part in parts}
     for part, network in networks.items():
@@ -269,12 +280,15 @@ def describe(path: str | Path) -> Json:
 
 def _describe_file(path: Path) -> Json:
     if path.suffix != ".safetensors":
-        raise unusable(f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one")
+        raise unusable(
+            f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one, "
+            "and GGUF has quantised weights, which are not read"
+        )
     names, texts = read_header(path)
     for mark, kind in _OTHERS.items():
-        if any(name.startswith(mark) for name in names):
-            raise unusable(f"{path} is a checkpoint of {kind}, not of SDXL")
-    if missing := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in names)]:
+        if fnmatch.filter(names, mark):
+            raise unusable(f"{path} is a checkpoint of {kind}")
+    if missing := [prefix for prefix in PREFIXES.values() if not fnmatch.filter(names, f"{prefix}*")]:
         raise unusable(f"{path} has no tensors of {', '.join(missing)}")
     # ComfyUI's name of the key is not ModelSpec's.
     stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key")
@@ -318,8 +332,8 @@ def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
 def _describe_folder(path: Path) -> Json:
     index = read_config(path / "model_index.json")
     kind = str(index.get("_class_name"))[:_MAX_TEXT]
-    if not kind.startswith("StableDiffusionXL"):
-        raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
+    if not kind.startswith("StableDiffusionXL") or index.get("requires_aesthetics_score"):
+        raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline of SDXL's base, or it is of its refiner")
     own = read_config(path / "scheduler" / "scheduler_config.json")
     scheduler = _SCHEDULE_DEFAULTS | own
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):

@@ -16,7 +16,7 @@ from engine.tasks.diffusion_config import NoiseConfig
 from engine.tasks.diffusion_kind import check_noise
 from models.sdxl.checkpoint_files import write_single_file
 from models.sdxl.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
-from models.sdxl.names import part_state, to_single_file
+from models.sdxl.names import from_single_file, part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, describe, load_networks, open_networks
 from models.sdxl.step import build_noise_table
 from models.sdxl.vae import AS_STATED
@@ -70,7 +70,9 @@ def test_names_and_shapes_are_those_of_the_real_sdxl():
         with torch.device("meta"):
             network = build_part(part, config)
         assert all(getattr(network.config, name) == value for name, value in PUBLISHED[part].items())
-        single = to_single_file(part, part_state(part, network))
+        single = to_single_file(part, state := part_state(part, network))
+        read = from_single_file(part, single)
+        assert {name: one.shape for name, one in read.items()} == {name: one.shape for name, one in state.items()}
         lines += [PREFIXES[part]]
         lines += sorted(f"{name.removeprefix(PREFIXES[part])} {list(one.shape)}" for name, one in single.items())
     golden = Path(__file__).with_name("sdxl_names.txt").read_text().splitlines()
@@ -247,6 +249,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
     ("file", "name", "value"),
     [
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
+        ("model_index.json", "requires_aesthetics_score", "refiner"),
         ("unet/config.json", "attention_head_dim", [4, 4, 4]),
         ("unet/config.json", "resnet_time_scale_shift", "scale_shift"),
         ("vae/config.json", "scaling_factor", "0.1"),
@@ -280,6 +283,10 @@ def test_single_files_are_refused(file, tmp_path):
     tensors = load_file(file)
     short = {name: one for name, one in tensors.items() if not name.startswith(f"{PREFIXES['unet']}middle_block.2")}
     named = {"Stable Diffusion 1": {"cond_stage_model.transformer.x": ONE}, "mid_block.resnets.1.*missing": short}
+    first = f"{PREFIXES['unet']}input_blocks.0.0.weight"
+    named["inpaints"] = {**tensors, first: torch.zeros(16, 9, 3, 3)}
+    for said, mark in (("quantised", "scaled_fp8"), ("scales", f"{first}.absmax"), ("FLUX", "double_blocks.0.x")):
+        named[said] = {**tensors, mark: ONE}
     for said, other in named.items():
         save_file(other, tmp_path / "other.safetensors")
         with refuses(f"(?s)^model.path: .*{said}"):
