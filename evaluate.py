@@ -14,7 +14,7 @@ Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png
 splits have names of their own: metrics_last_test.json and so on. Figures of other images are in
 RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in outputs/evaluate/. per_image=true adds tables/images.parquet.
 job=compare writes arena.json, report.html, tables and plots, job=grid grid.json, report.html, tables/grid.csv and for
-SDXL a picture for each file.
+SDXL plots/grid.png: a row of pictures for the base and each file.
 """
 
 from utils.start import begin
@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -39,6 +40,7 @@ from engine.judging.measured import Measured, choose_images, list_kept, open_mea
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
+from models.sdxl.sampling import draw_grid
 from utils.config.bounds import Count
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
@@ -251,24 +253,34 @@ class Grid(Strict):
         folder = Path(self.output or result_folder(Path(self.run_dir[0], "evaluate/grid"), source))
         refuse_links_out("output", folder)
         rows = []
-        pictures = {}
+        tiles = []
         for run in self.run_dir:
             images = choose_images(config.data, run, "auto")
-            for step, path in list_kept(run).items():
+            kept = list_kept(run)
+            for step, path in [(0, min(kept.values())), *kept.items()]:
                 opened = open_measured(path, self.model, images, "auto", config.runtime, config.batch_size)
                 if config.dry_run:
                     return _DRY_RUN
+                weights = opened.weights
+                if step == 0 and not weights.task.use_base():
+                    continue
+                epoch = weights.metadata.get("epoch") if step else 0.0
                 with torch.inference_mode(), opened.runtime.autocast():
-                    report = opened.weights.task.evaluate(opened.loaders(), step)
-                log.info("%s: %s", path, _show(report))
-                rows.append({"run": run, "step": step, **report.scalars})
+                    report = weights.task.evaluate(opened.loaders(), step)
+                label = f"{run}, step {step}, epoch {epoch}" if step else f"{run}, its base"
+                log.info("%s: %s", label, _show(report))
+                rows.append({"run": run, "step": step, "epoch": epoch, **report.scalars})
                 if "samples" in report.images:
-                    pictures[f"{Path(run).name}_{step:06}"] = report.images["samples"]
+                    prompts = weights.setup.task.samples.complete_all()
+                    rights = np.cumsum([each.image_size_hw[1] for each in prompts])
+                    cut = np.split(report.images["samples"], rights[:-1], axis=1)
+                    tiles += [(picture, f"{label}: {each.text}") for picture, each in zip(cut, prompts)]
         if distributed.is_main():
             title = f"The kept weights of {', '.join(self.run_dir)}"
+            pictures = {"grid": draw_grid(tiles, len(prompts), title)} if tiles else {}
             report = Report({"weight_files": len(rows)}, {"grid": rows}, pictures)
             write_results(folder / "grid.json", title, {"weights": rows}, report)
-        return f"evaluated {len(rows)} weight files"
+        return f"evaluated {len(rows)} weights"
 
 
 class EvaluateConfig(Strict):

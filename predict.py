@@ -7,6 +7,7 @@
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
     python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
     python predict.py weights=RUN_OR_BASE prompts=FILE output=FOLDER lora=[FILE:0.8]     SDXL: a picture of each prompt
+    python predict.py weights=[BASE,RUN,FILE] prompts=FILE output=FOLDER    the pictures of several weights, on one page
 
 `input` is an image, a folder with its subfolders, a pattern, a list of these, or `-` (paths from standard input). An
 image that cannot be read gets a row with the reason.
@@ -23,6 +24,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
@@ -52,6 +54,7 @@ from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
 from models.sdxl.prompts import read_prompts
+from models.sdxl.sampling import draw_grid
 from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
@@ -79,7 +82,7 @@ CategoryThresholds = create_model(  # None: from `threshold` or by `profile`
 class PredictConfig(Strict):
     """conf/predict.yaml, checked."""
 
-    weights: PathText  # a run folder or a file
+    weights: Annotated[PathList, Field(min_length=1)]  # a run folder or a file; for prompts, several
     input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
     prompts: PathText | None
     output: PathText  # a file, FOLDER/ or `beside`
@@ -107,6 +110,8 @@ class PredictConfig(Strict):
     def _fits_together(self) -> Self:
         if (self.input is None) == (self.prompts is None):
             raise ValueError("input: must be given, or prompts for pictures of SDXL, and not both; add input=PATH")
+        if self.prompts is None and len(self.weights) > 1:
+            raise ValueError("weights: several are for prompts=FILE; name one")
         if self.prompts is not None and self.existing == "append":
             raise ValueError("existing: append is for .txt files; set skip or overwrite")
         if self.form is not None and (self.like or self.prompts or not self.output.endswith(".csv")):
@@ -153,13 +158,13 @@ def choose_destination(
         return Embeddings(output, weights)
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
         if not predictor.output.has_tags:
-            raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
+            raise UserError(f"output: {output} is for tags, but {config.weights[0]} is no tagger; name a .jsonl file")
         folder = None if config.output == "beside" else config.output
         return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))
     if config.existing == "append":
         raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")
     if output.suffix == ".csv" and columns is None:
-        raise UserError(f"output: {config.weights} predicts vectors, which CSV cannot hold; name a .jsonl file")
+        raise UserError(f"output: {config.weights[0]} predicts vectors, which CSV cannot hold; name a .jsonl file")
     if form is not None:
         return RowFile(output, form.columns, keep=False, choose=form.fill)
     unsure = ["unsure"] if options.thresholds.any() and not predictor.output.has_tags else []
@@ -251,13 +256,30 @@ def join_texts(
 
 
 def draw_prompts(config: PredictConfig, device: str) -> str:
-    """Draw the pictures of `prompts`. Return the line of the result."""
+    """Draw the pictures of `prompts`. Return the line of the result.
+
+    Those of several weights are in a folder for each, and on one page, grid.png.
+    """
     prompts = config.pictures.complete_all(read_prompts(config.prompts, config.pictures.image_size_hw))
-    painter = open_painter(config.weights, config.model, config.lora, torch.device(device))
+    folder = Path(config.output)
+    drawn = 0
+    tiles = []
+    for number, weights in enumerate(config.weights):
+        place = folder if len(config.weights) == 1 else folder / f"{number}-{Path(weights).stem}"
+        painter = open_painter(weights, config.model, config.lora, torch.device(device))
+        if not config.dry_run:
+            files, new = draw(painter, prompts, place, config.existing)
+            drawn += new
+            pictures = [np.asarray(Image.open(file)) for file in files]
+            tiles += [(picture, f"{place.name}: {each.text}") for picture, each in zip(pictures, prompts)]
+        del painter  # before the next one is opened
+    total = len(prompts) * len(config.weights)
     if config.dry_run:
-        return f"dry run: {len(prompts)} pictures, nothing is drawn"
-    drawn = draw(painter, prompts, Path(config.output), config.existing)
-    return f"wrote {config.output}: {drawn} pictures, {len(prompts) - drawn} there already"
+        return f"dry run: {total} pictures, nothing is drawn"
+    if len(config.weights) > 1:
+        with output_errors("output", folder):
+            Image.fromarray(draw_grid(tiles, len(prompts), str(folder))).save(folder / "grid.png")
+    return f"wrote {folder}: {drawn} pictures, {total - drawn} there already"
 
 
 @entry_point("predict", PredictConfig)
@@ -268,7 +290,7 @@ def main(config: PredictConfig, job: Job) -> str:
     if config.prompts is not None:
         return draw_prompts(config, device)
     with about("weights"):
-        weights = find_weights(config.weights, "best", onnx_first=True)
+        weights = find_weights(config.weights[0], "best", onnx_first=True)
         predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
     is_search = config.like is not None or config.output.endswith(".npz")
     if config.dry_run and is_search:

@@ -99,6 +99,7 @@ class Task(nn.Module):
         are several networks.
     metadata: JSON values for weight files.
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
+    best_needs: with fewer validation images, no weights are the best, unless `loop.best` names a figure.
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
@@ -113,6 +114,7 @@ class Task(nn.Module):
     metadata: Values = {}
     best_metric: str = "loss"
     best_is_lowest: bool = True
+    best_needs: int = 0
     may_be_recorded: bool = False
     choices: Mapping[str, bool] = {}
     origin: Json | None = None
@@ -124,6 +126,8 @@ class Task(nn.Module):
         known = {self.best_metric: self.best_is_lowest, **self.choices}
         if metric is not None and metric not in known:
             raise UserError(f"loop.best: {metric} is no figure of this run; {close_names(metric, known)}")
+        if metric is not None:
+            self.best_needs = 0
         self.best_metric = metric or self.best_metric
         self.best_is_lowest = known[self.best_metric]
 
@@ -163,6 +167,10 @@ class Task(nn.Module):
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
+
+    def use_base(self) -> bool:
+        """Give the trained networks the weights of the base model; return whether there is one."""
+        return False
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return a row for each sample of a batch, with its `loss`, for evaluate.py per_image=true."""

@@ -1,5 +1,6 @@
 """Weights of any step: kept by `loop.keep_weights_every`, or in a checkpoint; named, exported, side by side."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -81,12 +82,19 @@ def test_a_grid_has_a_row_for_each_kept_file(place, monkeypatch, capsys):
 def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
     pytest.importorskip("diffusers", reason="make install-sdxl")
     sizes = ["loop.batch_size=2", "loop.micro_batch_size=2", "task.chunk=2", "loop.total_steps=2"]
-    words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images"]
-    run("finetune_sdxl", [*words, "task.samples.prompts=['red circle',blue]", "run_dir=sdxl"], place)
-    run("evaluate", ["job=grid", "run_dir=sdxl", *ON_CPU], place)
-    pictures = sorted((place / "sdxl/evaluate").glob("grid-*/plots/sdxl_00000*.png"))
-    assert [Image.open(picture).size for picture in pictures] == [(2 * 64, 64)] * 2
-    assert len(table_of(place / "sdxl")) == 2
+    words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images", "optim.lr=0.1"]
+    prompts = "task.samples.prompts=['red circle',{text: blue, image_size_hw: [32,64]}]"
+    run("finetune_sdxl", [*words, prompts, "task.lora=null", "loop.best=loss", "run_dir=whole_sdxl"], place)
+    run("finetune_sdxl", [*words, prompts, "run_dir=sdxl"], place)
+    assert (place / "whole_sdxl/weights/best_weights.safetensors").exists()
+    assert not (place / "sdxl/weights/best_weights.safetensors").exists()  # four validation images
+    run("evaluate", ["job=grid", "run_dir=[sdxl,whole_sdxl]", "output=grids", *ON_CPU], place)
+    table = read_table(place / "grids/tables/grid.csv")
+    assert [(row["step"], row["epoch"]) for row in table] == [("0", "0.0"), ("1", "0.25"), ("2", "0.5")] * 2
+    base = np.asarray(Image.open(place / "sdxl/plots/samples_before.png"))[:64, :64]
+    tones = [float(row["tone_0"]) for row in table]
+    assert tones[0] == tones[3] == pytest.approx(base.mean() / 255) and len(set(tones)) == 5
+    assert Image.open(place / "grids/plots/grid.png").height > 6 * 258
     lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]
     (place / "p.txt").write_text("red")
     assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)

@@ -75,6 +75,15 @@ def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, cap
     assert differ(both, base) <= 1
 
 
+def test_several_weights_have_a_folder_each_and_a_page(prompts):
+    words = ["output=two", *SIZE, "prompts=cats.txt", "weights=[base,lora]"]
+    assert "2 pictures, 0 there" in run("predict", words, prompts)
+    base = draw(prompts, "one", "weights=base", "prompts=cats.txt")
+    assert differ(draw(prompts, "two/0-base", "weights=base", "prompts=cats.txt", "existing=skip"), base) == 0
+    assert (prompts / "two/1-lora/00000-0.png").exists()
+    assert np.asarray(Image.open(prompts / "two/grid.png")).std() > 10
+
+
 def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
     words = ["weights=base", "prompts=prompts.yaml", "pictures.seeds=[0,1]"]
     wanted, made, sample = draw(prompts, "straight", *words), [], engine.exports.painter.sample_pictures
@@ -111,6 +120,7 @@ def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
         ("[]", [], "prompts: "),
         ("[", [], "prompts: wrong.yaml is not a readable"),
         ("- a", ["input=images"], "input: "),
+        ("- a", ["input=images", "prompts=null", "weights=[base,base]"], "weights: several"),
         ("- a", ["existing=append"], "existing: append"),
         ("- a", ["lora=[style.safetensors:much]"], "lora: style.safetensors:much is no file"),
         ("- a", ["lora=[base/unet/diffusion_pytorch_model.safetensors]"], "is no LoRA of SDXL"),

@@ -162,8 +162,8 @@ def _read_strength(text: str) -> tuple[str, float]:
 
 def draw(
     painter: Painter, prompts: Sequence[Prompt], folder: Path, existing: Literal["skip", "overwrite"] | None
-) -> int:
-    """Write NUMBER-SEED.png for each prompt. Return the number of pictures that were drawn now.
+) -> tuple[list[Path], int]:
+    """Write NUMBER-SEED.png for each prompt. Return the files, and the number of those that were drawn now.
 
     A killed call of the same command goes on. Raises UserError (`existing`) for pictures of other commands.
     """
@@ -188,7 +188,7 @@ def draw(
             # Before the file, which would otherwise count as another command's.
             journal.add([file.name, hashlib.sha256(content).hexdigest()])
             write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content), flush=False)
-    return len(waiting)
+    return [*files], len(waiting)
 
 
 def to_png(pixels: np.ndarray, parameters: str) -> bytes:

@@ -203,6 +203,7 @@ class Saver:
             "average": averaged,
             "precision": learner.runtime.precision,
         }
+        made["epoch"] = round(learner.plan.epoch_at(learner.step), 2)
         origin = {"origin": task.origin} if task.origin else {}
         return {**made, **self._facts, **origin, **task.metadata}
 

@@ -32,7 +32,7 @@ from utils.io.files import Values, ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, check_stop, is_stop_requested
-from utils.record.figures import interval, show_duration, show_evaluated, show_interval, show_lines
+from utils.record.figures import COUNTS, interval, show_duration, show_evaluated, show_interval, show_lines
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.run_folder import RunFolder
@@ -264,10 +264,12 @@ class Run:
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             metric = learner.task.best_metric
             value = report.scalars.get(metric, math.nan)
-            if self._is_better(value, self.best) and self.saver.write_alone(learner, "best_weights.safetensors"):
+            is_best = self._gain(value, self.best) >= 0  # of equal ones, the later has learned more
+            is_best = is_best and self.streams.evaluation_samples >= learner.task.best_needs
+            if is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
                 self.best = Best(value, step, interval(metric, report.scalars))
                 recorder.best = value
-            if self._is_better(value, self.gain, self.config.loop.early_stop_least):
+            if self._gain(value, self.gain) > self.config.loop.early_stop_least:
                 self.gain = Best(value, step)
         prefix = "ema/" if learner.exports_average else ""
         self.last_report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
@@ -276,9 +278,11 @@ class Run:
         self._write_result()
         if self.last_report:
             recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **self.last_report})
-        shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
+        names = [name for name in report.scalars if name not in COUNTS]
+        names = names[:_SHOWN] + [name for name in names[_SHOWN:] if "." in name]  # all of a judge's
+        shown = [f"{show_evaluated(prefix + name)} {report.scalars[name]:.4g}" for name in names]
         if self.best.value is not None:
-            shown.append(f"best {self.best.value:.4g}")
+            shown.append(f"best {self._name_best()}")
         log.info("%s", "  ".join([self.plan.show_epochs(step), *shown]))
         draws = self.has_stalled or recorder.may_draw(step)  # always before stopping early
         recorder.add_report(step, report, draws=draws)
@@ -286,11 +290,12 @@ class Run:
             recorder.plot(step, draws=draws)
         self.evaluation_sec = time.perf_counter() - started
 
-    def _is_better(self, value: float, before: Best, least: float = 0.0) -> bool:
-        """Return whether a figure is better than that of another evaluation by more than `least`."""
+    def _gain(self, value: float, before: Best) -> float:
+        """Return by how much a figure is better than that of another evaluation."""
+        if not math.isfinite(value):
+            return -math.inf
         sign = -1 if self.learner.task.best_is_lowest else 1
-        gain = math.inf if before.value is None else sign * (value - before.value)
-        return gain > least and math.isfinite(value)
+        return math.inf if before.value is None else sign * (value - before.value)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""
@@ -419,9 +424,11 @@ class Run:
         log.info("%s", Lines(show_lines(title, rows)))
 
     def _show_best(self) -> str:
-        """Return the best figure with its interval and epoch, and the last one."""
+        """Return the best figure with its epoch and interval, and the last one."""
         metric = self.learner.task.best_metric
         last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-        value = f"{self.best.value:.4g}{show_interval(self.best.interval)}"
-        epoch = self.plan.shown_epoch(self.best.step)
-        return f"{show_evaluated(metric)} {value} at epoch {epoch:g}; last {last:.4g}"
+        return f"{self._name_best()}{show_interval(self.best.interval)}; last {last:.4g}"
+
+    def _name_best(self) -> str:
+        metric = show_evaluated(self.learner.task.best_metric)
+        return f"{metric} {self.best.value:.4g} at epoch {self.plan.shown_epoch(self.best.step):g}"

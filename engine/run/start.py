@@ -92,6 +92,11 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     screen = _start_screen(config, plan, runtime, networks, streams)
+    if 0 < streams.evaluation_samples < task.best_needs:
+        log.warning(
+            "%d validation images tell too little to choose the best weights, below %d: the last are exported; "
+            "loop.best=loss lets their loss choose", streams.evaluation_samples, task.best_needs,
+        )  # fmt: skip
     log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
     log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     if config.dry_run:

@@ -54,6 +54,7 @@ _WIDTH = 26  # characters of a line below a picture
 _MOST_TRAINED = 2_000  # training images that drawn pictures are compared with
 _LEAST_DISTANCE = 1e-6  # of real pictures: they may all be in training, too
 _LINES = 3  # lines of missing or leaked tags
+_COPIES = 0.7  # a novelty below it (docs/results.md, does a fine-tune copy)
 
 
 class JudgeConfig(Strict):
@@ -153,6 +154,8 @@ class Judge(nn.Module):
             find_nearest(torch.from_numpy(each.vectors), vectors, 1) for each in (seen, real)
         )
         figures["novelty"] = float((1 - near).mean() / (1 - real_near).mean().clamp(min=_LEAST_DISTANCE))
+        if figures["novelty"] < _COPIES:
+            log.warning("judge.novelty: %.2g: probably copies; see tables/judge_nearest.csv", figures["novelty"])
         title = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         title += "\n- prompted and not seen, in blue; + seen and not prompted, in red"
         captions = [self._describe(each, tags) for each, tags in zip(held, seen.tags)]
@@ -220,7 +223,8 @@ def judged_stream(
     places = np.linspace(0, len(usable) - 1, min(config.prompts, len(usable)))
     chosen = np.array(usable)[places.round().astype(int)]
     asked = sum(int(prompted[row].sum()) for row in chosen.tolist())
-    log.info("judge: %s, %d prompts with %d tags", judge.path, len(chosen), asked)
+    said = "judge: %s, %d prompts with %d tags: recalls that differ by less than %.1g are equal"
+    log.info(said, judge.path, len(chosen), asked, asked**-0.5)
     if unknown:
         log.warning("task.judge.weights: %s does not know %s; they are not judged", judge.path, named)
     trained = mark(np.flatnonzero(tags.count(collection.rows("train"), len(outputs))))

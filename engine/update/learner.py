@@ -78,6 +78,7 @@ class Learner:
 
     def use_length(self, plan: Plan) -> None:
         """Schedule the rate over the steps of a plan."""
+        self.plan = plan
         decay = self.config.optim.weight_decay
         self.schedule = Schedule(self.config.schedule, plan.lr, decay, plan.total_steps, plan.warmup_steps)
 

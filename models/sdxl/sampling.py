@@ -19,6 +19,8 @@ from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
 from utils.contracts import State
 from utils.ranks.signals import check_stop
+from utils.record.figures import INK
+from utils.record.pictures import image_grid, wrap
 
 _Size = Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
 _Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
@@ -70,6 +72,13 @@ class SamplesConfig(PictureConfig):
     def complete_all(self) -> list[Prompt]:
         """Return the prompts with all settings."""
         return [self.complete(prompt, number) for number, prompt in enumerate(self.prompts)]
+
+
+def draw_grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int, title: str) -> np.ndarray:
+    """Return a page of pictures, each with a text below it."""
+    pictures, texts = zip(*tiles)
+    captions = [[(line, INK) for line in wrap(text, 3)] for text in texts]
+    return image_grid(pictures, captions, title, columns=columns, tile_px=258)
 
 
 class EncodedPrompt(NamedTuple):

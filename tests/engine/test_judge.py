@@ -46,7 +46,10 @@ def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     assert {f"judge.{name}" for name in names} == figures[0].keys()
     assert all(row["judge.real_recall"] == 1 for row in figures) and figures[0] != figures[-1]
     assert "3 prompts with 3 tags" in log and "1 of the 4 tags" in log and "'extra'" in log
+    assert "less than 0.6 are equal" in log
     best = read_json(place / "run/result.json")
+    last = figures[-1]["judge.novelty"]
+    assert f"  judge.novelty {last:.4g}  best judge.similarity {best['value']:.4g} at epoch" in log
     assert best["metric"] == "judge.similarity" and not best["is_lowest_best"]
     assert best["value"] == max(row["judge.similarity"] for row in figures)
     table = {row["tag"]: row for row in read_table(place / "run/tables/judge.csv")}
@@ -97,7 +100,7 @@ def test_what_is_refused(place, words, said, monkeypatch, capsys):
     assert "cats" not in words[0] or "'blue', 'extra'" in error or "'red'" in error
 
 
-def test_a_tagger_of_ours_sees_what_predict_sees(place):
+def test_a_tagger_of_ours_sees_what_predict_sees(place, caplog):
     words = ["data=image_folder", "data.root=images", "task=tagging", "task.min_count=1", "run_dir=ours"]
     run("train", [*SMALL_MODEL, *SMALL_RUN, *words], place)
     judge = Judge(JudgeConfig(weights=str(place / "ours"), prompts=1))
@@ -110,6 +113,7 @@ def test_a_tagger_of_ours_sees_what_predict_sees(place):
     tags = np.ones(len(judge.names), bool)
     held = [Held(row, "a caption", tags, ~tags, images[2]) for row in range(2)]
     report = judge.report(held, [pictures[1], pictures[0]], trained, torch.device("cpu"))
+    assert "probably copies" in caplog.text
     assert report.scalars["judge.novelty"] < 1e-3
     assert [row["training_image"] for row in report.tables["judge_nearest"]] == ["1.png", "0.png"]
 

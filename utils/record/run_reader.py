@@ -103,7 +103,11 @@ class RunReader:
             known = f"it has {', '.join(files)}" if files else "is it a run folder that has saved a checkpoint?"
             raise UserError(f"the run {self.path} has no {which} weights; {known}")
         if which == "best" and found[0].name != names[0]:
-            log.warning("%s has no best weights, because it was not evaluated; using %s", self.path, found[0].name)
+            log.warning(
+                "%s has no best weights, because it was not evaluated, or on few images; using %s",
+                self.path,
+                found[0].name,
+            )
         return found[0]
 
     @property
