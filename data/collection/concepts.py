@@ -32,7 +32,8 @@ class ConceptConfig(Strict):
     """A folder of images, in any layout of docs/collections.md.
 
     path: below data.root, or anywhere; of nested concepts, the inner one has the image. repeats: how often an epoch
-    names each image (null: once); share: of an epoch, instead of repeats. trigger: the caption of an image without a
+    names each image (null: once); share: of an epoch, instead of repeats. Priors without a share are half of what has
+    none, and `repeats` counts among them. trigger: the caption of an image without a
     caption and tags. captions: keys of task.captions with other values. mask: null: as the task says. is_prior: images
     that keep what the model knows: they are not validated, and have a loss of their own. weight: a factor of the loss.
     """
@@ -61,8 +62,8 @@ class ConceptConfig(Strict):
 def find_repeats(root: str) -> list[ConceptConfig]:
     """Return the folders `10_name` of sd-scripts as concepts: all folders of the root, or those in its img and reg.
 
-    There is none if another folder or an image is among them. Folders `0_name` are left out. Images of reg are half of
-    an epoch, as in sd-scripts.
+    There is none if another folder or an image is among them. Folders `0_name` are left out. Those of reg are priors.
+    Raises UserError (`data.root`) if all are left out.
     """
     if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
         return []
@@ -81,11 +82,13 @@ def find_repeats(root: str) -> list[ConceptConfig]:
                 concepts.append(ConceptConfig(path=path, repeats=repeats, trigger=match[2], is_prior=part == "reg"))
             else:
                 left.append(path)
-    if left and concepts:
-        log.info("data.root: 0 repeats leave out %s", ", ".join(map(repr, left)))
-    share = 0.5 / max(sum(concept.is_prior for concept in concepts), 1)
-    changes = {"repeats": None, "share": share}
-    return [concept.model_copy(update=changes) if concept.is_prior else concept for concept in concepts]
+    if names := ", ".join(map(repr, left)):
+        if not concepts:
+            raise UserError(
+                f"data.root: 0 repeats leave out all of {root}: {names}; rename one, or set data.concepts=[]"
+            )
+        log.info("data.root: 0 repeats leave out %s", names)
+    return concepts
 
 
 def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
@@ -97,11 +100,18 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
 def count_positions(concepts: Sequence[ConceptConfig], counts: ndarray) -> ndarray:
     """Return how many positions of an epoch each concept has, int64 [C]. counts: its samples, [C].
 
-    repeats: that many for each sample. share: this part of the epoch. If no concept has repeats, only the ratio of the
-    shares counts, and the epoch is long enough for every sample to occur. Raises UserError (`data.concepts`).
+    repeats: that many for each sample; those of priors are then made as many as the others together, by fewer samples
+    or by further rounds. share: this part of the epoch. If no concept has repeats, only the ratio of the shares counts,
+    and the epoch is long enough for every sample to occur. Raises UserError (`data.concepts`).
+    Source: kohya-ss/sd-scripts:library/train_util.py, DreamBoothDataset. Differs: what is left after whole rounds is
+    shared out, and is not the first folder's.
     """
     shares = np.array([concept.share or 0.0 for concept in concepts])
     fixed = counts * [0 if concept.share is not None else concept.repeats or 1 for concept in concepts]
+    priors = np.array([concept.is_prior and concept.share is None for concept in concepts])
+    if others := fixed[~priors].sum():
+        rounds = share_out(counts * priors, max(others - fixed[priors].sum(), 0))
+        fixed[priors] = (share_out(fixed * priors, min(others, fixed[priors].sum())) + rounds)[priors]
     if len(without := np.flatnonzero((shares > 0) & (counts == 0))):
         path = concepts[without[0]].path
         raise UserError(f"data.concepts.{without[0]}.share: no training image of {path!r} can have it; remove it")

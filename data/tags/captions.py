@@ -8,7 +8,7 @@ Captions(config, collection).of(row)    # the config of a row, where concepts ha
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -22,7 +22,7 @@ from utils.config.bounds import CountOrZero, Fraction
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.formats.emphasis import MARK, escape, read_emphasis
+from utils.formats.emphasis import escape, read_emphasis
 from utils.formats.spelling import is_sentence, parse_tag, split_tags, with_spaces
 from utils.formats.vocabulary import GENERAL, RATING, category_name
 from utils.io.files import Values
@@ -62,8 +62,8 @@ class CaptionConfig(Strict):
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
     these categories come first, in this order; those of other categories follow. dropout: by category, in place of
     `tag_dropout`. keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a
-    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept; a
-    caption that has the prefix somewhere gets no second one.
+    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept, with
+    a comma between, or none where a space is: "a photo of ". A caption with the prefix somewhere gets no second one.
     emphasis: brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
     """
 
@@ -141,9 +141,10 @@ class CaptionConfig(Strict):
             first = self.keep_first if len(parts) == 1 else len(split[0])
             end = len(tags) - len(split[2]) if len(parts) == 3 else len(tags)
             tags[first:end] = self._choose(tags[first:end], text, generator)
-        has_prefix = re.search(rf"(?<!\w){re.escape(self.prefix)}(?!\w)", _SEPARATOR.join(tags), re.IGNORECASE)
-        prefix = "" if has_prefix else self.prefix
-        return _SEPARATOR.join(filter(None, [prefix, *tags, self.suffix]))
+        text = _SEPARATOR.join(tags)
+        has_prefix = re.search(rf"(?<!\w){re.escape(self.prefix.strip())}(?!\w)", text, re.IGNORECASE)
+        text = text if has_prefix else _join(self.prefix, text)
+        return _join(text, self.suffix)
 
     def _choose(self, tags: list[str], text: str, generator: torch.Generator | None) -> list[str]:
         """Return tags of a text in their order; with a generator, without those that are dropped."""
@@ -178,12 +179,6 @@ class CaptionConfig(Strict):
     def spell(self, tag: str) -> str:
         """Return a tag in words, as part of a caption."""
         return escape(spell(tag)) if self.emphasis else spell(tag)
-
-    def describe_emphasis(self, texts: Iterable[str]) -> str:
-        """Say how many texts have emphasis, and whether it is read; "" if none has."""
-        count = sum(read_emphasis(text).plain != text for text in texts if MARK.search(text))
-        how = "" if self.emphasis else ", which is text"
-        return f"{count:,} have emphasis{how} (task.captions.emphasis={str(self.emphasis).lower()})" if count else ""
 
     def _split_marked(self, text: str) -> list[str]:
         """Split a text into tags, but not within the brackets of emphasis."""
@@ -247,6 +242,12 @@ def count_tags(collection: Collection, rows: ndarray, captions: Captions) -> dic
     for (folder, tag), count in counts.most_common(_STATED):
         found.setdefault(folder, {})[tag] = count
     return found
+
+
+def _join(first: str, second: str) -> str:
+    """Join two texts, by a comma where no space is between them."""
+    is_apart = not first or not second or first.endswith(" ") or second.startswith(" ")
+    return first + ("" if is_apart else _SEPARATOR) + second
 
 
 def spell(text: str) -> str:

@@ -72,19 +72,31 @@ class _Options(Strict):
         return height, width
 
     def captions(self) -> Json:
-        """Return the values of task.captions. A prefix counts among the tags that are kept."""
+        """Return the values of task.captions. The tags of a prefix count among those that are kept."""
         fixed = self.keep_tokens_separator or "\0"
-        prefix, suffix = (split_tags(text.replace(fixed, ",")) for text in (self.caption_prefix, self.caption_suffix))
+        before, after = (text.replace(fixed, ",").strip() for text in (self.caption_prefix, self.caption_suffix))
+        kept = self.keep_tokens - before.count(",")
+        prefix = _spell(before) + _space(before[-1:])
+        suffix = _space(after[:1]) + _spell(after)
         return {
             "lines": "one_of" if self.enable_wildcard else "first",
             "shuffle": self.shuffle_caption,
-            "keep_first": max(0, self.keep_tokens - len(prefix)),
+            "keep_first": max(0, kept),
             "keep_tokens_separator": self.keep_tokens_separator,
             "caption_dropout": self.caption_dropout_rate,
             "tag_dropout": self.caption_tag_dropout_rate,
-            "prefix": ", ".join(prefix),
-            "suffix": ", ".join(suffix),
+            "prefix": prefix,
+            "suffix": suffix,
         }
+
+
+def _spell(text: str) -> str:
+    return ", ".join(split_tags(text))
+
+
+def _space(last: str) -> str:
+    """Return what joins a prefix or suffix to a caption: its comma, or a space. last: its character there."""
+    return "" if last in ("", ",") else " "
 
 
 class Import(Tool):
@@ -164,16 +176,15 @@ def _convert(subsets: list[_Options], notes: list[str]) -> Json:
     common = {key: value for key, value in captions[0].items() if all(own[key] == value for own in captions)}
     if any(own["shuffle"] and (own["prefix"] or own["suffix"]) for own in captions):
         notes.append("caption_prefix, caption_suffix: stay at their ends; sd-scripts shuffles what is not kept")
+    if any(own["prefix"] for own in captions):
+        notes.append("caption_prefix: a caption that has it gets no second one")
     if any(subset.enable_wildcard for subset in subsets):
         notes.append("enable_wildcard: one of several lines is drawn, and {a|b} is text")
-    priors = sum(subset.is_reg for subset in places.values())
-    if priors > 1:
-        notes.append("is_reg: several folders have equal parts of their half of an epoch")
     has_masks = any(subset.alpha_mask for subset in subsets)
     concepts = []
     for (folder, subset), own in zip(places.items(), captions):
-        how = {"share": 0.5 / priors, "is_prior": True} if subset.is_reg else {"repeats": subset.num_repeats}
-        concept = {"path": os.path.relpath(folder, root), **how, "trigger": subset.class_tokens}
+        concept = {"path": os.path.relpath(folder, root), "repeats": subset.num_repeats}
+        concept |= {"trigger": subset.class_tokens, "is_prior": subset.is_reg}
         concept["captions"] = {key: value for key, value in own.items() if key not in common}
         concept["mask"] = subset.alpha_mask if has_masks else None
         concepts.append(concept)

@@ -49,7 +49,7 @@ def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(
     run("finetune_sdxl", [*SHORT, "data.root=kohya", "dry_run=true"], place)
     said = capsys.readouterr().err
     assert "2        3     50.0%  img/3_sks dog, trigger 'sks dog' in 2 captions" in said
-    assert "1        6     50.0%  reg/1_dog, share 0.5, prior, trigger 'dog' in 1 captions" in said
+    assert "1        6     50.0%  reg/1_dog, prior, trigger 'dog' in 1 captions" in said
     with refuses("none of the 3 images"):
         run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "dry_run=true"], place)
 
@@ -141,7 +141,7 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     words = [*own, "experiment=my file.yaml", "loop.micro_batch_size=2", "loop.total_steps=1", "run_dir=imported"]
     assert run_command("finetune_sdxl", words, place, monkeypatch) == 0
     said = capsys.readouterr().err
-    assert "6        4     50.0%  dog" in said and "share 0.5, prior" in said
+    assert "6        4     50.0%  dog" in said and "50.0%  reg, prior" in said
     saved = RunReader(place / "imported").config
     assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["micro_batch_size"] == 2
     (place / "wrong.yaml").write_text("data:\n  concept: []\n")

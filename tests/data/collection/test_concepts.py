@@ -17,6 +17,9 @@ def concept(path="x", **values):
     return ConceptConfig(path=path, **values)
 
 
+PRIORS = [{"repeats": 1, "is_prior": True}, {"is_prior": True}]
+
+
 @pytest.fixture
 def opened(tmp_path):
     def opened(root, *concepts, fraction=0.0):
@@ -33,6 +36,11 @@ def opened(tmp_path):
     [
         ([{"repeats": 10}, {}], [3, 5], [30, 5]),
         ([{"repeats": 10}, {"share": 0.5}], [3, 900], [30, 30]),  # of the epoch; those of 900 take turns
+        ([{"repeats": 10}, *PRIORS], [7, 9, 26], [70, 18, 52]),  # as in sd-scripts
+        ([{"repeats": 10}, {}, *PRIORS], [2, 10, 100, 20], [20, 10, 25, 5]),
+        ([{"repeats": 6}, PRIORS[0], {"repeats": 3, "is_prior": True}], [5, 4, 4], [30, 11, 19]),
+        ([{"repeats": 3}, PRIORS[0], {"share": 0.5}], [5, 2, 9], [15, 15, 30]),
+        (PRIORS, [2, 3], [2, 3]),
         ([{"repeats": 1}, {"share": 0.2}, {"share": 0.3}], [7, 4, 4], [7, 3, 4]),  # 14 in all, to whole numbers
         ([{"share": 0.2}, {"share": 0.2}], [10, 40], [40, 40]),  # of each other, until all 40 have occurred
         ([{"share": 0.25}, {"share": 0.75}], [10, 10], [10, 30]),
@@ -117,20 +125,24 @@ def test_folders_that_make_no_collection_are_refused(concepts, words, opened, tm
     "paths, found",
     [
         (["10_sks dog/a.png", "1_cat/b.png"], [("10_sks dog", 10, "sks dog"), ("1_cat", 1, "cat")]),
-        (["img/5_sks/a.png", "reg/1_dog/b.png", "log/c.png"], [("img/5_sks", 5, "sks"), ("reg/1_dog", None, "dog")]),
+        (["img/5_sks/a.png", "reg/1_dog/b.png", "log/c.png"], [("img/5_sks", 5, "sks"), ("reg/1_dog", 1, "dog")]),
         (["1_cat/a.png", "2_dog/a.png"], [("1_cat", 1, "cat"), ("2_dog", 2, "dog")]),
         (["10_sks/a.png", "cat/a.png"], []),
         (["10_sks/a.png", "a.png"], []),
         (["10_sks/a.png", ".thumbs/a.png"], [("10_sks", 10, "sks")]),
         (["2024_summer/a.png"], []),
         (["0_sks/a.png", "5_dog/a.png"], [("5_dog", 5, "dog")]),  # sd-scripts leaves the first out
-        (["0_sks/a.png"], []),
         (["a.png"], []),
     ],
 )
 def test_folders_of_sd_scripts(paths, found, tmp_path):
     concepts = find_repeats(str(put(tmp_path, *paths)))
     assert [(each.path, each.repeats, each.trigger) for each in concepts] == found
-    assert [each.share for each in concepts if each.is_prior] == [0.5] * paths.count("reg/1_dog/b.png")
+    assert [each.path for each in concepts if each.is_prior] == ["reg/1_dog"] * paths.count("reg/1_dog/b.png")
     (tmp_path / "manifest.csv").write_text("path\n" + paths[0])
     assert find_repeats(str(tmp_path)) == []
+
+
+def test_folders_that_are_all_left_out_are_refused(tmp_path):
+    with refuses("^data.root: 0 repeats leave out all of .*'0_sks'"):
+        find_repeats(str(put(tmp_path, "0_sks/a.png")))

@@ -57,8 +57,6 @@ def test_emphasis_stays_whole_and_brackets_of_tags_are_escaped(tmp_path):
     assert len(drawn) == 6 and all(each.startswith("a, ") and "(b, c:1.2)" in each for each in drawn)
     assert marked.split(text) == ["a", "b", "c", "d (e)", ":("] != config().split(text)
     assert texts(collection_of(tmp_path, SIDECARS), source="tags", emphasis=True)[0] == r"hatsune miku, hat \(x\), ^_^"
-    assert config().describe_emphasis(["a cat", "a :("]) == "" and "1 have" in config().describe_emphasis([text, "a"])
-    assert marked.describe_emphasis([text, "[e]", "a cat"]).startswith("2 have")
 
 
 def test_lines_of_a_caption_are_alternatives(tmp_path):
@@ -87,6 +85,9 @@ def vary(text, key=0, **changed):
 def test_a_plain_caption_is_left_as_it_is():
     assert vary(" One,two\nthree ") == (" One,two\nthree ", False)
     assert vary("a", prefix="sks") == ("sks, a", False) and vary("", prefix="sks") == ("sks", False)
+    around = {"prefix": "a photo of ", "suffix": " at night"}
+    found = [vary(text, **around)[0] for text in ("a dog", "A photo of a cat")]
+    assert found == ["a photo of a dog at night", "A photo of a cat at night"]
 
 
 def test_the_first_tags_stay_and_the_others_are_shuffled():

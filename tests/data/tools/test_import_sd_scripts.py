@@ -43,10 +43,11 @@ def test_a_subset_goes_before_its_dataset_and_that_before_general(tmp_path):
     first, second, prior = values["data"]["concepts"]
     assert values["data"]["root"] == str(tmp_path) and values["data"]["validation_fraction"] == 0 and notes == []
     own = {"keep_first": 2, "caption_dropout": 0.0}
-    assert first == {"path": "x/10_sks", "repeats": 10, "trigger": "sks dog", "captions": own, "mask": False}
+    whole = {"path": "x/10_sks", "repeats": 10, "trigger": "sks dog", "is_prior": False}
+    assert first == {**whole, "captions": own, "mask": False}
     assert second["captions"] == {"keep_first": 3, "caption_dropout": 0.1} and second["mask"] is True
     assert values["task"]["mask"] == {"source": "alpha", "floor": 0.0, "normalise": False}
-    assert prior["share"] == 0.5 and prior["is_prior"] and values["task"]["captions"]["shuffle"] is True
+    assert prior["repeats"] == 1 and prior["is_prior"] and values["task"]["captions"]["shuffle"] is True
     limits = {"areas_px": [1024 * 832], "step_px": 64, "min_px": 256, "max_px": 1024}
     assert values["task"]["buckets"] == {
         "max_crop": 1.0,
@@ -70,6 +71,9 @@ def test_a_subset_goes_before_its_dataset_and_that_before_general(tmp_path):
         ("caption_tag_dropout_rate = 0.2", "task.captions.tag_dropout", 0.2),
         ("caption_prefix = 'a, b, '\nkeep_tokens = 3", "task.captions.prefix", "a, b"),
         ("caption_prefix = 'a, b, '\nkeep_tokens = 3", "task.captions.keep_first", 1),
+        ("caption_prefix = 'a photo of'\nkeep_tokens = 1", "task.captions.prefix", "a photo of "),
+        ("caption_prefix = 'a photo of'\nkeep_tokens = 1", "task.captions.keep_first", 1),
+        ("caption_suffix = 'by me'", "task.captions.suffix", " by me"),
         ("keep_tokens_separator = '|||'\ncaption_suffix = ', c ||| d'", "task.captions.suffix", "c, d"),
         ("batch_size = 6", "task.chunk", 6),
         ("validation_split = 0.2", "data.validation_fraction", 0.2),
