@@ -266,7 +266,7 @@ def draw_prompts(config: PredictConfig, device: str) -> str:
     tiles = []
     for number, weights in enumerate(config.weights):
         place = folder if len(config.weights) == 1 else folder / f"{number}-{Path(weights).stem}"
-        painter = open_painter(weights, config.model, config.lora, torch.device(device))
+        painter = open_painter(weights, config.model, config.lora, torch.device(device), config.pictures.emphasis)
         if not config.dry_run:
             files, new = draw(painter, prompts, place, config.existing)
             drawn += new

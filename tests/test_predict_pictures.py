@@ -67,7 +67,6 @@ def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, cap
         for strength in (0.0, 0.5, 1.0)
     }
     assert differ(by_strength[0.0], base) == 0 and differ(by_strength[1.0], run_drawn) <= 1
-    assert "brackets are text" in caplog.text
     assert differ(by_strength[0.5], base) > 5 and differ(by_strength[0.5], run_drawn) > 5
     said = Image.open(prompts / "at_0.5/00000-0.png").text["parameters"]
     assert said.startswith("a cat, outdoors <lora:lora:0.5>\nSteps: 3") and 'Lora hashes: "lora: ' in said
@@ -82,6 +81,19 @@ def test_several_weights_have_a_folder_each_and_a_page(prompts):
     assert differ(draw(prompts, "two/0-base", "weights=base", "prompts=cats.txt", "existing=skip"), base) == 0
     assert (prompts / "two/1-lora/00000-0.png").exists()
     assert np.asarray(Image.open(prompts / "two/grid.png")).std() > 10
+
+
+def test_parameters_say_how_brackets_were_read(prompts, caplog):
+    (prompts / "marked.txt").write_text("a (cat:1.4) --n [grey]")
+    drawn = {}
+    for emphasis, said in (("null", r"a \(cat:1.4\)|\[grey\]|"), ("true", "a (cat:1.4)|(grey:0.9091)|")):
+        drawn[emphasis] = draw(
+            prompts, f"{emphasis}_", "weights=base", "prompts=marked.txt", f"pictures.emphasis={emphasis}"
+        )
+        text = Image.open(prompts / f"{emphasis}_/00000-0.png").text["parameters"]
+        assert text.startswith(said.replace("|", "\nNegative prompt: ", 1).replace("|", "\nSteps: 3"))
+    assert differ(drawn["null"], drawn["true"]) > 0
+    assert "1 of 1 have brackets, which are read as text" in caplog.text
 
 
 def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):

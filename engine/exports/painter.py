@@ -30,6 +30,7 @@ from engine.tasks.diffusion import DiffusionTask
 from models.sdxl.family import ENCODERS, SAMPLERS
 from models.sdxl.lora_files import merge_lora
 from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
+from models.sdxl.prompts import count_brackets, spell_prompt
 from models.sdxl.sampling import PictureConfig, Prompt, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.vae import AS_STATED
 from utils.config.bounds import Seed
@@ -45,9 +46,13 @@ log = get_logger(__name__)
 
 
 class DrawConfig(PictureConfig):
-    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own."""
+    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own.
+
+    emphasis: whether brackets are emphasis; None: as the weights were trained, and text for a base model.
+    """
 
     negative: str
+    emphasis: bool | None
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
     def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
@@ -91,9 +96,10 @@ class Painter:
         if self.loras:
             settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
         settings["Version"] = "Atelier"
-        lines = [prompt.text + "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)]
-        if prompt.negative:
-            lines.append(f"Negative prompt: {prompt.negative}")
+        text, negative = (spell_prompt(part, self.encoding["emphasis"]) for part in (prompt.text, prompt.negative))
+        lines = [text + "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)]
+        if negative:
+            lines.append(f"Negative prompt: {negative}")
         lines.append(", ".join(f"{name}: {_quote(str(value))}" for name, value in settings.items()))
         return "\n".join(lines)
 
@@ -108,11 +114,15 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if {*text} & {*",:\n"} else text
 
 
-def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: torch.device) -> Painter:
+def open_painter(
+    weights: str, moved: MovedBase, loras: Sequence[str], device: torch.device, emphasis: bool | None
+) -> Painter:
     """Open a run, a weight file, or a base model (a folder of diffusers or a single file), and merge LoRAs.
 
     moved: the base model of the run and its VAE, if they were moved; or another VAE of a base model. loras: FILE or
-    FILE:STRENGTH. On a GPU, all but the VAE is in bfloat16. Raises UserError (`weights`, `model.path`, `lora`).
+    FILE:STRENGTH. On a GPU, all but the VAE is in bfloat16. emphasis: see `DrawConfig`.
+
+    Raises UserError (`weights`, `model.path`, `lora`).
     """
     with about("weights"):
         path = Path(weights) if Path(weights, "model_index.json").is_file() else find_weights(weights, "best")
@@ -127,7 +137,6 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
             files = base_files(model)
             scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]), facts["shift"])
             encoding = {"zeros_for_empty_prompt": facts["zeros_for_empty_prompt"], "emphasis": False}
-            log.info("prompts: brackets are text; only a run with task.captions.emphasis=true reads them as emphasis")
         else:
             opened = open_weights(path, base=moved)
             if not isinstance(opened.task, DiffusionTask):
@@ -137,6 +146,8 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
             task = opened.setup.task
             scheduler = scheduler_config(**task.stated_noise)
             encoding = task.encoding
+        if emphasis is not None:
+            encoding["emphasis"] = emphasis
     merged = []
     for text in loras:
         with about("lora"):
@@ -169,6 +180,7 @@ def draw(
     """
     files = {folder / f"{number:05}-{prompt.seed}.png": prompt for number, prompt in enumerate(prompts)}
     texts = {file: painter.describe(prompt) for file, prompt in files.items()}
+    count_brackets([prompt.words for prompt in prompts], painter.encoding["emphasis"], "prompts (pictures.emphasis)")
     refuse_links_out("output", folder)
     with open_journal("output", folder, [painter.hashes, existing, *texts.values()], is_folder=True) as journal:
         known = {folder / name: digest for name, digest in journal.parts()}

@@ -16,7 +16,7 @@ from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRAConfig
 from models.sdxl.networks import describe
 from models.sdxl.perceptual import LatentPerceptualConfig
-from models.sdxl.prompts import read_prompts
+from models.sdxl.prompts import count_brackets, read_prompts
 from models.sdxl.sampling import SamplesConfig
 from utils.config.bounds import Count, Factor, Fraction, Positive
 from utils.config.messages import validate
@@ -157,7 +157,10 @@ class DiffusionTaskConfig(TaskConfig):
             task["captions"]["prefix"] = data.trigger
             concepts = concepts and [concept.without_trigger() for concept in concepts]
         values["data"]["concepts"] = concepts
-        return validate(values, type(config))
+        complete = validate(values, type(config))
+        texts = [prompt.words for prompt in complete.task.samples.complete_all()]
+        count_brackets(texts, self.captions.emphasis, "task.samples.prompts (task.captions.emphasis)")
+        return complete
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""

@@ -35,6 +35,7 @@ from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
 from engine.update.runtime import Runtime
 from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
+from models.sdxl.prompts import count_brackets
 from models.sdxl.step import encode_captions, encode_images
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from models.sdxl.vae import unlike_sdxls
@@ -323,8 +324,7 @@ def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, 
 def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
     """Return the chunks of the longest caption, at most `task.caption_chunks`; log emphasis, and what is cut."""
     captions = task.captions
-    if summary := captions.describe_emphasis([text for text, _ in pairs]):
-        log.info("captions: of %s %s captions %s", f"{len(pairs):,}", split, summary)
+    count_brackets([text for text, _ in pairs], captions.emphasis, f"{split} captions (task.captions.emphasis)")
     needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
     chunks = min(max(needed), task.caption_chunks)
     if max(needed) > chunks:

@@ -79,7 +79,12 @@ class SDXLConfig(Strict):
     in_channels: Literal[3]  # of the images
 
     def settled(self) -> "SDXLConfig":
-        """Return the config with all values of its VAE, so that files that change later change nothing."""
+        """Return the config with all values of its VAE, so that files that change later change nothing.
+
+        Raises UserError (`model.path`) for a base model that is no SDXL, and for its VAE.
+        """
+        if self.path is not None:
+            describe(self.path)
         with about("model.vae" if self.vae else "model.path"):
             values = settle_values(
                 self.vae_values, self.vae or (self.path and local_base(self.path)), is_replaced=self.vae is not None
@@ -281,8 +286,8 @@ def describe(path: str | Path) -> Json:
 def _describe_file(path: Path) -> Json:
     if path.suffix != ".safetensors":
         raise unusable(
-            f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one, "
-            "and GGUF has quantised weights, which are not read"
+            f"{path} is no .safetensors file; a .ckpt or .pt may run code when it is read: let a web UI or ComfyUI "
+            "save it as one first; GGUF has quantised weights, which are not read"
         )
     names, texts = read_header(path)
     for mark, kind in _OTHERS.items():

@@ -7,7 +7,7 @@ scripts/prompts_from_file.py.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from models.sdxl.sampling import Prompt, PromptText
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import about
+from utils.formats.emphasis import MARK, escape, read_emphasis
 from utils.io.files import Json, readable
 from utils.record.logging import get_logger
 
@@ -29,6 +30,7 @@ _FIELDS = {  # of options: of sd-scripts, then of the web UIs
     "steps": "steps",
 }  # fmt: skip
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
+_WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # that the web UIs read as commands; CLIP reads no capitals
 _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts
 
 
@@ -77,3 +79,31 @@ def _read_line(line: str, size_hw: Sequence[int]) -> str | Json:
         sides = [side - side % _MULTIPLE_PX if isinstance(side, int) else side for side in sides]
         values["image_size_hw"] = sides
     return values if len(values) > 1 else values["text"]
+
+
+def count_brackets(texts: Collection[str], emphasis: bool, what: str) -> None:
+    """Log how many texts have brackets of emphasis, and how they are read. what: the texts."""
+    count = sum(read_emphasis(text).plain != text for text in texts if MARK.search(text))
+    if count:
+        how = "emphasis" if emphasis else "text"
+        log.info("%s: %s of %s have brackets, which are read as %s", what, f"{count:,}", f"{len(texts):,}", how)
+
+
+def spell_prompt(text: str, emphasis: bool) -> str:
+    """Return a prompt as the web UIs write it, which they read as we have read `text`.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui:modules/prompt_parser.py.
+    """
+    if not emphasis:
+        return _quote(text)
+    chunks = read_emphasis(text).chunks
+    return " BREAK ".join("".join(_weigh(_quote(part), weight) for part, weight in chunk) for chunk in chunks)
+
+
+def _weigh(text: str, weight: float) -> str:
+    return text if weight == 1 else f"({text}:{weight:.4g})"
+
+
+def _quote(text: str) -> str:
+    """Return a text without emphasis and commands."""
+    return _WORDS.sub(lambda found: found[0].lower(), escape(text))

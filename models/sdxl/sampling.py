@@ -40,6 +40,11 @@ class Prompt(Strict):
     guidance_rescale: Fraction = 0.7  # as published
     seed: Seed | None = None
 
+    @property
+    def words(self) -> str:
+        """The text and the negative."""
+        return f"{self.text}\n{self.negative}"
+
 
 PromptText = Annotated[  # a text, or a mapping
     Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.sdxl.prompts import read_prompts
+from models.sdxl.prompts import read_prompts, spell_prompt
 from models.sdxl.sampling import Prompt
 from tests.support import refuses
 
@@ -53,3 +53,14 @@ def test_what_is_wrong_is_named_by_the_key_and_the_number_of_the_prompt(text, sa
         read_prompts(str(tmp_path / "prompts.txt"), (64, 64))
     with refuses(said.replace("prompts", "task.samples.prompts", 1)):
         read_prompts(str(tmp_path / "prompts.txt"), (64, 64), "task.samples.prompts")
+
+
+@pytest.mark.parametrize(
+    ("text", "emphasis", "spelled"),
+    [
+        (r"a [cat:dog:0.5] :( {b} AND x\y", False, r"a \[cat:dog:0.5\] :\( \{b\} and x\\y"),
+        ("a ((cat)) :( {b} BREAK c", True, r"a (cat:1.21) :\( (b:1.2) BREAK c"),  # {} is text there, ( weighs the rest
+    ],
+)
+def test_a_web_ui_reads_no_command_in_a_spelled_prompt(text, emphasis, spelled):
+    assert spell_prompt(text, emphasis) == spelled

@@ -38,8 +38,6 @@ def opened(tmp_path):
         ([{"repeats": 10}, {"share": 0.5}], [3, 900], [30, 30]),  # of the epoch; those of 900 take turns
         ([{"repeats": 10}, *PRIORS], [7, 9, 26], [70, 18, 52]),  # as in sd-scripts
         ([{"repeats": 10}, {}, *PRIORS], [2, 10, 100, 20], [20, 10, 25, 5]),
-        ([{"repeats": 6}, PRIORS[0], {"repeats": 3, "is_prior": True}], [5, 4, 4], [30, 11, 19]),
-        ([{"repeats": 3}, PRIORS[0], {"share": 0.5}], [5, 2, 9], [15, 15, 30]),
         (PRIORS, [2, 3], [2, 3]),
         ([{"repeats": 1}, {"share": 0.2}, {"share": 0.3}], [7, 4, 4], [7, 3, 4]),  # 14 in all, to whole numbers
         ([{"share": 0.2}, {"share": 0.2}], [10, 40], [40, 40]),  # of each other, until all 40 have occurred
