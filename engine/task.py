@@ -38,6 +38,7 @@ class Streams:
     trained_on: more about the training images for weight files, JSON values.
     class_images: the training images of each class; empty if images have no class.
     earlier: the training streams of `loop.phases`, which come before `train`.
+    tables: functions that return the rows of a dry run's tables, by name.
     """
 
     train: TrainStream
@@ -48,6 +49,7 @@ class Streams:
     trained_on: Values = field(default_factory=dict)
     class_images: Sequence[int] = ()
     earlier: Sequence[TrainStream] = ()
+    tables: Mapping[str, Callable[[], list[Json]]] = field(default_factory=dict)
 
     @property
     def in_order(self) -> list[TrainStream]:

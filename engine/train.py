@@ -66,9 +66,11 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if distributed.is_main():
             refuse_links_out("run_dir", path)
             with output_errors("run_dir", path):
-                write_report(path, {}, {"samples_seen": draw_seen(task, streams, plan, config)})
+                tables = {name: list_rows() for name, list_rows in streams.tables.items()}
+                write_report(path, tables, {"samples_seen": draw_seen(task, streams, plan, config)})
         length = f"{plan.total_steps} steps" if config.loop.minutes is None else f"{config.loop.minutes:g} minutes"
-        return f"dry run: {length}; wrote {path}/plots/samples_seen.png and nothing else"
+        listed = "".join(f", tables/{name}.csv" for name in streams.tables)
+        return f"dry run: {length}; wrote {path}/plots/samples_seen.png{listed} and nothing else"
 
     # -------------------------------------------------------------------------------- 4. Layers fitted to the data
     kind.prepare(task, data, setup, config, runtime, is_new=not resumes)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy import ndarray
 from pydantic import Field, model_validator
@@ -27,6 +28,7 @@ from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
 from utils.errors import UserError
+from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -196,6 +198,19 @@ class Buckets:
         """Return height, width and number of images of each bucket."""
         counts = np.bincount(self.groups, minlength=len(self.sizes_hw))
         return np.column_stack([self.sizes_hw, counts]).tolist()
+
+    def list_images(self, collection: Collection) -> list[Json]:
+        """Return a row for each sample, and for each image without a bucket: its size, its bucket and how it fits."""
+        target_hw = self.sizes_hw[self.groups]
+        zoom, lost = _measure_fit(self.image_hw, target_hw)
+        paths = collection.table["path"]
+        columns = {"path": paths.take(self.rows), "height": self.image_hw[:, 0], "width": self.image_hw[:, 1]}
+        columns |= {"bucket_height": target_hw[:, 0], "bucket_width": target_hw[:, 1]}
+        columns |= {"enlarged": zoom.round(3), "cropped": lost.round(3)}
+        rows = pa.table(columns).to_pylist()
+        for reason, dropped in self.dropped.items():
+            rows += [{"path": path, "dropped": reason} for path in paths.take(dropped).to_pylist()]
+        return rows
 
     def number_of(self, row: int, group: int) -> int:
         """Return the index of the sample of a row in a bucket."""

@@ -84,7 +84,9 @@ class BucketedKind(Kind):
         sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
         train = read.train(buckets.rows, fields, views, sampler=sampler)
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        return Streams(train, {}, read.fingerprints, described=described, trained_on={"buckets": buckets.count()})
+        trained_on = {"buckets": buckets.count()}
+        tables = {"buckets": partial(buckets.list_images, collection)}
+        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on, tables=tables)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, in buckets, with centred crops and whole captions."""

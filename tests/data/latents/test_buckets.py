@@ -123,10 +123,14 @@ def test_sizes_come_from_the_manifest_or_the_headers_read_once(tmp_path, monkeyp
         monkeypatch.setattr("data.images.sizes.read_upright_size", lambda path: (1, 1) if path.exists() else None)
 
 
+def named(count):
+    """Return a collection of 0.png, 1.png and so on."""
+    return SimpleNamespace(table=pa.table({"path": [f"{number}.png" for number in range(count)]}))
+
+
 def assign_all(image_hw, **changes):
     """Return the buckets of images of these sizes."""
-    named = SimpleNamespace(table=pa.table({"path": [f"{number}.png" for number in range(len(image_hw))]}))
-    return make_buckets(named, np.arange(len(image_hw)), np.array(image_hw), config(**changes))
+    return make_buckets(named(len(image_hw)), np.arange(len(image_hw)), np.array(image_hw), config(**changes))
 
 
 def test_images_that_fit_nowhere_are_counted_and_named(log):
@@ -141,6 +145,8 @@ def test_images_that_fit_nowhere_are_counted_and_named(log):
     assert size_of == {0: (512, 512), 2: (384, 640), 3: (448, 576), 4: (512, 512), 5: (320, 704)}
     assert sorted(np.concatenate(list(kept.dropped.values())).tolist()) == [1, 6]
     assert "1.png" in log.text and "6.png" in log.text and "buckets.max_crop" in kept.describe()
+    rows = {row["path"]: list(row.values())[1:] for row in kept.list_images(named(7))}
+    assert len(rows) == 7 and rows["2.png"] == [400, 600, 384, 640, 1.067, 0.1] and rows["6.png"] == ["unreadable"]
     dropped, size_of = buckets("drop")
     assert set(size_of) == {0, 2, 4} and "3 dropped: too small" in dropped.describe()
     _, size_of = buckets("native")
