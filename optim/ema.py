@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from optim.sharded import own_part
 from utils.contracts import State, Tensors
-from utils.ranks.sharded import own_part
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:

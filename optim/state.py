@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optim import sharded
 from optim.build import skips_on_device
 from optim.groups import GroupSettings
+from optim.sharded import Part
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
-from utils.ranks import sharded
-from utils.ranks.sharded import Part
 
 # What Prodigy and schedule-free AdamW count in their groups.
 _COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}

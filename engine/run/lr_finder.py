@@ -24,11 +24,12 @@ from engine.plan import Plan
 from engine.run.recorder import Recorder
 from engine.task import checkpointed_state
 from engine.update.learner import Learner
+from optim import sharded
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import Json, ignore_write_errors, write_json
-from utils.ranks import distributed, sharded
+from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
 from utils.record.progress import track

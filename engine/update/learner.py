@@ -19,6 +19,7 @@ from engine.update.graphs import UpdateGraphs
 from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
+from optim import sharded
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
 from optim.ema import Averages, ema_decay_at
@@ -29,7 +30,7 @@ from utils import rng
 from utils.contracts import Batch, State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
-from utils.ranks import distributed, sharded
+from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

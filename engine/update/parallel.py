@@ -3,7 +3,7 @@
 With `fsdp`, a rank holds some rows of every parameter, gradient, optimiser state and average, and all-gathers a unit's
 parameters only for the unit's forward and backward calls. A network must therefore call its blocks; reading their
 weights from outside fails ("mixed torch.Tensor and DTensor"). Optimiser, clipping and averages work on the rank's rows
-as plain tensors (utils/ranks/sharded.py), with the same kernels as in a single process.
+as plain tensors (optim/sharded.py), with the same kernels as in a single process.
 """
 
 import inspect
@@ -20,9 +20,10 @@ from torch.utils import _pytree
 from engine.config import RuntimeConfig
 from engine.task import StepOutput, Task, networks_of
 from engine.update.runtime import Runtime
+from optim import sharded
+from optim.sharded import Part
 from utils.errors import UserError
-from utils.ranks import distributed, sharded
-from utils.ranks.sharded import Part
+from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

@@ -264,7 +264,7 @@ def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
 
 
 def entry_point(
-    config_name: str, schema: type[Schema], config_dir: Path = CONF
+    config_name: str, schema: type[Schema]
 ) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
     """Turn `main(config, job)` into a command; main returns the last line of the log."""
-    return lambda main: Command(config_name, main, schema, config_dir)
+    return lambda main: Command(config_name, main, schema)

@@ -212,8 +212,10 @@ def _trials(sweep: Sweep) -> Iterator[SweepJob]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with output_errors("run_dir", Path(sweep.base)):
         Path(sweep.base).mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(f"{sweep.base}/optuna.log"))
-    study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(f"{sweep.base}/optuna.log")),
+        study_name="sweep", direction="maximize", load_if_exists=True,
+    )  # fmt: skip
     for trial in study.get_trials(states=(TrialState.RUNNING,)):  # interrupted trials: repeat them
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)

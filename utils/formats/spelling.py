@@ -84,8 +84,7 @@ def join_tags(words: Iterable[str], separator: str) -> str:
 
 def split_tags(text: str) -> list[str]:
     """Split a text into tags at lines and commas, but not at an escaped one (`\\,`)."""
-    pieces = re.split(r"(?<!\\),|\n", text)
-    return [piece.strip() for piece in pieces if piece.strip()]
+    return [piece.strip() for piece in re.split(r"(?<!\\),|\n", text) if piece.strip()]
 
 
 def is_sentence(pieces: Sequence[str]) -> bool:

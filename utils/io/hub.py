@@ -93,8 +93,7 @@ def _fetch_first(
     for name in names:
         with _hub_errors(f"hf:{repository}@{revision}", "check the name, the revision, your token and the network"):
             try:
-                path = hf_hub_download(repository, name, revision=revision, local_files_only=is_offline)
-                return name, Path(path)
+                return name, Path(hf_hub_download(repository, name, revision=revision, local_files_only=is_offline))
             except LocalEntryNotFoundError:
                 is_offline = True
             except EntryNotFoundError:

@@ -43,8 +43,7 @@ def own_cache(path: Path) -> Path:
 def _may_write(path: Path) -> bool:
     """Return whether the user may write a file or a folder, or make it."""
     path = path.absolute()
-    there = next(filter(os.path.exists, (path, *path.parents)))
-    return os.access(there, os.W_OK, effective_ids=True)
+    return os.access(next(filter(os.path.exists, (path, *path.parents))), os.W_OK, effective_ids=True)
 
 
 @functools.cache

@@ -74,8 +74,11 @@ def weight_metadata(metadata: Json, tensors: Tensors) -> dict[str, str]:
 
     Of a path, only the name: the file may be given to others. `restore_paths` finds the path again.
     """
-    text = json.dumps(_without_folders(metadata))
-    return {"atelier": text, _CHECKSUM: hash_tensors(tensors), _TYPES: _types(tensors)}
+    return {
+        "atelier": json.dumps(_without_folders(metadata)),
+        _CHECKSUM: hash_tensors(tensors),
+        _TYPES: _types(tensors),
+    }
 
 
 def _types(tensors: Tensors) -> str:

@@ -130,10 +130,10 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
         ) from error
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
-    timeout = timedelta(seconds=_GROUP_PATIENCE * timeout_sec)
     dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
-    )
+        backend, store=store, rank=world.rank, world_size=world.size, device_id=device,
+        timeout=timedelta(seconds=_GROUP_PATIENCE * timeout_sec),
+    )  # fmt: skip
 
 
 def local_device_index(world: World | None = None) -> int:

@@ -31,8 +31,7 @@ class _SafeFormatter(logging.Formatter):
         record.exc_text = None  # cached by another formatter
         if isinstance(record.args, tuple):
             record.args = tuple(map(_on_one_line, record.args))
-        lines = message_lines(super().format(record)).split("\n")
-        return "\n".join(self._mark + line for line in lines)
+        return "\n".join(self._mark + line for line in message_lines(super().format(record)).split("\n"))
 
 
 def _on_one_line(value: Any) -> Any:

@@ -66,8 +66,7 @@ def plot_range_test(
     axis.plot(rates, smoothed, color=BLUE, label="mean of neighbours")
     if taken is not None:
         axis.axvline(taken, color=ORANGE, label=f"taken: {taken:.2g}")
-    first = raw[: len(raw) // 4 + 1]
-    axis.set_ylim(min(smoothed), 1.1 * max(first))
+    axis.set_ylim(min(smoothed), 1.1 * max(raw[: len(raw) // 4 + 1]))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend()
     _save(figure, path)

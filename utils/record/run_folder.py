@@ -88,8 +88,8 @@ def environment_state(**more: Any) -> Json:
     """Return the environment of a run: command, versions, platform, devices."""
     import torch
 
-    command = hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]])
-    state = {"command": command, "python": platform.python_version(), "platform": platform.platform()}
+    state = {"command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    state |= {"python": platform.python_version(), "platform": platform.platform()}
     state |= {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "simplejpeg")}
     state["threads"] = torch.get_num_threads()
     state["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -102,8 +102,7 @@ def open_run_folder(config: Json, job: Job) -> Iterator[RunFolder]:
 
     Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
     """
-    path = default_run_dir(config, job)
-    folder = RunFolder(path, hide_secrets_in(config), job)
+    folder = RunFolder(default_run_dir(config, job), hide_secrets_in(config), job)
     with ExitStack() as stack:
         distributed.rank_zero_call(lambda: _open(folder, stack))
         yield folder

@@ -103,8 +103,8 @@ class RunIndex:
         changed = max(told, *others)
         names = {key: _name(config.get(key)) for key in ("task", "model")}
         if (named := result or said).get("metric"):  # the result is written at the end
-            best = said.get("best", named.get("value"))
-            names |= {"metric": escape_controls(str(named["metric"])), "best": _number(best)}
+            names["metric"] = escape_controls(str(named["metric"]))
+            names["best"] = _number(said.get("best", named.get("value")))
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
         last = int(max([step or 0, *steps[-1:]]))
         times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}
