@@ -1,7 +1,8 @@
 """`/samples?run=A&run=B`: pictures of prompts by runs and steps, and which of two is better.
 
 RUN/preferences.jsonl has a line for each choice: `prompt`, `negative`, `seed`, `tie`, and `chosen` and `rejected`,
-which are files in the same run. Of a tie they are in no order.
+which are files in the same run. Of a tie they are in no order. RUN/preferences is a collection of pairs, which
+task.preference_beta trains: chosen/, with the prompts as captions, and rejected/.
 """
 
 import asyncio
@@ -80,16 +81,17 @@ def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Pa
     key: 1, the first is better, 2, the second one, or 0.
     """
     refuse_links_out("run_dir", run)
-    (run / "preferences").mkdir(exist_ok=True)
     prompt = prompts[number]
     height, width = prompt.image_size_hw
     left = sum(other.image_size_hw[1] for other in prompts[:number])
-    names = []
-    for file in files:
-        names.append(f"preferences/{sha256_text(f'{file} {number}')[:16]}.png")
+    stem = sha256_text(f"{files} {number} {key}")[:16]
+    ending = "_or_tied" * (key == "0")
+    chosen, rejected = (f"preferences/{kind}{ending}/{stem}.png" for kind in ("chosen", "rejected"))
+    for name, file in zip((chosen, rejected), files[:: -1 if key == "2" else 1]):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         with Image.open(file) as image:
-            image.crop((left, 0, left + width, height)).save(run / names[-1])
-    chosen, rejected = names[:: -1 if key == "2" else 1]
+            image.crop((left, 0, left + width, height)).save(run / name)
+    write_text((run / chosen).with_suffix(".txt"), prompt.text)
     values = {"prompt": prompt.text, "negative": prompt.negative, "seed": prompt.seed, "tie": key == "0"}
     line = json.dumps(values | {"chosen": chosen, "rejected": rejected}) + "\n"
     with (run / FILE).open("a") as file:
@@ -120,7 +122,9 @@ def add_page(site: Site) -> None:
                     )
                 elif done:
                     kept = first / FILE
-                    write_text(kept, kept.read_text().replace(done.pop(), "", 1))
+                    line = done.pop()
+                    write_text(kept, kept.read_text().replace(line, "", 1))
+                    (first / json.loads(line)["chosen"]).unlink(missing_ok=True)
             said.text = f"{len(done)} choices are kept in {FILE}"
 
         with site.page("Samples"):

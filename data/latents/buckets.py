@@ -10,11 +10,12 @@ Sizes are (height, width) in pixels, after EXIF rotation.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy import ndarray
 from pydantic import Field, model_validator
@@ -163,7 +164,8 @@ class Buckets:
     """The buckets of a collection's rows, a sample for each row and bucket; with assign=all, a row has several.
 
     rows: the row of each sample, int64 [N], ascending. groups: its bucket, an index into `sizes_hw` [K, 2]; ascending
-    within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
+    within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason. rejected: of each row the
+    one of its rejected picture, for all rows (`choose_pairs`).
     """
 
     config: BucketConfig
@@ -173,6 +175,7 @@ class Buckets:
     sizes_hw: ndarray
     image_hw: ndarray
     dropped: dict[str, ndarray]
+    rejected: ndarray | None = None
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
@@ -282,6 +285,22 @@ def make_buckets(collection: Collection, rows: ndarray, sizes_hw: ndarray, confi
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())
         log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
     return Buckets(config, rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
+
+
+def choose_pairs(collection: Collection, buckets: Buckets, rows: ndarray) -> tuple[Buckets, Buckets]:
+    """Return the samples of `rows` in folders `chosen`, and all of `buckets` with `rejected`.
+
+    The rejected picture of `a/chosen/x.png` is `a/rejected/x.png`, or one with another ending, in the same bucket.
+    """
+    names = pc.replace_substring_regex(collection.table["path"], r"\.[^./]+$", "")
+    others = pc.replace_substring_regex(names, r"(^|/)chosen/", r"\1rejected/")
+    rejected = pc.index_in(others, value_set=names).fill_null(-1).to_numpy()
+    its = rejected[buckets.rows]
+    has_other = np.isin(its + 1j * buckets.groups, buckets.rows + 1j * buckets.groups)
+    is_chosen = np.isin(buckets.rows, rows) & (its != buckets.rows)
+    kept = {name: getattr(buckets, name)[is_chosen & has_other] for name in ("rows", "groups", "image_hw")}
+    dropped = buckets.dropped | {"chosen, without a rejected one of their bucket": buckets.rows[is_chosen & ~has_other]}
+    return replace(buckets, **kept, dropped=dropped), replace(buckets, rejected=rejected)
 
 
 def fitted_views(find_fit: FindFit) -> Views:

@@ -127,9 +127,14 @@ class LatentCache(Source):
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row in a bucket, and `fit` [6]: `Fit.conditions`.
 
         key: the key of the draw, which decides between the image and its mirror image.
-        Raises UnreadableImage if the record is missing.
+        Of a pair, the tensors of the rejected picture are added, as `rejected_latent_mean` and so on.
+        Raises UnreadableImage if a record is missing.
         """
-        return self.read_variant(row, group, self._variant_of(key))
+        variant = self._variant_of(key)
+        record = self.read_variant(row, group, variant)
+        if (rejected := self.buckets.rejected) is not None:
+            record |= _rename(self.read_variant(rejected[row], group, variant))
+        return record
 
     def find_fit(self, row: int, key: int, group: int) -> tuple[Fit, bool]:
         """Return the fit of a record, and whether it is of the mirror image; as for `read`."""
@@ -152,8 +157,13 @@ class LatentCache(Source):
         """Return zero latents in the shape of a bucket."""
         size = torch.from_numpy(self.buckets.sizes_hw[group])
         latents = torch.zeros(_CHANNELS, *(size // SHRINK).tolist(), dtype=STORED)
-        return {
+        record = {
             "latent_mean": latents,
             "latent_logvar": latents,
             "fit": torch.cat([size, torch.zeros_like(size), size]),
         }
+        return record if self.buckets.rejected is None else record | _rename(record)
+
+
+def _rename(record: Record) -> Record:
+    return {f"rejected_{name}": tensor for name, tensor in record.items()}

@@ -114,6 +114,7 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
     if buckets.sizes_hw:
         height, width = max(chain(*buckets.sizes_hw), key=math.prod)
     size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
+    size *= 2 if config.task.preference_beta else 1  # pictures of a pair
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -111,6 +111,7 @@ class DiffusionTaskConfig(TaskConfig):
     text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
     judge: JudgeConfig | None  # null: off
+    preference_beta: Positive | None = None  # null: off; a run from before this key has none
 
     @property
     def trains_text(self) -> bool:
@@ -183,6 +184,11 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError(
                 "model.frozen_dtype: float8 stores a LoRA's base, which fsdp cannot shard and task.lora=null trains; "
                 "set bfloat16"
+            )
+        if self.preference_beta and None in (self.lora, self.latent_cache):
+            raise ValueError(
+                "task.preference_beta: compares a LoRA with its base on cached latents; set task.lora and "
+                "task.latent_cache, or preference_beta=null"
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")

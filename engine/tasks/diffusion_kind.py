@@ -14,7 +14,7 @@ from data.collection.collection import Collection, describe_concepts
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.images.sizes import SIZES, image_hashes, image_sizes
-from data.latents.buckets import Buckets, fitted_views, make_buckets
+from data.latents.buckets import Buckets, choose_pairs, fitted_views, make_buckets
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.latents.text_cache import TextCache, vary_caption
@@ -159,13 +159,16 @@ class DiffusionKind(BucketedKind):
         """Return the data of some rows, from files or from caches, which are filled first."""
         task = setup.task
         collection = data.collection
-        buckets = find_buckets(data, setup, rows)
+        cached = buckets = find_buckets(data, setup, rows)
+        if task.preference_beta:  # a split may part the pictures of a pair
+            both = find_buckets(data, setup, np.arange(len(collection)))
+            buckets, cached = choose_pairs(collection, both, rows)
         encode, vary = _read_texts(data, setup, rows, training=training)
         fields = caption_fields(collection, task.captions, encode, vary, parts, _weigh_rows(collection, rows, task))
         read = data
         find_fit = buckets.draw_fit
         if task.latent_cache is not None:
-            latents = _read_latents(data, setup, buckets)
+            latents = _read_latents(data, setup, cached)
             find_fit = latents.find_fit
             if not data.dry_run:
                 read = data.read_from(latents, latents.fingerprints)
@@ -282,7 +285,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     to_encode = [""]
     for text, own in pairs:
         if training:
-            variants = range(_count_variants(own, task.text_variants))
+            variants = range(task.text_variants if own.varies_tags else 1)
             to_encode += [vary_caption(text, number, own.vary_tags) for number in variants]
         else:
             to_encode.append(own.complete(text))
@@ -313,13 +316,9 @@ def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
     return {name: tokens[0] for name, tokens in found if tokens is not None}
 
 
-def _count_variants(own: CaptionConfig, most: int) -> int:
-    return most if own.varies_tags else 1
-
-
 def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, most: int) -> str:
     """Return one of the texts of a caption in the text cache."""
-    number = int(torch.randint(_count_variants(own, most), (), generator=generator))
+    number = int(torch.randint(most if own.varies_tags else 1, (), generator=generator))
     return vary_caption(text, number, own.vary_tags)
 
 

@@ -12,7 +12,9 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -87,10 +89,6 @@ class LoRALayer(nn.Module):
         up = (self.change().scale * self.lora_B.weight).to(inputs.dtype)
         return functional.linear(hidden, up) if up.ndim == 2 else functional.conv2d(hidden, up)
 
-    def add_to(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """Return the layer's output with the update: a forward hook."""
-        return output + self(layer, inputs[0])
-
     def _add_change(self, layer: nn.Module, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
             change = self.change().on(layer.weight).to(inputs.dtype)
@@ -109,6 +107,8 @@ def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
 
 class LoRA(nn.Module):
     """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and so on."""
+
+    is_on = True
 
     def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
         """Make the matrices for `networks` (unet, text_encoder, text_encoder_2). Only their shapes are used.
@@ -133,7 +133,20 @@ class LoRA(nn.Module):
         targets = find_layers(networks)
         for name, update in self.layers().items():
             update.begin(targets[name])
-            self._hooks.append(targets[name].register_forward_hook(update.add_to))
+            self._hooks.append(targets[name].register_forward_hook(partial(self._add, update)))
+
+    def _add(self, update: LoRALayer, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Return a layer's output with its update: a forward hook."""
+        return output + update(layer, inputs[0]) if self.is_on else output
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Let the networks be as they are without the updates."""
+        self.is_on = False
+        try:
+            yield
+        finally:
+            self.is_on = True
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""
