@@ -38,6 +38,19 @@ def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.toml", "[prompt]\nwidth = 64\nscale = 5\n[[prompt.subset]]\nprompt = 'a'\nsample_steps = 2\nseed = -1"),
+        ("p.json", '[{"prompt": "a", "width": 64, "scale": 5, "sample_steps": 2, "seed": -1}]'),
+    ],
+)
+def test_lists_of_sd_scripts_are_read(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    wanted = [Prompt(text="a", image_size_hw=[32, 64], guidance=5.0, steps=2)]
+    assert read_prompts(str(tmp_path / name), (32, 32)) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("a\nb --s many", "prompts.1.steps: must be a valid integer, found 'many'"),
