@@ -29,7 +29,7 @@ from viewer.images import Shelf, image_address
 from viewer.map import CHART, LEGEND, MOST, THUMBNAIL, place_images
 from viewer.parts import COLOURS, GREY, bind_address, bind_choice, filtered_table, make_columns, run_name
 from viewer.review import find_review
-from viewer.select import HINT, STYLE, TILE, decide, describe_image, take_images
+from viewer.select import HINT, STYLE, TILE, decide_all, describe_image, take_images
 from viewer.site import Site
 
 _SHOWN = 60  # tiles of a page
@@ -271,7 +271,7 @@ class Browser:
 
     async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
         by = (ui.context.client.tab_id or "")[:8]
-        lines = await asyncio.to_thread(decide, self.collection, self.marked, field, change, by)
+        lines = await asyncio.to_thread(decide_all, self.collection, self.marked, field, change, by)
         if lines:
             self._done.append(lines)
         await self._write(lines)

@@ -28,7 +28,7 @@ class Labelling(Review):
     hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R no label · U undo · Esc leave"
 
     def __init__(self, shelf: Shelf, name: str, show: str, tell: Callable[[float], None]) -> None:
-        from engine.frozen.propose import read_points
+        from engine.frozen.propose import read_points, turn
 
         collection = shelf.open(name, again=True, corrected=False)
         rows = np.concatenate([collection.rows("train"), collection.rows("val")])
@@ -43,7 +43,8 @@ class Labelling(Review):
         self.decisions, _ = self.desk.sync()
         self._first = sorted({*labels} - {None})
         self._show = show
-        self._points, self.says = read_points(collection, shelf.config(name), rows, tell)
+        points, self.says = read_points(collection, shelf.config(name), rows, tell)
+        self._points = turn(points)
         self.quality = ""
         self._old = None
         self.order = []

@@ -5,7 +5,6 @@ import functools
 import itertools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -16,7 +15,7 @@ from nicegui import ui
 from nicegui.events import KeyEventArguments
 
 from data.collection.collection import Collection
-from data.layouts.corrections import Decision, Decisions, Desk, desk_of, settle
+from data.layouts.corrections import Decision, Decisions, Desk, decide, desk_of, settle
 from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_tag, write_tag
@@ -233,8 +232,7 @@ class Review:
 
     def state(self, path: str, was: Any, now: Any, verdict: str) -> Decision:
         """Decide on an image, or on a name (without a path), and return the line to save."""
-        at = datetime.now(UTC).isoformat(timespec="microseconds")
-        line = Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at)
+        line = decide(path, self.field, was, now, verdict, self.by)
         self.decisions.setdefault((path, self.field), []).append(line)
         return line
 

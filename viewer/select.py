@@ -1,7 +1,6 @@
 """What a page shows of a collection's images, and the decisions on those that are marked."""
 
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import ExifTags
 from data.collection.collection import Collection
 from data.images.convert import convert, load_upright
 from data.images.open import open_image
-from data.layouts.corrections import Decision
+from data.layouts.corrections import Decision, decide
 from data.layouts.table import TAG_LISTS
 from data.stream.source import UnreadableImage
 from utils.formats.spelling import parse_tag
@@ -71,12 +70,11 @@ def take_images(collection: Collection, paths: Iterable[str]) -> pa.Table:
     return collection.table.take(np.sort(rows[rows >= 0]))
 
 
-def decide(
+def decide_all(
     collection: Collection, paths: Iterable[str], field: str, change: Callable[[Any], Any], by: str
 ) -> list[Decision]:
     """Return decisions on images: what `change` makes of a field, where that is another value. by: the page's tab."""
     taken = take_images(collection, paths)
     values = taken[field].to_pylist() if field in taken.column_names else [None] * len(taken)
-    facts = {"field": field, "verdict": "edited", "by": by, "at": datetime.now(UTC).isoformat()}
     pairs = [(path, was, change(was)) for path, was in zip(taken["path"].to_pylist(), values)]
-    return [Decision(path=path, was=was, now=now, **facts) for path, was, now in pairs if was != now]
+    return [decide(path, field, was, now, "edited", by) for path, was, now in pairs if was != now]

@@ -14,6 +14,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, Literal, Self
@@ -61,6 +62,12 @@ class Decision(Strict):
                 "was, now: tags are lists, a weight is a number, a label a text or null, a group a number or null"
             )
         return self
+
+
+def decide(path: str, field: str, was: Any, now: Any, verdict: str, by: str) -> Decision:
+    """Return a decision of this moment."""
+    at = datetime.now(UTC).isoformat()
+    return Decision(path=path, field=field, was=was, now=now, verdict=verdict, by=by, at=at)
 
 
 Decisions = dict[tuple[str, str], list[Decision]]  # by path and field, the latest last

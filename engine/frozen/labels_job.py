@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.collection.collection import Collection
 from data.config import DataConfig
@@ -22,7 +23,7 @@ from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.labels import judge_classes, judge_tags
-from engine.frozen.order import order_next
+from engine.frozen.order import order_next, predict
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
 from utils.config.schema import PathText
@@ -148,7 +149,10 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Fou
     free = np.setdiff1d(free, collection.rows("test"))
     if len(free):
         more, free = read(free)
-        chosen = order_next(torch.cat([features, more]), torch.arange(len(rows)), given, _NEXT)
+        both = torch.cat([features, more])
+        both = F.normalize(both - both.mean(dim=0), dim=1)
+        known = torch.arange(len(rows))
+        chosen = order_next(both, known, predict(both, known, given)[0], _NEXT)
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []

@@ -1,6 +1,6 @@
 """Which images to label next: those from which a classifier on frozen features learns most about all others.
 
-rows = order_next(features, labelled, labels, 20)
+rows = order_next(features, labelled, predict(features, labelled, labels)[0], 20)
 """
 
 import torch
@@ -17,21 +17,23 @@ _AT_ONCE = 2_000  # images
 
 
 @torch.no_grad()
-def order_next(features: Tensor, labelled: Tensor, labels: Tensor, count: int) -> list[int]:
+def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) -> list[int]:
     """Return up to `count` rows of images without a label, the most useful first.
 
-    features: float32 [N, D]. labelled: rows [L]; labels: their classes [L]. Each label reduces the variance of a
-    regression on the features; the next image is the one that reduces its sum over all images most. Without labels,
-    all images count alike, so typical ones come first; later, those that are hard to classify count more. Copies of an
-    image that is taken come last.
+    features: float32 [N, D]. labelled: rows [L]; probs: of the classes, as the labels foretell them [N, K]. Each label
+    reduces the variance of a regression on the features; the next image is the one that reduces its sum over all images
+    most. An image counts the less, the more probable its first class is than the second. Without labels all count
+    alike, so typical ones come first. Copies of an image that is taken come last.
 
     Source: Yu, Bi & Tresp 2006, Active learning via transductive experimental design, sequential. Differs: the weights.
     """
     features = F.normalize(features - features.mean(dim=0), dim=1)
-    points = _reduce(features)
+    points = reduce_features(features, _AXES)
+    best = probs.topk(2, dim=1).values
+    doubts = 1 - best[:, 0] + best[:, 1]
     known = points[labelled]
     spread = torch.linalg.inv(known.T @ known + _NOISE * torch.eye(points.shape[1]))
-    moments = (find_doubts(features, labelled, labels) * points.T) @ points
+    moments = (doubts * points.T) @ points
     late = torch.zeros(len(points))  # copies that are taken; infinite for images that are taken themselves
     for part in features[labelled].split(_AT_ONCE):
         late += (features @ part.T > _COPY).sum(dim=1)
@@ -49,17 +51,18 @@ def order_next(features: Tensor, labelled: Tensor, labels: Tensor, count: int) -
     return rows
 
 
-def find_doubts(features: Tensor, labelled: Tensor, labels: Tensor) -> Tensor:
-    """Return for each image 1 less the lead of its most probable class [N]; 1 if fewer than two classes have labels."""
+def predict(features: Tensor, labelled: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Return the probabilities of the classes for each image [N, K], and the share of labels that the others foretell.
+
+    labels: classes [L] of the rows `labelled`. Of fewer than two classes, all images are alike.
+    """
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2:
-        return torch.ones(len(features))
-    weight, bias, *_ = fit_classes(features[labelled].double(), labels, len(classes))
-    probs = F.linear(features, weight.float(), bias.float()).softmax(dim=1).topk(2, dim=1).values
-    return 1 - probs[:, 0] + probs[:, 1]
+        return torch.full((len(features), 2), 0.5), 0.0
+    weight, bias, _, share = fit_classes(features[labelled].double(), labels, len(classes))
+    return F.linear(features, weight.float(), bias.float()).softmax(dim=1), share
 
 
-def _reduce(features: Tensor) -> Tensor:
-    """Return features [N, D] on the principal axes of some images."""
-    sample = features[:: len(features) // _AT_ONCE + 1]
-    return features @ torch.linalg.eigh(sample.T @ sample).eigenvectors[:, -_AXES:]
+def reduce_features(features: Tensor, count: int) -> Tensor:
+    """Return features [N, C] on their widest principal axes, the widest last. Their mean is 0."""
+    return features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -count:]

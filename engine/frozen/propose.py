@@ -1,6 +1,7 @@
 """What the images that have labels propose for all others, in closed form: fast enough to follow each key on a page.
 
 points, says = read_points(collection, config, rows, tell)      once: features on their principal axes
+points = turn(points)                                           once
 order, classes, probs, says = propose(points, {7: "cat", 9: "dog"})           at each label
 """
 
@@ -9,15 +10,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.collection.collection import Collection
 from data.config import DataConfig
 from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
-from engine.frozen.order import order_next
-from engine.tasks.head import fit_classes
+from engine.frozen.order import order_next, predict, reduce_features
 from engine.update.runtime import choose_runtime
 from optim.ridge import standardise
 from utils.record.figures import interval, show_interval
@@ -38,40 +37,38 @@ def read_points(
     runtime = choose_runtime(MACHINE.model_copy(update={"device": "cpu"}))  # a GPU may be training
     frozen = choose_frozen(None, collection, runtime, "data.root")
     features, known = read_features(frozen, collection, config, rows, runtime, tell=tell)
-    found = reduce_features(features)
+    mean, scale = standardise(features)
+    found = reduce_features(features.sub_(mean).div_(scale), _AXES)
     points = torch.zeros(len(rows), found.shape[1])
     points[torch.from_numpy(np.isin(rows, known))] = found
     return points, frozen.says
 
 
-def reduce_features(features: Tensor) -> Tensor:
-    """Return standardised features [N, C] on their 256 widest principal axes, the widest last. `features` changes."""
-    mean, scale = standardise(features)
-    features.sub_(mean).div_(scale)
-    return features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -_AXES:]
+def turn(points: Tensor) -> Tensor:
+    """Return points [N, C] turned at random, so that all features have about the same variance.
+
+    A regression that standardises its features would else count the narrow axes as much as the wide ones.
+    """
+    noise = torch.randn(2 * points.shape[1:], generator=torch.Generator().manual_seed(0))
+    return points @ torch.linalg.qr(noise).Q
 
 
 def propose(points: Tensor, labels: Mapping[int, str]) -> tuple[list[int], list[str], list[float], str]:
     """Return images to label next, the class of each image [N], its probability, and how good the classes are.
 
-    labels: by image; of less than 20 images, or of one class, only the order follows. points: those of `read_points`.
-    They are turned at random first, so that all features have about the same variance: a regression that standardises
-    its features would else count the narrow axes as much as the wide ones.
+    labels: by image; of less than 20 images, or of one class, only the order follows. points: those of `turn`.
     """
-    turn = torch.randn(2 * points.shape[1:], generator=torch.Generator().manual_seed(0))
-    points = points @ torch.linalg.qr(turn).Q
     known = torch.tensor([*labels], dtype=torch.long)
     names, given = np.unique([*labels.values()], return_inverse=True)
     given = torch.from_numpy(given)
-    order = order_next(points, known, given, _NEXT)
+    probs, share = predict(points, known, given)
+    order = order_next(points, known, probs, _NEXT)
     if len(known) < _LEAST or len(names) < 2:
         return order, [], [], ""
-    examples = points[known].double()
-    weight, bias, _, share = fit_classes(examples, given, len(names))
-    probs, best = F.linear(points, weight.float(), bias.float()).softmax(dim=1).max(dim=1)
+    probs, best = probs.max(dim=1)
     ends = interval("top1", {"top1": share, "samples": len(known)})
     says = f"; the others recognise {share:.2f} of them{show_interval(ends)}"
     if len(known) >= FEWEST:
-        _, twice, low, high = (column[1] for column in extrapolate(examples, given).values())
+        _, twice, low, high = (column[1] for column in extrapolate(points[known].double(), given).values())
         says += f", with twice as many {twice:.2f} ({low:.2f} to {high:.2f})"
     return order, names[best].tolist(), probs.tolist(), says
