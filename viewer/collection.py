@@ -27,7 +27,17 @@ from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.map import CHART, LEGEND, MOST, THUMBNAIL, place_images
-from viewer.parts import COLOURS, GREY, bind_address, bind_choice, filtered_table, make_columns, run_name
+from viewer.parts import (
+    COLOURS,
+    GREY,
+    bind_address,
+    bind_choice,
+    filtered_table,
+    make_columns,
+    run_name,
+    show_grid,
+    show_share,
+)
 from viewer.review import find_review
 from viewer.select import HINT, STYLE, TILE, decide_all, describe_image, take_images
 from viewer.site import Site
@@ -39,13 +49,19 @@ _STYLE = """
 .browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 380px }
 @media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
   backdrop-filter: blur(16px) brightness(1.02) } }
-.trained { gap: 4px 16px; max-height: 50vh; overflow: auto }
+.collections { display: grid; gap: 16px }
+.trained { display: flex; flex-wrap: wrap; gap: 4px 16px; max-height: 50vh; overflow: auto }
 .trained a { overflow-wrap: anywhere; min-width: 0 }
 .term { all: unset; display: block; cursor: pointer; overflow-wrap: anywhere }
 .term:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 .muted.mono { overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
+_COLLECTION = """<div><a class="text-weight-medium" :href="'/collection/' + props.row.name">{{ props.row.folder }}</a>
+<div class="mono muted">{{ props.row.about }}</div><div class="trained">
+<span class="muted">runs: {{ Object.keys(props.row.runs).length }}</span>
+<a v-for="(text, address) in props.row.runs" :href="address">{{ text }}</a></div></div>"""
+_FACT = """<div class="muted">{{ props.row.id }}</div><div>{{ props.row.text }}</div>"""
 _TERM = '<q-td :props="props"><button class="term">{{ props.row.shown }}</button></q-td>'  # its click is its row's
 
 
@@ -68,13 +84,15 @@ def show_folder(root: str) -> str:
     return escape_controls(root.rstrip("/").rpartition("/")[2] or root)
 
 
-def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Yield names of collections, of their folders, their roots with settings, and the names of runs."""
+def list_collections(shelf: Shelf) -> Iterator[Json]:
+    """Yield rows about collections: `name`, `folder`, `about` (root and settings), and the addresses of `runs`."""
     runs = shelf.of_runs()
     for name, config in dict(shelf.configs).items():
         settings = [f"{key}={value}" for key, value in config.index_settings().items() if value]
+        about = escape_controls("  ".join([config.root, *settings]))
         trained = [run_name(shelf.runs, run) for run, its in runs.items() if its == name]
-        yield name, show_folder(config.root), escape_controls("  ".join([config.root, *settings])), trained
+        links = {f"/run/{quote(run)}": escape_controls(run.partition("/")[2]) for run in trained}
+        yield {"name": name, "folder": show_folder(config.root), "about": about, "runs": links}
 
 
 def add_page(site: Site) -> None:
@@ -86,14 +104,7 @@ def add_page(site: Site) -> None:
         with site.page("Collections"):
             ui.add_css(_STYLE)
             rows = await asyncio.to_thread(lambda: list(list_collections(shelf)))
-            for name, title, about, runs in rows:
-                with ui.column().classes("gap-1 w-full"):
-                    ui.link(title, f"/collection/{name}").classes("text-weight-medium")
-                    ui.label(about).classes("mono muted")
-                    with ui.row().classes("trained"):
-                        ui.label(f"runs: {len(runs)}").classes("muted")
-                        for run in runs:
-                            ui.link(escape_controls(run.partition("/")[2]), f"/run/{quote(run)}")
+            show_grid("collections", _COLLECTION, rows)
             if not rows:
                 ui.label("No collection yet: python view.py data.root=PATH shows one, and so does a run.")
 
@@ -102,18 +113,20 @@ def add_page(site: Site) -> None:
     async def show(collection: str) -> None:
         root = shelf.config(collection).root
         with site.page(show_folder(root)):
-            ui.add_css(STYLE + _STYLE)
             ui.label(escape_controls(root)).classes("mono muted")
             if address := await asyncio.to_thread(find_review, shelf.runs, root):
                 ui.link("Review its labels", address)
             ui.link("Label these images", f"/label?collection={collection}")
+            ui.link("Tag them", f"/label?collection={collection}&field=tags")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:
                 browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
-                if ui.context.client.page.path == "/map":
-                    await show_map(browser)
+                place = ui.column().classes("w-full")
                 await browser.build()
+                if ui.context.client.page.path == "/map":
+                    with place:
+                        await show_map(browser)
             except UserError as error:
                 ui.label(escape_controls(str(error))).classes("text-negative")
             wait.delete()
@@ -126,9 +139,8 @@ class Tiles:
         self._tile = browser.tile
         self._rows = browser.found
         self._pages = ui.pagination(1, 1, direction_links=True, on_change=self.draw).props("max-pages=6")
-        self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: browser.open(event.args))
-        self._table.on("mark", lambda event: browser.switch(*event.args)).add_slot("item", TILE)
-        self._table.props("grid hide-header hide-bottom card-container-class=thumbs :rows-per-page-options=[0]")
+        self._table = show_grid("thumbs", TILE).on("open", lambda event: browser.open(event.args))
+        self._table.on("mark", lambda event: browser.switch(*event.args))
 
     def show(self, rows: np.ndarray) -> None:
         """Show other rows, from the first one on."""
@@ -155,12 +167,14 @@ class Browser:
         self.collection = collection
         self.found = np.empty(0, np.int64)
         self.marked = set[str]()
+        self._is_chosen = False  # what is found, from outside, so that decisions leave it on the screen
         self._last = 0  # the row that was marked last
         self._done: list[list[Decision]] = []
         self._lock = asyncio.Lock()
 
     async def build(self) -> None:
         """Build the page for the terms in its address."""
+        ui.add_css(STYLE + _STYLE)
         with ui.row(wrap=False):
             self._terms = ui.input(placeholder='1girl -hat character:* split=val caption:"red house" copies>1')
             self._terms.props("aria-label=find").classes("col")
@@ -172,18 +186,19 @@ class Browser:
         labels = count_values(self.collection.table["label"])
         if labels:
             names.sort(key="label".__ne__)  # it comes first
+        self._box = ui.dialog().props("full-width aria-label='an image'")
+        self._tell = bind_address("find", self._go)
+        self._tell_image = bind_address("image", self._go_to)
+        self._box.on_value_change(lambda event: event.value or self._tell_image(""))
         with ui.element("div").classes("browse"):
             with ui.element("div"):
                 with ui.row().classes("gap-2 actions"):
                     self._build_bar([*labels])
                 self._tiles = Tiles(self)
             with ui.element("div"):
-                self._count = await filtered_table(names, "count", "term", self._fill)
-        self._box = ui.dialog().props("full-width aria-label='an image'")
-        self._tell = bind_address("find", self._go)
+                async with self._lock:  # a search waits until all is built
+                    self._count = await filtered_table(names, "count", "term", self._fill)
         await self._find()
-        self._tell_image = bind_address("image", self._go_to)
-        self._box.on_value_change(lambda event: event.value or self._tell_image(""))
 
     def _go(self, text: str) -> None:
         self._terms.value = text
@@ -211,6 +226,7 @@ class Browser:
         ui.button("Group", on_click=self._group)
         ui.button("Undo", on_click=self._undo)
         ui.button("Save manifest", on_click=self._save)
+        ui.button("Save list", on_click=lambda: ui.download("\n".join(sorted(self.marked)).encode(), "marked.txt"))
         self._marks = ui.label().props("role=status")
         ui.label(HINT).classes("muted")
 
@@ -221,7 +237,7 @@ class Browser:
         path = escape_controls(view.path)
         text = escape_controls(view.label or view.path.rpartition("/")[2])
         text = text if view.weight else f"left out: {text}"
-        return {"row": row, "src": src, "path": path, "text": text, "marked": view.path in self.marked}
+        return {"id": row, "src": src, "path": path, "text": text, "marked": view.path in self.marked}
 
     def mark(self, rows: np.ndarray) -> None:
         """Mark rows, too."""
@@ -245,6 +261,7 @@ class Browser:
     async def show(self, rows: np.ndarray) -> None:
         """Show rows, from the first one on, and what is counted in them."""
         self.found = rows
+        self._is_chosen = True
         self._said.text = f"{len(rows):,} of {len(self.collection):,} images"
         self._tiles.show(rows)
         await self._count()
@@ -259,6 +276,7 @@ class Browser:
                 return
             self._tell(text)
             await self.show(found)
+            self._is_chosen = False
             if not len(found):
                 self._said.text += ": remove a term, or write -TERM for images without it"
 
@@ -294,7 +312,7 @@ class Browser:
             said = fault or f"{len(lines):,} decisions are in corrections.jsonl"
             self.collection = await asyncio.to_thread(self.shelf.open, self.name, again=True)
         ui.notify(escape_controls(said, keep="\n"))
-        await self._find()
+        await (self.show(self.found) if self._is_chosen else self._find())
 
     async def _save(self) -> None:
         """Let the browser save a manifest of the marked images; `data.table=FILE` takes it."""
@@ -309,10 +327,8 @@ class Browser:
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
             shown = ui.image(image_address(self.name, self.collection, row, 1024))
             shown.style("height: min(60vh, 90vw)").props["alt"] = escape_controls(facts["path"])
-            with ui.element("div").classes("facts"):
-                for key, value in facts.items():
-                    ui.label(escape_controls(key)).classes("muted")
-                    ui.label(escape_controls(value))
+            texts = [{"id": escape_controls(key), "text": escape_controls(value)} for key, value in facts.items()]
+            show_grid("facts", _FACT, texts)
         self._box.open()
         self._tell_image(str(row))
         leads = await asyncio.to_thread(search_of(self.collection).leads)
@@ -330,12 +346,10 @@ async def show_map(browser: Browser) -> None:
 
     table = browser.collection.table
     said = ui.label("Looking at the images").props("role=status")
-    shares = [0.0]
-    timer = ui.timer(1, lambda: said.set_text(f"Looking at the images: {shares[-1]:.0%}"))
     rows = spread(np.arange(len(table)), MOST)
     config = browser.shelf.config(browser.name)
-    points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, shares.append)
-    timer.cancel()
+    with show_share(said) as tell:
+        points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, tell)
     said.text = "Placing the images"
     places = await asyncio.to_thread(place_images, points.numpy())
     said.text = escape_controls(f"{len(rows):,} of {len(table):,} images, by {says}")

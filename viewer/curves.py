@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from nicegui import ui
@@ -14,6 +14,8 @@ from utils.record.figures import GROUPS, group_of, list_curves, title_curve
 from viewer.parts import COLOURS, GREY, REFRESH_SEC, TEXT
 
 _POINTS = 2_000  # of a curve
+_HIDDEN = {"lineStyle": {"opacity": 0}, "symbol": "none", "tooltip": {"show": False}, "stackStrategy": "all"}
+_BAND = _HIDDEN, _HIDDEN | {"areaStyle": {"opacity": 0.2}}  # the second is stacked on the first
 _MARKED = 40  # points, at most, of a curve whose points are marked
 
 
@@ -22,7 +24,7 @@ def chart_options(
 ) -> Json | None:
     """Return the ECharts options of a figure: training and evaluation of each group of runs; None if no run has it.
 
-    A group has a line of its means, between thin ones of its least and greatest values.
+    A group has a line of its means, in a band from its least to its greatest value.
 
     by_time: over minutes of training, instead of steps.
     """
@@ -39,22 +41,24 @@ def chart_options(
             across = its[0].minutes(steps) if by_time else steps
             is_noisy = kind == "train" and group_of(figure) == 0  # a rate and a memory are read as they are
             colour = COLOURS[(kind == "evaluate") if is_alone else number % len(COLOURS)]
-            for width, line in zip((2, 1, 1), values):
+            style = {"width": 2, "type": "solid" if is_alone or kind == "train" else "dashed"}
+            for look, line in zip(({"lineStyle": style, "stack": ""}, *_BAND), values):
                 points = to_points(*thin(across, smooth(line, smoothing if is_noisy else 0.0), _POINTS))
-                style = {"width": width, "type": "solid" if is_alone or kind == "train" else "dashed"}
-                lines.append(draw_line(prefix + words, colour, points) | {"lineStyle": style})
+                lines.append(draw_line(prefix + words, colour, points) | {"stack": f"{name} {kind}"} | look)
     x_axis = {"min": "dataMin", "max": "dataMax"} | ({"name": "minutes of training"} if by_time else {})
     return plot(lines, x_axis, logarithmic=logarithmic) if lines else None
 
 
 def join(series: Sequence[Series]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return all steps [N] of some runs, and their means; of several runs also the least and the greatest values.
+    """Return the steps [N] of some runs, and their means; of several runs also the least values, and the spreads.
 
     Between its steps a run counts by interpolation, and before and after them by its first and last value.
     """
     steps = np.unique(np.concatenate([its for its, _ in series]))
+    if len(series) > 1:
+        steps = steps[:: len(steps) // _POINTS + 1]  # equal ones for least values and spreads
     rows = [np.interp(steps, *each) for each in series]
-    values = [reduce(rows, axis=0) for reduce in (np.mean, np.min, np.max)]
+    values = [reduce(rows, axis=0) for reduce in (np.mean, np.min, np.ptp)]
     return steps, values if len(rows) > 1 else rows
 
 
@@ -85,11 +89,6 @@ def plot(lines: list[Json], x_axis: Json, *, logarithmic: bool = False) -> Json:
     }
 
 
-def list_figures(runs: Iterable[Curves]) -> list[str]:
-    """Return the figures of some runs that have a curve, in their order."""
-    return list_curves(*({name for run in runs for name in run.names(kind)} for kind in ("evaluate", "train")))
-
-
 async def show_curves(read: Callable[[], dict[str, list[Curves]]], nothing: str) -> None:
     """Show a chart of each figure, and draw them anew as runs go on. read: the figures of groups of runs, by name."""
     charts = dict[str, ui.echart]()
@@ -110,7 +109,7 @@ async def show_curves(read: Callable[[], dict[str, list[Curves]]], nothing: str)
         if state == drawn:
             return
         drawn[:] = state
-        figures = list_figures(runs)
+        figures = list_curves(*({name for run in runs for name in run.names(kind)} for kind in ("evaluate", "train")))
         empty.set_visibility(not figures)
         for figure in figures:
             options = chart_options(

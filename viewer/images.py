@@ -116,6 +116,12 @@ def image_address(name: str, collection: Collection, row: int, px: int = 256) ->
     return f"/image/{name}/{collection.fingerprint}/{row}?px={px}"
 
 
+def find_copies(shelf: Shelf, name: str, collection: Collection, content: bytes) -> list[int]:
+    """Return the rows of a collection whose file is equal to `content`."""
+    rows = np.flatnonzero(pc.equal(collection.table["size"], len(content)))
+    return [row for row in rows.tolist() if shelf.read(name, collection, row) == content]
+
+
 def find_rows(collection: Collection, paths: Sequence[str]) -> np.ndarray:
     """Return the row of each path, int64 [n]; -1 for others."""
     found = pc.index_in(pa.array(paths, pa.string()), value_set=collection.table["path"].combine_chunks())

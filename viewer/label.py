@@ -1,47 +1,56 @@
-"""`/label?collection=...`: labels from nothing. Keys give classes, and a closed form proposes those of other images."""
+"""`/label?collection=...`: labels from nothing. Keys give classes, and a closed form proposes those of other images.
+
+With `&field=tags`, keys add tags and take them away.
+"""
 
 import asyncio
+import itertools
 from collections.abc import Callable
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 from nicegui import ui
 
 from data.layouts.corrections import Decision, list_kept
+from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.review import KEYS, Question, Review, ReviewPage, open_desk
+from viewer.parts import show_grid, show_share
+from viewer.review import KEYS, Question, Review, ReviewPage, open_desk, switch_tags
 from viewer.site import Site
 
 _NO_IMAGE = -1  # in place of an image's number: a class
+_KEPT = {"label": len(KEYS), "tags": 12}  # keys for what the collection has; the others are for new tags
+_LINK = '<a :href="props.row.id">Proposed: {{ props.row.name }}</a>'
 _FOLLOW_SEC = 0.3  # between two looks for new labels
 
 
 class Labelling(Review):
     """The images of a collection as one tab labels them.
 
-    show: a class whose proposals are shown; else what to label next. To build it takes long; tell: called with the
-    share of new images that is read. Raises UserError (`data.root`).
+    field: label, or tags; show: a class or a tag whose proposals are shown; else what to label next. To build it takes
+    long; tell: called with the share of new images that is read. Raises UserError (`data.root`).
     """
 
-    hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R no label · U undo · Esc leave"
+    hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R as it was · U undo · Esc leave"
 
-    def __init__(self, shelf: Shelf, name: str, show: str, tell: Callable[[float], None]) -> None:
+    def __init__(self, shelf: Shelf, name: str, field: str, show: str, tell: Callable[[float], None]) -> None:
         from engine.frozen.propose import read_points, turn
 
         collection = shelf.open(name, again=True, corrected=False)
         rows = np.concatenate([collection.rows("train"), collection.rows("val")])
         table = collection.table.take(rows)
-        labels = table["label"].to_pylist()
+        given = table[field]
         super().__init__(
-            [Question(path, 1.0, had, had, ()) for path, had in zip(table["path"].to_pylist(), labels)], []
+            [Question(path, 1.0, had, had, ()) for path, had in zip(table["path"].to_pylist(), given.to_pylist())]
         )
         self.address = lambda number, px: image_address(name, collection, int(rows[number]), px)
         self.root = collection.root
         self.desk = open_desk(collection)
         self.decisions, _ = self.desk.sync()
-        self._first = sorted({*labels} - {None})
+        self._first = sorted([*count_values(given)][: _KEPT[field]])
         self._show = show
         points, self.says = read_points(collection, shelf.config(name), rows, tell)
         self._points = turn(points)
@@ -51,20 +60,28 @@ class Labelling(Review):
         self.follow()
 
     def keys(self) -> dict[str, str]:
-        """Return the class of each key: those of the collection, then those that were typed. Joined ones keep both."""
+        """Return the class or tag of each key: the collection's, then others as they came. Joined ones keep both."""
         names = self._first
-        for line in reversed([*list_kept(self.decisions.get(("", "label"), ()))]):
-            names = [line.now if name == line.was else name for name in names]
-            names += {line.now}.difference(names)
+        kept = itertools.chain.from_iterable(map(list_kept, self.decisions.values()))
+        for line in sorted(kept, key=lambda line: line.at):
+            if line.field == self.field:
+                names = [line.now if name == line.was and not line.path else name for name in names]
+                new = line.now if self.field == "tags" else [line.now]
+                names = [*names, *(name for name in new if name and name not in names)]
         return dict(zip(KEYS, names))
 
     def name(self, new: str, old: str | None) -> list[Decision]:
-        """Add a class, or give one another name, also that of another class; return the decisions to save."""
+        """Add a class, or give one another name, also that of another class; return the decisions to save.
+
+        A tag is given to the shown image, or to those that are marked.
+        """
+        if self.field == "tags":
+            return self.choose(new)
         renamed = {number: new for number, label in self._find_labels().items() if label == old}
         self._old = old
         return self._write({_NO_IMAGE: new, **renamed})
 
-    def _add(self, number: int, now: str | None, verdict: str) -> Decision:
+    def _add(self, number: int, now: Any, verdict: str) -> Decision:
         if number == _NO_IMAGE:
             return self.state("", self._old, now, verdict or "edited")
         return super()._add(number, now, verdict)
@@ -73,11 +90,12 @@ class Labelling(Review):
         """Return how many images have a label, and how good the proposals are."""
         return f"{len(self._find_labels()):,} of {len(self.questions):,} labelled{self.quality}"
 
-    def _find_labels(self) -> dict[int, str]:
+    def _find_labels(self) -> dict[int, Any]:
         labels = {}
         for number, question in enumerate(self.questions):
             last = self.last(number)
-            if label := last.now if last else question.had:
+            label = last.now if last else question.had
+            if label or last and label is not None:  # somebody has seen that it has no tag
                 labels[number] = label
         return labels
 
@@ -85,43 +103,53 @@ class Labelling(Review):
         """Propose and order by the labels of now; the screen stays. Call it in a thread: it takes up to a second."""
         from engine.frozen.propose import propose
 
-        order, classes, probs, self.quality = propose(self._points, self._find_labels())
+        labels = self._find_labels()
+        if self.field == "tags":
+            labels = {number: self._show in tags for number, tags in labels.items()}
+        order, classes, probs, self.quality = propose(self._points, labels)
         offers = zip(self.questions, classes, probs)
-        offered = [each._replace(by=1 - by, says=each.had or name) for each, name, by in offers]
+        offered = [each._replace(by=1 - by, says=self._say(each.had, name)) for each, name, by in offers]
         if offered:
             for number in {self.here, *self.marked}:  # Enter takes what is shown
                 if says := self.questions[number].says:
                     offered[number] = offered[number]._replace(says=says)
             self.questions = offered
         if self._show:
-            alike = [number for number, name in enumerate(classes) if name == self._show]
-            order = sorted(alike, key=probs.__getitem__, reverse=True)
+            new = [number for number, each in enumerate(offered) if each.says != each.had]
+            order = [number for number in new if self.field == "tags" or offered[number].says == self._show]
+            order.sort(key=lambda number: offered[number].by)
+        elif self.field == "tags":
+            order = [*order, *range(len(self.questions))]
         shown = self.order[: self.order.index(self.screen()[-1]) + 1] if self.order else []
-        free = [number for number in order if self.last(number) is None and not self.questions[number].had]
+        free = [number for number in order if self.last(number) is None]
         order = [*dict.fromkeys([*shown, *free])] or [0]
         self.here = self.here if shown else order[0]
         self.order = order
+
+    def _say(self, had: Any, found: Any) -> Any:
+        """Return what is proposed. found: its class, or whether it has the tag that is shown."""
+        if self.field == "label":
+            return had or found
+        return switch_tags(had, had, [self._show] if found != (self._show in had) else [])
 
 
 def add_page(site: Site) -> None:
     """Add the page."""
 
     @ui.page("/label")
-    async def show(collection: str = "", show: str = "") -> None:
+    async def show(collection: str = "", field: Literal["label", "tags"] = "label", show: str = "") -> None:
         site.shelf.config(collection)
         with site.page("Label"):
             note = ui.label("Looking at the images").props("role=status")
             await ui.context.client.connected()
-            shares = [0.0]
-            timer = ui.timer(1, lambda: note.set_text(f"Looking at the images: {shares[-1]:.0%}"))
             try:
-                labelling = await asyncio.to_thread(Labelling, site.shelf, collection, show, shares.append)
+                with show_share(note) as tell:
+                    labelling = await asyncio.to_thread(Labelling, site.shelf, collection, field, show, tell)
                 note.text = escape_controls(f"Proposals are by {labelling.says}")
                 labelling.by = (ui.context.client.tab_id or "")[:8]
-                LabelPage(labelling, f"/label?collection={collection}&show=")
+                LabelPage(labelling, f"/label?collection={collection}&field={field}&show=")
             except UserError as error:
                 note.text = escape_controls(str(error))
-            timer.cancel()
 
 
 class LabelPage(ReviewPage):
@@ -131,10 +159,13 @@ class LabelPage(ReviewPage):
         self._base = base
         self._lines = 0
         with ui.row():
-            self._new = ui.input("A class, then Enter").on("keydown.enter", self._name)
+            title = "A class, then Enter" if labelling.field == "label" else "A tag, then Enter"
+            self._new = ui.input(title).on("keydown.enter", self._name)
             self._new.on("keydown.esc", js_handler="event => event.target.blur()")
             self._old = ui.select({}, label="in place of", clearable=True).style("min-width: 9em")
-        self._links = ui.row()
+            self._old.set_visibility(labelling.field == "label")
+        ui.link("Next to label", base)
+        self._links = show_grid("links", _LINK)
         self._train = ui.link("Train on these labels", "/start?folder=" + quote(bytes(labelling.root)))
         super().__init__(labelling, labelling.address, labelling.desk)
         ui.timer(_FOLLOW_SEC, self._follow)
@@ -145,11 +176,7 @@ class LabelPage(ReviewPage):
         names = {name: escape_controls(name) for name in self._review.keys().values()}
         if self._old.options != names:
             self._old.set_options(names)
-            self._links.clear()
-            with self._links:
-                ui.link("Next to label", self._base)
-                for name, text in names.items():
-                    ui.link(f"Proposed: {text}", self._base + quote(name))
+            self._links.rows = [{"id": self._base + quote(name), "name": text} for name, text in names.items()]
 
     async def _name(self) -> None:
         if new := (self._new.value or "").strip():

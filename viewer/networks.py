@@ -1,7 +1,6 @@
 """Networks below the folders of view.py, asked about an image as predict.py does."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.images.bytes import open_contents
-from data.stream.source import UnreadableImage
+from data.collection.collection import Collection
+from data.config import DataConfig
 from data.tags.rules import TextConfig, read_rules
 from data.tools import predictions
 from utils.errors import UserError, about
@@ -21,7 +20,6 @@ from utils.formats.vocabulary import FILE, category_name
 from utils.io.files import Json, readable, sha256_text
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
-from viewer.images import Shelf, image_address
 
 if TYPE_CHECKING:  # torch is imported when the first network is asked
     from models.predictor import Predictor
@@ -30,7 +28,6 @@ _MAX_PIXELS = 100_000_000
 _KEPT = 2  # networks in memory
 _SHOWN = 30  # classes or tags
 _NEAREST = 24  # images
-_AT_ONCE = 16  # images between two signs of progress
 
 
 class Bar(NamedTuple):
@@ -114,42 +111,29 @@ class Networks:
         )
 
     def nearest(
-        self, weights: str, shelf: Shelf, collection: str, content: bytes, name: str
-    ) -> Iterator[tuple[float, list[tuple[str, str]]]]:
-        """Yield the share of a collection that is embedded; at the end, addresses and texts of the nearest images.
+        self,
+        weights: str,
+        collection: Collection,
+        config: DataConfig,
+        image: tuple[bytes, str],
+        tell: Callable[[float], None],
+    ) -> dict[int, float]:
+        """Return the rows of a collection's images that are most like an image, with their similarities.
 
-        Embeddings are kept by the state of each image's file. Raises UnreadableImage, UserError, HTTPException.
+        image: encoded, and its name. tell: called with the share of new images that is read; it may raise. Features are
+        kept by the state of each image's file. Raises UnreadableImage, UserError.
         """
-
-        from engine.frozen.features import FeatureStore, Frozen
-
-        def embed(content: bytes, name: str) -> np.ndarray:
-            with self._lock:
-                return predictor.embed(_prepare(predictor, content, name))[0]
+        from engine.frozen.choose import choose_cpu
+        from engine.frozen.features import Frozen, read_features
 
         predictor, version = self.get(self.find(weights))
-        opened = shelf.open(collection, again=True)
-        contents = open_contents(opened)
-        store = FeatureStore(contents, Frozen(predictor, version, weights))
-        rows = np.flatnonzero(opened.weights()).tolist()
-        query = embed(content, name)
-        vectors = dict[int, np.ndarray]()
-        for number, row in enumerate(rows):
-            key = store.key(row)
-            vector = store.get(key)
-            if vector is None:
-                if number % _AT_ONCE == 0:
-                    yield number / len(rows), []
-                with suppress(UnreadableImage):
-                    vector = embed(shelf.read(collection, opened, row), contents.name_of(row))
-                    store.put(key, vector)
-            if vector is not None:
-                vectors[row] = vector
-        if not vectors:
-            raise UserError(f"data.root: {opened.root} has no image that can be read")
-        best = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
-        texts = [f"{each['similarity']:.3f}  {opened.row(each['path']).path}" for each in best]
-        yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
+        with self._lock:
+            query = predictor.embed(_prepare(predictor, *image))[0]
+        frozen = Frozen(predictor, version, weights)
+        rows = np.flatnonzero(collection.weights())
+        features, rows = read_features(frozen, collection, config, rows, choose_cpu(), tell=tell)
+        best = predictions.rank(rows.tolist(), features.numpy(), query, _NEAREST)
+        return {each["path"]: each["similarity"] for each in best}
 
 
 def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:

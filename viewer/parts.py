@@ -3,8 +3,8 @@
 import json
 import shlex
 from asyncio import Lock
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -79,6 +79,24 @@ def show_command(words: Sequence[str]) -> None:
     code = ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
     code.copy_button.props("aria-label=copy")
     code.markdown.props("tabindex=0")  # keys scroll it
+
+
+@contextmanager
+def show_share(said: ui.label) -> Iterator[Callable[[float], None]]:
+    """Let a line say which share of the images is read; gives what is told it, in any thread."""
+    shares = [0.0]
+    timer = ui.timer(1, lambda: said.set_text(f"Looking at the images: {shares[-1]:.0%}"))
+    try:
+        yield shares.append
+    finally:
+        timer.cancel()
+
+
+def show_grid(name: str, template: str, rows: Sequence[Json] = ()) -> ui.table:
+    """Show rows as a grid of a CSS class, each by Quasar's template: double braces show text, never markup."""
+    table = ui.table(columns=[], rows=[*rows], pagination=0).classes("w-full")
+    table.props(f"grid hide-header hide-bottom card-container-class={name}").add_slot("item", template)
+    return table
 
 
 def make_columns(labels: Mapping[str, str]) -> list[Json]:

@@ -15,12 +15,14 @@ from utils.record import tables
 from utils.record.figures import show_name
 from viewer.curves import draw_line, plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import ACCENT, COLOURS, GREY, TEXT, filtered_table, make_columns, show_command
+from viewer.parts import ACCENT, COLOURS, GREY, TEXT, filtered_table, make_columns, show_command, show_grid
 from viewer.review import find_review
 
 _CLASSES = 40  # in a matrix
 _IMAGES = 48  # shown at once
 _TAGS = 4  # under an image
+_TILE = """<div><img v-if="props.row.src" :src="props.row.src" :alt="props.row.texts[0]" loading="lazy">
+<div v-for="text in props.row.texts.slice(1)">{{ text }}</div></div>"""
 _MATRIX = {
     "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
     "tooltip": {"confine": True, "renderMode": "richText"},
@@ -146,13 +148,8 @@ async def show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) ->
         show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
         return
     addresses = await asyncio.to_thread(find_addresses, path, shelf, [name for name, *_ in rows])
-    with ui.element("div").classes("w-full tiles"):
-        for (name, *texts), address in zip(rows, addresses):
-            with ui.column().classes("gap-1"):
-                if address:
-                    ui.image(address).props("ratio=1").classes("w-full").props["alt"] = escape_controls(name)
-                for text in texts:
-                    ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
+    cards = [{"src": address, "texts": [*map(escape_controls, row)]} for row, address in zip(rows, addresses)]
+    show_grid("tiles", _TILE, cards)
     if not any(addresses):
         ui.label("These are no images of the run's collection." if rows else "No image is wrong.").classes("muted")
 

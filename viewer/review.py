@@ -25,7 +25,7 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 from utils.record.tables import LABELS, Difference, find_differences, find_images, images_about
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import REFRESH_SEC, find_run, run_name
+from viewer.parts import REFRESH_SEC, bind_address, find_run, run_name, show_grid
 from viewer.site import Site
 
 _MOST = 10_000  # differences
@@ -36,18 +36,24 @@ _CHOICES = 9  # those that a review uses
 _NEAR_PX = 128
 # A key is for the page only while none of these has the focus.
 _FOCUSABLE = ["a", "button", "div", "input", "select", "summary", "textarea"]
-_CARD = """<div :class="props.row.kind" @click="event => $parent.$emit('pick', [props.row.id, event.shiftKey])">
+_CARD = """<div class="card" :class="props.row.kinds"
+ @click="event => $parent.$emit('pick', [props.row.id, event.shiftKey])">
 <img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
 <div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
+_NEAR = (
+    """<div><img :src="props.row.src" :alt="props.row.label"><div class="ellipsis">{{ props.row.label }}</div></div>"""
+)
 # The first class that is found is chosen by Enter; once the list is closed, keys are for the page again.
 _FIRST = "() => setTimeout(() => getElement({}).$refs.qRef.setOptionIndex(0), 50)"
 _LEAVE = "() => setTimeout(() => document.activeElement.blur(), 50)"
 _STYLE = """
+.links { display: flex; flex-wrap: wrap; gap: 8px }
 .near { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); font-size: 13px }
-.near .muted { grid-column: 1 / -1 } .near .q-img { height: 88px }
+.near:not(:empty)::before { content: "The images most like it, with their labels"; grid-column: 1 / -1 }
+.near img { height: 88px; width: 100%; object-fit: contain; display: block }
 .review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
 @media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
-.cards .q-table__grid-content { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
   align-content: start }
 .card { border: 2px solid transparent; border-radius: 6px; padding: 4px; cursor: pointer; font-size: 13px }
 .card img { width: 100%; aspect-ratio: 1; object-fit: contain } .decided img { opacity: .35 }
@@ -171,9 +177,9 @@ class Review:
             changed = {*had}.symmetric_difference(value)
             text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
         verdict = f"{last.verdict} by {last.by}" if last else f"doubt {self.questions[number].by:.1%}"
-        kinds = {"card": True, "here": number == self.here, "marked": number in self.marked, "decided": last}
+        kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last is not None}
         texts = {"text": escape_controls(text), "verdict": escape_controls(verdict)}
-        return {"id": number, "image": image, **texts, "kind": " ".join(kind for kind in kinds if kinds[kind])}
+        return {"id": number, "image": image, **texts, "kinds": kinds}
 
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
@@ -197,10 +203,13 @@ class Review:
         return []
 
     def choose(self, name: str) -> list[Decision]:
-        """Give a class to the marked images, or to the shown one; or give the shown one a tag, or take it away."""
+        """Give a class to the marked images, or to the shown one; or a tag, or take it away if the shown one has it."""
+        targets = sorted(self.marked) or [self.here]
         if self.field == "label":
-            return self._decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
-        return self._write({self.here: switch_tags(self.questions[self.here].had, self.shown(self.here), [name])})
+            return self._decide(dict.fromkeys(targets, name))
+        had = name in self.shown(self.here)
+        alike = [each for each in targets if (name in self.shown(each)) == had]
+        return self._write({each: switch_tags(self.questions[each].had, self.shown(each), [name]) for each in alike})
 
     def pick(self, number: int, is_through: bool) -> None:
         """Show an image of the screen and mark it, or not any more; is_through: mark all from the shown one to it."""
@@ -352,11 +361,9 @@ class ReviewPage:
         with ui.element("div").classes("review"):
             with ui.column().classes("w-full"):
                 self._build_image()
-            cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
-            cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
-            cards.on("pick", lambda event: self._pick(*event.args))
-        self._cards = cards
+            self._cards = show_grid("cards", _CARD).on("pick", lambda event: self._pick(*event.args))
         ui.keyboard(self._on_key, ignore=_FOCUSABLE)
+        self._tell = bind_address("image", self._go_to)
         self._draw()
         ui.timer(REFRESH_SEC, self._save)
 
@@ -372,7 +379,7 @@ class ReviewPage:
         with ui.row():
             self._chips = {key: self._add_button(key) for key in KEYS}
         self._reason = ui.label().style("overflow-wrap: anywhere")
-        self._near = ui.element("div").classes("near w-full")
+        self._near = show_grid("near", _NEAR)
         self._other = None
         if len(self._review.classes) > _CHOICES:
             other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
@@ -387,11 +394,13 @@ class ReviewPage:
         numbers = review.screen()
         self._cards.rows = [review.card(each, self._address(each, 256)) for each in numbers]
         self._progress.text = review.progress()
+        self._tell(review.questions[review.here].path)
         self._picture.source = self._address(review.here, 1024)
         text = self._cards.rows[numbers.index(review.here)]["text"]
         self._title.text = f"{escape_controls(review.questions[review.here].path)}: {text}"
         self._reason.text = escape_controls(review.questions[review.here].reason)
-        self._show_near(review.questions[review.here].near)
+        near = review.questions[review.here].near
+        self._near.rows = [{"src": address, "label": escape_controls(label)} for address, label in near]
         names = review.keys()
         choices = review.choices()
         for key, chip in self._chips.items():  # the same elements, so that one keeps the focus
@@ -400,15 +409,11 @@ class ReviewPage:
                 chip.set_text(f"{key} {escape_controls(names[key])}")
                 chip.props(remove="outline") if choices[names[key]] else chip.props("outline")
 
-    def _show_near(self, near: Sequence[tuple[str, str]]) -> None:
-        self._near.clear()
-        with self._near:
-            if near:
-                ui.label("The images most like it, with their labels").classes("muted")
-            for address, label in near:
-                with ui.element("div"):
-                    ui.image(address).props["alt"] = escape_controls(label)
-                    ui.label(escape_controls(label)).classes("ellipsis")
+    def _go_to(self, path: str) -> None:
+        """Show an image by its path, if it is in the order."""
+        numbers = {self._review.questions[number].path: number for number in self._review.order}
+        self._review.here = numbers.get(path, self._review.here)
+        ui.timer(0, self._draw, once=True)
 
     def _pick(self, number: int, is_through: bool) -> None:
         self._review.pick(number, is_through)

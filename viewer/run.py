@@ -18,7 +18,15 @@ from utils.record.run_index import RunIndex, find_runs, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
 from viewer.overview import command_of, show_overview
-from viewer.parts import REFRESH_SEC, bind_choice, filtered_table, find_run, make_columns, run_name, show_command
+from viewer.parts import (
+    REFRESH_SEC,
+    bind_choice,
+    filtered_table,
+    find_run,
+    make_columns,
+    run_name,
+    show_command,
+)
 from viewer.results import show_mistakes, show_tables, show_thresholds
 from viewer.site import Site
 
@@ -139,13 +147,8 @@ def _show_picture(name: str, title: str, by_step: dict[int | None, str]) -> None
     draw(last)
 
 
-def _read_settings(path: Path) -> dict[str, str]:
-    values = flatten(RunReader(path).config)
-    return {escape_controls(key): escape_controls(str(value)) for key, value in values.items()}
-
-
 async def _show_settings(index: RunIndex, path: Path) -> None:
-    settings = await asyncio.to_thread(_read_settings, path)
+    settings = flatten(RunReader(path).config).items()
     alone = "compare with"
     names = [run_name(index, other) for other in find_runs(index.roots) if other != path]
 
@@ -153,7 +156,7 @@ async def _show_settings(index: RunIndex, path: Path) -> None:
         if other != alone:
             ui.navigate.to(f"/compare?{urlencode([('run', run_name(index, path)), ('run', other)])}")
         table.columns = make_columns({"key": "Key", "value": "Value"})
-        table.rows = [{"key": key, "value": value} for key, value in settings.items()]
+        table.rows = [{"key": escape_controls(key), "value": escape_controls(str(value))} for key, value in settings]
 
     await filtered_table([alone, *names], alone, "key", fill)
 

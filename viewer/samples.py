@@ -20,7 +20,7 @@ from PIL import Image
 from utils.io.files import refuse_links_out, sha256_text, write_text
 from utils.io.safe_text import escape_controls
 from utils.record.run_reader import RunReader
-from viewer.parts import find_run
+from viewer.parts import find_run, show_grid
 from viewer.run import find_pictures
 from viewer.site import Site
 
@@ -31,6 +31,9 @@ FILE = "preferences.jsonl"
 # Quasar's template. Double braces show text, never markup. What is shown, wiped and enlarged stays in the browser.
 _PAGE = """<div class="w-full samples" tabindex="0" role="group" aria-label="pictures"
   @vue:mounted="({el}) => el.focus()"
+  @vue:updated="({el}) => { const page = el.ownerDocument.defaultView; const url = new page.URL(page.location)
+    for (const name of ['left', 'right', 'here']) url.searchParams.set(name, props.row[name])
+    page.history.replaceState({}, '', url) }"
   :style="{'--at': props.row.at + '%', '--zoom': props.row.zoom + '%', '--part': 100 / props.row.prompts.length + '%'}"
   @keydown.left.self.prevent="props.row.here = Math.max(props.row.here - 1, 0)"
   @keydown.right.self.prevent="props.row.here = Math.min(props.row.here + 1, props.row.prompts.length - 1)"
@@ -103,7 +106,7 @@ def add_page(site: Site) -> None:
     """Add the page. It shows the runs with equal prompts; the first run that has any keeps the choices."""
 
     @ui.page("/samples")
-    async def show(run: Annotated[list[str], Query()]) -> None:
+    async def show(run: Annotated[list[str], Query()], left: int = 0, right: int = -1, here: int = 0) -> None:
         paths = [find_run(site.index, name) for name in run]
         files = []
         strips = []
@@ -151,7 +154,7 @@ def add_page(site: Site) -> None:
             said.text = "" if strips else "No pictures of task.samples.prompts yet."
             texts = [escape_controls(prompt.text) for prompt in prompts]
             widths = " ".join(f"{prompt.image_size_hw[1]}fr" for prompt in prompts)
-            shown = {"left": 0, "right": len(strips) - 1, "here": 0, "at": 50, "zoom": 100}
-            row = {"strips": strips, "prompts": texts, "widths": widths, **shown}
-            table = ui.table(columns=[], rows=[row] if strips else []).props("grid hide-header hide-bottom")
-            table.on("press", press).classes("w-full").add_slot("item", _PAGE)
+            row = {"strips": strips, "prompts": texts, "widths": widths, "at": 50, "zoom": 100}
+            if strips:
+                row |= {"left": left % len(strips), "right": right % len(strips), "here": here % len(texts)}
+            show_grid("page", _PAGE, [row] if strips else []).on("press", press)

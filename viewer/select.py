@@ -31,16 +31,16 @@ STYLE = """
 """
 # Any change of the page makes tiles anew; the one that had the focus takes it again.
 TILE = """<div class="pick">
-<button class="tile cursor-pointer" :id="'t' + props.row.row" :title="props.row.path"
- @click="e => e.shiftKey || e.ctrlKey || e.metaKey ? $parent.$emit('mark', [props.row.row, e.shiftKey])
-  : $parent.$emit('open', props.row.row)"
- @keydown.x="e => $parent.$emit('mark', [props.row.row, e.shiftKey])"
+<button class="tile cursor-pointer" :id="'t' + props.row.id" :title="props.row.path"
+ @click="e => e.shiftKey || e.ctrlKey || e.metaKey ? $parent.$emit('mark', [props.row.id, e.shiftKey])
+  : $parent.$emit('open', props.row.id)"
+ @keydown.x="e => $parent.$emit('mark', [props.row.id, e.shiftKey])"
  @focus="e => e.target.ownerDocument.hadFocus = e.target.id"
  @vue:mounted="({el}) => el.ownerDocument.hadFocus == el.id && el.ownerDocument.activeElement == el.ownerDocument.body
   && el.focus({preventScroll: true})">
 <img :src="props.row.src" :alt="props.row.path" /><span>{{ props.row.text }}</span></button>
 <input type="checkbox" :checked="props.row.marked" :aria-label="'mark ' + props.row.path"
- @click="e => $parent.$emit('mark', [props.row.row, e.shiftKey])" /></div>"""
+ @click="e => $parent.$emit('mark', [props.row.id, e.shiftKey])" /></div>"""
 HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."
 
 
@@ -74,7 +74,6 @@ def decide_all(
     collection: Collection, paths: Iterable[str], field: str, change: Callable[[Any], Any], by: str
 ) -> list[Decision]:
     """Return decisions on images: what `change` makes of a field, where that is another value. by: the page's tab."""
-    taken = take_images(collection, paths)
-    values = taken[field].to_pylist() if field in taken.column_names else [None] * len(taken)
-    pairs = [(path, was, change(was)) for path, was in zip(taken["path"].to_pylist(), values)]
-    return [decide(path, field, was, now, "edited", by) for path, was, now in pairs if was != now]
+    rows = take_images(collection, paths).to_pylist()
+    values = [(row["path"], row.get(field), change(row.get(field))) for row in rows]
+    return [decide(path, field, was, now, "edited", by) for path, was, now in values if was != now]

@@ -37,9 +37,13 @@ h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .lines { white-space: pre-line; overflow-wrap: anywhere }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .chart { height: 240px; width: 100% }
-.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px }
+.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px;
+  overflow-wrap: anywhere }
+.tiles img { width: 100%; aspect-ratio: 1; object-fit: contain }
 .level-1 { color: var(--warn) } .level-2 { color: var(--error) }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
+.q-table td:last-child { overflow-wrap: anywhere; min-width: 100px }
+.nicegui-log { white-space: pre-wrap; overflow-wrap: anywhere }
 .q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap }
 summary { display: list-item; font-weight: 500; cursor: pointer }
 .bar { padding: 1px 6px; border-radius: 3px; background:
@@ -49,8 +53,7 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
 .nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
 .answers { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr));
   overflow-wrap: anywhere }
-.answers > * { padding: 0 } .alike .q-img { aspect-ratio: 1 }
-.alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
+.answers > * { padding: 0 }
 s, section { width: 100% } s::after { content: "done"; display: inline-block }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
@@ -102,7 +105,7 @@ class Site:
                     link = ui.link(name, address)
                     if address == ui.context.client.page.path:
                         link.props("aria-current=page")
-            link.bind_text_from(self, "alerts", _show_alerts)
+            link.bind_text_from(self, "alerts", lambda count: f"Watch ⚠ {count}" if count else "Watch")
             self._choose_look()
         ui.skip_link(target=ui.context.client.content)
         follow_address()
@@ -134,7 +137,3 @@ def add_missing_page(site: Site) -> None:
         with Client(ui.page(""), request=request) as client, site.page("Nothing is here"):
             ui.label(error.detail)
         return client.build_response(request, 404)
-
-
-def _show_alerts(count: int) -> str:
-    return f"Watch ⚠ {count}" if count else "Watch"

@@ -3,26 +3,25 @@
 import asyncio
 import base64
 import io
-from urllib.parse import quote
 
+import numpy as np
 from fastapi import HTTPException
 from nicegui import events, ui
 
-from data.collection.search import quote_value
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, PER_TAG
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from viewer.collection import list_collections
-from viewer.images import Shelf
+from viewer.collection import Browser, list_collections
+from viewer.images import Shelf, find_copies
+from viewer.parts import show_grid, show_share
 from viewer.site import Site
 
 # Quasar's own header has a button without a name, and an input in it.
 _CHOOSE = """<q-btn flat icon="add" label="Drop, paste or choose images" @click="props.pickFiles" />
-<div class="q-px-md q-pb-sm">Is the image in a collection? Its nearest images lead to their places there, where labels
-can be changed; 1.000 is the image itself, or a copy. To add a new one, save it in the collection's folder,
-labelled as the others are.</div>
+<div class="q-px-md q-pb-sm">Is the image in a collection? It is marked among its nearest images, where labels and tags
+can be changed. To add a new one, save it in the collection's folder, labelled as the others are.</div>
 <span class="hidden"><q-uploader-add-trigger /></span>"""
 MAX_BYTES = 64 * 2**20  # of an upload
 _ANSWER = """<q-card flat bordered class="q-pa-sm"><div class="ellipsis" :title="props.row.weights">
@@ -45,7 +44,7 @@ def list_choices(shelf: Shelf) -> tuple[dict[str, str | None], dict[str, str]]:
         for file in (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")):
             if str(file) == escape_controls(str(file)):
                 own[str(file)] = collection
-    return own, {name: f"{title}: {about}" for name, title, about, _ in list_collections(shelf)}
+    return own, {its["name"]: f"{its['folder']}: {its['about']}" for its in list_collections(shelf)}
 
 
 def add_page(site: Site) -> None:
@@ -63,50 +62,39 @@ class TryPage:
 
     def __init__(self, site: Site, own: dict[str, str | None], collections: dict[str, str]) -> None:
         self._site = site
-        self._own = own
         self._images: list[tuple[bytes, str]] = []
         self._newest = 0  # the number of the last question
-        self._build_choices()
-        self._build_upload()
+        self._build_choices([*own])
         self._message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
         self._message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
-        self._result = ui.table(columns=[], rows=[], pagination=0).classes("w-full")
-        self._result.props("grid hide-header hide-bottom card-container-class=answers").add_slot("item", _ANSWER)
+        self._result = show_grid("answers", _ANSWER)
         self._result.on("copy", lambda event: ui.clipboard.write(event.args))
-        self._build_search(collections)
-        self._alike = ui.element("div").classes("w-full alike")
+        with ui.row():
+            self._collection = ui.select(collections, label="Collection", value=next(iter(own.values()), None))
+            self._collection.classes("col")
+            self._search = ui.button("Find its nearest images", on_click=self._find)
+        self._alike = ui.column().classes("w-full")
 
-    def _build_choices(self) -> None:
+    def _build_choices(self, own: list[str]) -> None:
         with ui.row():
             weights = ui.select(
-                [*self._own],
+                own,
                 label="Runs, weight files, or folders with a WD tagger",
-                value=[*self._own][:1],
+                value=own[:1],
                 multiple=True,
                 with_input=True,
                 new_value_mode="add-unique",
             )
             self._weights = weights.props("aria-label=weights use-chips").classes("col").style("min-width: 260px")
-            profiles = [PER_TAG, *CATEGORY_PROFILES]
-            self._profile = ui.select(profiles, label="Thresholds", value=PER_TAG)
+            self._profile = ui.select([PER_TAG, *CATEGORY_PROFILES], label="Thresholds", value=PER_TAG)
             self._profile.style("min-width: 160px")
         for choice in (self._weights, self._profile):
             choice.on_value_change(self._ask)
-
-    def _build_upload(self) -> None:
         upload = ui.upload(multiple=True, auto_upload=True, on_multi_upload=self._take)
         upload.add_slot("header", _CHOOSE)
         upload.on_rejected(self._refuse).on("failed", self._refuse, args=[]).on("uploaded", upload.reset, args=[])
         upload.props(f"flat bordered max-total-size={MAX_BYTES}").classes("w-full")
         ui.run_javascript(_PASTE.format(upload.id))
-
-    def _build_search(self, collections: dict[str, str]) -> None:
-        with ui.row():
-            first = next(iter(self._own.values()), None)
-            self._collection = ui.select(collections, label="Collection", value=first).classes("col")
-            self._search = ui.button("Find its nearest images", on_click=self._find)
-            self._stop = ui.button("Stop", on_click=lambda: self._stop.set_visibility(False)).props("flat")
-            self._stop.visible = False
 
     def _refuse(self) -> None:
         self._message.set_text(f"not taken: choose images of at most {MAX_BYTES >> 20} MiB together")
@@ -119,7 +107,6 @@ class TryPage:
         """Ask each network about each image; stop when another question is asked, or the tab is closed."""
         self._newest += 1
         number = self._newest
-        self._stop.visible = False  # a search for another image
         self._alike.clear()
         rows = []
         for content, name in self._images:
@@ -147,27 +134,30 @@ class TryPage:
         if not (self._images and self._weights.value and self._collection.value):
             ui.notify("choose a network, an image and a collection")
             return
+        shelf = self._site.shelf
         name = self._collection.value
-        steps = self._site.networks.nearest(self._weights.value[0], self._site.shelf, name, *self._images[0])
-        found = []
+        image = self._images[0]
+        nearest = self._site.networks.nearest
+        self._alike.clear()
         self._search.disable()
-        self._stop.set_visibility(True)
         try:
-            while self._stop.visible and not self._stop.is_deleted:
-                step = await asyncio.to_thread(next, steps, None)
-                if step is None:
-                    break
-                share, found = step
-                self._message.text = f"{share:.0%} of the collection are compared"
+            collection = await asyncio.to_thread(shelf.open, name, again=True)
+            copies = await asyncio.to_thread(find_copies, shelf, name, collection, image[0])
+            with show_share(self._message) as tell:
+                found = await asyncio.to_thread(
+                    nearest, self._weights.value[0], collection, shelf.config(name), image, tell
+                )
         except (UserError, UnreadableImage, HTTPException) as error:
             self._message.text = escape_controls(str(error))
+            return
         finally:
-            self._stop.set_visibility(False)
             self._search.enable()
-            await asyncio.to_thread(steps.close)
-        self._alike.clear()
+        if self._images[0] is not image or self._alike.is_deleted:
+            return
+        best = max(found.values())
+        self._message.text = f"Equal files: {len(copies)}, marked. The images most like it have up to {best:.3f}."
+        browser = Browser(shelf, name, collection)
         with self._alike:
-            for address, text in found:
-                term = quote(f"path={quote_value(text.partition('  ')[2])}")
-                with ui.link(target=f"/collection/{name}?find={term}"):
-                    ui.image(address).tooltip(escape_controls(text)).props["alt"] = escape_controls(text)
+            await browser.build()
+        await browser.show(np.array([*dict.fromkeys([*copies, *found])]))
+        browser.mark(np.array(copies, int))

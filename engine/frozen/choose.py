@@ -13,7 +13,7 @@ from data.collection.collection import Collection
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
 from engine.frozen.features import Frozen
-from engine.update.runtime import Runtime
+from engine.update.runtime import Runtime, choose_runtime
 from models.config import TimmConfig
 from models.image_model import ImageModel, Normalise
 from models.predictor import Predictor, torch_predictor
@@ -49,6 +49,11 @@ PIXELS = Frozen(
     "pixels",
     "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
 )
+
+
+def choose_cpu() -> Runtime:
+    """Return the CPU, for a page: a GPU may be training."""
+    return choose_runtime(MACHINE.model_copy(update={"device": "cpu"}))
 
 
 def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen:

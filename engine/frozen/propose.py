@@ -6,6 +6,7 @@ order, classes, probs, says = propose(points, {7: "cat", 9: "dog"})           at
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from engine.frozen.choose import MACHINE, choose_frozen
+from engine.frozen.choose import choose_cpu, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.order import order_next, predict, reduce_features
-from engine.update.runtime import choose_runtime
 from optim.ridge import standardise
 from utils.record.figures import interval, show_interval
 
@@ -34,7 +34,7 @@ def read_points(
     An image that cannot be read is in the middle. tell: called with the share of new images that is read. Of 1,280
     features, an image takes 10 KiB of memory meanwhile, and 1 KiB afterwards. Raises UserError (`data.root`).
     """
-    runtime = choose_runtime(MACHINE.model_copy(update={"device": "cpu"}))  # a GPU may be training
+    runtime = choose_cpu()
     frozen = choose_frozen(None, collection, runtime, "data.root")
     features, known = read_features(frozen, collection, config, rows, runtime, tell=tell)
     mean, scale = standardise(features)
@@ -53,10 +53,11 @@ def turn(points: Tensor) -> Tensor:
     return points @ torch.linalg.qr(noise).Q
 
 
-def propose(points: Tensor, labels: Mapping[int, str]) -> tuple[list[int], list[str], list[float], str]:
+def propose(points: Tensor, labels: Mapping[int, Any]) -> tuple[list[int], list, list[float], str]:
     """Return images to label next, the class of each image [N], its probability, and how good the classes are.
 
-    labels: by image; of less than 20 images, or of one class, only the order follows. points: those of `turn`.
+    labels: by image, a class or whether it has a tag. Of less than 20 images, or of one class, only the order follows.
+    points: those of `turn`.
     """
     known = torch.tensor([*labels], dtype=torch.long)
     names, given = np.unique([*labels.values()], return_inverse=True)

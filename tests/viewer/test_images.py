@@ -54,11 +54,9 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
 
 def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
     add_data(make_run(tmp_path / "runs/b"), root="photos", validation_fraction=0.25)
-    for (_, title, about, runs), fraction, run in zip(
-        list_collections(shelf), ("auto", 0.25), ("0/a", "0/b"), strict=True
-    ):
-        assert title == "photos" and about.startswith(f"{tmp_path}/photos  validation_fraction={fraction} ")
-        assert runs == [run]
+    for row, fraction, run in zip(list_collections(shelf), ("auto", 0.25), "ab", strict=True):
+        assert row["folder"] == "photos" and row["runs"] == {f"/run/0/{run}": run}
+        assert row["about"].startswith(f"{tmp_path}/photos  validation_fraction={fraction} ")
 
 
 def test_a_changed_collection_has_another_address(shelf, tmp_path):

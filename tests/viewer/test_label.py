@@ -1,4 +1,4 @@
-"""Labels from nothing: keys give labels, the rest is proposed, a class is renamed; a second page sees it."""
+"""Labels from nothing: keys give labels, the rest is proposed, a class is renamed; a second page sees it. Tags, too."""
 
 import pytest
 
@@ -42,3 +42,18 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     other.get_by_text("1 a", exact=True).wait_for()
     page.reload()
     page.get_by_text("23 of 23 labelled; the others recognise").wait_for()
+
+
+def test_tags_are_switched_by_keys(page, address):
+    page.goto(f"{address}/collection")
+    page.locator("a[href^='/collection/']").click()
+    page.get_by_role("link", name="Tag them").click()
+    page.get_by_label("A tag, then Enter").fill("hat", timeout=200_000)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="hat").wait_for()
+    for key in ("Escape", "a", "e", "e"):  # away from the shown one, which alone has it; then to all
+        page.keyboard.press(key)
+    page.wait_for_function("document.querySelectorAll('.decided').length == 23")
+    page.keyboard.press("u")
+    page.wait_for_function("document.querySelectorAll('.decided').length == 1")
+    assert_accessible(page)

@@ -164,8 +164,8 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
         verdicts.extend(new)
         assert [json.loads(line)["verdict"] for line in file.read_text().splitlines()] == verdicts
 
-    page.goto(f"{address}/review?run=0/a")
-    page.get_by_text("decided").first.wait_for()
+    page.goto(f"{address}/review?run=0/a&image=cat/2.png")
+    page.get_by_text("cat/2.png:").wait_for()
     page.get_by_role("button", name="Reject").focus()
     page.keyboard.press("Enter"), wait_for("rejected")
     page.keyboard.press("1"), wait_for()  # the button has the focus

@@ -38,6 +38,9 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     group.press("ArrowRight")
     page.get_by_role("button", name=HOSTILE).and_(page.locator("[aria-pressed=true]")).wait_for()
     group.press("ArrowUp")
+    page.wait_for_url("**left=0&right=1&here=1")
+    page.reload()
+    page.locator("[aria-pressed=true]", has_text=HOSTILE).wait_for()
     for number, key in enumerate("201"):
         group.press(key)
         page.get_by_text(f"{number + 1} choices").wait_for()

@@ -10,7 +10,7 @@ import viewer.queue
 from tests.support import command, make_collection
 from tests.viewer.conftest import assert_accessible, assert_fits
 from utils.errors import UserError
-from utils.io.files import is_locked
+from utils.io.files import is_locked, write_json
 from viewer.queue import Queue
 
 # It says that it starts, and ends when it is told; Ctrl-C saves.
@@ -89,6 +89,13 @@ def test_commands_run_one_after_the_other_and_outlive_view(queue, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     wait(lambda: queue.act() and started(queue) == ["a", "c", "a"])
     assert states(queue) == {"c": "ended", "a": "running"}
+
+
+def test_a_command_that_is_not_taken_any_more_lets_others_start(queue):
+    (queue.runs / ".queue").mkdir()
+    write_json(queue.runs / ".queue/queue.json", [["1", ["train.py", "data.root=/gone", "run_dir=b"]]])
+    queue.act("", "Add", words_of(queue, "a"))
+    wait(lambda: states(queue) == {"b": "ended", "a": "running"})
 
 
 @pytest.mark.parametrize(("name", "after"), [("write_json", 0), ("write_json", 1), ("Popen", 0), ("Popen", 1)])

@@ -26,7 +26,7 @@ from utils.io.files import read_json
 from utils.io.weights import hash_tensors, write_weights
 from utils.record.run_index import RunIndex
 from viewer.app import Guard
-from viewer.images import Shelf, image_address
+from viewer.images import Shelf
 from viewer.networks import Networks
 from viewer.try_image import MAX_BYTES
 
@@ -185,36 +185,33 @@ def test_a_request_without_a_bound_or_of_another_site_is_refused(kind, header):
 
 def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)  # files of this moment are kept, too
     root = make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2)
     shelf = Shelf(RunIndex([]), data_config(root=str(root)))
     (name,) = shelf.configs
     files = sorted(root.rglob("*.png"))
     embed, used = Predictor.embed, []
-    monkeypatch.setattr(Predictor, "embed", lambda self, images: used.append(self) or embed(self, images))
-    question = str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png"
+    monkeypatch.setattr(Predictor, "embed", lambda self, images: used.extend(images) or embed(self, images))
+    image = files[3].read_bytes(), "x.png"
     networks = open_networks(runs)
 
     def find():
         used.clear()
-        *_, (share, found) = networks.nearest(*question)
-        assert share == 1.0 and len({*map(id, used)}) == 1
-        return found
+        collection = shelf.open(name, again=True)
+        return networks.nearest(str(runs / "tagger"), collection, shelf.config(name), image, lambda share: None)
 
-    steps = networks.nearest(*question)
-    assert next(steps) == (0.0, [])
-    steps.close()
     found = find()
     assert len(used) == 13 and len(found) == 12
-    assert found[0] == (image_address(name, shelf.open(name), 3), f"1.000  {files[3].relative_to(root)}")
+    assert [*found.items()][0] == (3, 1.0)
     assert find() == found and len(used) == 1  # the query alone
     Image.new("RGB", (9, 9)).save(files[5])
     files[6].write_bytes(b"no image")
-    assert len(find()) == 11 and len(used) == 2
+    assert len(find()) == 11 and len(used) == 3  # a blank one, too
     for record in tmp_path.glob("outputs/cache/features/*/*"):
         record.write_bytes(b"cut")
-    assert len(find()) == 11 and len(used) == 12
+    assert len(find()) == 11 and len(used) == 13
     os.utime(runs / "tagger/weights/best_weights.safetensors", (1, 1))  # others
-    assert len(find()) == 11 and len(used) == 12
+    assert len(find()) == 11 and len(used) == 13
     for file in files:
         file.write_bytes(b"no image")
     with refuses(r"^data.root: .*no image"):
@@ -241,8 +238,9 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
         list(encode(noise(40, 60, 3))),
     )
     page.get_by_text("pasted.png, as the network sees it").wait_for()
+    dropped = {"1.png": (runs / "images/train/A/000.png").read_bytes(), "2.png": encode(noise(40, 60, 3))}
     drop.set_input_files(
-        [{"name": name, "mimeType": "image/png", "buffer": encode(noise(40, 60, 3))} for name in ("1.png", "2.png")]
+        [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in dropped.items()]
     )
     page.get_by_text("2.png, as the network sees it").wait_for()
     page.get_by_text("1.png, as the network sees it").wait_for()
@@ -251,8 +249,15 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.wait_for_function("async () => await navigator.clipboard.readText() != ''")  # the server writes it
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").first.inner_text()
     page.get_by_role("button", name="Find its nearest images").click()
-    page.wait_for_function("document.querySelectorAll('.alike img').length > 9")
+    page.get_by_text("1 marked").wait_for()
     assert_accessible(page)
+    page.get_by_label("a label, or tags").fill("B")
+    page.get_by_role("button", name="Relabel").click()
+    page.get_by_text("1 decisions are in corrections.jsonl").wait_for()
+    assert (
+        '"path":"train/A/000.png","field":"label","was":"A","now":"B"'
+        in (runs / "images/corrections.jsonl").read_text()
+    )
     box = page.get_by_label("weights")
     box.fill("/etc/passwd"), box.press("Enter")
     page.get_by_text("file below").first.wait_for()
