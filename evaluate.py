@@ -266,7 +266,10 @@ class Grid(Strict):
                     continue
                 epoch = weights.metadata.get("epoch") if step else 0.0
                 with torch.inference_mode(), opened.runtime.autocast():
-                    report = weights.task.evaluate(opened.loaders(), step)
+                    if len(opened.rows) or weights.kind.output:
+                        report = weights.task.evaluate(opened.loaders(), step)
+                    else:  # SDXL without validation images
+                        report = weights.task.to(opened.runtime.device).draw()
                 label = f"{run}, step {step}, epoch {epoch}" if step else f"{run}, its base"
                 log.info("%s: %s", label, _show(report))
                 rows.append({"run": run, "step": step, "epoch": epoch, **report.scalars})

@@ -95,6 +95,8 @@ def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
     tones = [float(row["tone_0"]) for row in table]
     assert tones[0] == tones[3] == pytest.approx(base.mean() / 255) and len(set(tones)) == 5
     assert Image.open(place / "grids/plots/grid.png").height > 6 * 258
+    run("finetune_sdxl", [*words, "data.root=images/train/A", prompts, "run_dir=few"], place)  # no validation image
+    assert "3 weights" in run("evaluate", ["job=grid", "run_dir=few", *ON_CPU], place)
     lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]
     (place / "p.txt").write_text("red")
     assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)

@@ -264,8 +264,8 @@ class Run:
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             metric = learner.task.best_metric
             value = report.scalars.get(metric, math.nan)
-            is_best = self._gain(value, self.best) >= 0  # of equal ones, the later has learned more
-            is_best = is_best and self.streams.evaluation_samples >= learner.task.best_needs
+            # Of equal ones, the later has learned more.
+            is_best = self._gain(value, self.best) >= 0 and self.streams.evaluation_samples >= learner.task.best_needs
             if is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
                 self.best = Best(value, step, interval(metric, report.scalars))
                 recorder.best = value
@@ -291,11 +291,10 @@ class Run:
         self.evaluation_sec = time.perf_counter() - started
 
     def _gain(self, value: float, before: Best) -> float:
-        """Return by how much a figure is better than that of another evaluation."""
-        if not math.isfinite(value):
-            return -math.inf
+        """Return by how much a figure is better than that of another evaluation; NaN if it is not finite."""
         sign = -1 if self.learner.task.best_is_lowest else 1
-        return math.inf if before.value is None else sign * (value - before.value)
+        known = -sign * math.inf if before.value is None else before.value
+        return sign * (value - known)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""

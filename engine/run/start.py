@@ -94,8 +94,8 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     screen = _start_screen(config, plan, runtime, networks, streams)
     if 0 < streams.evaluation_samples < task.best_needs:
         log.warning(
-            "%d validation images tell too little to choose the best weights, below %d: the last are exported; "
-            "loop.best=loss lets their loss choose", streams.evaluation_samples, task.best_needs,
+            "%d validation images are too few to choose the best weights: the last are exported; loop.best=loss lets "
+            "their loss choose", streams.evaluation_samples,
         )  # fmt: skip
     log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
     log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))

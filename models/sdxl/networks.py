@@ -61,7 +61,6 @@ _OTHERS = {
     "*.weight_scale": _SCALED,
     "*.absmax": _SCALED,
 }
-_UNETS = {(9,): "inpaints"}  # by their input channels
 
 
 class SDXLConfig(Strict):
@@ -203,9 +202,8 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     if "vae" in parts:
         stated["vae"] = stated_config(path)
         configs["vae"]["force_upcast"] = _read_upcast(path, shapes["vae"], stated["vae"])
-    taken = shapes.get("unet", {}).get("conv_in.weight", torch.empty(0)).shape[1:2]
-    if taken in _UNETS:
-        raise UserError(f"{path} has a U-Net that {_UNETS[taken]}, which is not trained here; name one of 4 channels")
+    if shapes.get("unet", {}).get("conv_in.weight", torch.empty(0)).shape[1:2] == (9,):
+        raise UserError(f"{path} has a U-Net that inpaints, which is not trained here; name one of 4 input channels")
     with torch.device("meta"):
         networks = {part: family.build_part(part, configs[part]) for part in parts}
     for part, network in networks.items():
