@@ -66,6 +66,7 @@ class _LoopConfig(Strict):
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
+    audit_every: Count | None = None  # a run from before this key has no chain
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
     def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:

@@ -28,11 +28,12 @@ ALLOWED = {
     "engine/measures": {"utils", "optim"},
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
-    "engine/run": {"utils", "optim", "engine", "engine/update"},
+    "engine/audit": {"utils"},
+    "engine/run": {"utils", "optim", "engine", "engine/update", "engine/audit"},
     "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
     "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},
     "engine/frozen": {"utils", *ENGINE, "engine/tasks", "engine/exports", "models", "data", *DATA, "data/tools"},
-    "engine/exports": {"utils", *ENGINE, "engine/tasks", "engine/judging", "models"},
+    "engine/exports": {"utils", *ENGINE, "engine/audit", "engine/tasks", "engine/judging", "models"},
     "engine/judging": {
         "utils",
         *ENGINE,
@@ -47,7 +48,7 @@ ALLOWED = {
     "engine/train": {"utils", *ENGINE, "engine/tasks", "engine/recipe", "models", "data", *DATA},
     "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures", "engine/frozen"},
     SCRIPT: {"utils", *ENGINE, "engine/tasks", "engine/recipe", "engine/exports", "engine/judging", "engine/frozen"}
-    | {"engine/train", "models", "data", *DATA, "data/tools", "viewer"},
+    | {"engine/audit", "engine/train", "models", "data", *DATA, "data/tools", "viewer"},
     "submit": {"utils"},
 }
 FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most

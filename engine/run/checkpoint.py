@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.audit.chain import add_link
 from engine.config import TrainingConfig
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
@@ -48,7 +49,14 @@ from utils.io.files import (
     write_text,
 )
 from utils.io.safe_text import hide_secrets_in
-from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
+from utils.io.weights import (
+    hash_tensors,
+    read_tensors,
+    refuse_not_finite,
+    weight_metadata,
+    write_tensors,
+    write_weights,
+)
 from utils.ranks import distributed
 from utils.record.logging import get_logger, restart_count
 from utils.record.run_folder import RunFolder
@@ -156,6 +164,9 @@ class Saver:
                 save_checkpoint(path, copies, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
+                if state["is_kept"]:
+                    hashes = [state["best"]["weights"], *map(hash_tensors, copies.values())]
+                    add_link(folder, path, hashes=hashes, data=state["fingerprints"])
                 remove_others(path.parent, step, state["best"]["step"])
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
@@ -174,19 +185,21 @@ class Saver:
             trace = None if isinstance(error, UserError) else error
             log.error("%s\nThe next save tries again", error, exc_info=trace)
 
-    def write_alone(self, learner: Learner, name: str) -> bool:
-        """Write the weights that are judged as weights/<name>; on all ranks. Return False if the disk refuses them."""
+    def write_alone(self, learner: Learner, name: str) -> str:
+        """Write the weights that are judged as weights/<name>, on all ranks; return their checksum.
+
+        "": the disk refuses them.
+        """
         tensors = learner.exported_tensors()
         metadata = self._metadata(learner, averaged=learner.exports_average)
         path = self.folder.path / "weights" / name
 
-        def write() -> bool:
+        def write() -> str:
             try:
-                write_weights(path, tensors, metadata)
+                return write_weights(path, tensors, metadata)
             except (OSError, SafetensorError) as error:
                 log.error("%s cannot be written (%s); make room there: the run goes on without it", path, error)
-                return False
-            return True
+                return ""
 
         return distributed.rank_zero_call(write)
 

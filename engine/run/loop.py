@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from engine.audit.chain import STOPS_AT, describe_process
 from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.advice import advise
@@ -50,11 +51,15 @@ _WAITING = (
 
 @dataclass(frozen=True)
 class Best:
-    """The task's best_metric at the best evaluation so far, with its 95 % interval if it has one, and its step."""
+    """The task's best_metric at the best evaluation so far, with its 95 % interval if it has one, and its step.
+
+    weights: the checksum of their file.
+    """
 
     value: float | None = None
     step: int | None = None
     interval: Sequence[float] | None = None
+    weights: str = ""
 
 
 class Run:
@@ -89,6 +94,8 @@ class Run:
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
+        self._process = distributed.rank_zero_call(describe_process) if config.loop.audit_every else None
+        self._links = {0, STOPS_AT}  # beside multiples
         self._phase = 0
         self.best = Best()
         self.gain = Best()
@@ -125,6 +132,13 @@ class Run:
         is_measured = self.plan.total_steps > 0 or bool(self.last_report)
         return (self.step >= self.plan.total_steps and is_measured) or self.has_stalled
 
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the chain has a link for this step; an owed evaluation may still change the best weights."""
+        if self._process is None or self.owes_evaluation:
+            return False
+        return self.is_complete or self.step % self.config.loop.audit_every == 0 or self.step in self._links
+
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def fit(self, next_commands: Sequence[str] = ()) -> None:
@@ -152,6 +166,8 @@ class Run:
             self.save(last=True)
         if self.owes_evaluation:
             self.end_step(stops=False, saves=True)
+        elif self._is_kept and self.step in self._links:
+            self.save(last=False)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while self.step < self.plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
@@ -188,6 +204,7 @@ class Run:
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
             stops, saves = distributed.poll(step, is_stop_requested(), self.saver.is_due())
+            stops = stops or step == STOPS_AT
             evaluates = self.owes_evaluation
             may_end = step == self.plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             if step % loop.log_every_steps == 0 or may_end:
@@ -216,7 +233,7 @@ class Run:
                 self.saver.write_alone(self.learner, f"step_{step:06d}.safetensors")
         if not self.owes_evaluation and (step == self.plan.epoch_end(epoch) or last):
             self.recorder.end_epoch(step, epoch, self.last_report)
-        if stops or saves or last:
+        if stops or saves or last or self._is_kept:
             self.save(last=last or stops)
         if stops and not last:
             raise Stopped
@@ -266,8 +283,9 @@ class Run:
             value = report.scalars.get(metric, math.nan)
             # Of equal ones, the later has learned more.
             is_best = self._gain(value, self.best) >= 0 and self.streams.evaluation_samples >= learner.task.best_needs
-            if is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
-                self.best = Best(value, step, interval(metric, report.scalars))
+            written = is_best and self.saver.write_alone(learner, "best_weights.safetensors")
+            if written:
+                self.best = Best(value, step, interval(metric, report.scalars), written)
                 recorder.best = value
             if self._gain(value, self.gain) > self.config.loop.early_stop_least:
                 self.gain = Best(value, step)
@@ -357,7 +375,8 @@ class Run:
         }
         with at_average(learner.optimizer):  # last_weights.safetensors is a file of the checkpoint
             tensors, optimizer = learner.state()  # its state without tensors
-            self.saver.save(learner, tensors, {**state, "optimizer": optimizer}, recorder.sync, last=last)
+            state |= {"optimizer": optimizer, "process": self._process, "is_kept": self._is_kept}
+            self.saver.save(learner, tensors, state, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
         """Resume from a checkpoint. Raises UserError if it does not fit this run."""
@@ -380,6 +399,8 @@ class Run:
         self.last_report = state["last_report"]
         self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)
+        if state.get("process") != self._process:
+            self._links.add(self.step)
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and self.config.optim.lr is None:
             self.use_lr(state["found_lr"])

@@ -102,7 +102,7 @@ finetune_sdxl $sdxl task.buckets.sizes_hw=null task.buckets.areas_px=[4096] task
     task.buckets.min_px=32 task.buckets.max_px=128 run_dir=sdxl_rule
 finetune_vae $vae run_dir=vae
 predict weights=sdxl prompts=prompts.txt output=pictures pictures.image_size_hw=[64,64]
-finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1
+finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1
 finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.total_steps=3 optim.lr=0.1 \
     resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl

@@ -17,7 +17,6 @@ from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import Json, fsync_path, readable, write_atomically
 from utils.io.hub import fetch, is_reference
-from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
@@ -62,11 +61,14 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | No
     fsync_path(path)
 
 
-def write_weights(path: Path, tensors: Tensors, metadata: Json) -> None:
-    """Write a weight file on rank 0. metadata: model, preprocessing, classes, step and more."""
-    if distributed.is_main():
-        texts = weight_metadata(metadata, tensors)
-        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
+def write_weights(path: Path, tensors: Tensors, metadata: Json) -> str:
+    """Write a weight file, and return the checksum of its tensors.
+
+    metadata: model, preprocessing, classes, step and more.
+    """
+    texts = weight_metadata(metadata, tensors)
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
+    return texts[_CHECKSUM]
 
 
 def weight_metadata(metadata: Json, tensors: Tensors) -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""Repeat segments of an audited run, and compare the result with the chain.
+
+A segment lies between two links. It is repeated as the run's own command resumes, in a folder of its own, from the kept
+checkpoint (the first one from nothing), with the run's ranks and threads. Every hash must be that of the chain. Where
+bits differ and the environment is another, the distance of the weights is compared with `BOUND`.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch.nn.utils import parameters_to_vector
+
+from engine.audit.chain import AUDIT_FILE, KEPT, STATE_FILE, STOP_VARIABLE, head_of, read_chain
+from utils.config.help import ROOT
+from utils.errors import UserError
+from utils.io.files import Values, read_json, sha256_file, write_json
+from utils.io.weights import hash_tensors, read_tensors
+
+BOUND = 0.05  # the most distance in another environment, as a share of the segment's change of the weights
+_REPLACED = ("run_dir=", "resume", "tracking", "sweep.", "runtime.threads=")  # words of the command
+_FREE = {"git", "command", "previous", "state"}  # of a process and a link
+_EXACT = {"data", "code"}  # in every environment
+
+
+def audit(run: Path, count: int, words: Sequence[str]) -> str:
+    """Repeat segments of a run, drawn at random; return the verdict, which is also written into audit.json.
+
+    words: more for the run's command. The chain has two links or more. Raises UserError (`run_dir`) for a segment that
+    is not as the chain says.
+    """
+    links = read_chain(run)
+    segments = list(zip(links, links[1:]))
+    drawn = random.SystemRandom().sample(segments, min(count, len(segments)))
+    shown = "; ".join(_repeat(run, *segment, words) for segment in drawn)
+    missed = f"{1 - len(drawn) / len(segments):.2g} is the chance to have missed a forged one"
+    said = f"{len(drawn)} of {len(segments)} segments: {shown}; {missed}"
+    write_json(run / AUDIT_FILE, {"chain": head_of(links), "repeated": said})
+    return said
+
+
+def _repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
+    """Repeat a segment, and return what it shows. Raises UserError (`run_dir`)."""
+    kept, wanted = (run / KEPT / link["checkpoint"] for link in (start, end))
+    title = f"{kept.name} to {wanted.name}"
+    process = read_json(kept / STATE_FILE)["process"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={process['world_size']}"]
+    threads = f"runtime.threads={process['threads']}"
+    script, *given = (word for word in process["command"] if not word.startswith(_REPLACED))
+    with TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
+        made = Path(scratch, "checkpoints", wanted.name)
+        if kept.name != "step_00000000":  # which is made anew
+            shutil.copytree(kept, made.with_name(kept.name))
+        for file in run.glob("minutes.json"):
+            shutil.copy(file, scratch)
+        command = [sys.executable, *launcher, str(ROOT / Path(script).name), *given, threads, *words]
+        environment = {**os.environ, STOP_VARIABLE: wanted.name.removeprefix("step_")}
+        done = subprocess.run(
+            [*command, f"run_dir={scratch}", "tracking=jsonl"], env=environment, capture_output=True, text=True
+        )
+        if not made.is_dir():
+            raise UserError(f"run_dir: {title} cannot be repeated:\n{done.stderr[-2000:]}")
+        now = {**read_json(made / STATE_FILE)["process"], **read_chain(Path(scratch))[-1]}
+        states = [read_tensors(folder / "weights.safetensors") for folder in (kept, wanted, made)]
+    differ = {name for name, value in {**process, **end}.items() if value != now[name]} - _FREE
+    is_kept = sha256_file(kept / STATE_FILE) == start["state"] and hash_tensors(states[1]) in end["hashes"]
+    if is_kept and not differ & {*_EXACT, "hashes"}:
+        return f"{title} equal"
+    before, after, again = (parameters_to_vector(state.values()) for state in states)
+    distance = (again - after).norm() / (after - before).norm()
+    said = f"{title} differ in {', '.join(sorted(differ))}, the weights by {distance:.2g} of their change"
+    if not is_kept or differ == {"hashes"} or differ & _EXACT or not distance < BOUND:
+        raise UserError(f"run_dir: {said}: this is not what the chain says")
+    return said
