@@ -33,17 +33,14 @@ import torch
 from pydantic import Field
 
 from data.config import DataConfig
-from data.images.merkle import check, list_leaves, prove
-from data.open import load_collection
-from engine.audit.chain import head_of, read_chain
-from engine.audit.replay import audit
+from engine.audit.job import Audit
 from engine.config import MachineConfig
 from engine.exports.results import read_results
 from engine.exports.weights import MovedBase, WeightsChoice, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
 from engine.judging.measured import Measured, choose_images, list_kept, open_measured
 from engine.judging.per_image import ImageRows
-from engine.task import IMAGE_HASHES, Report
+from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
 from models.sdxl.sampling import draw_grid
 from utils.config.bounds import Count
@@ -55,14 +52,12 @@ from utils.io.files import (
     Values,
     canonical_json,
     output_errors,
-    read_json,
     refuse_links_out,
-    sha256_file,
     sha256_text,
     write_json,
 )
 from utils.io.safe_text import Lines, hide_secrets
-from utils.io.weights import WEIGHT_NAMES, find_weights, hash_tensors, read_weights
+from utils.io.weights import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
@@ -298,42 +293,6 @@ class Grid(Strict):
             report = Report({"weight_files": len(rows)}, {"grid": rows}, pictures)
             write_results(folder / "grid.json", title, {"weights": rows}, report)
         return f"evaluated {len(rows)} weights"
-
-
-# ------------------------------------------------------------------------------------------------ 4. Runs with a chain
-
-
-class Audit(Strict):
-    """Repeat segments of a run, `verify` of them; or find weights or an image, by its proof, in its chain."""
-
-    name: Literal["audit"]
-    run_dir: PathText
-    verify: Count
-    weights: PathText | None
-    source: PathText | None
-
-    def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
-        """Return the verdict. A chain alone is enough to find weights, and an image that has a proof."""
-        run = Path(self.run_dir)
-        links = read_chain(run)
-        if len(links) < 2:
-            raise UserError("run_dir: it has no chain of two links; train with loop.audit_every=500, for example")
-        if self.weights is not None:
-            digest = hash_tensors(read_weights(Path(self.weights))[0])
-            found = [link["checkpoint"] for link in links if digest in link["hashes"]]
-            if not found:
-                raise UserError("weights: they are those of no link in the chain; ask for the chain of their run")
-            return f"the weights of {found[0]}, in the chain with the head {head_of(links)}"
-        if self.source is not None:
-            image = sha256_file(Path(self.source))
-            proof = Path(f"{self.source}.proof.json")
-            if not proof.is_file():
-                collection = load_collection(choose_images(config.data, self.run_dir, "train").data)
-                write_json(proof, prove(list_leaves(collection, IMAGE_HASHES), image))
-            rows = check(read_json(proof), image, links[-1]["data"]["data.images"])
-            return f"rows of the image in the collection: {rows or 'none'}"
-        moved = [] if config.data is None else [f"data.root={config.data.root}", "resume_allow=[data.root]"]
-        return audit(run, self.verify, ["data.cache.disk_gib=0", *moved])
 
 
 class EvaluateConfig(Strict):

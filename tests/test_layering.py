@@ -28,7 +28,7 @@ ALLOWED = {
     "engine/measures": {"utils", "optim"},
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
-    "engine/audit": {"utils"},
+    "engine/audit": {"utils", "engine", "engine/update", "engine/judging", "data", "data/images"},
     "engine/run": {"utils", "optim", "engine", "engine/update", "engine/audit"},
     "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
     "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},

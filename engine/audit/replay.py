@@ -6,7 +6,6 @@ bits differ and the environment is another, the distance of the weights is compa
 """
 
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from tempfile import TemporaryDirectory
 
 from torch.nn.utils import parameters_to_vector
 
-from engine.audit.chain import AUDIT_FILE, KEPT, STATE_FILE, STOP_VARIABLE, head_of, read_chain
+from engine.audit.chain import KEPT, STATE_FILE, STOP_VARIABLE, read_chain
 from utils.config.help import ROOT
 from utils.errors import UserError
-from utils.io.files import Values, read_json, sha256_file, write_json
+from utils.io.files import Values, read_json, sha256_file
 from utils.io.weights import hash_tensors, read_tensors
 
 BOUND = 0.05  # the most distance in another environment, as a share of the segment's change of the weights
@@ -28,24 +27,11 @@ _FREE = {"git", "command", "previous", "state"}  # of a process and a link
 _EXACT = {"data", "code"}  # in every environment
 
 
-def audit(run: Path, count: int, words: Sequence[str]) -> str:
-    """Repeat segments of a run, drawn at random; return the verdict, which is also written into audit.json.
+def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
+    """Repeat a segment, and return what it shows. words: more for the run's command.
 
-    words: more for the run's command. The chain has two links or more. Raises UserError (`run_dir`) for a segment that
-    is not as the chain says.
+    Raises UserError (`run_dir`) if it is not as the chain says.
     """
-    links = read_chain(run)
-    segments = list(zip(links, links[1:]))
-    drawn = random.SystemRandom().sample(segments, min(count, len(segments)))
-    shown = "; ".join(_repeat(run, *segment, words) for segment in drawn)
-    missed = f"{1 - len(drawn) / len(segments):.2g} is the chance to have missed a forged one"
-    said = f"{len(drawn)} of {len(segments)} segments: {shown}; {missed}"
-    write_json(run / AUDIT_FILE, {"chain": head_of(links), "repeated": said})
-    return said
-
-
-def _repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
-    """Repeat a segment, and return what it shows. Raises UserError (`run_dir`)."""
     kept, wanted = (run / KEPT / link["checkpoint"] for link in (start, end))
     title = f"{kept.name} to {wanted.name}"
     process = read_json(kept / STATE_FILE)["process"]
