@@ -7,6 +7,9 @@
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
     python export.py format=timm run_dir=RUN hub=OWNER/NAME           uploads them, private, as one commit
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...
+    python export.py format=kohya weights=A lora=[B:0.5] output=FOLDER        two LoRAs of anybody in one (docs/lora.md)
+    python export.py format=kohya weights=A rank=8 output=FOLDER               a smaller one
+    python export.py format=kohya weights=TUNED model.path=BASE rank=32 output=FOLDER      one of two checkpoints
 
 docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
 """
@@ -18,6 +21,7 @@ begin(__doc__)
 from pathlib import Path
 
 from engine.exports.card import REPORT, add_report
+from engine.exports.combined import write_combined
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
 from models.interop.metadata import licence_entry, refuse_licence
@@ -36,6 +40,8 @@ log = get_logger(__name__)
 def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
+    if config.lora or config.rank:
+        return write_combined(config)
     with about("weights"):
         weights = open_weights(config.find(), base=config.model).for_export(config.license)
     find_format(config.format, weights)

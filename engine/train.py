@@ -39,7 +39,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     kind = KINDS[config.task.name]
     config = use_factor(config, job.overrides)
     runtime = start_ranks(config)
-    config = config.task.complete(use_pretrained(config, job.overrides))
+    config = config.task.complete(use_pretrained(config, job.overrides), job.overrides)
     if config.runtime.memory_gib is not None:
         config = kind.fit_memory(config, job, runtime)
 

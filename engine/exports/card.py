@@ -18,6 +18,7 @@ from engine.exports.weights import Weights
 from models.interop import snippets
 from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
+from models.sdxl.changes import READERS
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import Json, Values, read_json, write_json
@@ -94,17 +95,14 @@ class Card:
         return lines
 
     def _program(self) -> str | None:
-        """Return the program as Markdown. Our own format has a command.
-
-        Diffusers reads no adapter of another kind than LoRA, so there is no program.
-        """
+        """Return the program as Markdown, or who reads a LoRA that diffusers does not. Our own format has a command."""
         metadata, form, file = self.metadata, self.form, self.file
         if form.template is None:
             return f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
         if form.load:
             task = metadata["task"]
             if form.is_adapter and task["lora"]["kind"] != "lora":
-                return None
+                return f"Read by {READERS[task['lora']['kind']]}."
             text = snippets.sdxl_program(form.template, form.load, task, file, base_model(metadata))
         else:
             text = snippets.image_program(form.template, metadata, file)

@@ -28,7 +28,8 @@ from engine.exports.weights import MovedBase, open_weights
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion import DiffusionTask
 from models.sdxl.family import ENCODERS, SAMPLERS
-from models.sdxl.lora_files import merge_lora
+from models.sdxl.lora import add_changes
+from models.sdxl.lora_files import read_lora
 from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
 from models.sdxl.prompts import count_brackets, spell_prompt
 from models.sdxl.sampling import PictureConfig, Prompt, encode_prompt, sample_pictures, scheduler_config
@@ -151,9 +152,9 @@ def open_painter(
     merged = []
     for text in loras:
         with about("lora"):
-            name, strength = _read_strength(text)
+            name, strength = read_strength(text)
             file = find_weights(name, "best")
-            merge_lora(file, strength, networks)
+            add_changes(networks, read_lora(file, networks), strength)
             merged.append((Path(name).stem, strength, hash_once(file, FILE_HASHES)))
     for part, network in networks.items():
         dtype = torch.float32 if device.type == "cpu" or part == "vae" else torch.bfloat16
@@ -162,7 +163,8 @@ def open_painter(
     return Painter(Path(weights).name, networks, scheduler, encoding, hashes, merged)
 
 
-def _read_strength(text: str) -> tuple[str, float]:
+def read_strength(text: str) -> tuple[str, float]:
+    """Return the file or run of FILE:STRENGTH, and the strength. Raises UserError."""
     name, _, number = text.rpartition(":")
     if not name or Path(text).exists():
         return text, 1.0

@@ -12,7 +12,6 @@ from pathlib import Path
 from engine.exports.weights import Weights
 from engine.tasks.diffusion_config import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
-from models.sdxl.changes import SHOWN
 from utils.io.files import Json, Values
 
 _TRAINED_ON = {
@@ -37,7 +36,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
         "ss_output_name": weights.title,
     }
     if isinstance(task, DiffusionTaskConfig):
-        what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
+        what = "U-Net" if task.lora is None else f"{task.lora.kind} of rank {task.lora.rank}"
         facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}
     described = f"{what} of {source}, after {metadata['step']} steps"
     if images:

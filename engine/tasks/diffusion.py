@@ -41,8 +41,8 @@ from engine.tasks.kind import Setup
 from models.interop.metadata import dict_of
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
-from models.sdxl.lora import ADAPTED, LoRA, LoRAConfig
-from models.sdxl.lora_files import read_lora
+from models.sdxl.lora import ADAPTED, LoRA
+from models.sdxl.lora_files import adapter_state
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.perceptual import perceptual_loss
@@ -150,9 +150,14 @@ class DiffusionTask(Task):
         path = source.find()
         tensors, metadata = read_weights(path, source.weights)
         self._refuse_other_noise(path, metadata)
-        advice = "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora."
+        advice = (
+            "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora, and "
+            "layers of a kind that can be continued (docs/lora.md)."
+        )
         if self._config.lora is not None:
-            tensors, advice = self._read_lora(path, self._config.lora)
+            with torch.device("meta"):
+                shapes = open_networks(self._model, ADAPTED)
+            tensors = adapter_state(path, shapes)
         elif any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_single_file("unet", tensors)
         refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
@@ -173,24 +178,6 @@ class DiffusionTask(Task):
         for name, ours in self._config.noise.model_dump(include={"prediction_type", "zero_terminal_snr"}).items():
             if stated.get(name) != ours:
                 raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
-
-    def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[State, str]:
-        """Return a file's tensors as those of `adapter`, and advice if they do not fit."""
-        with torch.device("meta"):
-            shapes = open_networks(self._model, ADAPTED)
-        changes = read_lora(path, shapes)
-        kinds = " and ".join(sorted({change.kind for change in changes.values()}))
-        if kinds != lora.kind:
-            raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
-        tensors = {}
-        for name, change in changes.items():
-            scaled = change.rescaled(lora.alpha)  # so that another alpha changes nothing
-            tensors |= {f"{name}.{key}": tensor for key, tensor in scaled.tensors.items()}
-        ranks = sorted({change.rank or lora.rank for change in changes.values()})
-        return tensors, (
-            f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
-            f"{len(changes)}: set task.lora.rank and targets to those of the file."
-        )
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -1,7 +1,10 @@
 """The schema of `task=diffusion`: noise, loss, timesteps, and which settings exclude each other."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from data.collection.concepts import find_repeats
@@ -12,18 +15,22 @@ from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.tasks.judge import JudgeConfig
 from engine.tasks.kind import TaskConfig
+from models.interop.metadata import dict_of
 from models.sdxl import step as sdxl
-from models.sdxl.lora import LoRAConfig
-from models.sdxl.networks import describe
+from models.sdxl.lora import ADAPTED, LoRAConfig
+from models.sdxl.lora_files import describe_lora, refuse_other_values
+from models.sdxl.networks import describe, open_networks
 from models.sdxl.perceptual import LatentPerceptualConfig
 from models.sdxl.prompts import count_brackets, read_prompts
 from models.sdxl.sampling import SamplesConfig
 from utils.config.bounds import Count, Factor, Fraction, Positive
 from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import Json
+from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
+from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
@@ -131,9 +138,9 @@ class DiffusionTaskConfig(TaskConfig):
         """Return how prompts are encoded: options of `encode_prompt`."""
         return {"zeros_for_empty_prompt": self.captions.dropout_to == "zeros", "emphasis": self.captions.emphasis}
 
-    def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration with the values of the VAE, the noise of the base model, the trigger in captions,
-        the prompts of a file, and folders `10_name` as concepts.
+    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
+        """Return the configuration with the values of the VAE, the noise of the base model, the LoRA that is continued,
+        the trigger in captions, the prompts of a file, and folders `10_name` as concepts.
 
         They are recorded, and compared on resume.
         """
@@ -141,6 +148,8 @@ class DiffusionTaskConfig(TaskConfig):
         values["model"] = config.model.settled()
         task = values["task"]
         task["noise"] = self.noise.settled(config.model.path)
+        if self.lora is not None and config.init_from is not None:
+            task["lora"] = self._continue_lora(config, words).model_dump()
         if isinstance(self.samples.prompts, str):
             task["samples"]["prompts"] = read_prompts(
                 self.samples.prompts, self.samples.image_size_hw, "task.samples.prompts"
@@ -162,6 +171,20 @@ class DiffusionTaskConfig(TaskConfig):
         texts = [prompt.words for prompt in complete.task.samples.complete_all()]
         count_brackets(texts, self.captions.emphasis, "task.samples.prompts (task.captions.emphasis)")
         return complete
+
+    def _continue_lora(self, config: TrainingConfig, words: Sequence[str]) -> LoRAConfig:
+        """Return the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
+        begun = config.run_dir and run_of(Path(config.run_dir))
+        known = begun.config if begun else {}
+        if known.get("init_from") == config.init_from and dict_of(known, "task").get("lora"):
+            found = LoRAConfig.model_validate(known["task"]["lora"])
+        else:
+            with torch.device("meta"):
+                shapes = open_networks(config.model, ADAPTED)
+            with about("init_from"):
+                found = describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
+        refuse_other_values(found, self.lora, words)
+        return found
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""

@@ -58,8 +58,8 @@ class TaskConfig(Strict):
     def check_run(self, config: "ImageTrainingConfig") -> None:
         """Raise ValueError if other keys of the run do not suit the task. The message begins with the key."""
 
-    def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration of a run with the values that the task decides."""
+    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
+        """Return the configuration of a run with the values that the task decides. words: of the command."""
         return config
 
 

@@ -11,8 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 """
 
 import fnmatch
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,15 +36,21 @@ from utils.errors import UserError, close_names
 ADAPTED = ("unet", *ENCODERS)
 
 
-class LoRAConfig(Strict):
-    """Describe a LoRA, or another kind of adapter. Its update has the given rank, and is scaled by alpha / rank."""
+class AdapterConfig(Strict):
+    """The adapter of a layer. Its update has the given rank, and is scaled by alpha / rank."""
 
     kind: Kind
     factor: Annotated[int, Field(ge=-1)]  # of a LoKr: the size of its smaller matrix; -1: near the root
     rank: Width
     alpha: Positive
+
+
+class LoRAConfig(AdapterConfig):
+    """Describe a LoRA, or another kind of adapter. layers: those with values of their own, by name."""
+
     # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
     targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
+    layers: dict[str, AdapterConfig] = {}  # a run from before this key has none
 
     @property
     def trains_text(self) -> bool:
@@ -56,29 +61,17 @@ class LoRAConfig(Strict):
 class LoRALayer(nn.Module):
     """The update of one layer. The tensors are float32; what they make is cast to the dtype of the layer's input."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, config: LoRAConfig) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, config: AdapterConfig) -> None:
         super().__init__()
-        rank = config.rank
         self.kind = config.kind
         self.alpha = config.alpha
-        if config.kind in ("loha", "lokr"):
-            for name, tensor in draw_tensors(config.kind, layer.weight, rank, config.factor).items():
-                self.register_parameter(name, nn.Parameter(tensor))
-            return
-        if config.kind == "dora":
-            self.dora_scale = nn.Parameter(torch.zeros(1, *layer.weight.shape[1:2], *[1] * (layer.weight.ndim - 2)))
-        if isinstance(layer, nn.Conv2d):
-            self.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False)
-            self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
-            self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.zeros_(self.lora_B.weight)  # A keeps torch's Kaiming initialisation
+        for name, tensor in draw_tensors(config.kind, layer.weight, config.rank, config.factor).items():
+            _place(self, name, nn.Parameter(tensor))
 
     @torch.no_grad()
     def begin(self, layer: nn.Module) -> None:
         """Give a DoRA that has no magnitude yet that of the layer's weight."""
-        if self.kind == "dora" and not self.dora_scale.any():
+        if self.kind.startswith("dora") and not self.dora_scale.any():
             self.dora_scale.copy_(norm_like(self.dora_scale, layer.weight))
 
     def forward(self, layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -118,20 +111,17 @@ class LoRA(nn.Module):
         super().__init__()
         self.config = config
         layers = find_layers(networks)
-        self.names = _choose(layers, config.targets)
+        self.names = choose_layers(layers, config.targets)
         for name in self.names:
-            _place(self, name, LoRALayer(layers[name], config))
+            _place(self, name, LoRALayer(layers[name], config.layers.get(name, config)))
         self._hooks: list[RemovableHandle] = []
-
-    def layers(self) -> dict[str, LoRALayer]:
-        """Return the updates by the names of their layers."""
-        return {name: self.get_submodule(name) for name in self.names}
 
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
         targets = find_layers(networks)
-        for name, update in self.layers().items():
+        for name in self.names:
+            update = self.get_submodule(name)
             update.begin(targets[name])
             self._hooks.append(targets[name].register_forward_hook(partial(self._add, update)))
 
@@ -154,11 +144,14 @@ class LoRA(nn.Module):
             hook.remove()
         self._hooks = []
 
-    @torch.no_grad()
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the networks' own weights, and detach."""
         self.detach()
-        add_changes(networks, {name: layer.change() for name, layer in self.layers().items()})
+        add_changes(networks, self.changes())
+
+    def changes(self) -> dict[str, Change]:
+        """Return the changes by the names of their layers."""
+        return {name: self.get_submodule(name).change() for name in self.names}
 
 
 def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -175,6 +168,7 @@ def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.C
     return layers
 
 
+@torch.no_grad()
 def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
     """Change the weights of layers by name, in the weights' dtype."""
     layers = find_layers(networks)
@@ -183,8 +177,8 @@ def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change]
         weight.copy_(weight.float() + strength * change.on(weight))
 
 
-def _choose(layers: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str]:
-    """Return the names of the target layers, in the networks' order."""
+def choose_layers(layers: Collection[str], targets: Sequence[str]) -> list[str]:
+    """Return the names of the target layers, in the networks' order. Raises UserError (`task.lora.targets`)."""
     chosen = set()
     for index, pattern in enumerate(targets):
         matching = fnmatch.filter(layers, pattern)
@@ -194,14 +188,14 @@ def _choose(layers: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str
     return [name for name in layers if name in chosen]
 
 
-def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Add a layer under a dotted name, and the modules above it."""
+def _place(root: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+    """Add a layer or a parameter under a dotted name, and the modules above it."""
     *parents, last = name.split(".")
     for parent in parents:
         if parent not in dict(root.named_children()):
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
-    root.add_module(last, layer)
+    setattr(root, last, part)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -217,26 +211,30 @@ def kohya_name(name: str) -> str:
     return f"{PARTS[network].lora}_{original}".replace(".", "_")
 
 
-def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
-    """Write a LoRA in kohya's layout, with alpha in float32. facts: for `write_modelspec`, with a `title`."""
-    config = lora.config
+def write_kohya(path: Path, changes: Mapping[str, Change], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+    """Write changes by the names of their layers in kohya's layout, with alpha in float32.
+
+    facts: for `write_modelspec`, with a `title`. Ranks that differ are "Dynamic" in the header, as in sd-scripts'
+    networks/resize_lora.py.
+    """
     tensors = {}
-    for name, layer in lora.layers().items():
+    for name, change in changes.items():
         stem = kohya_name(name)
-        for key, tensor in layer.change().tensors.items():
+        for key, tensor in change.tensors.items():
             tensors[f"{stem}.{_KOHYA.get(key, key)}"] = tensor.detach().to(dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
-    has_conv = any("conv" in name for name in lora.names)
-    arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if has_conv else {}
-    if config.kind != "lora":
-        arguments |= {"algo": config.kind.replace("dora", "lora"), "dora_wd": config.kind == "dora"}
+        tensors[f"{stem}.alpha"] = torch.tensor(change.alpha)
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
-        "ss_network_module": "networks.lora" if config.kind == "lora" else "lycoris.kohya",
-        "ss_network_dim": str(config.rank),
-        "ss_network_alpha": str(config.alpha),
-        "ss_network_args": json.dumps(arguments),
+        "ss_network_module": "networks.lora" if _join("kind", changes) == "lora" else "lycoris.kohya",
+        "ss_network_dim": _join("rank", changes),
+        "ss_network_alpha": _join("alpha", changes),
     }
     facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora", "implementation": GENERATIVE_MODELS}
     write_modelspec(path, tensors, facts, metadata)
+
+
+def _join(name: str, changes: Mapping[str, Change]) -> str:
+    """Return a value of all changes as text."""
+    values = {str(getattr(change, name)) for change in changes.values()}
+    return values.pop() if len(values) == 1 else "Dynamic"

@@ -173,7 +173,7 @@ HubConfig: dry_run private                          # after an export: tests/tes
 JudgeConfig: weights prompts steps                  # tests/engine/test_judge.py
 LibraryConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
-LoRAConfig: factor                                  # of kind lokr: tests/models/test_sdxl_lora.py
+AdapterConfig: factor                               # of kind lokr: tests/models/test_sdxl_lora.py
 PageConfig: host port open token alerts start       # tests/viewer/test_pages.py, test_watch.py, test_start.py
 AlertsConfig: disk_gib command webhook
 ViewConfig: runs

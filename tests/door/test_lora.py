@@ -40,7 +40,7 @@ def place(tmp_path_factory):
 def test_the_page_leads_from_photographs_to_comfyui(place, capsys):
     with refuses('none of the 15 images .*data.trigger="sks dog"'):  # what a newcomer types first
         run("finetune_sdxl", [*COMMAND, "run_dir=first"], place)
-    words = {"BASE": "base", "PATH": "dog"}
+    words = {"BASE": "base", "PATH": "dog", "FILE": "outputs/dog/export/kohya/lora.safetensors"}
     short = {
         "finetune_sdxl.py": [*ON_CPU, "loop.total_steps=3"],
         "predict.py": ["device=cpu"],

@@ -20,15 +20,14 @@ def test_a_folder_of_diffusers_gives_the_pictures_of_the_run(name, place, wanted
     compare_whole(name, "diffusers", place, wanted)
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["dora", "dora_out", "loha", "lokr"])
 def test_other_kinds_of_lora_give_the_pictures_of_the_run(kind, place):  # noqa: F811
-    """The file beside the base, the merged file, and a run that continues the file with another alpha."""
+    """The file beside the base, the merged file, and a run that continues the file."""
     words, lora = [*SHORT, *LORA, f"task.lora.kind={kind}"], f"{kind}/export/kohya/lora.safetensors"
     run("finetune_sdxl", [*words, f"run_dir={kind}"], place)
     for form in ("kohya", "single_file"):
         run("export", [f"run_dir={kind}", f"format={form}"], place)
-    more = ["task.lora.alpha=2.0", "loop.total_steps=0", f"run_dir={kind}-2"]
-    run("finetune_sdxl", [*words, *more, f"init_from={lora}"], place)
+    run("finetune_sdxl", [*SHORT, "loop.total_steps=0", f"run_dir={kind}-2", f"init_from={lora}"], place)
     (place / "prompts.txt").write_text("tag 1, tag 2\n")
     drawn = {}
     for name, more in {

@@ -104,7 +104,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     wanted = {
         "modelspec.license": "openrail++", "modelspec.title": "lora", "modelspec.resolution": "96x64",
         "modelspec.prediction_type": "v", "modelspec.author": "Ann", "modelspec.trigger_phrase": "sks",
-        "modelspec.description": f"LoRA of rank 16 of base, after {step} steps of 4 samples on 12 images",
+        "modelspec.description": f"lora of rank 16 of base, after {step} steps of 4 samples on 12 images",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_network_dim": "16", "ss_network_alpha": "8.0",
         "ss_num_train_images": "12", "ss_learning_rate": "0.03", "ss_new_sd_model_hash": base, "ss_steps": str(step),
     }  # fmt: skip

@@ -15,16 +15,20 @@ from torch import nn
 from bench.measure import read_values
 from models.sdxl.changes import Change
 from models.sdxl.family import draw_networks
-from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_kohya
-from models.sdxl.lora_files import merge_lora
+from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, add_changes, write_kohya
+from models.sdxl.lora_files import adapter_state, describe_lora, read_lora
 from optim.config import OptimConfig
 from optim.groups import build_groups
 from tests.support import refuses
 
 ALL = ["unet.*", "text_encoder*"]
-KINDS = ["lora", "dora", "loha", "lokr"]
+KINDS = ["lora", "dora", "dora_out", "loha", "lokr"]
 NAMES = {"lora": ["lora_A.weight", "lora_B.weight"], "dora": ["lora_A.weight", "lora_B.weight", "dora_scale"]}
-NAMES |= {"loha": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "lokr": ["lokr_w1", "lokr_w2"]}
+NAMES |= {
+    "dora_out": NAMES["dora"],
+    "loha": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+    "lokr": ["lokr_w1", "lokr_w2"],
+}
 FACTS = {"title": "toy", "prediction_type": "v_prediction"}
 
 
@@ -74,7 +78,7 @@ def test_begins_without_effect_and_trains_the_matrices_alone(kind):
     before, names = run(networks), set(networks["unet"].state_dict())
     lora = build_lora(networks, kind=kind)
     lora.attach(networks)
-    torch.testing.assert_close(run(networks), before, rtol=0, atol=1e-5 if kind == "dora" else 0)
+    torch.testing.assert_close(run(networks), before, rtol=0, atol=1e-5 if "dora" in kind else 0)
     assert set(networks["unet"].state_dict()) == names
     found = gradients(networks, vary(lora))
     assert all(gradient.abs().max() > 0 for gradient in found.values())
@@ -96,12 +100,12 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
     lora.attach(networks)
     wanted = run(networks)
     assert (wanted - plain).abs().max() > 0.1
-    write_kohya(tmp_path / "lora.safetensors", lora, torch.float32, FACTS)
-    write_kohya(tmp_path / "half.safetensors", lora, torch.float16, FACTS)
+    write_kohya(tmp_path / "lora.safetensors", lora.changes(), torch.float32, FACTS)
+    write_kohya(tmp_path / "half.safetensors", lora.changes(), torch.float16, FACTS)
     tensors = load_file(tmp_path / "half.safetensors")
     assert all(one.dtype == (torch.float32 if ".alpha" in name else torch.float16) for name, one in tensors.items())
     others = build_networks()
-    merge_lora(tmp_path / "lora.safetensors", 1.0, others)
+    add_changes(others, read_lora(tmp_path / "lora.safetensors", others))
     lora.merge(networks)
     for merged in (networks, others):
         torch.testing.assert_close(run(merged), wanted, rtol=1e-4, atol=2e-4)
@@ -109,14 +113,11 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [nn.Linear(12, 18), nn.Conv2d(12, 18, 3, padding=1)], ids=["linear", "conv"])
-@pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora_out", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
 def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
-    """The same tensors in both. PEFT has a magnitude of each output, which files may have, too."""
     ours = vary(LoRALayer(layer, configure(kind=kind, rank=rank)))
     tensors = dict(ours.named_parameters())
-    if kind == "dora":
-        tensors["dora_scale"] = torch.rand(18, *[1] * (layer.weight.ndim - 1)) + 0.5
-    settings = {"dora": {"use_dora": True}, "lora": {}}.get(kind, {"alpha": 2.0})
+    settings = {"dora_out": {"use_dora": True}, "lora": {}}.get(kind, {"alpha": 2.0})
     settings |= {"lora_alpha": 2.0} if "use_dora" in settings or kind == "lora" else {}
     made = {"loha": LoHaConfig, "lokr": LoKrConfig}.get(kind, LoraConfig)(r=rank, target_modules=["0"], **settings)
     theirs = get_peft_model(nn.Sequential(copy.deepcopy(layer)), made).base_model.model[0]
@@ -138,6 +139,19 @@ def test_the_magnitude_of_a_file_is_as_comfyui_reads_it():
     whole = layer.weight + update.matrix().view(layer.weight.shape)
     norm = whole.transpose(0, 1).reshape(6, -1).norm(dim=1).view(1, 6, 1, 1)
     torch.testing.assert_close(layer.weight + update.on(layer.weight), whole * update.tensors["dora_scale"] / norm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_continued_as_it_is_and_written_as_it_was(kind, tmp_path):
+    networks, conv = build_networks(), "unet.down_blocks.0.resnets.1.conv1"
+    own = {conv: {"kind": kind, "rank": 1, "alpha": 5.0, "factor": -1}}
+    theirs = vary(build_lora(networks, kind=kind, targets=[conv, "text_encoder.*mlp.fc1"], layers=own))
+    file, other = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    write_kohya(file, theirs.changes(), torch.float32, FACTS)
+    lora = LoRA(networks, describe_lora(file, networks))
+    lora.load_state_dict(adapter_state(file, networks))
+    write_kohya(other, lora.changes(), torch.float32, FACTS)
+    torch.testing.assert_close(load_file(other), load_file(file))
 
 
 def test_a_rule_of_lora_plus_meets_the_b_matrices_alone():
