@@ -65,6 +65,17 @@ PARTS = {
     "SDXL, step": Part(["bench/sdxl.py", "rows", "step"], 180),
     "pretraining, base": Part(["bench/pretrain_step.py", "rows", "base"], 80),
     "SDXL, caches": Part(["bench/sdxl.py", "rows", "caches"], 180),
+    **{
+        f"SDXL, memory, {name}": Part(["bench/memory.py", "rows", name], 150)
+        for name in (
+            "LoRA, 8 GB",
+            "LoRA, 12 GB",
+            "LoRA, 16 GB",
+            "LoRA, 24 GB",
+            "whole U-Net, 12 GB",
+            "whole U-Net, 24 GB",
+        )
+    },
     "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 300),
 }
 

@@ -59,7 +59,7 @@ class Comparison:
     clock: Callable[[], float] | None = None
 
 
-Settings = Iterable[tuple[str, Callable[[], Comparison]]]
+Settings = Iterable[tuple[str, Callable[[], "Comparison | list[Row]"]]]  # rows: of what is measured in another way
 
 
 def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5) -> None:
@@ -77,7 +77,8 @@ def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5
         if not all(text in name for text in texts):
             continue
         found = True
-        rows = measure(name, build(), device, 2 if quick else turns)
+        built = build()
+        rows = measure(name, built, device, 2 if quick else turns) if isinstance(built, Comparison) else built
         text = "\n".join(map(json.dumps, rows)) if "rows" in words else table(rows)
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
@@ -145,10 +146,11 @@ def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None)
 
 def table(rows: list[Row]) -> str:
     """Return the rows as a table; below 1, ours is faster."""
-    cells = [("setting", "ours", "ms", "theirs", "ms", "ratio (least to greatest)")]
+    unit = "gib" if "gib" in rows[0] else "ms"
+    cells = [("setting", "ours", unit, "theirs", unit, "ratio (least to greatest)")]
     for row in rows:
         low, high = row["spread"]
-        ours_ms, theirs_ms = (f"{value:.2f}" for value in row["ms"])
+        ours_ms, theirs_ms = (f"{value:.2f}" for value in row[unit])
         spread = f"{row['figure']:.3f} ({low:.3f} to {high:.3f})"
         cells.append((row["setting"], row["ours"], ours_ms, row["theirs"], theirs_ms, spread))
     return align_columns(cells)

@@ -83,14 +83,15 @@ def pictures(folder, count, side_px):
 
 
 def start(config):
-    """Open the data of a run, as its start does; returns the setup and the endless stream of steps."""
+    """Open the data of a run, as its start does; returns the setup and the streams."""
     kind = DiffusionKind()
     collection = load_collection(config.data)
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
     runtime = choose_runtime(config.runtime)
-    data = Data(collection, source, runtime, seed=config.seed, batch_size=BATCH, run_path=None)
-    return setup, kind.streams(data, setup, config).train.steps(0, BATCH, BATCH)
+    size = config.loop.micro_batch_size
+    data = Data(collection, source, runtime, seed=config.seed, batch_size=size, run_path=None)
+    return setup, kind.streams(data, setup, config)
 
 
 def make_task(config, setup):
@@ -208,7 +209,8 @@ def compare_caches(device, quick):
     sides = {}
     for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):
         config = configure(*words, *cache)
-        setup, stream = start(config)
+        setup, streams = start(config)
+        stream = streams.train.steps(0, BATCH, BATCH)
         sides[name] = loop_turn(config, make_task(config, setup), stream, steps)
     return Comparison(sides, steps, clock=clock_of(device))
 
@@ -218,8 +220,8 @@ def compare_step(device, quick):
     words, steps = prepare(device, quick)
     whole = [] if device.type == "cuda" else ["task.lora=null"]
     config = configure(*words, *CACHED, *whole)
-    setup, stream = start(config)
-    batch = to_device(next(stream)[0], device)
+    setup, streams = start(config)
+    batch = to_device(next(streams.train.steps(0, BATCH, BATCH))[0], device)
     task = make_task(config, setup).to(device)
     theirs = DiffusersScript(config, task, batch, steps)
     ours = loop_turn(config, task, itertools.repeat([batch]), steps)

@@ -69,10 +69,14 @@ class _LoopConfig(Strict):
     audit_every: Count | None = None  # a run from before this key has no chain
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
+    @property
+    def at_once(self) -> int:
+        """The most samples that a device takes at once."""
+        return self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
+
     def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
         """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError."""
-        cap = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
-        return split_batch(self.batch_size, world_size, cap, chunk)
+        return split_batch(self.batch_size, world_size, self.at_once, chunk)
 
 
 class MachineConfig(Strict):

@@ -27,6 +27,7 @@ from engine.exports.formats import whole_networks
 from engine.exports.weights import MovedBase, open_weights
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion import DiffusionTask
+from engine.update.batch_size import naming_memory
 from models.sdxl.family import ENCODERS, SAMPLERS
 from models.sdxl.lora import add_changes
 from models.sdxl.lora_files import read_lora
@@ -108,7 +109,8 @@ class Painter:
         """Yield a picture per complete prompt, uint8 [H, W, 3]."""
         encoders = [self.networks[part] for part in ENCODERS]
         encoded = (encode_prompt(encoders, prompt, **self.encoding) for prompt in prompts)
-        return sample_pictures(self.networks["unet"], self.networks["vae"], self.scheduler, prompts, encoded)
+        with naming_memory("pictures.image_size_hw"):
+            yield from sample_pictures(self.networks["unet"], self.networks["vae"], self.scheduler, prompts, encoded)
 
 
 def _quote(text: str) -> str:

@@ -2,7 +2,8 @@
 
 The forward and backward pass of the U-Net runs on tensors without memory, whose bytes are counted while they live.
 Gradients, the copies of autocast and the optimiser's state are added as if they met that peak. Not counted: fragments,
-workspaces of kernels, the pass of trained text encoders, pictures and the filling of caches.
+workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, `task.judge`, and
+the copy of the weights while their averages are evaluated.
 """
 
 import math
@@ -34,7 +35,12 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _GIB = 2**30
-_LIBRARIES_GIB = 0.8  # CUDA's context and its libraries; an estimate
+LIBRARIES_GIB = 0.8  # CUDA's context and its libraries; an estimate
+# Bytes for each pixel of an image, counted at 1024 x 1024 px and SDXL's own sizes: the U-Net without gradients in
+# bfloat16, and the VAE in float32.
+FORWARD = 225
+ENCODE = 2575
+DECODE = 3073
 # Settings from the cheapest to the dearest.
 _LADDER = (
     ("runtime", "grad_checkpointing", True),
@@ -75,8 +81,8 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in storages}
 
 
-def predict_memory(config: TrainingConfig, precision: str) -> float:
-    """Return the GiB of a training step."""
+def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
+    """Return the GiB of a `step`, of `evaluation`, of `encoding` images, and of `pictures` if any are drawn."""
     with torch.device("meta"):
         task = DiffusionTask(Setup(config.model, config.task.model_copy(update={"judge": None})))
         task.load_helpers("training")
@@ -85,38 +91,56 @@ def predict_memory(config: TrainingConfig, precision: str) -> float:
     sizes = [each.nbytes // (2 if is_bf16 else 1) for each in task.parameters() if each.requires_grad]
     weights = sum(sizes)
     away = task.offloaded if config.runtime.offload else ()
-    helpers = networks_of(task, [name for name in task.helpers if name not in away]).values()
-    total = sum(tensor.nbytes for network in helpers for tensor in network.state_dict().values())
-    total += weights * (1 + _state_share(config.optim))
-    total += max(sizes) if getattr(config.optim, "fused_backward", False) else weights  # gradients
+    frozen = {
+        name: sum(tensor.nbytes for tensor in network.state_dict().values())
+        for name, network in networks_of(task, task.helpers).items()
+    }
+    vae = frozen.pop("vae")
+    texts = sum(frozen.pop(name) for name in {*away} - {"vae"})  # on the device for a while
+    stays = sum(frozen.values()) + weights * (1 + _state_share(config.optim))
+    gradients = max(sizes) if getattr(config.optim, "fused_backward", False) else weights
     if config.loop.ema_decay is not None:
-        total += weights
+        stays += weights
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     if task.unet.dtype == torch.float32 != compute:
         if not is_bf16:  # the copies of autocast
-            total += 2 * sum(parameter.numel() for parameter in task.unet.parameters())
+            stays += 2 * sum(parameter.numel() for parameter in task.unet.parameters())
         nn.Module.to(task.unet, compute)
     if config.runtime.grad_checkpointing:
         recompute_blocks(task, ("unet",))
-    return (total + _count_pass(task, config)) / _GIB + _LIBRARIES_GIB
+    step, pixels = _count_pass(task, config, compute)
+    trains = stays if "vae" in away else stays + vae
+    parts = {"step": trains + gradients + max(texts, step), "encoding": vae + pixels * ENCODE}
+    parts["evaluation"] = trains + max(texts, config.loop.at_once * pixels * FORWARD)
+    if not config.task.latent_cache:
+        parts["encoding"] += stays
+    samples = config.task.samples
+    if samples.prompts:
+        parts["pictures"] = stays + vae + DECODE * math.prod(samples.image_size_hw)
+    return {name: size / _GIB + LIBRARIES_GIB for name, size in parts.items()}
 
 
-def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
-    """Return the bytes of a pass over a micro-batch of the largest bucket, as a square unless sizes are listed.
+def _count_pass(task: DiffusionTask, config: TrainingConfig, compute: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of a pass over a micro-batch of the largest bucket, and its pixels.
 
-    Gradients are freed at once. Tensors are fake ones of the CPU: attention then takes a kernel that keeps no matrix of
-    weights, as on a GPU; meta tensors have none.
+    The bucket is a square unless sizes are listed. Gradients are freed at once. Tensors are fake ones of the CPU:
+    attention then takes a kernel that keeps no matrix of weights, as on a GPU; meta tensors have none. Norms give
+    float32, as in CUDA's autocast.
     """
-    loop = config.loop
     unet = task.unet.config
     buckets = config.task.buckets
     height = width = int(max(buckets.areas_px) ** 0.5) // 32 * 32
     if buckets.sizes_hw:
         height, width = max(chain(*buckets.sizes_hw), key=math.prod)
-    size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
+    size = min(config.loop.at_once, config.loop.batch_size)
     size *= 2 if config.task.preference_beta else 1  # pictures of a pair
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
+    casts = compute != torch.float32
+    for module in task.unet.modules():
+        if casts and isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float()
+            module.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.to_empty(device="cpu")
         for parameter in task.parameters():
@@ -124,8 +148,10 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         with LiveBytes() as live:
             inputs = [torch.empty(size, *shape) for shape in shapes]
-            task.predict(*inputs).square().mean().backward()
-    return live.peak
+            with torch.autocast("cpu", compute, enabled=casts):
+                output = task.predict(*inputs)
+            output.square().mean().backward()
+    return live.peak, height * width
 
 
 def _state_share(config: OptimConfig) -> float:
@@ -149,12 +175,12 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
     """
     limit = config.runtime.memory_gib
     given = {word.lstrip("+").partition("=")[0] for word in overrides}
-    needed = predict_memory(config, precision)
+    parts = predict_memory(config, precision)
     words = []
     for group, name, value in _LADDER:
         values = config.model_dump()
         key = f"{group}.{name}"
-        if needed <= limit or key in given or values[group].get(name, value) == value:
+        if max(parts.values()) <= limit or key in given or values[group].get(name, value) == value:
             continue
         if name == "bf16_weights" and precision != "bf16":
             continue
@@ -165,14 +191,17 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
         except (ConfigError, UserError):  # such as a fused pass with accumulation
             continue
         found = predict_memory(changed, precision)
-        if found < needed:
+        if (needed := max(found.values())) < max(parts.values()):
             config = changed
-            words.append(f"{key}={str(value).lower()}: {needed:.1f} -> {found:.1f}")
-            needed = found
-    log.info("runtime.memory_gib=%g: a step takes about %.2f GiB; %s", limit, needed, ", ".join(words) or "as set")
-    if needed > limit:
+            parts = found
+            words.append(f"{key}={value}: {needed:.1f}")
+    sizes = [f"{name} {size:.2f} GiB" for name, size in parts.items()]
+    log.info("runtime.memory_gib=%g: %s", limit, ", ".join(sizes + words))
+    greatest = max(parts, key=parts.get)
+    if parts[greatest] > limit:
         raise UserError(
-            f"runtime.memory_gib: {limit:g}, but the least is about {needed:.1f} GiB; set smaller "
-            "loop.micro_batch_size or task.buckets.areas_px, task.text_cache, task.lora, or optim=adafactor"
+            f"runtime.memory_gib: {limit:g}, but {greatest} takes about {parts[greatest]:.1f} GiB; set "
+            "task.samples.prompts=[], task.text_cache, task.lora, optim=adafactor, or smaller loop.micro_batch_size, "
+            "task.buckets.areas_px or task.samples.image_size_hw"
         )
     return config

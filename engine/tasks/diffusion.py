@@ -38,6 +38,7 @@ from engine.task import (
 )
 from engine.tasks.judge import Judge, gather, read_texts
 from engine.tasks.kind import Setup
+from engine.update.batch_size import naming_memory
 from models.interop.metadata import dict_of
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
@@ -342,7 +343,7 @@ class DiffusionTask(Task):
             prompts = self._config.samples.complete_all()
         scheduler = scheduler_config(**self._config.stated_noise)
         encoded = self._encode(prompts)
-        with visiting(self.alphas.device, self.vae):
+        with naming_memory("task.samples.image_size_hw"), visiting(self.alphas.device, self.vae):
             return list(sample_pictures(self.unet, self.vae, scheduler, prompts, encoded))
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:

@@ -32,6 +32,7 @@ from engine.tasks.diffusion import DiffusionTask
 from engine.tasks.diffusion_config import DiffusionTaskConfig, NoiseConfig
 from engine.tasks.judge import Judge, judged_stream, text_field, trained_stream
 from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
+from engine.update.batch_size import naming_memory
 from engine.update.runtime import Runtime
 from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
@@ -345,8 +346,9 @@ def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     latents = LatentCache(store, data.collection, buckets, inputs, hashes)
     if not data.dry_run and store.is_missing(latents.keys).any():
-        vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
-        latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
+        with naming_memory("task.buckets.areas_px"):
+            vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
+            latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     return latents
 
 

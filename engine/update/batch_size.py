@@ -6,8 +6,11 @@ batch and learning rate stay. A rank that runs out of memory would leave the oth
 the run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from engine.split import largest_divisor
 from utils.contracts import Batch
@@ -21,6 +24,15 @@ def show_samples(batch: Batch) -> str:
     """Return the number of samples and the shape of their largest field, such as `8 samples of 3x224x224`."""
     largest = max(batch.values(), key=lambda tensor: tensor.numel())
     return f"{len(batch['weight'])} samples of {'x'.join(map(str, largest.shape[1:]))}"
+
+
+@contextmanager
+def naming_memory(key: str) -> Iterator[None]:
+    """Raise UserError (`key`) where the device runs out of memory inside the context."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{key}: the device is out of memory; set a smaller one") from None
 
 
 def out_of_memory(stage: str, samples: str) -> UserError:

@@ -7,12 +7,12 @@ import pytest
 from tests.in_process import make_images
 from tests.support import command
 
-TABLES = ["step_overhead", "vocabulary", "frozen", "finetune_step", "pretrain_step", "sdxl"]
+TABLES = ["step_overhead", "vocabulary", "frozen", "finetune_step", "pretrain_step", "sdxl", "memory"]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bench_prints_a_table_of_ratios(name):
-    pytest.importorskip("diffusers" if name == "sdxl" else "torch", reason="make install-sdxl")
+    pytest.importorskip("diffusers" if name in ("sdxl", "memory") else "torch", reason="make install-sdxl")
     done = command("python", f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = done.stdout.splitlines()

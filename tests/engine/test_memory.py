@@ -1,14 +1,21 @@
-"""`runtime.memory_gib`: the prediction beside the allocator of a real step, and what is chosen."""
+"""`runtime.memory_gib`: the prediction beside the allocator of real passes, what is chosen, and a full device."""
+
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from engine.recipe.memory import _LIBRARIES_GIB, fit_memory, predict_memory
+from engine.exports.painter import Painter
+from engine.recipe.memory import DECODE, ENCODE, LIBRARIES_GIB, LiveBytes, fit_memory, predict_memory
+from models.sdxl.family import draw_networks
+from models.sdxl.networks import open_networks
+from models.sdxl.step import decode_latents, encode_images
 from tests.engine.test_diffusion import build, losses, make_batch
-from tests.in_process import configure
-from tests.support import TINY, refuses
+from tests.in_process import configure, run
+from tests.support import TINY, make_collection, refuses
 
 WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 
@@ -19,10 +26,10 @@ def configured(*words):
     return config.task.complete(config)
 
 
-def allocated(task, batch):
-    """Return the most bytes that the CPU's allocator has given at once, beyond those before, in a pass."""
+def allocated(call):
+    """Return the most bytes that the CPU's allocator has given at once, beyond those before, in a call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        losses(task, batch).sum().backward()
+        call()
     events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
     return max(torch.tensor([one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]).cumsum(0)).item()
 
@@ -35,8 +42,44 @@ def test_the_prediction_is_near_what_the_allocator_gives(words):
     task = build(*WHOLE_BATCH, *words)
     before = sum(tensor.nbytes for tensor in task.state_dict().values())  # without CUDA and the state of AdamW
     before += sum(2 * parameter.nbytes for parameter in task.parameters() if parameter.requires_grad)
-    predicted = (predict_memory(configured(*words), "fp32") - _LIBRARIES_GIB) * 2**30
-    assert 0.6 < allocated(task, batch) / (predicted - before) < 1.0
+    predicted = (predict_memory(configured(*words), "fp32")["step"] - LIBRARIES_GIB) * 2**30
+    assert 0.6 < allocated(lambda: losses(task, batch).sum().backward()) / (predicted - before) < 1.0
+
+
+def test_the_vae_takes_the_predicted_bytes_of_a_pixel_for_one_image_at_a_time():
+    with torch.device("meta"):
+        model = configured().model.model_copy(update={"path": "missing", "name": "sdxl"})
+        vae = open_networks(model, ["vae"], frozen=True)["vae"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae.to_empty(device="cpu")
+        images = torch.empty(2, 3, 1024, 1024, dtype=torch.uint8)
+        latents = torch.empty(2, 4, 128, 128)
+        for call, wanted in (
+            (lambda: encode_images(vae, images), ENCODE),
+            (lambda: decode_latents(vae, latents), DECODE),
+        ):
+            with LiveBytes() as live:
+                call()
+            assert live.peak / 1024**2 == pytest.approx(wanted, rel=0.03)
+
+
+@pytest.mark.parametrize("key", ["task.buckets.areas_px", "task.samples.image_size_hw", "pictures.image_size_hw"])
+def test_a_device_that_is_full_while_caches_are_filled_or_pictures_drawn_names_a_key(key, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("engine.tasks.diffusion_kind.encode_images", full)
+    monkeypatch.setattr("engine.tasks.diffusion.sample_pictures", full)
+    monkeypatch.setattr("engine.exports.painter.sample_pictures", full)
+    if key == "task.buckets.areas_px":
+        words = [*TINY["diffusion"], f"data.root={make_collection(tmp_path / 'images', 4)}", "run_dir=run"]
+        call = partial(run, "finetune_sdxl", [*words, "task.latent_cache=latents"], tmp_path)
+    elif key == "task.samples.image_size_hw":
+        call = build("task.samples.prompts=[a cat]").eval().sample
+    else:
+        call = partial(list, Painter("base", draw_networks(), {}, {}, [], []).paint([]))
+    with refuses(rf"^{key}: .* out of memory"):
+        call()
 
 
 def test_settings_are_chosen_until_a_step_fits_and_given_ones_stay():
@@ -46,5 +89,5 @@ def test_settings_are_chosen_until_a_step_fits_and_given_ones_stay():
     fitted = fit_memory(config, words, "bf16", 1)
     assert fitted.runtime.grad_checkpointing and not fitted.runtime.offload
     tight = config.model_copy(update={"runtime": config.runtime.model_copy(update={"memory_gib": 0.1})})
-    with refuses(r"runtime\.memory_gib: 0\.1, but the least is about 0\.8"):
+    with refuses(r"runtime\.memory_gib: 0\.1, but step takes about 0\.8"):
         fit_memory(tight, words, "bf16", 1)

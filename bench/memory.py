@@ -1,0 +1,117 @@
+"""The memory that parts of SDXL's training take, beside what `runtime.memory_gib` predicts: the rows of docs/sdxl.md.
+
+python bench/memory.py [quick] [rows] [TEXT OF A SETTING]     (on a GPU; a minute a setting, after a minute for a base)
+
+A setting is a command of docs/sdxl.md, with SDXL's own sizes and random weights (outputs/bench/sdxl/base, 7 GB). Each
+part of a run gives a row: torch's own peak, without CUDA's libraries, over the prediction. `quick`: two settings of
+tiny networks. Without a GPU, GiB are the bytes of the tensors that a part creates, whose figures mean nothing.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.measure import OUT, run_bench
+from bench.sdxl import WHOLE, configure, make_task, pictures, start, write_base
+from data.stream.batch import to_device
+from engine.plan import plan_streams
+from engine.recipe.memory import LIBRARIES_GIB, LiveBytes, predict_memory
+from engine.task import Report
+from engine.update.learner import Learner
+from engine.update.runtime import choose_runtime
+
+LORA = ["runtime.grad_checkpointing=true", "task.samples.prompts=[a cat]"]
+UNET = [
+    *LORA, "task.lora=null", "optim.bf16_weights=true", "optim.fused_backward=true", "loop.batch_size=1",
+    "runtime.offload=true", "loop.clip_grad_norm=null",
+]  # fmt: skip
+SETTINGS = {
+    "LoRA, 8 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true", "model.frozen_dtype=float8"],
+    "LoRA, 12 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true"],
+    "LoRA, 16 GB": [*LORA, "loop.micro_batch_size=4"],
+    "LoRA, 24 GB": [*LORA[1:], "loop.micro_batch_size=1"],
+    "whole U-Net, 12 GB": [*UNET, "optim=adafactor"],
+    "whole U-Net, 24 GB": [*UNET, "optim=adamw"],
+}
+SMALL = ["model=sdxl_tiny", "runtime.precision=bf16", "task.samples.image_size_hw=[64,64]", "task.samples.steps=2"]
+
+
+def settings(device, quick):
+    """Yield a setting for each row of the table, with a function that returns its rows."""
+    for name, words in [*SETTINGS.items()][:: 5 if quick else 1]:
+        yield name, lambda name=name, words=words: compare(name, words, device, quick)
+
+
+def measure_gib(call, device):
+    """Return the GiB of torch's peak on a GPU, else of the tensors that the call creates."""
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            call()
+        return live.peak / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def compare(name, words, device, quick):
+    """Return measured and predicted GiB of each part."""
+    folder = OUT / "sdxl"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    shutil.rmtree("filled", ignore_errors=True)
+    if not quick:
+        write_base(device)
+    model = SMALL if quick else WHOLE
+    made = pictures(Path("few"), 24, 64 if quick else 1024)
+    config = configure(*made, "data.validation_fraction=0.3", "task.latent_cache=filled", *model, *words)
+    config = config.task.complete(config)
+    predicted = predict_memory(config, "bf16")
+    runtime = choose_runtime(config.runtime)
+    opened = []
+    found = {"encoding": measure_gib(lambda: opened.extend(start(config)), device)}
+    setup, streams = opened
+    task = make_task(config, setup)
+    plan = plan_streams(config, streams, 1)
+    learner = Learner(task, config, plan, runtime)
+    steps = streams.train.steps(0, plan.batch_size, plan.micro_batch_size)
+
+    def update():
+        for _ in range(2):
+            learner.update([to_device(part, device) for part in next(steps)])
+
+    @torch.no_grad()
+    def evaluate():
+        with runtime.autocast(), learner.evaluated(), mock.patch.object(task, "draw", Report):
+            task.evaluate(streams.evaluation, 1)
+
+    @torch.no_grad()
+    def draw():
+        with runtime.autocast(), learner.evaluated():
+            task.draw()
+
+    for part, call in (("step", update), ("evaluation", evaluate), ("pictures", draw)):
+        task.train(part == "step")
+        found[part] = measure_gib(call, device)
+    rows = []
+    for part, gib in found.items():
+        wanted = predicted[part] - LIBRARIES_GIB
+        ratio = round(gib / wanted, 3)
+        row = {
+            "setting": f"{name}, {part}",
+            "ours": "measured",
+            "theirs": "predicted",
+            "what": "GiB, measured over predicted",
+        }
+        rows.append({**row, "figure": ratio, "spread": [ratio, ratio], "gib": [round(gib, 2), round(wanted, 2)]})
+    return rows
+
+
+if __name__ == "__main__":
+    run_bench(settings)
