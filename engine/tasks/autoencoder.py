@@ -9,7 +9,7 @@ Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -90,7 +90,7 @@ class AutoencoderTaskConfig(TaskConfig):
             )
         return self
 
-    def complete(self, config: TrainingConfig) -> TrainingConfig:
+    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
         """Return the configuration with the values of the VAE."""
         return config.model_copy(update={"model": config.model.settled()})
 

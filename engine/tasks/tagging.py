@@ -1,6 +1,6 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
@@ -94,7 +94,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
             raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
 
     @about("task.append_to")
-    def complete(self, config: ImageTrainingConfig) -> ImageTrainingConfig:
+    def complete(self, config: ImageTrainingConfig, words: Sequence[str] = ()) -> ImageTrainingConfig:
         """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
         if self.append_to is None:
             return config
