@@ -379,6 +379,7 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
     values |= {
         "dry_run": False,
+        "lora": [],
         "model": {"path": None, "vae": None},
         "hub": {"name": None, "private": True, "dry_run": False},
     }

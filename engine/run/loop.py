@@ -444,11 +444,11 @@ class Run:
         log.info("%s", Lines(show_lines(title, rows)))
 
     def _show_best(self) -> str:
-        """Return the best figure with its epoch and interval, and the last one."""
+        """Return the best figure with its interval and epoch, and the last one."""
         metric = self.learner.task.best_metric
         last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-        return f"{self._name_best()}{show_interval(self.best.interval)}; last {last:.4g}"
+        return f"{self._name_best(show_interval(self.best.interval))}; last {last:.4g}"
 
-    def _name_best(self) -> str:
+    def _name_best(self, interval: str = "") -> str:
         metric = show_evaluated(self.learner.task.best_metric)
-        return f"{metric} {self.best.value:.4g} at epoch {self.plan.shown_epoch(self.best.step):g}"
+        return f"{metric} {self.best.value:.4g}{interval} at epoch {self.plan.shown_epoch(self.best.step):g}"

@@ -114,11 +114,14 @@ def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_
     weight = torch.ones(4, 3)
     task = SimpleNamespace(origin=None, metadata={})
     runtime, schedule = SimpleNamespace(precision="fp32"), SimpleNamespace(lr=0.1)
-    learner = SimpleNamespace(step=1, task=task, model=task, exports_average=False, runtime=runtime, schedule=schedule)
+    plan = SimpleNamespace(epoch_at=lambda step: 0.5)
+    learner = SimpleNamespace(
+        step=1, task=task, model=task, exports_average=False, runtime=runtime, schedule=schedule, plan=plan
+    )
 
     def save(last):
         groups = {"weights": {"w": weight}, "optimizer": {}}
-        saver.save(learner, groups, {"best": {"step": None}}, lambda: go.wait(20), last=last)
+        saver.save(learner, groups, {"best": {"step": None}, "is_kept": False}, lambda: go.wait(20), last=last)
 
     save(last=False)
     weight.fill_(2.0)  # training goes on, in place

@@ -43,9 +43,9 @@ PATHS = ["weights=w", "input=i", "output=o"]
 def test_paths_arrive_unchanged(names, start_command):
     seen = []
     first, second, third = names
-    words = [f"weights={first}", f"input=a/{second}", f"output={third}/b"]
+    words = ["weights=w", f"thresholds={first}", f"input=a/{second}", f"output={third}/b"]
     assert start_command(lambda config, job: seen.append(config), *words) == 0
-    assert (seen[0].weights, seen[0].input, seen[0].output) == (first, f"a/{second}", f"{third}/b")
+    assert (seen[0].thresholds, seen[0].input, seen[0].output) == (first, f"a/{second}", f"{third}/b")
 
 
 def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp_path, monkeypatch):
