@@ -26,7 +26,9 @@ def prompts(place):  # noqa: F811
     """Prompts of three pictures, and a LoRA beside the base."""
     (place / "prompts.yaml").write_text(yaml.safe_dump(["a cat, outdoors", OWN]))
     (place / "cats.txt").write_text("a cat, outdoors\n\n")
-    write_kohya(place / "style.safetensors", vary(build_lora(build_networks())), torch.float32, {"title": "toy"})
+    write_kohya(
+        place / "style.safetensors", vary(build_lora(build_networks())).changes(), torch.float32, {"title": "toy"}
+    )
     return place
 
 

@@ -127,7 +127,8 @@ def add_page(site: Site) -> None:
                     kept = first / FILE
                     line = done.pop()
                     write_text(kept, kept.read_text().replace(line, "", 1))
-                    (first / json.loads(line)["chosen"]).unlink(missing_ok=True)
+                    for file in first.glob(json.loads(line)["chosen"].replace(".png", ".*")):
+                        file.unlink()
             said.text = f"{len(done)} choices are kept in {FILE}"
 
         with site.page("Samples"):

@@ -179,7 +179,7 @@ class Buckets:
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
-        dropped = "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
+        dropped = "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items() if len(rows))
         if len(self.rows) == 0:
             return f"no image has a bucket{dropped}"
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])

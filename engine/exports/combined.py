@@ -4,6 +4,7 @@ Source: kohya-ss/sd-scripts:networks/svd_merge_lora.py and extract_lora_from_mod
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -61,7 +62,15 @@ def factorise(difference: Tensor, rank: int) -> tuple[Change, float]:
 
 
 def write_combined(config: ExportConfig) -> str:
-    """Write the LoRA that is merged, made smaller or extracted, and errors.json, which has the error of each layer."""
+    """Write the LoRA that is merged, made smaller or extracted, and errors.json, which has the error of each layer.
+
+    Raises UserError for keys of other exports.
+    """
+    if config.format != "kohya":
+        raise UserError(f"format: {config.format}, but lora and rank make a LoRA; set format=kohya")
+    for key in ("hub.name", "card", "license", "author", "description", "trigger", "dry_run"):
+        if attrgetter(key)(config):
+            raise UserError(f"{key}: lora and rank write a LoRA without this; remove it")
     torch.manual_seed(0)
     if config.model.path and not config.lora:
         found = extract(config.model.path, config.weights)

@@ -25,7 +25,7 @@ from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import refuse_difference
 from models.sdxl import checkpoint_files, lora
-from models.sdxl.family import ENCODERS, PARTS
+from models.sdxl.family import PARTS
 from models.sdxl.lora_files import adapter_state
 from models.sdxl.names import part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
@@ -133,7 +133,7 @@ def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Entry
     changes = weights.task.adapter.changes()
     lora.write_kohya(path, changes, DTYPES[config.precision], modelspec_facts(weights, _given(weights, config)))
     with torch.device("meta"):
-        shapes = open_networks(weights.setup.model, ("unet", *ENCODERS))
+        shapes = open_networks(weights.setup.model, lora.ADAPTED)
     read = adapter_state(path, shapes)
     wanted = weights.task.adapter.state_dict()
     # float16 rounds tensors of smaller numbers coarsely.

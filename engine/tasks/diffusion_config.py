@@ -208,10 +208,10 @@ class DiffusionTaskConfig(TaskConfig):
                 "model.frozen_dtype: float8 stores a LoRA's base, which fsdp cannot shard and task.lora=null trains; "
                 "set bfloat16"
             )
-        if self.preference_beta and None in (self.lora, self.latent_cache):
+        if self.preference_beta and (None in (self.lora, self.latent_cache) or self.noise.convert):
             raise ValueError(
-                "task.preference_beta: compares a LoRA with its base on cached latents; set task.lora and "
-                "task.latent_cache, or preference_beta=null"
+                "task.preference_beta: compares a LoRA with its base on cached latents, at what the base predicts; set "
+                "task.lora, task.latent_cache and task.noise.convert=false, or preference_beta=null"
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")

@@ -187,6 +187,7 @@ def test_pairs_have_equal_names_and_are_mirrored_together(tmp_path):
     run("finetune_sdxl", [*SHORT, *PAIRS, "data.root=images", "run_dir=run"], tmp_path)
     last = rows(tmp_path / "run/metrics.jsonl", "train")[-1]
     assert (last["loss"], last["epoch"]) == pytest.approx((0.693147, 4))
+    assert "dropped" not in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.fixture(scope="module")

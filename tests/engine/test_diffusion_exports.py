@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 def wanted(place):
     """The pictures of each run's task, as its weight file rebuilds it."""
     with working_in(place):
-        weights = {name: f"{name}/weights/best_weights.safetensors" for name in ("lora", "whole")}
+        weights = {name: f"{name}/weights/last_weights.safetensors" for name in ("lora", "whole")}
         return {name: open_weights(Path(file), "evaluation").task.sample() for name, file in weights.items()}
 
 
@@ -99,7 +99,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     assert differ(make_pictures(pipeline), wanted["lora"]) <= 2
     assert differ(run_program(folder, place / "base"), wanted["lora"][0]) <= 2
     header = read_header(place / "lora_kohya/lora.safetensors")[1]
-    step, base = read_weights(place / "lora/weights/best_weights.safetensors")[1]["step"], place / "base/unet"
+    step, base = read_weights(place / "lora/weights/last_weights.safetensors")[1]["step"], place / "base/unet"
     base = hashlib.sha256((base / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     wanted = {
         "modelspec.license": "openrail++", "modelspec.title": "lora", "modelspec.resolution": "96x64",
@@ -131,7 +131,7 @@ def test_a_flow_is_drawn_as_diffusers_draws_its_folder(place):
     words += ["task.loss.weighting=none", "task.lora=null", "model.vae=vae", "run_dir=flow"]
     run("finetune_sdxl", [*SHORT, *words, "task.noise.convert=true"], place)
     with working_in(place):
-        wanted = open_weights(Path("flow/weights/best_weights.safetensors"), "evaluation").task.sample()
+        wanted = open_weights(Path("flow/weights/last_weights.safetensors"), "evaluation").task.sample()
     folder, file = export(place, "flow", "diffusers"), export(place, "flow", "single_file") / "model.safetensors"
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     assert differ(make_pictures(pipeline), wanted) <= 1 and differ(run_program(folder, None), wanted[0]) <= 1

@@ -42,6 +42,7 @@ def refused(place, monkeypatch, capsys, *overrides):
         ),
         (["loop.sampling=balanced"], "loop.sampling: balanced"),
         (["task.preference_beta=2000"], "task.preference_beta"),
+        (["task.preference_beta=2000", "task.latent_cache=latents", "task.noise.convert=true"], "task.preference_beta"),
     ],
 )
 def test_what_is_refused(words, said, place, monkeypatch, capsys):

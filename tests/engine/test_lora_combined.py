@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from tests.in_process import run
 from tests.sdxl import write_base
+from tests.support import refuses
 
 LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
@@ -31,6 +32,12 @@ def test_a_merged_lora_is_the_sum_and_a_smaller_one_the_nearest(tmp_path):
     torch.testing.assert_close(found, first + 0.5 * second, rtol=1e-4, atol=1e-4)
     lost = torch.linalg.svdvals(first)[1:].norm() / first.norm()
     assert combine(tmp_path, "weights=a.safetensors", "rank=1")[1] == pytest.approx(lost.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("word", ["format=onnx", "hub.name=a/b", "card=x", "license=mit", "dry_run=true"])
+def test_what_a_combined_lora_has_not_is_refused(word, tmp_path):
+    with refuses(f"^{word.partition('=')[0]}: "):
+        combine(tmp_path, "weights=a.safetensors", "rank=1", word)
 
 
 def test_the_lora_of_two_checkpoints_is_their_difference(tmp_path):
