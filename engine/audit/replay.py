@@ -51,9 +51,12 @@ def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
         )
         if not made.is_dir():
             raise UserError(f"run_dir: {title} cannot be repeated:\n{done.stderr[-2000:]}")
-        now = {**read_json(made / STATE_FILE)["process"], **read_chain(Path(scratch))[-1]}
+        first, *_, last = read_chain(Path(scratch))
+        now = {**read_json(made / STATE_FILE)["process"], **last}
         states = [read_tensors(folder / "weights.safetensors") for folder in (kept, wanted, made)]
     differ = {name for name, value in {**process, **end}.items() if value != now[name]} - _FREE
+    if first["hashes"] != start["hashes"]:
+        differ.add("hashes")
     is_kept = sha256_file(kept / STATE_FILE) == start["state"] and hash_tensors(states[1]) in end["hashes"]
     if is_kept and not differ & {*_EXACT, "hashes"}:
         return f"{title} equal"

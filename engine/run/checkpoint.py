@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.audit.chain import add_link
+from engine.audit.chain import add_link, read_chain
 from engine.config import TrainingConfig
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
@@ -385,4 +385,7 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
         )
     if existing and step_of(existing[-1]) > state["step"]:  # damaged, or the user named an earlier one
         log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
+        links = sum(link["checkpoint"] > chosen.name for link in read_chain(folder))
+        if links:
+            log.warning("resume: the next link replaces %d of the chain; a head published before is void", links)
     return chosen
