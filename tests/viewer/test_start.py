@@ -63,7 +63,7 @@ def started(queue):
 
 
 def wait(is_so):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while not is_so():
         assert time.monotonic() < until
         time.sleep(0.05)
