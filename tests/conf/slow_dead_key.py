@@ -103,8 +103,8 @@ finetune_sdxl $sdxl task.buckets.sizes_hw=null task.buckets.areas_px=[4096] task
 finetune_vae $vae run_dir=vae
 predict weights=sdxl prompts=prompts.txt output=pictures pictures.image_size_hw=[64,64]
 finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1
-finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1 loop.total_steps=3 optim.lr=0.1 \
-    resume_allow=[optim.lr]
+finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1 \
+    loop.total_steps=3 optim.lr=0.1 resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
 train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal
 finetune $tagger task=distillation task.teacher=asl run_dir=distilled
