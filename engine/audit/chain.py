@@ -4,9 +4,9 @@
     audit/step_00000100/            its files, as in checkpoints/
 
 A link has the hash of a checkpoint's state.json, which names its process, and in the open the hashes of its tensors and
-the fingerprints of the data. A run that is resumed with another command, code
-or environment has a link at that step, so a segment has one of each. What lies between two links can be repeated
-(engine/audit/replay.py). The head, the hash of the last link, is what to publish.
+the fingerprints of the data. A run that is resumed with another command, code or environment has a link at that step,
+so a segment has one of each. What lies between two links can be repeated (engine/audit/replay.py). The head, the hash
+of the last link, is what to publish.
 """
 
 import json
