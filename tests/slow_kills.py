@@ -13,6 +13,7 @@ import torch
 from tests import support
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.sdxl import write_base
+from utils.io.memo import file_version
 from utils.io.weights import read_weights, write_weights
 
 MOMENTS = 3  # at which each command and run is killed; more of them find rarer faults
@@ -73,6 +74,8 @@ def test_a_command_that_was_killed_is_typed_again(command, place):
     for folder in (whole, killed):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(place / "new", folder / "new")
+    while not all(map(file_version, killed.glob("new/*"))):  # rows of images that are too young do not count
+        time.sleep(0.1)
     support.run(f"{script}.py", words, whole)
     draw, left = random.Random(words[-1]), []
     for number in range(MOMENTS):

@@ -114,7 +114,7 @@ def draw_tensors(kind: Kind, weight: Tensor, rank: int, factor: int) -> State:
     ones = [1] * (weight.ndim - 2)
     tensors = {
         "lora_A.weight": nn.init.kaiming_uniform_(torch.empty(rank, *weight.shape[1:]), a=math.sqrt(5)),
-        "lora_B.weight": torch.zeros(out, rank, *ones),
+        "lora_B.weight": nn.init.kaiming_uniform_(torch.empty(out, rank, *ones)).zero_(),  # keeps the curve of a seed
     }
     if kind != "lora":
         axes = (1, weight.shape[1]) if kind == "dora" else (out, 1)
