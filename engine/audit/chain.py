@@ -3,31 +3,45 @@
     chain.jsonl                     a link for each kept checkpoint
     audit/step_00000100/            its files, as in checkpoints/
 
-A link has the hash of a checkpoint's state.json, which names its process, and in the open the hashes of its tensors and
-the fingerprints of the data. A run that is resumed with another command, code or environment has a link at that step,
+A link has the hash of a checkpoint's state.json, which names its process, and in the open the recipe's hash, the
+fingerprints of the data, and the hashes of what a repetition must make again: the best weights, the rest of the state,
+and each group of tensors. A run that is resumed with another command, code or environment has a link at that step,
 so a segment has one of each. What lies between two links can be repeated (engine/audit/replay.py). The head, the hash
 of the last link, is what to publish.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch.backends.cpu import get_cpu_capability
 
 from utils.config.help import ROOT
+from utils.config.recipe import recipe_hash
 from utils.errors import UserError
-from utils.io.files import Json, Values, canonical_json, link_or_copy, readable, sha256_file, sha256_text, write_text
+from utils.io.files import (
+    Json,
+    Values,
+    canonical_json,
+    link_or_copy,
+    read_json,
+    readable,
+    sha256_file,
+    sha256_text,
+    write_text,
+)
+from utils.io.weights import Tensors, hash_tensors
 from utils.record.run_folder import environment_state
 
 CHAIN_FILE = "chain.jsonl"
 AUDIT_FILE = "audit.json"  # the verdict
 KEPT = "audit"  # the folder of the kept checkpoints
+FIRST = "step_00000000"
 STATE_FILE = "state.json"
 STOP_VARIABLE = "ATELIER_STOP_AT_STEP"  # of a repeated segment: save and stop there
 STOPS_AT = int(os.environ.get(STOP_VARIABLE, -1))
+_REPEATED = ("optimizer", "best", "gain", "found_lr", "last_evaluated", "origin")  # of state.json, beside the step
 _CODE = ("*.py", "conf/**/*.yaml", "data/**/*.py", "engine/**/*.py", "models/**/*.py", "optim/**/*.py", "utils/**/*.py")
 
 
@@ -59,11 +73,20 @@ def read_chain(run: Path) -> list[Json]:
     return links
 
 
-def add_link(run: Path, checkpoint: Path, **shown: Any) -> None:
-    """Keep a checkpoint, and append its link, which replaces those of an earlier continuation."""
+def add_link(run: Path, checkpoint: Path, groups: Mapping[str, Tensors]) -> None:
+    """Keep a checkpoint, and append its link, which replaces those of an earlier continuation. groups: its tensors."""
     for file in checkpoint.iterdir():
         link_or_copy(file, run / KEPT / checkpoint.name / file.name)
     links = [link for link in read_chain(run) if link["checkpoint"] < checkpoint.name]
-    state = sha256_file(checkpoint / STATE_FILE)
-    links.append({"checkpoint": checkpoint.name, "previous": head_of(links), "state": state, **shown})
+    state = read_json(checkpoint / STATE_FILE)
+    rest = sha256_text(canonical_json([checkpoint.name, *map(state.get, _REPEATED)]))
+    link = {
+        "checkpoint": checkpoint.name,
+        "previous": head_of(links),
+        "state": sha256_file(checkpoint / STATE_FILE),
+        "hashes": [state["best"]["weights"], rest, *map(hash_tensors, groups.values())],
+        "recipe": recipe_hash(state["config"]),
+        "data": state["fingerprints"],
+    }
+    links.append(link)
     write_text(run / CHAIN_FILE, "".join(f"{canonical_json(link)}\n" for link in links))

@@ -2,7 +2,8 @@
 
 A segment lies between two links. It is repeated as the run's own command resumes, in a folder of its own, from the kept
 checkpoint (the first one from nothing), with the run's ranks and threads. Every hash must be that of the chain. Where
-bits differ and the environment is another, the distance of the weights is compared with `BOUND`.
+bits differ and the environment is another, the distance of the weights is compared with `BOUND`. The distance is from
+the repetition's own start: a forger could name one that is far away.
 """
 
 import os
@@ -15,16 +16,17 @@ from tempfile import TemporaryDirectory
 
 from torch.nn.utils import parameters_to_vector
 
-from engine.audit.chain import KEPT, STATE_FILE, STOP_VARIABLE, read_chain
+from engine.audit.chain import FIRST, KEPT, STATE_FILE, STOP_VARIABLE, read_chain
 from utils.config.help import ROOT
+from utils.config.recipe import check_resumable
 from utils.errors import UserError
 from utils.io.files import Values, read_json, sha256_file
 from utils.io.weights import hash_tensors, read_tensors
 
 BOUND = 0.05  # the most distance in another environment, as a share of the segment's change of the weights
 _REPLACED = ("run_dir=", "resume", "tracking", "sweep.", "runtime.threads=")  # words of the command
-_FREE = {"git", "command", "previous", "state"}  # of a process and a link
-_EXACT = {"data", "code"}  # in every environment
+_FREE = {"git", "command", "previous", "state", "recipe"}  # of a process and a link
+_EXACT = {"data", "code", "start"}  # in every environment
 
 
 def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
@@ -40,7 +42,7 @@ def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
     script, *given = (word for word in process["command"] if not word.startswith(_REPLACED))
     with TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
         made = Path(scratch, "checkpoints", wanted.name)
-        if kept.name != "step_00000000":  # which is made anew
+        if kept.name != FIRST:  # which is made anew
             shutil.copytree(kept, made.with_name(kept.name))
         for file in run.glob("minutes.json"):
             shutil.copy(file, scratch)
@@ -52,11 +54,14 @@ def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
         if not made.is_dir():
             raise UserError(f"run_dir: {title} cannot be repeated:\n{done.stderr[-2000:]}")
         first, *_, last = read_chain(Path(scratch))
-        now = {**read_json(made / STATE_FILE)["process"], **last}
-        states = [read_tensors(folder / "weights.safetensors") for folder in (kept, wanted, made)]
+        state = read_json(made / STATE_FILE)
+        check_resumable(read_json(wanted / STATE_FILE)["config"], state["config"], ["data.root"], str(wanted))
+        now = {**state["process"], **last}
+        begun = Path(scratch, KEPT, kept.name)
+        states = [read_tensors(folder / "weights.safetensors") for folder in (begun, wanted, made)]
     differ = {name for name, value in {**process, **end}.items() if value != now[name]} - _FREE
-    if first["hashes"] != start["hashes"]:
-        differ.add("hashes")
+    if first["hashes"] != start["hashes"]:  # elsewhere, only initial weights may differ
+        differ.add("hashes" if kept.name == FIRST else "start")
     is_kept = sha256_file(kept / STATE_FILE) == start["state"] and hash_tensors(states[1]) in end["hashes"]
     if is_kept and not differ & {*_EXACT, "hashes"}:
         return f"{title} equal"

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.audit.chain import add_link, read_chain
+from engine.audit.chain import STATE_FILE, add_link, read_chain
 from engine.config import TrainingConfig
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
@@ -50,7 +50,6 @@ from utils.io.files import (
 )
 from utils.io.safe_text import hide_secrets_in
 from utils.io.weights import (
-    hash_tensors,
     read_tensors,
     refuse_not_finite,
     weight_metadata,
@@ -165,8 +164,7 @@ class Saver:
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
                 if state["is_kept"]:
-                    hashes = [state["best"]["weights"], *map(hash_tensors, copies.values())]
-                    add_link(folder, path, hashes=hashes, data=state["fingerprints"])
+                    add_link(folder, path, copies)
                 remove_others(path.parent, step, state["best"]["step"])
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
@@ -313,6 +311,12 @@ def read_groups(path: Path, state: Values) -> Groups:
         groups[group] = read_tensors(file) if file.name in state["checksums"] else {}
         refuse_not_finite(groups[group], file)
     return groups
+
+
+def add_lost_link(run: Path, path: Path, state: Values, groups: Groups) -> None:
+    """Append the link of a kept checkpoint if a kill came between the two."""
+    if state.get("is_kept") and all(link["state"] != sha256_file(path / STATE_FILE) for link in read_chain(run)):
+        add_link(run, path, groups)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
