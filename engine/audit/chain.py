@@ -3,22 +3,21 @@
     chain.jsonl                     a link for each kept checkpoint
     audit/step_00000100/            its files, as in checkpoints/
 
-A link has the hash of a checkpoint's state.json, which names its process, and in the open the recipe's hash, the
-fingerprints of the data, and the hashes of what a repetition must make again: the best weights, the rest of the state,
-and each group of tensors. A run that is resumed with another command, code or environment has a link at that step,
+A link has the hash of a checkpoint's state.json, which names its process, and in the open the
+fingerprints of the data and the hashes of what a repetition must make again: the best weights, the rest of the state,
+and each file of tensors. A run that is resumed with another command, code or environment has a link at that step,
 so a segment has one of each. What lies between two links can be repeated (engine/audit/replay.py). The head, the hash
 of the last link, is what to publish.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.backends.cpu import get_cpu_capability
 
 from utils.config.help import ROOT
-from utils.config.recipe import recipe_hash
 from utils.errors import UserError
 from utils.io.files import (
     Json,
@@ -31,7 +30,7 @@ from utils.io.files import (
     sha256_text,
     write_text,
 )
-from utils.io.weights import Tensors, hash_tensors
+from utils.io.weights import hash_tensors, read_tensors
 from utils.record.run_folder import environment_state
 
 CHAIN_FILE = "chain.jsonl"
@@ -73,19 +72,19 @@ def read_chain(run: Path) -> list[Json]:
     return links
 
 
-def add_link(run: Path, checkpoint: Path, groups: Mapping[str, Tensors]) -> None:
-    """Keep a checkpoint, and append its link, which replaces those of an earlier continuation. groups: its tensors."""
+def add_link(run: Path, checkpoint: Path) -> None:
+    """Keep a checkpoint, and append its link, which replaces those of an earlier continuation."""
     for file in checkpoint.iterdir():
         link_or_copy(file, run / KEPT / checkpoint.name / file.name)
     links = [link for link in read_chain(run) if link["checkpoint"] < checkpoint.name]
     state = read_json(checkpoint / STATE_FILE)
     rest = sha256_text(canonical_json([checkpoint.name, *map(state.get, _REPEATED)]))
+    tensors = (read_tensors(checkpoint / name) for name in state["checksums"])
     link = {
         "checkpoint": checkpoint.name,
         "previous": head_of(links),
         "state": sha256_file(checkpoint / STATE_FILE),
-        "hashes": [state["best"]["weights"], rest, *map(hash_tensors, groups.values())],
-        "recipe": recipe_hash(state["config"]),
+        "hashes": [state["best"]["weights"], rest, *map(hash_tensors, tensors)],
         "data": state["fingerprints"],
     }
     links.append(link)

@@ -6,17 +6,15 @@ from typing import Any, Literal
 
 from data.images.merkle import check, list_leaves, prove
 from data.open import load_collection
-from engine.audit.chain import AUDIT_FILE, FIRST, KEPT, STATE_FILE, head_of, read_chain
+from engine.audit.chain import AUDIT_FILE, FIRST, KEPT, head_of, read_chain
 from engine.audit.replay import repeat
 from engine.judging.measured import choose_images
 from engine.task import IMAGE_HASHES
 from utils.config.bounds import Count
-from utils.config.recipe import check_resumable
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
-from utils.io.files import read_json, sha256_file, write_json
+from utils.errors import UserError, about
+from utils.io.files import read_json, readable, sha256_file, write_json
 from utils.io.weights import hash_tensors, read_weights
-from utils.record.run_reader import CONFIG_FILE
 
 
 class Audit(Strict):
@@ -32,8 +30,7 @@ class Audit(Strict):
         """Return the verdict. A chain alone is enough to find weights, and an image that has a proof."""
         run = Path(self.run_dir)
         links = read_chain(run)
-        names = [link["checkpoint"] for link in links]
-        if len(links) < 2 or names[0] != FIRST or names != sorted(set(names)):
+        if len(links) < 2 or links[0]["checkpoint"] != FIRST:
             raise UserError("run_dir: it has no chain of two links from step 0 on; train with loop.audit_every=500")
         if self.weights is not None:
             digest = hash_tensors(read_weights(Path(self.weights))[0])
@@ -49,14 +46,12 @@ class Audit(Strict):
                 write_json(proof, prove(list_leaves(collection, IMAGE_HASHES), image))
             rows = check(read_json(proof), image, links[-1]["data"]["data.images"])
             return f"rows of the image in the collection: {rows or 'none'}"
-        last = read_json(run / KEPT / names[-1] / STATE_FILE)["config"]
-        check_resumable(last, read_json(run / CONFIG_FILE), ["script", "data.root"], self.run_dir)
         moved = [] if config.data is None else [f"data.root={config.data.root}", "resume_allow=[data.root]"]
         segments = list(zip(links, links[1:]))
         drawn = random.SystemRandom().sample(segments, min(self.verify, len(segments)))
-        shown = "; ".join(repeat(run, *segment, ["data.cache.disk_gib=0", *moved]) for segment in drawn)
+        with about("run_dir"), readable(run / KEPT, "checkpoint"):
+            shown = "; ".join(repeat(run, *segment, ["data.cache.disk_gib=0", *moved]) for segment in drawn)
         missed = f"{1 - len(drawn) / len(segments):.2g} is the chance to have missed a forged one"
-        recipes = len({link["recipe"] for link in links})
-        said = f"{len(drawn)} of {len(segments)} segments, {recipes} recipe: {shown}; {missed}"
+        said = f"{len(drawn)} of {len(segments)} segments: {shown}; {missed}"
         write_json(run / AUDIT_FILE, {"chain": head_of(links), "repeated": said})
         return said

@@ -1,9 +1,9 @@
 """Repeat segments of an audited run, and compare the result with the chain.
 
 A segment lies between two links. It is repeated as the run's own command resumes, in a folder of its own, from the kept
-checkpoint (the first one from nothing), with the run's ranks and threads. Every hash must be that of the chain. Where
-bits differ and the environment is another, the distance of the weights is compared with `BOUND`. The distance is from
-the repetition's own start: a forger could name one that is far away.
+checkpoint (the first one from nothing), with the run's ranks and threads. Every hash must be that of the chain, and
+the recipe that of config.json. Where bits differ and the environment is another, the distance of the weights is
+compared with `BOUND`, as a share of the repetition's own change of them: a forger could name a start that is far away.
 """
 
 import os
@@ -18,15 +18,15 @@ from torch.nn.utils import parameters_to_vector
 
 from engine.audit.chain import FIRST, KEPT, STATE_FILE, STOP_VARIABLE, read_chain
 from utils.config.help import ROOT
-from utils.config.recipe import check_resumable
+from utils.config.recipe import flatten, is_free
 from utils.errors import UserError
 from utils.io.files import Values, read_json, sha256_file
 from utils.io.weights import hash_tensors, read_tensors
+from utils.record.run_reader import CONFIG_FILE
 
-BOUND = 0.05  # the most distance in another environment, as a share of the segment's change of the weights
+BOUND = 0.05  # the most distance in another environment
 _REPLACED = ("run_dir=", "resume", "tracking", "sweep.", "runtime.threads=")  # words of the command
-_FREE = {"git", "command", "previous", "state", "recipe"}  # of a process and a link
-_EXACT = {"data", "code", "start"}  # in every environment
+_FREE = ("git", "command", "previous", "state", "script", "data.root")  # of process, link and configuration
 
 
 def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
@@ -55,19 +55,20 @@ def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
             raise UserError(f"run_dir: {title} cannot be repeated:\n{done.stderr[-2000:]}")
         first, *_, last = read_chain(Path(scratch))
         state = read_json(made / STATE_FILE)
-        check_resumable(read_json(wanted / STATE_FILE)["config"], state["config"], ["data.root"], str(wanted))
-        now = {**state["process"], **last}
+        now = {**state["process"], **last, **flatten(state["config"])}
         begun = Path(scratch, KEPT, kept.name)
         states = [read_tensors(folder / "weights.safetensors") for folder in (begun, wanted, made)]
-    differ = {name for name, value in {**process, **end}.items() if value != now[name]} - _FREE
+    said = {**process, **end, **flatten(read_json(run / CONFIG_FILE))}
+    differ = {name for name, value in said.items() if value != now.get(name) and not is_free(name, _FREE)}
     if first["hashes"] != start["hashes"]:  # elsewhere, only initial weights may differ
         differ.add("hashes" if kept.name == FIRST else "start")
     is_kept = sha256_file(kept / STATE_FILE) == start["state"] and hash_tensors(states[1]) in end["hashes"]
-    if is_kept and not differ & {*_EXACT, "hashes"}:
+    exact = differ - process.keys() - {"hashes"} | differ & {"code"}
+    if is_kept and not exact | differ & {"hashes"}:
         return f"{title} equal"
     before, after, again = (parameters_to_vector(state.values()) for state in states)
     distance = (again - after).norm() / (after - before).norm()
-    said = f"{title} differ in {', '.join(sorted(differ))}, the weights by {distance:.2g} of their change"
-    if not is_kept or differ == {"hashes"} or differ & _EXACT or not distance < BOUND:
-        raise UserError(f"run_dir: {said}: this is not what the chain says")
-    return said
+    shown = f"{title} differ in {', '.join(sorted(differ))}, the weights by {distance:.2g} of their change"
+    if not is_kept or exact or differ == {"hashes"} or not distance < BOUND:
+        raise UserError(f"run_dir: {shown}: this is not what the chain says")
+    return shown

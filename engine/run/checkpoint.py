@@ -164,7 +164,7 @@ class Saver:
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
                 if state["is_kept"]:
-                    add_link(folder, path, copies)
+                    add_link(folder, path)
                 remove_others(path.parent, step, state["best"]["step"])
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
@@ -313,12 +313,6 @@ def read_groups(path: Path, state: Values) -> Groups:
     return groups
 
 
-def add_lost_link(run: Path, path: Path, state: Values, groups: Groups) -> None:
-    """Append the link of a kept checkpoint if a kill came between the two."""
-    if state.get("is_kept") and all(link["state"] != sha256_file(path / STATE_FILE) for link in read_chain(run)):
-        add_link(run, path, groups)
-
-
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
@@ -380,6 +374,10 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
     if chosen is None:
         return None
     state = read_state(chosen)
+    links = read_chain(folder)
+    is_linked = sha256_file(chosen / STATE_FILE) in [link["state"] for link in links]
+    if state.get("is_kept") and not is_linked and not config.dry_run:  # a kill came between checkpoint and link
+        add_link(folder, chosen)
     for line in _check_recipe(config, state["config"], chosen):
         log.warning("resume_allow accepts %s", line)
     if state["step"] > total_steps:
@@ -389,7 +387,7 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
         )
     if existing and step_of(existing[-1]) > state["step"]:  # damaged, or the user named an earlier one
         log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
-        links = sum(link["checkpoint"] > chosen.name for link in read_chain(folder))
-        if links:
-            log.warning("resume: the next link replaces %d of the chain; a head published before is void", links)
+        replaced = sum(link["checkpoint"] > chosen.name for link in links)
+        if replaced:
+            log.warning("resume: the next link replaces %d of the chain; a head published before is void", replaced)
     return chosen

@@ -17,7 +17,7 @@ from engine.audit.chain import STOPS_AT, describe_process
 from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.advice import advise
-from engine.run.checkpoint import Saver, add_lost_link, read_groups, read_state
+from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
 from engine.run.minutes import Pace, of_length
 from engine.run.recorder import Recorder
@@ -389,9 +389,7 @@ class Run:
         is_same = all(saved.get(key) == now.get(key) for key in ("name", "opt"))
         if not is_same:
             log.warning("resume: %s starts without state: the checkpoint's optimiser is %s", now["name"], saved["name"])
-        groups = read_groups(path, state)
-        distributed.rank_zero_call(lambda: add_lost_link(self.folder.path, path, state, groups))
-        learner.load_state(groups, state["optimizer"] if is_same else None, str(path))
+        learner.load_state(read_groups(path, state), state["optimizer"] if is_same else None, str(path))
         learner.step = state["step"]
         learner.task.origin = state["origin"]
         if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose

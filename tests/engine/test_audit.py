@@ -98,3 +98,25 @@ def test_weights_and_images_are_found_with_the_published_chain_alone_and_a_swapp
     inside.write_bytes(b"another")
     with refuses("data"):
         audit(place, "run_dir=run")
+
+
+def test_a_link_that_a_kill_has_lost_is_written_when_the_run_goes_on(place):
+    links = place / "run/chain.jsonl"
+    written = links.read_text()
+    links.write_text("".join(written.splitlines(keepends=True)[:-1]))
+    train(place, [*WORDS, "loop.log_every_steps=3"])
+    assert links.read_text() == written
+
+
+@pytest.mark.parametrize(
+    "file, old, new, said",
+    [
+        ("chain.jsonl", "step_00000002", "step_00000001", "run_dir: a link"),
+        ("config.json", "0.05", "0.04", "weight_decay"),
+    ],
+)
+def test_a_changed_chain_or_configuration_is_refused(file, old, new, said, place):
+    path = place / "run" / file
+    path.write_text(path.read_text().replace(old, new))
+    with refuses(said):
+        audit(place, "run_dir=run")
