@@ -78,7 +78,7 @@ def test_a_collection_is_searched_and_shown(page, address):
     page.get_by_text("200 of 400 images").wait_for()
     page.get_by_role("link", name="Map").click()
     canvas = page.get_by_label("map of the images").locator("canvas")
-    canvas.wait_for(timeout=150_000)
+    canvas.wait_for(timeout=240_000)
     page.get_by_text("400 of 400 images", exact=True).wait_for()
     assert_accessible(page)
     left, top, width, height = canvas.bounding_box().values()

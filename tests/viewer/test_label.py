@@ -17,7 +17,7 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.locator("a[href^='/collection/']").click()
     page.get_by_role("link", name="Label these images").click()
     for name in ("a", HOSTILE):
-        page.get_by_label("A class, then Enter").fill(name, timeout=200_000)  # torch is imported
+        page.get_by_label("A class, then Enter").fill(name, timeout=240_000)  # torch is imported
         page.keyboard.press("Enter")
         page.get_by_role("link", name=f"Proposed: {name}").wait_for()
     page.keyboard.press("Escape")
@@ -48,7 +48,7 @@ def test_tags_are_switched_by_keys(page, address):
     page.goto(f"{address}/collection")
     page.locator("a[href^='/collection/']").click()
     page.get_by_role("link", name="Tag them").click()
-    page.get_by_label("A tag, then Enter").fill("hat", timeout=200_000)
+    page.get_by_label("A tag, then Enter").fill("hat", timeout=240_000)
     page.keyboard.press("Enter")
     page.get_by_role("button", name="hat").wait_for()
     for key in ("Escape", "a", "e", "e"):  # away from the shown one, which alone has it; then to all

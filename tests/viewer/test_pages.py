@@ -59,7 +59,7 @@ def test_curves_and_the_log_move_while_the_run_goes_on(page, address, runs):
     with (runs / "c/metrics.jsonl").open("a") as metrics, (runs / "c/log.txt").open("a") as log:
         metrics.write("".join(line(step, loss=float(step % 7)) for step in range(30, 90)) + '{"step": 91, "ki')
         log.write("a line that is new\n")
-    page.wait_for_function(f"before => {read} != before", arg=before, timeout=10_000)
+    page.wait_for_function(f"before => {read} != before", arg=before, timeout=240_000)
     page.get_by_role("tab", name="Log").click()
     page.get_by_text("a line that is new").wait_for()
 
@@ -141,4 +141,4 @@ def test_a_run_that_is_deleted_leaves_the_table(page, address, runs):
     page.get_by_role("link", name="short").wait_for()
     for file in (extra / "config.json", extra / "log.txt"):
         file.unlink()
-    page.get_by_role("link", name="short").wait_for(state="detached", timeout=10_000)
+    page.get_by_role("link", name="short").wait_for(state="detached", timeout=240_000)

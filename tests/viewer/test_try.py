@@ -228,7 +228,7 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.get_by_text("choose a network, an image and a collection").wait_for()
     drop = page.locator("input[type=file]")
     drop.set_input_files({"name": f"{HOSTILE}.png", "mimeType": "image/png", "buffer": b"no image"})
-    page.get_by_text("known format").wait_for(timeout=60_000)
+    page.get_by_text("known format").wait_for(timeout=240_000)
     page.evaluate(
         """bytes => {
           const files = new DataTransfer()
