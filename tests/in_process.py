@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from data.layouts import glyphs
 from engine.tasks.kinds import KINDS
 from engine.update.learner import Learner
-from tests.support import SMALL_MODEL, make_collection
+from tests.support import SMALL_MODEL, assert_equal_runs, make_collection
 from utils.config.entry_point import Job, validate
 from utils.config.help import CONF, ROOT
 
@@ -108,6 +108,14 @@ def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: 
         patch.setattr(Learner, "update", fatal)
         with pytest.raises(Killed):
             run(script, overrides, folder)
+
+
+def check_resumption(script: str, overrides: Sequence[str], folder: Path, killed_at: int, steps: int) -> None:
+    """Compare a run in straight/ bit for bit with one in killed/ that died before update `killed_at` and goes on."""
+    run(script, [*overrides, "run_dir=straight"], folder)
+    run_until_killed(script, [*overrides, "run_dir=killed"], folder, killed_at)
+    run(script, [*overrides, "run_dir=killed"], folder)
+    assert_equal_runs(folder / "straight", folder / "killed", steps)
 
 
 def run_command(script: str, arguments: Sequence[str], folder: Path, monkeypatch: Any) -> int:

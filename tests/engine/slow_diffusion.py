@@ -1,6 +1,7 @@
 """task=diffusion resumes bit for bit on two ranks."""
 
-from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs, place  # noqa: F401 (a fixture)
+from tests.engine.test_diffusion import RESUMED, SHORT, place  # noqa: F401 (a fixture)
+from tests.support import assert_equal_runs
 from tests.support import run as run_process
 
 

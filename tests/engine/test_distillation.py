@@ -18,8 +18,8 @@ from tests.engine.test_checkpoint import replace_state
 from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
-from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
-from tests.support import assert_equal_runs, checkpoint_tensors, refuses, rows, write_manifest
+from tests.in_process import SHORT, SMALL_MODEL, check_resumption, make_images, run
+from tests.support import checkpoint_tensors, refuses, rows, write_manifest
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 
@@ -151,10 +151,7 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
 def test_a_run_resumes_bit_for_bit(place):
     settings = [*DISTIL, "loop.total_steps=6", "task.teacher=teacher/weights/last_weights.safetensors"]
     settings.append("task.cutmix_alpha=1.0")
-    run("finetune", [*settings, "run_dir=whole"], place)
-    run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
-    run("finetune", [*settings, "run_dir=killed"], place)
-    assert_equal_runs(place / "whole", place / "killed", 6)
+    check_resumption("finetune", settings, place, killed_at=3, steps=6)
     checkpoint = place / "killed/checkpoints/step_00000006"
     state, metadata = read_json(checkpoint / "state.json"), read_weights(checkpoint / "weights.safetensors")[1]
     assert state["fingerprints"]["frozen.teacher"] == metadata["frozen"]["teacher"]

@@ -7,8 +7,7 @@ number of ranks sees the same samples.
 import pytest
 import torch
 
-from tests.in_process import run as run_here
-from tests.in_process import run_until_killed
+from tests.in_process import check_resumption
 from tests.support import (
     OF_DIFFUSERS,
     SCRIPTS,
@@ -101,13 +100,10 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
         "loop.sampling=balanced", "loop.total_steps=16", "loop.batch_size=8", "loop.micro_batch_size=8",
         "loop.checkpoint_every_steps=3",
     ]  # fmt: skip
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    run_here("finetune", common("classification", data, uninterrupted, *settings), tmp_path)
-    run_until_killed("finetune", common("classification", data, killed, *settings), tmp_path, step=11)
-    run_here("finetune", common("classification", data, killed, *settings), tmp_path)
-    assert_same_tensors(checkpoint_tensors(uninterrupted, 16), checkpoint_tensors(killed, 16))
-    for folder in (uninterrupted, killed):
-        listed = [line.split('"')[3] for line in (folder / "unreadable.jsonl").read_text().splitlines()]
+    words = common("classification", data, "run", *settings)
+    check_resumption("finetune", words, tmp_path, killed_at=11, steps=16)
+    for name in ("straight", "killed"):
+        listed = [line.split('"')[3] for line in (tmp_path / name / "unreadable.jsonl").read_text().splitlines()]
         assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
-    said = (uninterrupted / "log.txt").read_text()
+    said = (tmp_path / "straight/log.txt").read_text()
     assert "train/A/broken0.png" in said and "its weight is 0" in said

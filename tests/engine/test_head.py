@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from engine.tasks.head import fit_head
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
-from tests.in_process import TINY, run, run_until_killed
-from tests.support import assert_equal_runs, make_collection, rows
+from tests.in_process import TINY, check_resumption, run
+from tests.support import make_collection, rows
 from utils.io.files import read_json
 
 
@@ -72,6 +72,8 @@ def test_images_of_which_none_can_be_read_are_refused(runtime):
 
 # --- whole runs
 
+WORDS = [*TINY, "data.root=images", "loop.batch_size=8"]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -83,7 +85,7 @@ def place(tmp_path_factory):
 
 
 def finetune(folder, *overrides):
-    run("finetune", [*TINY, "data.root=images", "loop.batch_size=8", *overrides], folder)
+    run("finetune", [*WORDS, *overrides], folder)
 
 
 def test_a_run_begins_with_it_and_resumes_without_it(place):
@@ -97,16 +99,12 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
 
 def test_a_refitted_head_is_measured_first_and_fitted_last_to_the_bit_also_after_a_kill(place):
     given = ["task.head=refitted", "loop.total_steps=3", "optim.lr=1e-12"]
-    finetune(place, *given, "run_dir=whole")
-    assert (place / "whole/log.txt").read_text().count("task.head: fitted to 24 images") == 2
-    measured = rows(place / "whole/metrics.jsonl", "evaluate")
+    check_resumption("finetune", [*WORDS, *given], place, killed_at=2, steps=3)
+    assert (place / "straight/log.txt").read_text().count("task.head: fitted to 24 images") == 2
+    measured = rows(place / "straight/metrics.jsonl", "evaluate")
     assert [measured[0]["step"], measured[-1]["step"]] == [0, 3]
     assert measured[0]["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-3)  # the trained head would have moved
-    assert read_json(place / "whole/result.json")["step"] == 3  # of equal figures the later
-    words = [*TINY, "data.root=images", "loop.batch_size=8", *given, "run_dir=killed"]
-    run_until_killed("finetune", words, place, step=2)
-    finetune(place, *given, "run_dir=killed")
-    assert_equal_runs(place / "whole", place / "killed", 3)
+    assert read_json(place / "straight/result.json")["step"] == 3  # of equal figures the later
 
 
 def test_batch_norms_below_a_refitted_head_keep_their_statistics():

@@ -3,8 +3,8 @@
 import pytest
 
 from engine.update.learner import Learner
-from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_equal_runs, common
+from tests.in_process import TINY, check_resumption, make_images, run
+from tests.support import common
 from utils.errors import UserError
 
 BUCKETS = [
@@ -39,7 +39,8 @@ def test_sizes_follow_each_other_and_a_run_killed_at_a_boundary_resumes_exactly(
         "loop.checkpoint_every_steps=2",
         "loop.evaluate_every_epochs=0.25",
     ]
-    images, update, sides = make_images(tmp_path / "images"), Learner.update, []
+    make_images(tmp_path / "images")
+    update, sides = Learner.update, []
 
     def see(learner, batches):
         first = batches[0]
@@ -47,11 +48,8 @@ def test_sizes_follow_each_other_and_a_run_killed_at_a_boundary_resumes_exactly(
         return update(learner, batches)
 
     monkeypatch.setattr(Learner, "update", see)
-    run(script, common(task, images, tmp_path / "whole", *words), tmp_path)
-    run_until_killed(script, common(task, images, tmp_path / "killed", *words), tmp_path, step=4)
-    run(script, common(task, images, tmp_path / "killed", *words), tmp_path)
+    check_resumption(script, common(task, "images", "run", *words), tmp_path, killed_at=4, steps=8)
     assert sides[:8] == expected and sides[8:] == expected
-    assert_equal_runs(tmp_path / "whole", tmp_path / "killed", 8)
 
 
 WRONG = {

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import engine.run.checkpoint
-from tests.in_process import TINY, make_images, run_until_killed
+from tests.in_process import TINY, check_resumption, make_images
 from tests.in_process import run as run_here
 from tests.support import assert_equal_runs, common, refuses, rows, run, start
 from tests.tasks import troubled
@@ -211,11 +211,8 @@ def test_skipped_steps_are_counted_and_listed_with_their_samples(collection, tro
     assert [row["skipped_steps"] for row in rows(tmp_path / "bad/metrics.jsonl", "train")] == [0.0, 2.0, 0.0, 0.0]
 
     settings += ["loop.checkpoint_every_steps=8", "loop.log_every_steps=20"]
-    run_here("finetune", [*settings, "run_dir=straight"], tmp_path)
-    run_until_killed("finetune", [*settings, "run_dir=killed"], tmp_path, step=12)
-    run_here("finetune", [*settings, "run_dir=killed"], tmp_path)
+    check_resumption("finetune", settings, tmp_path, killed_at=12, steps=20)
     assert rows(tmp_path / "straight/skipped_steps.jsonl") == rows(tmp_path / "killed/skipped_steps.jsonl") == listed
-    assert_equal_runs(tmp_path / "straight", tmp_path / "killed", 20)
 
 
 def test_too_many_skipped_steps_end_the_run(collection, trouble, tmp_path, monkeypatch):
