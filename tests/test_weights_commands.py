@@ -157,11 +157,11 @@ def test_a_file_without_a_task_is_for_init_from(place):
 
 def fill_cache(monkeypatch, folder, name, network):
     """Put a network's weights into a cache of the hub, as a download would, and take the network away."""
-    repository, commit = folder / f"hub/models--timm--{name}", "0" * 40
-    (repository / "snapshots" / commit).mkdir(parents=True)
-    save_file(network.state_dict(), repository / "snapshots" / commit / "model.safetensors", metadata={"format": "pt"})
+    repository = folder / f"hub/models--timm--{name}"
+    (repository / "snapshots/0").mkdir(parents=True)
+    save_file(network.state_dict(), repository / "snapshots/0/model.safetensors", metadata={"format": "pt"})
     (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(commit)
+    (repository / "refs/main").write_text("0")
     use_cache(monkeypatch, folder)
 
 

@@ -1,10 +1,8 @@
 """A spreadsheet: labels.csv of a German Excel, some names without ending, a few missing files (docs/table.md)."""
 
-import csv
-
 from tests.door.follow import follow
 from tests.door.test_held_out import ON_CPU, SHORT
-from tests.support import make_collection
+from tests.support import make_collection, read_table
 
 QUICK = {
     "train.py": [*SHORT[:-1], "data.validation_fraction=0.2"],
@@ -33,6 +31,5 @@ def test_a_spreadsheet_ends_with_a_classifier_and_a_list_of_what_does_not_match(
     assert "filename names 29 of 30 files in pictures/, with .png; label: klasse" in log.text
     assert "6 rows of labels.csv without an image: IMG_900.png, IMG_901" in log.text
     (listing,) = {*tmp_path.glob("outputs/cache/collections/unused_*.csv")}
-    assert {row["name"] for row in csv.DictReader(listing.open())} >= {"IMG_900.png", "IMG_905", "pictures/IMG_000.png"}
-    with open(tmp_path / "classes.csv") as lines:
-        assert len([*csv.DictReader(lines)]) == 30
+    assert {row["name"] for row in read_table(listing)} >= {"IMG_900.png", "IMG_905", "pictures/IMG_000.png"}
+    assert len(read_table(tmp_path / "classes.csv")) == 30

@@ -5,14 +5,12 @@ import torch
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from data.collection.collection import Collection
 from data.collection.concepts import ConceptConfig
-from data.collection.index import index_collection
 from data.tags.captions import Captions
-from tests.data.collection.test_collection import put
-from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch
+from tests.data.collection.test_collection import load, put
+from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, build, losses, make_batch
 from tests.engine.test_diffusion_refusals import refused
-from tests.in_process import configure, run, run_command, run_until_killed, working_in
+from tests.in_process import check_resumption, configure, run, run_command, working_in
 from tests.support import refuses, rows
 from utils.record.run_reader import RunReader
 
@@ -32,11 +30,8 @@ def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refuse
     """From caches, whose keys do not depend on concepts: another table of them encodes nothing again."""
     own = [*SHORT, *RESUMED, *FIVES, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
     own += ["task.text_variants=2", "task.tag_weights={power: 0.5, low: 0.1, high: 3.0, factors: {}}"]
-    run("finetune_sdxl", [*own, CONCEPTS, "run_dir=straight"], place)
+    check_resumption("finetune_sdxl", [*own, CONCEPTS], place, killed_at=4, steps=6)
     files = sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
-    run_until_killed("finetune_sdxl", [*own, CONCEPTS, "run_dir=killed"], place, step=4)
-    run("finetune_sdxl", [*own, CONCEPTS, "run_dir=killed"], place)
-    assert_equal_runs(place / "straight", place / "killed", 6)
     train = rows(place / "straight/metrics.jsonl", "train")
     assert any(row["prior_loss"] is not None for row in train)
     with refuses("data.concepts"):
@@ -67,8 +62,8 @@ def test_the_weight_of_a_concept_scales_its_loss_and_priors_are_logged_without_i
 def test_a_concept_changes_the_captions_of_its_rows(place, tmp_path):
     config, _ = configure("finetune_sdxl", [*SHORT, "data.root=images"])
     concepts = [ConceptConfig(path="dog", captions={"prefix": "sks"}), ConceptConfig(path="reg", trigger="thing")]
-    index = index_collection(str(place / "images"), validation_fraction=0.0, cache=tmp_path, concepts=concepts)
-    rules = Captions(config.task.captions, collection := Collection(str(place / "images"), index))
+    collection = load(place / "images", tmp_path, concepts=concepts)
+    rules = Captions(config.task.captions, collection)
     texts = [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in (0, 5, 6)]
     assert texts == ["sks, a dog", "sks", "thing"]
 
@@ -112,8 +107,7 @@ def captions_of(place, cache, *words):
     config, _ = configure("finetune_sdxl", [*SHORT, *words])
     with working_in(place):
         config = config.task.complete(config)
-        index = index_collection(config.data.root, cache=cache, **config.data.index_settings())
-        collection = Collection(config.data.root, index)
+        collection = load(config.data.root, cache, **config.data.index_settings())
     rules = Captions(config.task.captions, collection)
     return [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]
 

@@ -1,12 +1,11 @@
 """Thresholds: what is written is read; those of other weights, a part of a file and no such file are refused."""
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support import refuses
+from tests.support import read_table, refuses
 from utils.formats.thresholds import (
     CATEGORY_PROFILES,
     OVERALL,
@@ -65,7 +64,7 @@ def test_tags_that_are_not_labelled_keep_their_rows_with_their_categories(path):
 
 def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
     first = {}
-    for row in csv.DictReader(path.read_text().splitlines()):
+    for row in read_table(path):
         first.setdefault(int(row["category"]), float(row["threshold"]))
     assert {number: first[number] for number in (0, 9)} == pytest.approx({0: 0.3, 9: 0.35})
 

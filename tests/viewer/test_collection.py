@@ -9,9 +9,8 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from data.collection.collection import Collection
-from data.collection.index import index_collection
 from data.images.open import EMPTY
+from tests.data.collection.test_collection import load
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits
 
@@ -130,8 +129,7 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save manifest").click()
     saved.value.save_as(tmp_path / "some.parquet")
-    settings = {"validation_fraction": 0.0, "cache": tmp_path, "table": str(tmp_path / "some.parquet")}
-    collection = Collection(str(root), index_collection(str(root), **settings))
+    collection = load(root, tmp_path, table=str(tmp_path / "some.parquet"))
     kept = collection.table.filter(pc.equal(collection.table["label"], "An owl"))
     assert kept["weight"].to_pylist() == [0.0] * 10 and len({*kept["group"].to_pylist()}) == 1
     for _ in range(5):

@@ -1,16 +1,14 @@
 """The review of labels: keys and what they save, two tabs, a file that cannot be written, a restart, and training."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.collection.collection import Collection
-from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
+from tests.data.collection.test_collection import load
+from tests.support import rows
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, serve
 from utils.record.tables import LABELS, find_differences, images_about
@@ -105,8 +103,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
         page.get_by_text(text, exact=False).first.wait_for()
 
     def saved():
-        lines = map(json.loads, (animals / CORRECTIONS).read_text().splitlines())
-        return [(line["path"].split("/")[-1], line["now"], line["verdict"]) for line in lines]
+        return [(row["path"].split("/")[-1], row["now"], row["verdict"]) for row in rows(animals / CORRECTIONS)]
 
     page.goto(f"{address}/review?run=0/bare")
     wait("python prepare.py job=labels")
@@ -149,20 +146,19 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
         tab.goto(f"{again}/review?run=0/a")
         tab.get_by_text("4 of 6 decided").wait_for()
         tab.close()
-    arrow = index_collection(str(animals), validation_fraction=0.34, cache=tmp_path)  # as the next training does
-    labels = Collection(str(animals), arrow).table["label"].to_pylist()
+    labels = load(animals, tmp_path, 0.34).table["label"].to_pylist()  # as the next training does
     assert labels == ["cat", "dog", "dog", "dog", "cat", "cat", *["dog"] * 3]
 
 
 def test_a_key_is_for_what_has_the_focus(page, address, animals):
     """Enter presses a button or follows a link and decides nothing; after a click, keys are for the page."""
     file = animals / CORRECTIONS
-    verdicts = [json.loads(line)["verdict"] for line in file.read_text().splitlines()]
+    verdicts = [row["verdict"] for row in rows(file)]
 
     def wait_for(*new):
         page.wait_for_timeout(700)
         verdicts.extend(new)
-        assert [json.loads(line)["verdict"] for line in file.read_text().splitlines()] == verdicts
+        assert [row["verdict"] for row in rows(file)] == verdicts
 
     page.goto(f"{address}/review?run=0/a&image=cat/2.png")
     page.get_by_text("cat/2.png:").wait_for()
@@ -185,12 +181,12 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     for number in range(7):
         (animals / f"class{number}").mkdir()
         Image.new("RGB", (20, 30)).save(animals / f"class{number}/0.png")
-    rows = {"path": ["dog/1.png", "dog/2.png"], "given": ["dog"] * 2, "proposed": ["cat"] * 2, "rank": [1, 2]}
-    rows |= {"probability": [0.25, 0.5], "guesses": [["cat", "dog"]] * 2, "probabilities": [[0.75, 0.125]] * 2}
-    rows["neighbours"] = [["cat/2.png"], []]
+    columns = {"path": ["dog/1.png", "dog/2.png"], "given": ["dog"] * 2, "proposed": ["cat"] * 2, "rank": [1, 2]}
+    columns |= {"probability": [0.25, 0.5], "guesses": [["cat", "dog"]] * 2, "probabilities": [[0.75, 0.125]] * 2}
+    columns["neighbours"] = [["cat/2.png"], []]
     folder = add_data(make_run(runs / "care/labels"), root=str(animals), validation_fraction=0.34)
     (folder / "tables").mkdir()
-    pq.write_table(pa.table(rows, metadata={"root": str(animals), "says": "a network"}), folder / LABELS)
+    pq.write_table(pa.table(columns, metadata={"root": str(animals), "says": "a network"}), folder / LABELS)
     page.goto(f"{address}/run/0/a?tab=Mistakes")
     page.get_by_role("link", name="Review").click()
     page.get_by_text("All other images judge each one, by the features of a network").wait_for()
@@ -207,5 +203,5 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     page.wait_for_function("document.activeElement == document.body")
     page.keyboard.press("2")
     page.get_by_text("2 of 2 decided").wait_for()
-    lines = [json.loads(line) for line in (animals / CORRECTIONS).read_text().splitlines()]
-    assert [(line["path"], line["now"]) for line in lines[-2:]] == [("dog/1.png", "class3"), ("dog/2.png", "dog")]
+    decided = [(row["path"], row["now"]) for row in rows(animals / CORRECTIONS)]
+    assert decided[-2:] == [("dog/1.png", "class3"), ("dog/2.png", "dog")]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support import rows
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits
 from utils.io.files import read_json
@@ -47,7 +48,7 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     page.get_by_role("button", name="U undo").click()
     page.get_by_text("2 choices").wait_for()
     file = runs / "lora/preferences.jsonl"
-    right, tie = map(json.loads, file.read_text().splitlines())
+    right, tie = rows(file)
     assert right.items() >= {"prompt": HOSTILE, "negative": "blurry", "seed": 7, "tie": False}.items()
     files = [runs / "lora" / right[name] for name in ("chosen", "rejected")]
     pictures = [np.array(Image.open(file)) for file in files]

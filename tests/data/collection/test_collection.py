@@ -29,8 +29,9 @@ def put(root, *paths, text=None):
     return root
 
 
-def load(root, cache, fraction=0.0):
-    return Collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=cache))
+def load(root, cache, validation_fraction=0.0, **choice):
+    index = index_collection(str(root), validation_fraction=validation_fraction, cache=cache, **choice)
+    return Collection(str(root), index)
 
 
 def columns(collection, *names):

@@ -5,10 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.collection.collection import Collection, describe_concepts
+from data.collection.collection import describe_concepts
 from data.collection.concepts import ConceptConfig, count_positions, find_repeats, share_out
-from data.collection.index import index_collection
-from tests.data.collection.test_collection import listed, put
+from tests.data.collection.test_collection import listed, load, put
 from tests.support import refuses
 from utils.errors import UserError
 
@@ -22,13 +21,7 @@ PRIORS = [{"repeats": 1, "is_prior": True}, {"is_prior": True}]
 
 @pytest.fixture
 def opened(tmp_path):
-    def opened(root, *concepts, fraction=0.0):
-        index = index_collection(
-            str(root), validation_fraction=fraction, cache=tmp_path / "cache", concepts=list(concepts)
-        )
-        return Collection(str(root), index)
-
-    return opened
+    return lambda root, *concepts, fraction=0.0: load(root, tmp_path / "cache", fraction, concepts=list(concepts))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from data.collection.collection import Collection
-from data.collection.index import index_collection
 from data.collection.search import Search, quote_value
+from tests.data.collection.test_collection import load
 from tests.support import refuses
 
 SIZES, WIDE = {"width": 100, "height": 50}, {"width": 300, "height": 300}
@@ -24,8 +23,7 @@ def search(tmp_path):
     for row in ROWS:
         (tmp_path / "root" / row["path"]).write_bytes(b"x")
     (tmp_path / "root/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    root = str(tmp_path / "root")
-    return Search(Collection(root, index_collection(root, validation_fraction=0.0, cache=tmp_path / "cache")))
+    return Search(load(tmp_path / "root", tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(("text", "rows"), [

@@ -1,7 +1,6 @@
 """Corrections: what changes a collection, what is reported, and what a full disk or a kill leaves of their file."""
 
 import codecs
-import json
 import resource
 import signal
 import threading
@@ -13,7 +12,7 @@ from data.layouts.names import CORRECTIONS
 from data.layouts.unused import Unused
 from data.tools.manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
-from tests.support import data_config, refuses
+from tests.support import data_config, refuses, rows
 
 
 def decide(path, was, now, verdict="edited", by="a", field=None):
@@ -132,7 +131,7 @@ def test_many_reviewers_append_whole_lines(animals):
     threads = [threading.Thread(target=lambda own=own: [append_corrections(animals, [own]) for _ in range(20)])
                for own in lines]  # fmt: skip
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(list(map(json.loads, (animals / CORRECTIONS).read_text().splitlines()))) == 80
+    assert len(rows(animals / CORRECTIONS)) == 80
 
 
 def test_a_link_out_of_the_collection_is_refused(animals, tmp_path):

@@ -2,10 +2,8 @@
 
 import pytest
 
-from data.collection.collection import Collection
 from data.collection.concepts import ConceptConfig
-from data.collection.index import index_collection
-from tests.data.collection.test_collection import columns, put
+from tests.data.collection.test_collection import columns, load, put
 from tests.support import refuses
 
 
@@ -17,8 +15,8 @@ def read(tmp_path):
         put(tmp_path / "root", *images.split())
         for name, text in tables.items():
             (tmp_path / "root" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        index = index_collection(str(tmp_path / "root"), validation_fraction=0.0, cache=tmp_path / "cache", **choice)
-        rows = columns(Collection(str(tmp_path / "root"), index), "path", "split", "label", "tags")
+        found = load(tmp_path / "root", tmp_path / "cache", **choice)
+        rows = columns(found, "path", "split", "label", "tags")
         return [f"{path} {split} {label or ''} {'+'.join(tags)}".strip() for path, split, label, tags in rows]
 
     return read

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.collection.collection import Collection
-from data.collection.index import index_collection
 from data.layouts.sidecars import FIELDS
 from tests.data.collection.test_collection import load, put
 from tests.data.layouts.test_foreign import write_tar
@@ -274,8 +272,7 @@ def test_a_bad_text_of_a_shard_is_skipped_where_that_is_set(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.png": b"x", "a.json": b'{"rating": 5, "tags": ["a"]}'})
     with refuses(r"^data\.on_bad_sidecar: .*0\.tar/a\.json.* the rating 5"):
         load(tmp_path, tmp_path / ".cache").refuse_faults("rating")
-    index = index_collection(str(tmp_path), validation_fraction=0.0, cache=tmp_path / ".cache", on_bad_sidecar="skip")
-    collection = Collection(str(tmp_path), index)
+    collection = load(tmp_path, tmp_path / ".cache", on_bad_sidecar="skip")
     collection.refuse_faults("rating")
     assert collection.row(0).tags == ("a",)
 

@@ -23,7 +23,7 @@ from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
-from tests.support import refuses
+from tests.support import refuses, rows
 from utils import rng
 from utils.config.help import CONF
 from utils.contracts import Machine
@@ -209,10 +209,6 @@ def damaged(tmp_path):
 BROKEN = ["train/2.png", "train/4.png", "train/7.png"]
 
 
-def listed(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("workers", [0, 3])
 def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damaged, tmp_path, log, workers):
     file = tmp_path / "unreadable.jsonl"
@@ -223,8 +219,8 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
         weights = [float(damaged.row(row).path not in BROKEN) for row in batch["sample_id"].tolist()]
         assert batch["weight"].tolist() == weights
         assert batch["images"].flatten(1).any(1).tolist() == [weight > 0 for weight in weights]
-    reasons = {row["path"]: row["reason"] for row in listed(file)}
-    assert sorted(reasons) == BROKEN and len(listed(file)) == len(loader.unreadable.seen) == 3
+    reasons = {row["path"]: row["reason"] for row in rows(file)}
+    assert sorted(reasons) == BROKEN and len(rows(file)) == len(loader.unreadable.seen) == 3
     assert "empty" in reasons["train/2.png"] and "No such file" in reasons["train/7.png"] and reasons["train/4.png"]
     assert all(log.text.count(f"unreadable image {path}: ") == 1 for path in BROKEN)
 

@@ -1,8 +1,6 @@
 """job=check, duplicates and filter. Literal tables of a small folder; a killed reading goes
 on; the pages hold what they show."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +10,7 @@ from data.images.open import CUT_OFF, NOT_OPENED
 from data.tools.measure import FileFacts, measure_file, measure_files
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
-from tests.support import refuses
+from tests.support import refuses, rows
 from utils.io.files import read_json
 from utils.io.journal import open_journal
 
@@ -35,8 +33,7 @@ def root(tmp_path):
 
 
 def listed(tmp_path, job):
-    lines = (tmp_path / f"outputs/care/{job}.jsonl").read_text().splitlines()
-    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+    return {row["path"]: row["reason"] for row in rows(tmp_path / f"outputs/care/{job}.jsonl")}
 
 
 def reasons(root):

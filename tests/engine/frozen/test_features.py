@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
-from safetensors.torch import save_file
 
 from data.open import load_collection, prepare_image
 from engine.frozen.choose import PIXELS, choose_frozen
@@ -17,22 +15,14 @@ from engine.update.runtime import choose_runtime
 from models.predictor import Predictor
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import data_config, refuses
-
-NAME = "test_resnet.r160_in1k"
+from tests.test_weights_commands import RESNET, fill_cache
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with images, and with a cache of the hub that has the weights of a small network."""
     monkeypatch.chdir(tmp_path)
-    cached = tmp_path / f"hub/models--timm--{NAME}"
-    (cached / "snapshots/0").mkdir(parents=True)
-    network = timm.create_model(NAME)
-    save_file(network.state_dict(), cached / "snapshots/0/model.safetensors", metadata={"format": "pt"})
-    (cached / "refs").mkdir()
-    (cached / "refs/main").write_text("0")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fill_cache(monkeypatch, tmp_path, RESNET, timm.create_model(RESNET))
     make_images(tmp_path / "images")
     return tmp_path
 
@@ -82,10 +72,10 @@ def test_only_new_and_changed_images_are_read(place, monkeypatch):
 def test_a_network_that_has_not_seen_the_labels_is_chosen_and_said(place, monkeypatch, log):
     _, collection, runtime = open_parts(place)
     choose_frozen(None, collection, runtime, "weights")
-    assert f"{NAME} at 96 px, which has never seen these labels" in log.text
-    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").write_bytes(b"damaged")
+    assert f"{RESNET} at 96 px, which has never seen these labels" in log.text
+    (place / f"hub/models--timm--{RESNET}/snapshots/0/model.safetensors").write_bytes(b"damaged")
     assert choose_frozen(None, collection, runtime, "weights") is PIXELS
-    assert f"{NAME} is left out" in log.text
+    assert f"{RESNET} is left out" in log.text
     images = f"data.root={place}/images"
     run("pretrain_fcmae", [*TINY, images, "task.decoder_dim=16", "run_dir=outputs/blind"], place)
     run("finetune", [*TINY, images, "run_dir=outputs/seen"], place)

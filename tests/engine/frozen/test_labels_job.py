@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models.predictor import Predictor
-from tests.engine.frozen.test_features import NAME, place  # noqa: F401
+from tests.engine.frozen.test_features import RESNET, place  # noqa: F401
 from tests.in_process import run
 from tests.support import refuses
 from utils.io.files import read_json
@@ -65,13 +65,13 @@ def test_classes(pictures, place):  # noqa: F811
     folder = place / "outputs/care/labels"
     (found,) = find_differences(folder, 1)
     assert found[:3] == (first["path"], 1 - first["probability"], "green") and found.near == first["neighbours"]
-    assert images_about(folder, "root") == str(pictures) and NAME in images_about(folder, "says")
+    assert images_about(folder, "root") == str(pictures) and RESNET in images_about(folder, "says")
     assert first["path"] in (folder / "report.html").read_text()
 
 
 def test_growth_and_what_to_label_next(place):  # noqa: F811
     """Without weights, the features are small pictures."""
-    (place / f"hub/models--timm--{NAME}/snapshots/0/model.safetensors").unlink()
+    (place / f"hub/models--timm--{RESNET}/snapshots/0/model.safetensors").unlink()
     draw = np.random.default_rng(0)
     root = place / "pictures"
     root.mkdir()

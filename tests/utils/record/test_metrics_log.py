@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.support import rows
 from utils.record.metrics_log import MetricsLog, keep_rows
 
 
@@ -19,7 +20,7 @@ def folder(tmp_path):
 
 
 def steps_of(folder):
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows(folder / "metrics.jsonl")]
 
 
 def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
