@@ -5,6 +5,7 @@ imported everything once, with the variables that torchrun would set. What is te
 """
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -116,6 +117,20 @@ def read_image(path, channels, max_pixels, background=DEFAULT, **options):
     """Read and decode an image file, uint8 [H, W, channels]; options: further ones of the decoder."""
     decode = Decoder(channels, max_pixels, background, **options)
     return decode(read_file(path), os.fspath(path)).permute(1, 2, 0).numpy()
+
+
+def encoded(image, form="JPEG", **options):
+    """Return the bytes of an image's file."""
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def turned(orientation=6):
+    """Return EXIF that says how the camera was held; by default, on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def cache_config(**changes):

@@ -1,6 +1,5 @@
 """docs/photographs.md on the folders of a phone: every photograph is read, and the rest is one line."""
 
-import csv
 import re
 import unicodedata
 
@@ -11,7 +10,7 @@ from PIL import Image
 from data.images.further import load_package
 from tests.door.follow import follow
 from tests.in_process import SHORT, working_in
-from tests.support import ROOT
+from tests.support import ROOT, read_table, turned
 
 KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190)}
 ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
@@ -45,8 +44,7 @@ def make_phone(root, count):
         (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
         for number in range(count):
             name = unicodedata.normalize("NFD", f"{'IMG' if number % 5 else 'Föto'}_{number:04}.{ENDINGS[number % 8]}")
-            exif = Image.Exif()
-            exif[0x0112] = TURNS[number % 4]
+            exif = turned(TURNS[number % 4])
             form = FORMS.get(name.rpartition(".")[2].lower(), "JPEG")
             draw(kind, number).save(folder / name, form, exif=exif.tobytes(), quality=90, **FAST.get(form, {}))
             made[0] += 1
@@ -75,8 +73,7 @@ def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     assert "top1=" in measured and "24 images" in predicted
     assert "unreadable" not in said
 
-    with open(tmp_path / "mine/new.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "mine/new.csv")
     assert len(rows) == 24 and {row["class"] for row in rows} <= set(KINDS) and not any(row["error"] for row in rows)
     before = sorted(file for file in (tmp_path / "new").rglob("*"))
     block = re.search(r"```python\n(.*?)```", (ROOT / "docs/photographs.md").read_text(encoding="utf-8"), re.DOTALL)[1]

@@ -3,24 +3,18 @@ a step. Planted faults are found. Other tasks, optimisers and precisions: slow_f
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, command
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc) for the shim")
 
 
 def run_cases(*cases):
     """Run cases in one process of their own; returns a row for each."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/fake_cuda.py"), *cases], cwd=ROOT, capture_output=True, text=True,
-        timeout=500, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = command("python", ROOT / "tests/fake_cuda.py", *cases, timeout=500, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["case"] for row in rows] == list(cases)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.in_process import TINY, run
-from tests.support import ROOT, refuses
+from tests.support import ROOT, command, refuses
 from utils.start import begin
 
 PROGRAM = """
@@ -39,8 +39,7 @@ TELL = "import time, utils.start as own\nown.begin(None)\ntime.sleep(2)\nprint(o
 def test_cores_that_others_use_are_counted():
     core = str(min(os.sched_getaffinity(0)))
     with subprocess.Popen(["taskset", "-c", core, sys.executable, "-c", SPIN]) as spinning:
-        command = ["taskset", "-c", core, sys.executable, "-c", TELL]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found = command("taskset", "-c", core, "python", "-c", TELL)
         spinning.kill()
     assert 0.5 < float(found.stdout) <= 1.1
 

@@ -1,16 +1,12 @@
 """The collections that the page knows, and the route of their images."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support import ROOT
+from tests.support import ROOT, command
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data
 from utils.record.run_index import RunIndex
@@ -86,7 +82,5 @@ assert not {"torch", "torchvision"} & sys.modules.keys()
 
 
 def test_neither_the_page_nor_its_images_import_torch(shelf, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0
+    done = command("python", "-c", WITHOUT_TORCH, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr

@@ -1,10 +1,7 @@
 """/try: what a network says of an image, as predict.py says it; bad images; files outside the roots; the page."""
 
 import asyncio
-import io
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -16,9 +13,10 @@ from engine.exports.weights import load_predictor
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind
 from models.predictor import Predictor
+from tests.data.images.test_corpora import PNG_END, png_header
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
-from tests.support import data_config, make_collection, refuses, thresholds_of
+from tests.support import data_config, encoded, make_collection, refuses, thresholds_of, turned
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
@@ -40,11 +38,6 @@ PREPROCESSING = {
     "channels": 3, "pad": "square", "background": [9, 9, 9],
 }  # fmt: skip
 CAPTION = ["text.spaces=true", "text.escape=true", "text.rating=first"]
-
-
-def encode(image, form="PNG", **options):
-    image.save(file := io.BytesIO(), form, **options)
-    return file.getvalue()
 
 
 def noise(*shape):
@@ -75,9 +68,8 @@ def open_networks(runs, *words):
 
 @pytest.mark.parametrize(("profile", "limit"), [("per_tag", 0.9), ("high_recall", 0.5)])
 def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    (tmp_path / "a.jpg").write_bytes(content := encode(noise(40, 60, 3), "JPEG", exif=exif))
+    content = encoded(noise(40, 60, 3), exif=turned())
+    (tmp_path / "a.jpg").write_bytes(content)
     bars, caption, seen, _ = open_networks(runs, *CAPTION).ask(str(runs / "tagger"), profile, content, "a.jpg")
     words = [f"weights={runs / 'tagger'}", "input=a.jpg", f"profile={profile}", "device=cpu", "workers=0", *CAPTION]
     for output in ("texts/", "rows.jsonl"):
@@ -93,18 +85,11 @@ def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
     assert [least for tag, _, _, least in bars["general"] if tag == "black_hair"] == [pytest.approx(limit)]
 
 
-def bomb(side):
-    """Return a PNG whose header promises side x side pixels."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
 BROKEN = {
     "empty": (b"", "empty"),
     "script": (b"<svg onload=alert(1)>", "known format"),
-    "cut": (encode(noise(40, 60, 3))[:2000], "cut off"),
-    "many": (bomb(11_000), "more than the 100,000,000 that max_pixels allows"),
+    "cut": (encoded(noise(40, 60, 3), "PNG")[:2000], "cut off"),
+    "many": (png_header(11_000, 11_000) + PNG_END, "more than the 100,000,000 that max_pixels allows"),
 }
 
 
@@ -235,10 +220,10 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
           files.items.add(new File([new Uint8Array(bytes)], "pasted.png"))
           document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: files}))
         }""",
-        list(encode(noise(40, 60, 3))),
+        list(encoded(noise(40, 60, 3), "PNG")),
     )
     page.get_by_text("pasted.png, as the network sees it").wait_for()
-    dropped = {"1.png": (runs / "images/train/A/000.png").read_bytes(), "2.png": encode(noise(40, 60, 3))}
+    dropped = {"1.png": (runs / "images/train/A/000.png").read_bytes(), "2.png": encoded(noise(40, 60, 3), "PNG")}
     drop.set_input_files(
         [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in dropped.items()]
     )

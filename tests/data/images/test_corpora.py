@@ -3,7 +3,6 @@
 Figures of the pixels, refusals, fuzzing with fixed seeds, and memory. Origins: corpora/README.md.
 """
 
-import io
 import struct
 import sys
 import zlib
@@ -16,7 +15,7 @@ from PIL import Image, features
 from data.images.open import CUT_OFF, DAMAGED, TOO_LARGE
 from data.stream.source import UnreadableImage
 from data.tools.measure import measure_file
-from tests.support import no_large_allocation, read_image
+from tests.support import encoded, no_large_allocation, read_image, turned
 from utils.io.files import read_json
 
 CORPORA = Path(__file__).parents[1] / "corpora"
@@ -104,28 +103,22 @@ def test_what_is_no_image_is_named(tmp_path, data):
 # ------------------------------------------------------------------------------------------------------------- fuzzing
 
 
-def encode(image, form, **options):
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def drawn():
     """One picture as every kind of file that is read."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     first = Image.fromarray(noise).resize((24, 24))
-    both, exif = {"save_all": True, "append_images": [first.rotate(90)]}, Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
+    both, exif = {"save_all": True, "append_images": [first.rotate(90)]}, turned()
+    exif[0x010F] = "maker"
     files = {
-        "png": encode(first, "PNG"), "apng": encode(first, "PNG", exif=exif, **both),
-        "jpeg": encode(first, "JPEG", exif=exif), "progressive": encode(first, "JPEG", progressive=True),
-        "mpo": encode(first, "MPO", **both), "gif": encode(first, "GIF", **both),
-        "webp": encode(first, "WEBP", exif=exif), "lossless": encode(first, "WEBP", lossless=True),
-        "moving": encode(first, "WEBP", **both), "bmp": encode(first, "BMP"), "ppm": encode(first, "PPM"),
-        "tiff": encode(first, "TIFF"), "lzw": encode(first, "TIFF", compression="tiff_lzw"),
+        "png": encoded(first, "PNG"), "apng": encoded(first, "PNG", exif=exif, **both),
+        "jpeg": encoded(first, "JPEG", exif=exif), "progressive": encoded(first, "JPEG", progressive=True),
+        "mpo": encoded(first, "MPO", **both), "gif": encoded(first, "GIF", **both),
+        "webp": encoded(first, "WEBP", exif=exif), "lossless": encoded(first, "WEBP", lossless=True),
+        "moving": encoded(first, "WEBP", **both), "bmp": encoded(first, "BMP"), "ppm": encoded(first, "PPM"),
+        "tiff": encoded(first, "TIFF"), "lzw": encoded(first, "TIFF", compression="tiff_lzw"),
     }  # fmt: skip
-    return files | ({"avif": encode(first, "AVIF", exif=exif)} if features.check("avif") else {})
+    return files | ({"avif": encoded(first, "AVIF", exif=exif)} if features.check("avif") else {})
 
 
 def outcome(path):

@@ -1,6 +1,5 @@
 """Decoders against each other: simplejpeg gives Pillow's pixels; scales, profiles and identities."""
 
-import io
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from torchvision.transforms import v2
 
 from data.images import decode
 from data.images.decode import Decoder
+from tests.support import encoded, turned
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in image_formats.py
 LIMIT = 10**6
@@ -24,18 +24,6 @@ def photo(height=67, width=93, seed=0):
     pixels = np.array(soft).astype(int) + draw.integers(-12, 13, (height, width, 1))
     pixels[height // 3 : height // 2, width // 4 : width // 2] = (250, 5, 20)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image, form="JPEG", **options):
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
-def turned(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return {"exif": exif}
 
 
 def by_pillow(monkeypatch, decoder, content):
@@ -61,7 +49,7 @@ def by_simplejpeg(monkeypatch):
 
 PLAIN = {
     **{f"subsampling {kind}": {"subsampling": kind, "quality": 5} for kind in (0, 1, 2)},
-    **{f"orientation {orientation}": turned(orientation) for orientation in (1, 4, 6)},
+    **{f"orientation {orientation}": {"exif": turned(orientation)} for orientation in (1, 4, 6)},
     "progressive": {"progressive": True},
     "restart markers": {"restart_marker_rows": 1},
     "stored as RGB": {"keep_rgb": True},
@@ -96,7 +84,7 @@ def test_other_kinds_are_left_to_pillow(by_simplejpeg, monkeypatch):
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(800, 604), (400, 400), (129, 500)])
 def test_the_shorter_side_is_as_stated(size, form, orientation, by_simplejpeg, monkeypatch):
-    content = encoded(photo(*size), form, **turned(orientation), quality=95)
+    content = encoded(photo(*size), form, exif=turned(orientation), quality=95)
     shrunk = Decoder(3, LIMIT, shortest_px=128)
     whole = Decoder(3, LIMIT)(content, "x")
     expected = v2.functional.resize(whole, [128], antialias=True)

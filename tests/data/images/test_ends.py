@@ -13,7 +13,8 @@ from data.images.decode import Decoder
 from data.images.open import CUT_OFF
 from data.stream.source import UnreadableImage
 from data.tools.measure import measure_file
-from tests.data.images.test_decoders import encoded, photo
+from tests.data.images.test_decoders import photo
+from tests.support import encoded
 
 LIMIT = 10**6
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

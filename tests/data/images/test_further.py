@@ -1,6 +1,5 @@
 """HEIF, JPEG XL and raw photographs: upright, of the stated size, by content, and named where a package is missing."""
 
-import io
 import tempfile
 from pathlib import Path
 
@@ -12,23 +11,19 @@ from data.images.open import NO_DECODER, TOO_LARGE
 from data.images.sizes import read_upright_size
 from data.tools.measure import measure_file
 from tests.in_process import run
-from tests.support import read_image, write_manifest
+from tests.support import encoded, read_image, turned, write_manifest
 
 
 def corner(width=64, height=40):
-    """Return a grey picture with a red corner at its upper left, and EXIF that turns it to the upper right."""
+    """Return a grey picture with a red corner at its upper left."""
     image = Image.effect_noise((width, height), 30).convert("RGB")
     image.paste((255, 0, 0), (0, 0, width // 3, height // 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return image, exif.tobytes()
+    return image
 
 
-def encode(form, **options):
-    stream = io.BytesIO()
-    image, exif = corner()
-    image.save(stream, form, **{"exif": exif, "quality": 95, **options})
-    return stream.getvalue()
+def encode(form):
+    """Return the file of a picture whose corner its EXIF turns to the upper right."""
+    return encoded(corner(), form, exif=turned().tobytes(), quality=95)
 
 
 def heic():
@@ -43,8 +38,7 @@ def jxl():
         file.write(encode("JPEG"))
         file.flush()
         with Image.open(file.name) as image:
-            image.save(stream := io.BytesIO(), "JXL", lossless_jpeg=True)
-    return stream.getvalue()
+            return encoded(image, "JXL", lossless_jpeg=True)
 
 
 def dng():
@@ -99,8 +93,8 @@ def test_without_its_package_a_file_is_no_damage(name, tmp_path, without_formats
 def test_the_size_of_jpeg_xl_is_known_before_it_is_decoded(width, height, tmp_path):
     pytest.importorskip("pillow_jxl", reason="make install-formats")
     for options in ({}, {"use_container": True}):
-        Image.new("RGB", (width, height)).save(stream := io.BytesIO(), "JXL", **options)
-        assert count_jxl_pixels(stream.getvalue()) == width * height
+        content = encoded(Image.new("RGB", (width, height)), "JXL", **options)
+        assert count_jxl_pixels(content) == width * height
     header = 2 << 1 | height * 99 - 1 << 3 | 1 << 21  # a side of 18 bits, square, and no image
     (tmp_path / "x.jxl").write_bytes(b"\xff\x0a" + header.to_bytes(12, "little"))
     assert measure_file(tmp_path / "x.jxl", (height * 99) ** 2 - 1).kind == TOO_LARGE

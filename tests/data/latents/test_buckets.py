@@ -23,6 +23,7 @@ from data.latents.buckets import (
 )
 from data.stream.order import Draw
 from tests.data.collection.test_collection import load
+from tests.support import turned
 
 RULE = {"areas_px": [1024**2], "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
 POLICY = {
@@ -107,9 +108,7 @@ def test_sizes_come_from_the_manifest_or_the_headers_read_once(tmp_path, monkeyp
     stated = make_folder(tmp_path / "a", [(9, 9)] * 2, width=[40, None], height=[30, None])
     assert image_sizes(stated, np.arange(2), tmp_path / "sizes.json").tolist() == [[30, 40], [9, 9]]
     plain = make_folder(tmp_path / "b", [(40, 30), (20, 10), (5, 5), (6, 6)])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.new("RGB", (20, 10)).save(plain.absolute_path(1), exif=exif)
+    Image.new("RGB", (20, 10)).save(plain.absolute_path(1), exif=turned())
     plain.absolute_path(2).write_bytes(b"no image")
     plain.absolute_path(3).unlink()
     for _ in range(2):

@@ -16,7 +16,7 @@ from data.collection.collection import check_classes
 from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
 from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
-from tests.support import refuses, write_manifest
+from tests.support import refuses, turned, write_manifest
 
 
 def jsonl(root, rows):
@@ -229,9 +229,7 @@ def test_further_columns_are_in_the_fingerprint_unless_they_follow_from_the_file
 
 def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
     put(root, "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/ä, d.png", text="t, u")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (30, 20)).save(root / "val/dog/e.jpg", exif=exif)
+    Image.new("RGB", (30, 20)).save(root / "val/dog/e.jpg", exif=turned())
     scanned = opened(root)
     assert write_manifest(root, validation_fraction=0.5, verify=True).num_rows == 5
     collection = opened(root)

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from data.tools.copy import reduce
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run, run_command
-from tests.support import refuses
+from tests.support import refuses, turned
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -66,8 +66,8 @@ def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
 def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
     root, small = tmp_path / "images", tmp_path / "small"
     root.mkdir()
-    exif, text = Image.Exif(), PngInfo()
-    exif[0x0112], exif[0x010E] = 6, "a description"
+    exif, text = turned(), PngInfo()
+    exif[0x010E] = "a description"
     text.add_text("parameters", "a prompt, ü")
     picture(1, (120, 60)).save(root / "a.jpg", exif=exif, icc_profile=PROFILE, quality=90)
     picture(2, (60, 120)).save(root / "b.png", exif=exif, pnginfo=text, icc_profile=PROFILE)

@@ -21,7 +21,7 @@ from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.in_process import run
-from tests.support import make_collection, pack_collection, refuses, write_manifest
+from tests.support import make_collection, pack_collection, refuses, turned, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,8 @@ def test_a_packed_collection_is_the_collection(collections, place):
 def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
     """Of a file that no manifest describes, of one that EXIF turns, and of no image."""
     (tmp_path / "files").mkdir()
-    exif = Image.Exif()
-    exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "files/a.png")
-    Image.new("RGB", (30, 40)).save(tmp_path / "files/b.jpg", exif=exif)
+    Image.new("RGB", (30, 40)).save(tmp_path / "files/b.jpg", exif=turned())
     (tmp_path / "files/c.png").write_bytes(b"no image")
     files, manifest = load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed/manifest.parquet"
     sizes = image_sizes(files, np.arange(3), tmp_path / "sizes.json").tolist()

@@ -1,9 +1,6 @@
 """Stop on request. Properties of a process that gets signals; exit statuses and messages."""
 
-import subprocess
-import sys
-
-from tests.support import ROOT
+from tests.support import command
 
 BEGIN = """
 import os, signal, time
@@ -19,7 +16,7 @@ with signals.StopRequest() as stop:
 
 def run(code):
     """Return the exit status and what was said."""
-    done = subprocess.run([sys.executable, "-c", BEGIN + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = command("python", "-c", BEGIN + code, timeout=60)
     return done.returncode, done.stderr
 
 
