@@ -78,11 +78,7 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
     torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
     noisy = add_noise(LATENTS, NOISE, level)
     torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))
-    velocity = target("flow", LATENTS, NOISE, level)
-    torch.testing.assert_close(velocity, NOISE - LATENTS)
-    torch.testing.assert_close(denoise("flow", noisy, velocity, level), LATENTS)
-    plain, shifted = (draw_times("uniform", KEYS, shift=each) for each in (1.0, shift))
-    torch.testing.assert_close(shifted / (1 - shifted), shift * plain / (1 - plain), rtol=0.01, atol=0)
+    torch.testing.assert_close(denoise("flow", noisy, NOISE - LATENTS, level), LATENTS)
 
 
 def test_flow_is_sampled_by_eulers_method():

@@ -1,5 +1,5 @@
 """What a mirror does to tags: tables of pairs, drops and forbidden mirrors by mode; bad maps are refused with the file
-and the entry. On the device: flipping twice is identity, the coin is the key's, and nothing waits for the host."""
+and the entry. On the device, the coin is the key's; that nothing waits for the host: engine/test_fake_cuda.py."""
 
 import json
 
@@ -8,7 +8,6 @@ import torch
 
 from data.layouts.glyphs import TRAIN_FACES, describe_code, read_codes
 from data.tags.orientation import Mirror, build_orientation
-from tests.engine.test_no_host_sync import count
 from tests.support import refuses
 from utils.errors import UserError
 from utils.formats.vocabulary import Vocabulary
@@ -88,20 +87,18 @@ def test_a_bad_map_is_refused_with_file_and_entry(text, entry, tmp_path):
 # ------------------------------------------------------------------------------------------------------- on the device
 
 
-def batch(count=64):
+def batch(count):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 4, 6), generator=generator, dtype=torch.uint8)
     targets = (torch.rand(count, len(BOORU), generator=generator) < 0.4).float()
     return images, targets, torch.randint(0, 2**62, (count,), generator=generator)
 
 
-def mirror_of(tags=BOORU):
-    return Mirror(build_orientation(vocabulary_of(tags), "booru", "k"), len(tags))
-
-
 def test_the_coin_is_the_keys_and_writing_forbids_it():
+    """However a batch is split."""
     images, targets, keys = batch(600)
-    turned, tags = mirror_of()(images, targets, keys)
+    mirror = Mirror(build_orientation(vocabulary_of(BOORU), "booru", "k"), len(BOORU))
+    turned, tags = mirror(images, targets, keys)
     mirrored = (turned == images.flip(-1)).flatten(1).all(1)
     assert torch.equal(turned[~mirrored], images[~mirrored])
     wanted = targets.clone()
@@ -110,12 +107,4 @@ def test_the_coin_is_the_keys_and_writing_forbids_it():
     assert torch.equal(tags, torch.where(mirrored[:, None], wanted, targets))
     writing = targets[:, [4, 5]].any(1)
     assert not mirrored[writing].any() and 0.4 < mirrored[~writing].float().mean() < 0.6
-    assert torch.equal(mirror_of()(images[7:9], targets[7:9], keys[7:9])[0], turned[7:9])  # however it is split
-
-
-def test_it_has_no_state_and_needs_no_host():
-    images, targets, keys = batch()
-    mirror = mirror_of()
-    assert mirror.state_dict() == {} and count(lambda: mirror(images, targets, keys)) == []
-    plain = mirror_of({"1girl": 0, "general": 9})
-    assert torch.equal(plain(images, targets[:, :2], keys)[1], targets[:, :2])
+    assert torch.equal(mirror(images[7:9], targets[7:9], keys[7:9])[0], turned[7:9]) and mirror.state_dict() == {}

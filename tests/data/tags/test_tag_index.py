@@ -14,8 +14,8 @@ from data.tags.tag_index import index_tags, map_tags
 from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from tests.support import refuses
-from utils.formats.spelling import Tag, parse_rating, parse_tag
-from utils.formats.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+from utils.formats.spelling import parse_rating, parse_tag
+from utils.formats.vocabulary import RATINGS, Vocabulary
 
 NO_RULES = TagRules(None, {}, {}, "task.")
 FUZZ = settings(max_examples=60, deadline=None, database=None)
@@ -231,16 +231,3 @@ def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
     (tmp_path / "tags.txt").write_text("a\nA")
     with refuses(r"tags\.txt is not a readable vocabulary"):
         read_any_vocabulary(tmp_path / "tags.txt")
-
-
-@FUZZ
-@given(st.lists(st.text(max_size=6), min_size=1, max_size=8))
-def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, texts):
-    root = tmp_path_factory.mktemp("any")
-    collection = collection_of(root / "root", [{"path": "a", "tags": ["tag", *texts]}])
-    every = wanted(min_count=1, categories=["general", "artist", "copyright", "character", "meta"], rating_s="general")
-    made = make_vocabulary(collection, every, "task.")
-    write_vocabulary(root / FILE, made)
-    assert read_vocabulary(root / FILE) == made
-    expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
-    assert expected <= {Tag(c, n) for c, n in made.columns} | {Tag(None, n) for n in made.names}

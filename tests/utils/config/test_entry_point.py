@@ -57,14 +57,6 @@ def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp
 # ------------------------------------------------------------------------------------------------------------- statuses
 
 
-def test_a_mistake_of_the_user_is_status_2_without_traceback(start_command, capsys):
-    def body(config, job):
-        raise UserError("input: x does not exist;\ngive another")
-
-    assert start_command(body, *PATHS) == 2
-    assert capsys.readouterr().err == "predict.py: input: x does not exist;\ngive another\n"
-
-
 def test_a_missing_package_is_status_2_and_named_with_what_installs_it(start_command, capsys):
     def body(config, job):
         raise ModuleNotFoundError("No module named 'nicegui.ui'", name="nicegui.ui")
