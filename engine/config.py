@@ -66,6 +66,7 @@ class _LoopConfig(Strict):
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
+    checkpoint_mirror: PathText | None = None  # a run from before this key has none
     audit_every: Count | None = None  # a run from before this key has no chain
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
@@ -183,6 +184,8 @@ class TrainingConfig(Strict):
                 f"init_weights: ema, but init_from={self.init_from} has no averaged weights; set "
                 "init_from=RUN_OR_FILE, or init_weights=model"
             )
+        if self.loop.checkpoint_mirror is not None and self.run_dir is None:
+            raise ValueError("loop.checkpoint_mirror: the copy is found by the name of the run folder; set run_dir=...")
         if self.lr_finder.enabled is True and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "

@@ -1,5 +1,6 @@
 """Every test process runs with one thread: on two cores, two processes with default threads slow each other tenfold."""
 
+import importlib
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the fork server's question for a GPU bars its forks from it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; a local one is in tests/models/test_offers.py
 
+import fsspec
 import pytest
 import torch
 
@@ -28,6 +30,19 @@ torch.set_num_threads(1)
 def collection(tmp_path_factory):
     """Return a collection of 54 training and 15 validation images in three class folders, with tags."""
     return make_collection(tmp_path_factory.mktemp("collection") / "images")
+
+
+@pytest.fixture(scope="module")
+def store():
+    """Return the store of a local S3 server, where s3:// leads."""
+    pytest.importorskip("s3fs", reason="make install-cloud")
+    server = importlib.import_module("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fsspec.config.conf, "s3", {"key": "a", "secret": "b", "endpoint_url": address})
+        yield fsspec.filesystem("s3")
+    server.stop()
 
 
 @pytest.fixture

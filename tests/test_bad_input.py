@@ -51,6 +51,7 @@ WRONG = {
     "finetune run_dir=tuned seed=1 optim.lr=0.5 loop.total_steps=3": "resume: ... 'resume_allow=[optim.lr,seed]'.",
     "finetune run_dir=tuned loop.total_steps=1": "loop.total_steps: ",
     "finetune run_dir=tuned optim.base_lr=0.7 dry_run=true": "resume: ... optim.base_lr: ",
+    "finetune loop.checkpoint_mirror=nonsense://x": "loop.checkpoint_mirror: nonsense://x",
     "finetune run_dir=pretrained": "resume: ... task.name: ",
     "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors",
     "predict weights=pretrained input=images output=found.csv": "output: pretrained",

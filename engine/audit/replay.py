@@ -25,7 +25,8 @@ from utils.io.weights import hash_tensors, read_tensors
 from utils.record.run_reader import CONFIG_FILE
 
 BOUND = 0.05  # the most distance in another environment
-_REPLACED = ("run_dir=", "resume", "tracking", "sweep.", "runtime.threads=")  # words of the command
+# Words of the command.
+_REPLACED = ("run_dir=", "resume", "tracking", "sweep.", "runtime.threads=", "loop.checkpoint_mirror=")
 _FREE = ("git", "command", "previous", "state", "script", "data.root")  # of process, link and configuration
 
 

@@ -34,6 +34,7 @@ from engine.audit.chain import STATE_FILE, add_link, read_chain
 from engine.config import TrainingConfig
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
+from submit.mirror import Mirror
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
 from utils.io.files import (
@@ -116,6 +117,7 @@ class Saver:
         self.folder = folder
         self._facts = facts
         self._loop = config.loop
+        self.mirror = Mirror(config.loop.checkpoint_mirror, folder.path)
         self._written: Future[None] | None = None
         self._saved_at = time.monotonic()
 
@@ -165,7 +167,7 @@ class Saver:
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
                 if state["is_kept"]:
                     add_link(folder, path)
-                remove_others(path.parent, step, state["best"]["step"])
+                remove_others(path.parent, step, state["best"]["step"], self.mirror.checkpoint)
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._written = writer.submit(write)
@@ -177,11 +179,13 @@ class Saver:
             return
         error = self._written.exception()
         self._written = None
-        if error is not None and last:
+        if error is None:
+            self.mirror.copy(last=False)
+            return
+        if last:
             raise error
-        if error is not None:
-            trace = None if isinstance(error, UserError) else error
-            log.error("%s\nThe next save tries again", error, exc_info=trace)
+        trace = None if isinstance(error, UserError) else error
+        log.error("%s\nThe next save tries again", error, exc_info=trace)
 
     def write_alone(self, learner: Learner, name: str) -> str:
         """Write the weights that are judged as weights/<name>, on all ranks; return their checksum.
@@ -241,15 +245,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def remove_others(folder: Path, step: int, best_step: int | None) -> None:
-    """Keep the newest checkpoints up to `step` (just saved) and the best one; remove all others.
+def remove_others(folder: Path, step: int, best_step: int | None, used: Path = Path()) -> None:
+    """Keep the newest checkpoints up to `step` (just saved), the best one and the `used` one; remove all others.
 
     Checkpoints beyond `step` are damaged, or the run resumed from an earlier one.
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     every = list_checkpoints(folder)
-    kept = [path for path in every if step_of(path) <= step][-KEPT:]
+    kept = [used, *[path for path in every if step_of(path) <= step][-KEPT:]]
     for path in every:
         if path not in kept and step_of(path) != best_step:
             _remove(path)

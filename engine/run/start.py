@@ -30,6 +30,7 @@ from engine.update.runtime import Runtime, choose_compile, chooses_threads, star
 from optim.build import check_optimizer, check_shardable
 from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
+from submit.mirror import Mirror
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
@@ -47,7 +48,10 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def start_ranks(config: TrainingConfig) -> Runtime:
-    """Start the machine for training. Check the configuration, and that all ranks have the same one."""
+    """Start the machine for training. Check the configuration, and that all ranks have the same one.
+
+    Fetch the run folder from `loop.checkpoint_mirror` before anything reads it.
+    """
     runtime = start_machine(config.runtime)
     world_size = distributed.planned_world_size()
     config.loop.split(world_size, None)
@@ -59,6 +63,8 @@ def start_ranks(config: TrainingConfig) -> Runtime:
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
+    if config.loop.checkpoint_mirror is not None and not config.dry_run:
+        distributed.rank_zero_call(Mirror(config.loop.checkpoint_mirror, Path(config.run_dir)).fetch)
     return runtime
 
 
@@ -185,6 +191,7 @@ def open_run(
         except BaseException as error:  # KeyboardInterrupt too: in a notebook the process lives on
             _fail(run, error)
         recorder.close(completed_step=run.step if finished and run.is_complete else None)
+        distributed.rank_zero_call(lambda: run.saver.mirror.copy(last=True))  # else torchrun would end rank 0
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)

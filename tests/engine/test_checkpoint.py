@@ -110,7 +110,7 @@ def test_retention_keeps_the_newest_and_the_best(there, step, best, left, tmp_pa
 
 def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_path):
     folder = RunFolder(tmp_path, {"task": {}, "model": {}}, Job("finetune", {}, []))
-    saver, go = Saver(folder, SimpleNamespace(loop=None), {}), threading.Event()
+    saver, go = Saver(folder, SimpleNamespace(loop=SimpleNamespace(checkpoint_mirror=None)), {}), threading.Event()
     weight = torch.ones(4, 3)
     task = SimpleNamespace(origin=None, metadata={})
     runtime, schedule = SimpleNamespace(precision="fp32"), SimpleNamespace(lr=0.1)

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "loop.early_stop_*",
     "loop.micro_batch_size",
     "loop.*_every*",
+    "loop.checkpoint_mirror",
     "task.probe.*",
     "optim.fused_backward",  # changes no bit
 )

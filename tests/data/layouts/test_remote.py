@@ -1,8 +1,6 @@
 """Shards in an object store: a local S3 server stands for it; what it refuses, lacks, cuts or holds back is said."""
 
-import fsspec
 import pytest
-from moto import server
 
 from data.augment.transforms import EvalTransform
 from data.images.bytes import NO_ANSWER, open_contents
@@ -14,40 +12,25 @@ from tests.data.collection.test_collection import load
 from tests.data.stream.test_loader import stream, take
 from tests.support import data_config, make_collection, pack_collection, refuses, write_manifest
 
-s3fs = pytest.importorskip("s3fs", reason="make install-cloud")
 BUCKET = "s3://pictures"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, store):
     """Return a folder with the files of a collection and its shards, which a local server has too."""
     place = tmp_path_factory.mktemp("remote")
     make_collection(place / "files", per_class=20, validation=2)
     write_manifest(place / "files")
-    started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-                            "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():  # fmt: skip
-            patch.setenv(name, value)
         patch.setattr("data.tools.pack._MIB", 2**16)
         pack_collection(load(place / "files", place / "cache"), place / "packed")
-        store = s3fs.S3FileSystem()
-        store.mkdir(BUCKET)
-        store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)
-        yield place
-    started.stop()
+    store.mkdir(BUCKET)
+    store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)
+    return place
 
 
 @pytest.fixture
-def store(place):
-    """Return the store."""
-    return fsspec.core.url_to_fs(BUCKET)[0]  # the one that fsspec keeps for this thread
-
-
-@pytest.fixture
-def packed(place, store):
+def packed(place):
     return load(f"{BUCKET}/packed", place / "cache")
 
 
