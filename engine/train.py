@@ -20,22 +20,29 @@ from engine.recipe.pretrained import use_pretrained
 from engine.recipe.prodigy import use_factor
 from engine.recipe.rules import plan_recipe
 from engine.run.checkpoint import will_resume
+from engine.run.clock import Stages
 from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
 from engine.task import IMAGE_HASHES
 from engine.tasks.kinds import KINDS
+from engine.update.runtime import warming
 from utils.config.entry_point import Job
 from utils.io.files import output_errors, refuse_links_out
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
+from utils.record.logging import get_logger
 from utils.record.report import write_report
 from utils.record.run_folder import default_run_dir
+from utils.start import STARTED
+
+log = get_logger(__name__)
 
 
 def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
+    stages = Stages("imports", STARTED)
     kind = KINDS[config.task.name]
     config = use_factor(config, job.overrides)
     runtime = start_ranks(config)
@@ -44,17 +51,19 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         config = kind.fit_memory(config, job, runtime)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
-    collection = load_collection(config.data)
+    with warming(runtime.device):
+        collection = load_collection(config.data)
+    stages.end("collection")
     if config.loop.minutes is not None:
         config, job, runtime = plan_recipe(config, job, kind, collection, runtime)
+    stages.end("plan")
     config = fit_batch(config, collection, job.overrides)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
-    # For reading before training, such as to fill a cache.
-    batch_size = 4 if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
-    more = {"seed": config.seed, "batch_size": batch_size, "run_path": path, "dry_run": config.dry_run}
+    fill_batch = 4 if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
+    more = {"seed": config.seed, "batch_size": fill_batch, "run_path": path, "dry_run": config.dry_run}
     data = Data(collection, source, runtime, **more)
     if config.loop.audit_every:
         data.fingerprints["data.images"] = hash_json(hash_nodes(list_leaves(collection, IMAGE_HASHES)))
@@ -65,7 +74,6 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
     streams = kind.streams(data, setup, config)
     plan = describe_run(task, streams, config, job, runtime)
-
     if config.dry_run:
         if distributed.is_main():
             refuse_links_out("run_dir", path)
@@ -86,6 +94,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)
+        stages.end("task")
         fit_minutes(run)
+        log.debug("%s", stages.end("timing"))
         run.fit([line.replace("{run}", shlex.quote(str(path))).replace("{data}", words) for line in commands])
     return None

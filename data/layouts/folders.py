@@ -107,18 +107,21 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
     sidecars = {}
     tables = []
     for folder, entries, names in walk_folders(root, unused):
-        stems = {os.path.splitext(name)[0] for name in names if is_image_name(name) and not is_raw(name)}
-        twins = {name for name in names if is_raw(name) and os.path.splitext(name)[0] in stems}
+        here = set(filter(is_image_name, names))
+        others = names - here
+        raw = set(filter(is_raw, names))
+        stems = {os.path.splitext(name)[0] for name in here - raw} if raw else ()
+        twins = {name for name in raw if os.path.splitext(name)[0] in stems}
         unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
         for entry in entries:
-            if is_image_name(entry.name) and entry.name not in twins:
+            if entry.name in here and entry.name not in twins:
                 images[folder + entry.name] = entry.stat().st_size
-        paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
+        paired, orphans = pair_sidecars(folder, here, others)
         sidecars |= paired
         own = {*itertools.chain(*paired.values())}
-        tables += sorted(path for path in map(folder.__add__, names) if is_table(path) and path not in own)
-        unused.add(_MASKS, *map(folder.__add__, filter(is_mask_name, names)))
-        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
+        tables += sorted(path for path in map(folder.__add__, others) if is_table(path) and path not in own)
+        unused.add(_MASKS, *map(folder.__add__, filter(is_mask_name, others)))
+        shards = (folder + name for name in others if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         unused.add(ORPHANS, *orphans)
     return images, sidecars, tables
@@ -146,7 +149,8 @@ def _check_places(root: Path, paths: list[str], splits: list[str | None], labels
 
     Raises UserError if only some images are in split folders, or only some of train and val in class folders.
     """
-    is_outside = [any(splits) and split is None for split in splits]
+    has_splits = any(splits)
+    is_outside = [has_splits and split is None for split in splits]
     kinds = {"a split folder (train/, val/, test/)": is_outside, "a class folder": lacks_labels(splits, labels)}
     for what, lacking in kinds.items():
         others = [path for path, lacks in zip(paths, lacking) if lacks]

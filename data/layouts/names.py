@@ -67,8 +67,9 @@ def is_raw(name: str) -> bool:
 def masked_stem(name: str) -> str | None:
     """Return the name, without its suffix, of the image that a mask belongs to; None if it is no mask."""
     stem, suffix = os.path.splitext(name)
-    ending = next((ending for ending in MASK_ENDINGS if stem.lower().endswith(ending)), None)
-    return stem[: -len(ending)] if ending and suffix.lower() in IMAGE_SUFFIXES else None
+    if not stem.lower().endswith(MASK_ENDINGS) or suffix.lower() not in IMAGE_SUFFIXES:
+        return None
+    return next(stem[: -len(ending)] for ending in MASK_ENDINGS if stem.lower().endswith(ending))
 
 
 def is_passed_over(name: str) -> bool:

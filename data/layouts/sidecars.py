@@ -52,6 +52,8 @@ class Sidecar(NamedTuple):
 
     def updated(self, newer: "Sidecar") -> "Sidecar":
         """Return a copy with the known fields of `newer`, and the faults of both."""
+        if newer == Sidecar():  # most images have none
+            return self
         known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
         return known._replace(sidecar_fault="\n".join(filter(None, (self[-1], newer[-1]))) or None)
 

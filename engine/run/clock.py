@@ -1,7 +1,23 @@
-"""The training time of a run, over all its starts."""
+"""The training time of a run, over all its starts, and the stages of a start."""
 
 import time
 from typing import NamedTuple
+
+
+class Stages:
+    """The seconds of each stage of a start; the first ends now. started: by time.monotonic."""
+
+    def __init__(self, first: str, started: float) -> None:
+        self._last = started
+        self._said = "start:"
+        self.end(first)
+
+    def end(self, name: str) -> str:
+        """End a stage, and say in a line what all of them have taken."""
+        before = self._last
+        self._last = time.monotonic()
+        self._said += f" {name} {self._last - before:.1f} s"
+        return self._said
 
 
 class Mark(NamedTuple):

@@ -2,7 +2,9 @@
 
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +96,23 @@ def start_machine(config: MachineConfig) -> Runtime:
     distributed.init_process_group(choose_device(config.device), config.hang_timeout_sec)
     setup_logging()
     return choose_runtime(config)
+
+
+@contextmanager
+def warming(device: torch.device) -> Iterator[None]:
+    """Start a GPU in a thread meanwhile: its context, cuBLAS and cuDNN, whose first calls take seconds.
+
+    An error is left to the main thread, which will meet it. Nothing may fork inside: the thread ends with the block.
+    """
+
+    def start() -> None:
+        ones = torch.ones(1, 16, 16, 16, device=device, dtype=torch.bfloat16)
+        torch.conv2d(ones @ ones, ones)
+
+    with ThreadPoolExecutor(1) as thread:
+        if device.type == "cuda":
+            thread.submit(start)
+        yield
 
 
 def _set_backends(config: MachineConfig, device: str) -> None:

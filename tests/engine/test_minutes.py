@@ -46,6 +46,7 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     found = read_json(tmp_path / "run/minutes.json")
     assert timed.count == 1
     assert found == {"minutes": 10, "steps": 12, "words": [], "corrected": {}}  # and 3 evaluations
+    assert "start: imports" in (tmp_path / "run/log.txt").read_text()
     plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
     run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
     assert_equal_runs(tmp_path / "run", tmp_path / "plain", 12)

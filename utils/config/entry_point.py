@@ -10,6 +10,7 @@ DictConfig. Errors are shown as a list of dotted keys with a fix, with exit stat
         main()
 """
 
+import gc
 import os
 import re
 import signal
@@ -149,6 +150,9 @@ class Command(Generic[Schema]):
 
     def __call__(self) -> None:
         """Run the command in sys.argv and exit with its status."""
+        if not gc.isenabled():  # since `begin`; a notebook's own objects are not frozen
+            gc.freeze()
+            gc.enable()
         setup_logging()
         try:
             with StopRequest(at_once=True):
