@@ -98,7 +98,7 @@ class Card:
         """Return the program as Markdown, or who reads a LoRA that diffusers does not. Our own format has a command."""
         metadata, form, file = self.metadata, self.form, self.file
         if form.template is None:
-            return f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
+            return form.load or f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
         if form.load:
             task = metadata["task"]
             if form.is_adapter and task["lora"]["kind"] != "lora":

@@ -17,7 +17,8 @@ class Format(NamedTuple):
 
     file: the file that names the export. of: what it holds, outputs of models/outputs.py or tasks without one.
     library: the hub's name of the library that loads it. template: the program of the card, in
-    models/interop/snippets; null: the format is for Atelier's own commands. load: of SDXL, the call that loads it.
+    models/interop/snippets; null: the format is for Atelier's own commands, or `load` says how to use it. load: of
+    SDXL, the call that loads it.
     """
 
     file: str
@@ -27,4 +28,5 @@ class Format(NamedTuple):
     template: str | None = None
     load: str = ""
     fp16: bool = False  # takes precision=fp16
+    int8: bool = False
     is_adapter: bool = False  # holds a change of the base model, and needs it

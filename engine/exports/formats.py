@@ -20,7 +20,8 @@ from engine.exports.card import Card
 from engine.exports.format import Format
 from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import Weights, WeightsChoice
-from models.interop import libraries, tag_forms
+from engine.judging.quantised import quantise
+from models.interop import libraries, page, tag_forms
 from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import refuse_difference
@@ -52,10 +53,22 @@ Entry = Json  # of export.json
 
 
 def write_onnx(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
-    """Write an ONNX file."""
-    path = folder / ("model_fp16.onnx" if config.precision == "fp16" else "model.onnx")
-    difference = export_onnx(weights.model, weights.metadata, path, config.precision, config.accepted)
-    return {"file": path.name, "onnx_max_abs_diff": difference}
+    """Write an ONNX file. One in int8 is made from one in float32, which is compared with PyTorch."""
+    precision = config.precision
+    path = folder / ("model.onnx" if precision == "fp32" else f"model_{precision}.onnx")
+    difference = export_onnx(weights.model, weights.metadata, path, precision, config.accepted)
+    report = {"file": path.name, "onnx_max_abs_diff": difference}
+    if precision == "int8":
+        report["measured"] = quantise(config, path)
+    return report
+
+
+def write_page(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
+    """Write an HTML file that runs the network in a browser."""
+    with TemporaryDirectory() as scratch:
+        report = write_onnx(weights, Path(scratch), config)
+        page.write_page(folder / "page.html", Path(scratch, report.pop("file")), weights.title)
+    return report
 
 
 def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
@@ -237,15 +250,17 @@ _FILE = 'from_single_file("$file", config=$base)'
 _VAE_FILE = 'from_single_file("$file", config=$base, subfolder="vae")'
 _FOLDER = 'from_pretrained(".")'
 _ON_BASE = 'from_pretrained($base)\npipeline.load_lora_weights(".", weight_name="$file")'
+_OPEN = "Open page.html in a browser. It needs neither a server nor the network, and sends nothing."
 _tagger = partial(Format, of=("tags",), template="wd14", fp16=True)
 _sdxl = partial(Format, of=("diffusion",), library="diffusers", template="sdxl", fp16=True)
 _vae = partial(Format, of=("autoencoder",), library="diffusers", template="vae", fp16=True)
 
 FORMATS = {
-    "onnx": Format("model.onnx", write_onnx, template="onnx", fp16=True),
+    "onnx": Format("model.onnx", write_onnx, template="onnx", fp16=True, int8=True),
     "timm": Format("model.safetensors", write_timm, library="timm", template="timm"),
     "transformers": Format("model.safetensors", write_transformers, library="transformers", template="transformers"),
     "safetensors": Format("model.safetensors", write_safetensors),
+    "page": Format("page.html", write_page, of=("classes", "tags"), int8=True, load=_OPEN),
     "wd14": _tagger("model.onnx", write_wd14),
     "wd_repository": _tagger("model.onnx", write_repository, library="timm"),
     "kohya": _sdxl("lora.safetensors", write_kohya, load=_ON_BASE, is_adapter=True),
@@ -269,7 +284,7 @@ class ExportConfig(WeightsChoice):
 
     format: Literal[tuple(FORMATS)]
     output: PathText | None
-    precision: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "int8"]
     tolerance: Positive | None
     thresholds: PathText | None
     license: str | None
@@ -285,13 +300,13 @@ class ExportConfig(WeightsChoice):
     @property
     def accepted(self) -> float:
         """Return the largest accepted difference. Measured, with random and varied weights: at most 1e-6 and 2e-3."""
-        return self.tolerance or {"fp32": 1e-3, "fp16": 2e-2}[self.precision]
+        return self.tolerance or {"fp16": 2e-2}.get(self.precision, 1e-3)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.output is None and (self.run_dir is None or self.lora or self.rank):
             raise ValueError("output: must be given without a run_dir, and with lora or rank; add output=FOLDER")
-        if self.precision == "fp16" and not FORMATS[self.format].fp16:
+        if not getattr(FORMATS[self.format], self.precision, True):
             raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
         return self
 
@@ -311,8 +326,11 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     """
     row = find_format(config.format, weights)
     thresholds = _thresholds(weights, config)
-    if thresholds is not None and weights.subject == "classes":
-        least = [thresholds.rows[0].threshold] * len(weights.metadata["class_names"])
+    if thresholds is not None and weights.subject in ("tags", "classes"):
+        if weights.subject == "tags":
+            least = thresholds.of_tags(vocabulary_of(weights.metadata), PER_TAG)
+        else:
+            least = [thresholds.rows[0].threshold] * len(weights.metadata["class_names"])
         weights = replace(weights, metadata={**weights.metadata, "thresholds": least})
     more = ""
     if config.card is not None:
@@ -323,7 +341,8 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
         shutil.rmtree(leftover)
     with TemporaryDirectory(dir=parent, prefix=_SCRATCH) as scratch:
         report = {"file": row.file, **row.write(weights, Path(scratch), config)}
-        card = Card(weights, config.format, row, report["file"], config.run_dir, thresholds, _given(weights, config))
+        facts = _given(weights, config) | {"measured": report.get("measured")}
+        card = Card(weights, config.format, row, report["file"], config.run_dir, thresholds, facts)
         card.write(Path(scratch), more)
         paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
         report["files"] = [path.relative_to(scratch).as_posix() for path in paths]

@@ -48,7 +48,7 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Image
     """
     saved = None if run is None else RunReader(Path(run)).part(_RunData)
     if saved is None and data is None:
-        raise UserError("data: must be given without run_dir; add data.root=PATH")
+        raise UserError("data: must be given without run_dir; add run_dir=RUN, or to evaluate.py data.root=PATH")
     if data is None:
         return Images(saved.data, saved.seed, True)
     is_own = saved is not None and Path(data.root).resolve() == Path(saved.data.root).resolve()

@@ -1,0 +1,26 @@
+"""An int8 file from the training images of a run, judged by its validation images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from data.collection.choose import spread
+from engine.exports.weights import WeightsChoice
+from engine.frozen.choose import MACHINE
+from engine.judging.measured import choose_images, open_measured
+from models.interop.onnx_int8 import to_int8
+
+
+def quantise(choice: WeightsChoice, path: Path) -> str:
+    """Replace the ONNX file of a run's weights by its int8 form, and return how both compare.
+
+    Raises UserError (`data` without a run; `precision` if int8 is worse or no faster).
+    """
+    images = choose_images(None, choice.run_dir, "val")
+    measured = open_measured(choice.find(), choice.model, images, "val", MACHINE, batch_size=32)
+    rows = spread(measured.data.collection.rows("train"), 256)
+    training = replace(measured, rows=rows, split="train").loaders()["val"]
+    task = measured.weights.task
+    owner = task.get_submodule(measured.weights.kind.network.rpartition(".")[0])
+    score = lambda: task.evaluate(measured.loaders(), 0).scalars[task.best_metric]  # noqa: E731
+    what = f"{task.best_metric} of {len(measured.rows):,} validation images"
+    return to_int8(path, (batch["images"] for batch in training), owner, score, what)
