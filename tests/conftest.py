@@ -1,6 +1,5 @@
 """Every test process runs with one thread: on two cores, two processes with default threads slow each other tenfold."""
 
-import importlib
 import logging
 import os
 import subprocess
@@ -36,11 +35,13 @@ def collection(tmp_path_factory):
 def store():
     """Return the store of a local S3 server, where s3:// leads."""
     pytest.importorskip("s3fs", reason="make install-cloud")
-    server = importlib.import_module("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.server import ThreadedMotoServer  # imports flask
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
+    place = {"key": "a", "secret": "b", "endpoint_url": "http://{}:{}".format(*server.get_host_and_port())}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fsspec.config.conf, "s3", {"key": "a", "secret": "b", "endpoint_url": address})
+        patch.setitem(fsspec.config.conf, "s3", place)
         yield fsspec.filesystem("s3")
     server.stop()
 

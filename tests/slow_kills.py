@@ -99,6 +99,7 @@ RANGE = ["lr_finder.enabled=true", "lr_finder.steps=100", "optim.lr=null", "loop
 
 SAVES = ["loop.checkpoint_every_steps=3", "loop.micro_batch_size=2", "loop.ema_decay=0.95", "runtime.workers=2",
          "model.drop_path_rate=0.2"]  # fmt: skip
+LOST = [*SAVES, "loop.checkpoint_mirror=s3://runs"]  # the disk is lost with each of twenty machines
 
 
 @pytest.mark.parametrize(
@@ -109,17 +110,20 @@ SAVES = ["loop.checkpoint_every_steps=3", "loop.micro_batch_size=2", "loop.ema_d
         ("classification", RANGE, 100, 0.3, signal.SIGTERM),
         ("classification", SAVES, 60, 0.5, signal.SIGKILL),
         ("fcmae", SAVES, 60, 0.5, signal.SIGKILL),
+        ("classification", LOST, 60, 0.5, signal.SIGKILL),
     ],
 )
-def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, number, tmp_path):
+def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, number, tmp_path, store):
     """It leaves within seconds, and its rows and weights are those of an undisturbed run."""
     data = support.make_collection(tmp_path / "data")
     script = support.SCRIPTS[task]
     overrides = support.common(task, data, "run", *OFTEN, f"loop.total_steps={steps}", *words)
-    support.run(script, [*overrides, "run_dir=straight"], tmp_path)
+    store.makedirs("runs", exist_ok=True)
+    place = {"AWS_ENDPOINT_URL": store.endpoint_url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    support.run(script, [*overrides, "run_dir=straight"], tmp_path, variables=place)
     draw, seconds, statuses = random.Random(task), [], []
-    for part in range(MOMENTS):
-        started = support.start(script, overrides, tmp_path)
+    for part in range(20 if words is LOST else MOMENTS):
+        started = support.start(script, overrides, tmp_path, variables=place)
         marks = ("train loss", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
         while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
             time.sleep(0.01)
@@ -128,7 +132,9 @@ def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, 
         started.signal(number)
         statuses += started.wait()
         seconds.append(time.monotonic() - began)
-    support.run(script, overrides, tmp_path)
+        if words is LOST:
+            shutil.rmtree(tmp_path / "run")
+    support.run(script, overrides, tmp_path, variables=place)
     ended = -signal.SIGKILL if number == signal.SIGKILL else 75
     assert set(statuses[1:]) <= {0, ended} and ended in statuses and max(seconds) < 5, seconds
     support.assert_same_rows(tmp_path / "straight", tmp_path / "run")

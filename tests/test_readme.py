@@ -32,6 +32,13 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     assert all(re.search(rf"^{target}:( .+|\n\t)", makefile, flags=re.MULTILINE) for target in targets)
 
 
+def test_the_files_for_clouds_run_a_command_of_the_readme():
+    for page in (PAGES[0], *ROOT.glob("submit/*.y*ml")):
+        assert "train.py data.root=PATH loop.minutes=10 run_dir=outputs/mine" in page.read_text().replace(
+            "$IMAGES", "PATH"
+        )
+
+
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", [PAGES[0], *DOCS], ids=lambda page: page.name)
 

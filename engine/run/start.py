@@ -63,7 +63,7 @@ def start_ranks(config: TrainingConfig) -> Runtime:
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
-    if config.loop.checkpoint_mirror is not None and not config.dry_run:
+    if config.loop.checkpoint_mirror and not config.dry_run:
         distributed.rank_zero_call(Mirror(config.loop.checkpoint_mirror, Path(config.run_dir)).fetch)
     return runtime
 
@@ -191,7 +191,9 @@ def open_run(
         except BaseException as error:  # KeyboardInterrupt too: in a notebook the process lives on
             _fail(run, error)
         recorder.close(completed_step=run.step if finished and run.is_complete else None)
-        distributed.rank_zero_call(lambda: run.saver.mirror.copy(last=True))  # else torchrun would end rank 0
+        if config.loop.checkpoint_mirror:
+            # All ranks wait, because torchrun ends the others after the first.
+            distributed.rank_zero_call(lambda: run.saver.mirror.copy(last=True))
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)

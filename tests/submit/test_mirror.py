@@ -2,8 +2,6 @@
 
 import shutil
 
-from fsspec.implementations.dirfs import DirFileSystem
-
 from tests.in_process import TINY, make_images, run
 
 
@@ -12,7 +10,7 @@ def test_an_empty_machine_goes_on_and_a_store_that_is_away_is_a_warning(tmp_path
     words = [*TINY, "data.root=images", "run_dir=run", "loop.checkpoint_mirror=memory://runs"]
     run("finetune", words, tmp_path)
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.delattr(DirFileSystem, "put_file")
-    run("finetune", [*words, "loop.total_steps=3"], tmp_path)
+    monkeypatch.delattr("fsspec.implementations.dirfs.DirFileSystem.put_file")
+    run("finetune", words, tmp_path)
     said = (tmp_path / "run/log.txt").read_text()
-    assert "resumed from run/checkpoints/step_00000002" in said and "step_00000003 is not copied" in said
+    assert "resumed from run/checkpoints/step_00000002" in said and "step_00000002 is not copied" in said
