@@ -9,7 +9,6 @@ from models.interop import onnx_int8
 from tests.in_process import TINY, make_images, run, run_command, run_until_killed
 from tests.support import TINY as TINY_TASKS
 from tests.support import read_table, refuses
-from utils.io.files import read_json
 from utils.io.weights import choose_weights, find_weights, read_weights
 
 RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
@@ -109,8 +108,6 @@ def test_an_int8_file_is_kept_with_its_figures_if_it_is_faster(place, monkeypatc
     monkeypatch.setattr(onnx_int8, "repeat", lambda *_, **__: next(seconds))
     words = ["precision=int8", "run_dir=whole"]
     run("export", words, place)
-    stated = read_json(place / "whole/export/export.json")["model_int8.onnx"]["measured"]
-    assert stated.endswith("(top1 of 4 validation images); an image takes 2.00 ms, 1.00 ms")
-    assert f"- measured: `{stated}`" in (place / "whole/export/README.md").read_text()
+    assert "4 validation images); an image takes 2.00 ms, 1.00 ms`" in (place / "whole/export/README.md").read_text()
     with refuses("^precision: .*1.00 ms, 1.00 ms"):
         run("export", words, place)
