@@ -60,9 +60,11 @@ class Part:
 # In the order of their worth.
 PARTS = {
     "tests": Part(["-m", "pytest", "-n", "8", "-q", "-m", "gpu", "--timeout=90", "tests"], 150, read_tests),
+    "a minute": Part(["bench/minute.py", "rows", "glyphs"], 120),
     "fine-tuning, tiny": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, eager"], 100),
     "pretraining, tiny": Part(["bench/pretrain_step.py", "rows", "tiny"], 80),
     "SDXL, step": Part(["bench/sdxl.py", "rows", "step"], 180),
+    "a minute of Fashion-MNIST": Part(["bench/minute.py", "rows", "fashion"], 120),
     "pretraining, base": Part(["bench/pretrain_step.py", "rows", "base"], 80),
     "SDXL, caches": Part(["bench/sdxl.py", "rows", "caches"], 180),
     **{
