@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data.augment.transforms import EvalTransform
+from data.augment.transforms import IMAGES, EvalTransform, TrainTransform
 from data.augment.views import evaluation_views
 from data.collection.collection import Collection
 from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.bytes import Images
-from data.images.caches import keep_in_memory, keep_on_disk
+from data.images.caches import Pool, keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
 from data.images.open import allow_pixels
 from data.layouts.glyphs import draw_glyphs
@@ -171,5 +171,10 @@ class Data:
         return self.evaluation(rows, fields, evaluation_views(preprocessing))
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
-        report = self.unreadable.add
-        return Loader(self.collection, self.source, views, fields, self.machine, report, training=training)
+        pool = getattr(self.source, "records", None)
+        view = views.get(IMAGES)
+        if isinstance(pool, Pool) and isinstance(view, TrainTransform) and pool.fits(self.machine.device):
+            if view.only_cuts:
+                view.pool = pool
+            log.debug("data.cache.memory_gib: a copy on the device, which cuts the images: %s", view.only_cuts)
+        return Loader(self.collection, self.source, views, fields, self.machine, self.unreadable.add, training=training)

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
 from data.augment.config import AugmentConfig
-from data.augment.transforms import NoiseErasing
+from data.augment.transforms import IMAGES, NoiseErasing
 from data.stream.order import Draw
 from utils import rng
 from utils.contracts import Batch
 
-IMAGES = "images"
 AUGMENT = "augment"
 _MOST_NUMBERS = 11  # of a sample's draws
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
@@ -99,7 +98,7 @@ class DeviceAugment:
         matrix = inverse_matrix(change, self._size_hw)
         return torch.tensor([*matrix, *change.factors, *change.erased_px], dtype=torch.float32)
 
-    def on_device(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Batch, host: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""
         rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
         return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}

@@ -1,5 +1,8 @@
 """Transforms from a decoded image to the uint8 tensor of a batch, with random numbers from the sample's key.
 
+If a GPU has a copy of the decoded images (data/images/caches.py), workers draw crop and flip alone, and the GPU cuts,
+resizes and flips. It differs by a level in some pixels, because torch's resize of bytes rounds its weights, too.
+
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the other way (one
 thread, 64 and 224 px). RandAugment is timm's, on Pillow images.
@@ -17,13 +20,17 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from data.augment.config import AffineConfig, AugmentConfig
+from data.images.caches import Pool
 from data.images.decode import resize
 from data.stream.order import Draw
 from utils import rng
+from utils.contracts import Batch
+from utils.cut import cut_images
 from utils.formats.background import DEFAULT, background_levels
 from utils.formats.preprocessing import LONGEST, Preprocessing
 from utils.io.files import Json, Values
 
+IMAGES = "images"
 _TRIES = 4  # crops of a random shape, before torchvision's
 
 
@@ -114,17 +121,25 @@ def random_affine(affine: AffineConfig, fill: int) -> v2.RandomAffine:
 
 
 class ResizedCrop(v2.RandomResizedCrop):
-    """The random crop of `augment`, resized to the image size."""
+    """The random crop of `augment`, resized to the image size, and flipped with a probability of `mirrors`."""
 
     def __init__(self, config: AugmentConfig) -> None:
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
         self._log_ratio = self._log_ratio.tolist()
-        self._interpolation = config.interpolation
+        self.interpolation = config.interpolation
+        self._mirrors = 0.0 if config.on_device else config.horizontal_flip
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a random crop, resized. Differs: v2 pads crops beyond the image, which never occur here."""
+        """Return a random crop, resized and perhaps flipped."""
+        crop, mirrored = self.draw(image)
+        crop = resize(crop, self.size, self.interpolation)
+        return crop.flip(-1) if mirrored else crop
+
+    def draw(self, image: Tensor) -> tuple[Tensor, bool]:
+        """Return a random crop, and whether to flip it. Differs: v2 pads crops beyond the image; there are none."""
         top, left, height, width = self.make_params([image]).values()
-        return resize(image[:, top : top + height, left : left + width], self.size, self._interpolation)
+        mirrored = self._mirrors > 0 and bool(torch.rand(()) < self._mirrors)
+        return image[:, top : top + height, left : left + width], mirrored
 
     def make_params(self, flat_inputs: list[Any]) -> Json:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
@@ -151,30 +166,52 @@ class TrainTransform:
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        size_hw = config.image_size_hw
         crop = ResizedCrop(config)
-        pad = functools.partial(letterbox, image_size_hw=size_hw, background=background, pad=config.pad)
+        pad = functools.partial(letterbox, image_size_hw=crop.size, background=background, pad=config.pad)
         policy = [] if config.rand_augment is None else on_pillow(PolicyAugment(config))
-        self._steps: list[Any] = [pad, crop]
+        self._crop = crop
+        self._has_batch = False
+        self.pool: Pool | None = None
+        self._steps: list[Any] = [crop] if config.pad == "none" else [pad, crop]
         if config.on_device:
             self._steps += policy
             return
         if config.affine is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
-            self._steps = [pad, *on_pillow(random_affine(config.affine, config.fill)), crop]
-        if config.horizontal_flip > 0:
-            self._steps.append(lambda image: image.flip(-1) if torch.rand(()) < config.horizontal_flip else image)
+            self._steps[-1:-1] = on_pillow(random_affine(config.affine, config.fill))
         if (jitter := config.color_jitter) is not None:
             self._steps.append(v2.ColorJitter(*[jitter.strength] * 3, jitter.hue))
         self._steps += policy
         if config.random_erasing > 0:
             self._steps.append(NoiseErasing(config))
 
+    @property
+    def only_cuts(self) -> bool:
+        """Whether nothing but crop and flip changes an image."""
+        return self._steps == [self._crop]
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Begin a batch of these rows."""
+        self._has_batch = self.pool is not None and bool(self.pool.has_copy[rows].all())
+
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the transformed image."""
+        """Return the transformed image; if the device makes it, [6]: place, stride, shape and flip of the crop."""
+        if self._has_batch:
+            crop, mirrored = self._crop.draw(image)
+            return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape, mirrored])
         for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image
+
+    def on_device(self, batch: Batch, host: Batch) -> Batch:
+        """Return the batch with images, which are channels-last if the device makes them."""
+        if self.pool is None:
+            return batch
+        content = self.pool.copy_to(batch[IMAGES].device)
+        if batch[IMAGES].dtype == torch.uint8:
+            return batch
+        images = cut_images(content, host[IMAGES].tolist(), self._crop.size, self._crop.interpolation)
+        return batch | {IMAGES: images}
 
 
 class EvalTransform:

@@ -41,6 +41,8 @@ _ESTIMATE_IMAGES = 32
 _ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
+_DEVICE_SHARE = 0.25  # of the free memory of a GPU for a copy of the decoded images
+_DEVICE_IMAGE_BYTES = 2**16  # on average, for a copy: smaller images are cut faster by workers
 _WORD_BYTES = 8
 HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channels; the pixels follow
 
@@ -133,7 +135,7 @@ class Pool:
     last process. The length of a row is written after its record is complete, so a killed process leaves unused space
     but no broken record.
 
-    path: lets another process open the file.
+    path: lets another process open the file. has_copy: of each row, whether a device has it. address: of the content.
     """
 
     def __init__(self, file: io.FileIO, rows: int) -> None:
@@ -143,6 +145,10 @@ class Pool:
         numbers, self._content = np.split(content, [_WORD_BYTES * (2 + 2 * rows)])
         self._room, self._lengths, self._starts = np.split(numbers.view(np.int64), (2, 2 + rows))
         self._reserve = int(_LEFT_SHARE * free_memory())
+        self.address = self._content.ctypes.data
+        self._copy: torch.Tensor | None = None
+        self._copied = (0, 0)  # where the next copy to the device begins and ends
+        self.has_copy = torch.zeros(rows, dtype=torch.bool).share_memory_().numpy()  # for loader workers
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
@@ -182,6 +188,27 @@ class Pool:
         self._starts[row] = start
         with self._locked():  # a barrier for the writes before it, on any processor
             self._lengths[row] = len(content)
+
+    def fits(self, device: torch.device) -> bool:
+        """Return whether a device is a GPU with room for a copy, in a run that need not repeat to the bit."""
+        is_worth_it = len(self._content) > _DEVICE_IMAGE_BYTES * len(self._lengths)
+        may_round = is_worth_it and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        return may_round and len(self._content) < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+    def copy_to(self, device: torch.device) -> torch.Tensor:
+        """Return the copy on a device, uint8 [N], after adding what was begun before the previous call.
+
+        A record that is still being written is never used.
+        """
+        if self._copy is None:
+            self._copy = torch.empty(len(self._content), dtype=torch.uint8, device=device)
+        start, end = self._copied
+        if start < end:
+            rows = (self._lengths > 0) & (self._starts >= start) & (self._starts < end)
+            self._copy[start:end].copy_(torch.from_numpy(self._content[start:end]), non_blocking=True)
+            self.has_copy[rows] = True
+        self._copied = end, self.used_bytes()
+        return self._copy
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -117,7 +117,11 @@ class Loader(Dataset):
     def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
         problems: _Problems = []
-        self.source.prefetch([draw.index for draw in draws])
+        rows = [draw.index for draw in draws]
+        self.source.prefetch(rows)
+        for view in self.views.values():
+            if hasattr(view, "begin"):
+                view.begin(rows)
         samples = map(functools.partial(self.read, problems=problems), draws)
         with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
             batch = collate(samples, len(draws), channels_last=self.machine.channels_last)
@@ -180,9 +184,10 @@ class Loader(Dataset):
 
     def to_device(self, batch: Batch | Packed) -> Batch:
         """Return a batch on the device, after the hooks of the views."""
+        host = batch.unpack() if isinstance(batch, Packed) else batch
         batch = to_device(batch, self.machine.device)
         for view in self.views.values():
-            batch = view.on_device(batch) if hasattr(view, "on_device") else batch
+            batch = view.on_device(batch, host) if hasattr(view, "on_device") else batch
         return batch
 
 

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from data.augment.on_device import IMAGES
 from data.collection.choose import choose_probe_rows, spread
 from data.collection.collection import Collection
 from data.open import Data
@@ -173,9 +172,9 @@ class FCMAEKind(Kind):
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return all rows, and a function that adds a sample's mask, bool [L], True for removed patches."""
+        patches = patch_count(setup.model, setup.task, setup.preprocessing["image_size_hw"])
 
         def mask(example: Example) -> State:
-            patches = patch_count(setup.model, setup.task, example.views[IMAGES].shape[-2:])
             return {"mask": draw_mask(example.generator, patches, setup.task.mask_ratio)}
 
         return super().samples(collection, setup)[0], mask

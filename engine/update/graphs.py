@@ -26,7 +26,7 @@ log = get_logger(__name__)
 _EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
 _MOST_GRAPHS = 4  # each keeps the memory of its update
 _MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
-_MEMORY_SHARE = 0.3  # of the GPU's memory may be in use before recording, which takes as much again
+_MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
 
 
 @dataclass
@@ -116,10 +116,11 @@ class UpdateGraphs:
     def _check_memory(self) -> None:
         if self.device.type != "cuda":
             return
-        used = torch.cuda.max_memory_reserved(self.device)
+        lasting = torch.cuda.memory_allocated(self.device)  # weights, state, and the copy of the images
+        used = 2 * torch.cuda.max_memory_reserved(self.device) - lasting
         share = used / torch.cuda.get_device_properties(self.device).total_memory
         if share > _MEMORY_SHARE:
-            raise RuntimeError(f"the update takes {share:.0%} of the GPU's memory")
+            raise RuntimeError(f"it would take {share:.0%} of the GPU's memory")
 
     def _capture(self, batch: Batch) -> _Recorded:
         optimizer = self.optimizer

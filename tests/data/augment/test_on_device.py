@@ -123,7 +123,7 @@ def test_the_split_of_a_batch_changes_no_bit():
 
 def test_nothing_waits_for_the_device():
     augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
-    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters})) == []
+    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters}, {})) == []
 
 
 @pytest.mark.gpu

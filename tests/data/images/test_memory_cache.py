@@ -1,4 +1,4 @@
-"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, and what `auto` decides."""
+"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, a device has a copy, `auto`."""
 
 import logging
 import multiprocessing
@@ -14,16 +14,20 @@ from PIL import Image
 
 from data.augment.config import AugmentConfig
 from data.augment.transforms import EvalTransform, TrainTransform
+from data.augment.views import training_views
 from data.images import caches
 from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory, keep_on_disk
 from data.images.decode import Decoder
+from data.open import Data
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage
+from tests.data.augment.test_on_device import ALL, config_of
 from tests.data.collection.test_collection import load
 from tests.support import cache_config
 from utils.config.help import CONF
+from utils.contracts import Machine
 from utils.ranks import distributed
 
 FORK = multiprocessing.get_context("fork")
@@ -161,6 +165,38 @@ def test_two_ranks_share_one_pool():
     assert [found.get(timeout=60) for _ in ranks] == [[0, 1], [0, 1]]
     for process in ranks:
         process.join()
+
+
+# --------------------------------------------------------------------------- the copy on a device, here the CPU itself
+
+CPU = torch.device("cpu")
+FLIP = {"on_device": False, "horizontal_flip": 0.5, "interpolation": "bilinear"}
+
+
+def read_epochs(collection, workers, changes):
+    """Return the images of three epochs."""
+    data = Data(collection, cached(collection), Machine(CPU, True, workers, 2), seed=3, batch_size=4, run_path=None)
+    steps = data.train(range(12), no_fields, training_views(config_of(**changes))).steps(0, 4, 4)
+    return torch.cat([next(steps)[0]["images"] for _ in range(9)]).int()
+
+
+@pytest.mark.parametrize(("workers", "changes"), [(0, FLIP), (2, ALL)])
+def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, workers, changes, monkeypatch):
+    expected = read_epochs(collection, workers, changes)
+    monkeypatch.setattr(Pool, "fits", lambda pool, device: True)
+    distance = (read_epochs(collection, workers, changes) - expected).abs()
+    # Colours make more of a level.
+    assert distance.max() <= 4 and distance.gt(0).float().mean() < 0.05
+    assert distance[-4:].any()  # the device made them
+
+
+def test_a_record_that_is_being_written_is_not_copied():
+    pool = Pool.create(2, 2**20)
+    pool._room[0] += 50  # as `add`, before it has written
+    pool.add(1, record_of(1))
+    pool.copy_to(CPU)
+    pool.copy_to(CPU)
+    assert pool.has_copy.tolist() == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------------ what is chosen
