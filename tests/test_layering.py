@@ -29,7 +29,7 @@ ALLOWED = {
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
     "engine/audit": {"utils", "engine", "engine/update", "engine/judging", "data", "data/images"},
-    "engine/run": {"utils", "optim", "engine", "engine/update", "engine/audit", "submit.mirror"},
+    "engine/run": {"utils", "optim", "engine", "engine/update", "engine/audit"},
     "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
     "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},
     "engine/frozen": {"utils", *ENGINE, "engine/tasks", "engine/exports", "models", "data", *DATA, "data/tools"},

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from engine.audit.chain import STATE_FILE, add_link, read_chain
 from engine.config import TrainingConfig
+from engine.run.mirror import Mirror
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
-from submit.mirror import Mirror
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
 from utils.io.files import (

@@ -24,13 +24,13 @@ from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import choose_checkpoint
 from engine.run.loop import Run
 from engine.run.minutes import use_minutes
+from engine.run.mirror import Mirror
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
 from optim.build import check_optimizer, check_shardable
 from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
-from submit.mirror import Mirror
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker

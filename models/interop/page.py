@@ -14,6 +14,7 @@ import torch
 
 from models.predictor import onnx_predictor
 from utils.errors import UserError
+from utils.io.files import sha256_file
 from utils.io.memo import OURS, own_cache
 
 PACKAGE = "onnxruntime-web@1.30.0"  # of npm
@@ -51,10 +52,12 @@ def _read_runtime(name: str) -> bytes:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(_URL + name, str(path), HASHES[name])
-        except (OSError, RuntimeError) as error:  # the second one: another hash
+            torch.hub.download_url_to_file(_URL + name, str(path))
+        except OSError as error:
             raise UserError(
                 f"format: page needs {_URL}{name}, but {error}; without a network, put this file of package/dist/ in "
                 f"what `npm pack {PACKAGE}` writes into {path.parent}"
             ) from None
+    if sha256_file(path) != HASHES[name]:
+        raise UserError(f"format: page needs {_URL}{name}, but {path} is another file; remove it, and try again")
     return path.read_bytes()
