@@ -78,6 +78,7 @@ PARTS = {
             "whole U-Net, 24 GB",
         )
     },
+    "images cut on the device": Part(["bench/device_copy.py", "rows", "crops at 224 px"], 60),
     "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 300),
 }
 
