@@ -31,7 +31,10 @@ from utils.io.files import (
     write_text,
 )
 from utils.io.weights import hash_tensors, read_tensors
+from utils.record.logging import get_logger
 from utils.record.run_folder import environment_state
+
+log = get_logger(__name__)
 
 CHAIN_FILE = "chain.jsonl"
 AUDIT_FILE = "audit.json"  # the verdict
@@ -74,8 +77,12 @@ def read_chain(run: Path) -> list[Json]:
 
 def add_link(run: Path, checkpoint: Path) -> None:
     """Keep a checkpoint, and append its link, which replaces those of an earlier continuation."""
+    size = 0
     for file in checkpoint.iterdir():
         link_or_copy(file, run / KEPT / checkpoint.name / file.name)
+        size += file.stat().st_size
+    if checkpoint.name == FIRST:
+        log.info("loop.audit_every: each checkpoint in %s takes %.1f MB", run / KEPT, size / 1e6)
     links = [link for link in read_chain(run) if link["checkpoint"] < checkpoint.name]
     state = read_json(checkpoint / STATE_FILE)
     rest = sha256_text(canonical_json([checkpoint.name, *map(state.get, _REPEATED)]))
