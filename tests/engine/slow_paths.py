@@ -22,6 +22,7 @@ def test_no_file_of_an_export_names_a_place(tmp_path, monkeypatch):
     for name, value in {"HOME": str(home), "LOGNAME": "qz-user", "USER": "qz-user"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "qz-host")
+    monkeypatch.setattr("models.interop.page._read_runtime", str.encode)  # which export.py would fetch
     images = make_images(home / "images")
     for file in images.rglob("*.png"):
         file.with_suffix(".txt").write_text("disc, black")
