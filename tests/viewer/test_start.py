@@ -14,7 +14,8 @@ from utils.io.files import is_locked, write_json
 from viewer.queue import Queue
 
 # It says that it starts, and ends when it is told; Ctrl-C saves.
-SCRIPT = """import pathlib, sys, time
+SCRIPT = """import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
 folder = pathlib.Path(sys.argv[-1].split("=")[1])
 with folder.with_name("started").open("a") as file:
     print(folder.name, file=file)
