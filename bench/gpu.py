@@ -83,6 +83,17 @@ PARTS = {
 }
 
 
+def read_words(defaults: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of a command's words KEY=VALUE; ends it if a word is none, or has another key."""
+    given = dict(defaults)
+    for word in sys.argv[1:]:
+        key, equals, value = word.partition("=")
+        if not equals or key not in given:
+            sys.exit(f"{sys.argv[0]}: {word!r} is not KEY=VALUE with a key of {', '.join(given)}")
+        given[key] = value
+    return given
+
+
 class Journal:
     """Rows of a file, one line of JSON each. A line that a killed process left incomplete is passed over."""
 
@@ -175,12 +186,7 @@ def find_commit() -> str:
 
 def main() -> None:
     """Run what is due on this machine's GPU."""
-    given = dict(DEFAULTS)
-    for word in sys.argv[1:]:
-        key, equals, value = word.partition("=")
-        if not equals or key not in given:
-            sys.exit(f"gpu: {word!r} is not KEY=VALUE with a key of {', '.join(given)}")
-        given[key] = value
+    given = read_words(DEFAULTS)
     if not torch.cuda.is_available():
         sys.exit("gpu: this machine has no GPU that torch can use")
     commit = given["commit"] or find_commit()

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from bench.gpu import read_words
 from bench.measure import OUT
 from utils.config.help import ROOT
 from utils.hardware import has_fast_bf16
@@ -251,23 +252,12 @@ def table(rows):
     return show_rows(lines) if lines else "no runs"
 
 
-def read_words(words):
-    """Return the values of the command's words."""
-    given = dict(DEFAULTS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in given:
-            sys.exit(f"minutes: {word!r} is not KEY=VALUE with a key of {', '.join(given)}")
-        given[key] = value
+def main():
+    given = read_words(DEFAULTS)
     for name in given["names"].split(","):
         root = Path(given["collections"]) / name
         if not root.is_dir():
             sys.exit(f"minutes: names: {root} is not a folder; bench/draw_collections.py draws them")
-    return given
-
-
-def main():
-    given = read_words(sys.argv[1:])
     journal = Path(given["journal"])
     with file_lock(journal, f"minutes: another bench writes {journal}"):
         Bench(given).run()

@@ -1,7 +1,6 @@
 """How often the promise of evaluate.py risk=0.05 is kept, beside what people do: the lowest threshold that met it.
 
     python bench/promise.py FOLDER
-    python bench/promise.py FOLDER foreign      whether images of other collections are told apart
 
 FOLDER has a file NAME.npz for each collection: features f [N, C] and labels l [N]. A logistic regression on 30 % of a
 collection answers the others, which are the truth. From these, calibrations of 200 to 2,000 images are drawn. `chosen`:
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from engine.measures.promise import find_edge
@@ -102,30 +100,5 @@ def compare_rules(folder, draws):
         print(f"{name:12}  {count} resamples: {made} promises, {broken} broken ({broken / made:.3f})")
 
 
-def score_all(logits, features, trained):
-    """Return scores that are high for images of the collection, by name."""
-    nearest = (F.normalize(features) @ F.normalize(trained).T).topk(10, dim=1).values
-    scores = {"probability": logits.softmax(1).amax(1), "energy": logits.logsumexp(1)}
-    return scores | {"nearest image": nearest[:, 0], "tenth nearest": nearest[:, -1]}
-
-
-def compare_foreign(folder):
-    """Print how well a score tells a collection's other images from those of each other collection (AUROC)."""
-    known = list(read_all(folder))
-    found = {}
-    for stem, features, labels, count in known:
-        head = fit(features, labels, torch.arange(count), PENALTIES[5])
-        own = score_all(head(features[count:]), features[count:], features[:count])
-        for other, foreign, *_ in known:
-            if other != stem:
-                theirs = score_all(head(foreign[:1000]), foreign[:1000], features[:count])
-                for name, values in own.items():
-                    is_own = np.r_[np.ones(len(values)), np.zeros(len(theirs[name]))]
-                    found.setdefault(name, []).append(roc_auc_score(is_own, torch.cat([values, theirs[name]])))
-    for name, areas in found.items():
-        shown = f"{name:14} least {min(areas):.2f}, median {np.median(areas):.2f}"
-        print(f"{shown}, at least 0.9 in {np.mean(np.array(areas) >= 0.9):.0%} of {len(areas)} pairs")
-
-
 if __name__ == "__main__":
-    compare_foreign(sys.argv[1]) if "foreign" in sys.argv else compare_rules(sys.argv[1], 50)
+    compare_rules(sys.argv[1], 50)

@@ -7,7 +7,7 @@ import pytest
 from tests.in_process import make_images
 from tests.support import command
 
-TABLES = ["minute", "step_overhead", "vocabulary", "frozen", "finetune_step", "pretrain_step", "sdxl", "memory"]
+TABLES = ["minute", "step_overhead", "finetune_step", "pretrain_step", "sdxl", "memory"]
 
 
 @pytest.mark.parametrize("name", TABLES)
