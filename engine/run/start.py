@@ -95,7 +95,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     plan = plan_streams(config, streams, distributed.planned_world_size())
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)
-    compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+    compiles = choose_compile(config, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     screen = _start_screen(config, plan, runtime, networks, streams)
     if 0 < streams.evaluation_samples < task.best_needs:

@@ -56,7 +56,7 @@ class Learner:
         self.step = 0
         if getattr(config.optim, "bf16_weights", False):
             store_in_bf16(task.parameters(), runtime.precision)
-        self.compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+        self.compiles = choose_compile(config, runtime.device.type, plan.total_steps)
         self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
             _offload(task, self.model)

@@ -1,6 +1,5 @@
 """Probe the machine and resolve the settings that are `auto`."""
 
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import MachineConfig, RuntimeConfig
+from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from utils.contracts import Machine
 from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
 from utils.ranks import distributed
@@ -19,10 +18,11 @@ from utils.start import cores_of_others
 
 log = get_logger(__name__)
 
-# runtime.compile=auto compiles from this many steps on, by device. On an H200, beside CUDA graphs, 41 s of compilation
-# save 6.7 ms per step of convnextv2_atto at 224 px, and 21 s save 1.0 ms of ResNet-18 at 128 px. On a CPU it saves a
-# third of a step or costs a tenth, by network (docs/benchmarks.md).
-COMPILE_PAYS_AFTER_STEPS = {"cuda": 6000}
+# runtime.compile=auto compiles a run on a GPU of so many steps or more, or of so many `loop.minutes`. Measured on an
+# H200, beside CUDA graphs: 41 s of compilation save half of a step of convnextv2_atto at 224 px (6.7 ms), and 21 s a
+# quarter of one of ResNet-18 at 128 px (1.0 ms). Both pay after 90 s of training. On a CPU it saves a third of a step
+# or costs a tenth, by network (docs/benchmarks.md).
+COMPILE_PAYS_FROM = {"steps": 6000, "minutes": 4.0}
 _EVALUATION_PREFETCH = 2  # batches per worker process
 _MOST_WORKERS = 24  # per rank; more only take memory
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,17 +53,21 @@ class Runtime(Machine):
         )
 
 
-def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
+def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> bool:
     """Return whether to compile; `auto` does on a GPU, if possible and if the run is long enough to benefit.
 
-    Raises UserError if compilation was requested and is not possible.
+    `loop.minutes` decide where they are given, because their steps are not known before. Raises UserError if
+    compilation was requested and is not possible.
     """
-    if config.compile is True:
+    compiles = config.runtime.compile
+    if compiles is True:
         check_compile(device)
-    if config.compile != "auto":
-        return config.compile
-    pays = total_steps >= COMPILE_PAYS_AFTER_STEPS.get(device, math.inf)
-    return pays and not config.deterministic and not missing_for_compile(device)
+    if compiles != "auto":
+        return compiles
+    pays = total_steps >= COMPILE_PAYS_FROM["steps"]
+    if config.loop.minutes is not None:
+        pays = config.loop.minutes >= COMPILE_PAYS_FROM["minutes"]
+    return device == "cuda" and pays and not config.runtime.deterministic and not missing_for_compile(device)
 
 
 def chooses_threads(config: MachineConfig) -> bool:

@@ -2,13 +2,14 @@
 
 import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.config import RuntimeConfig
 from engine.run.start import keep_threads
-from engine.update.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
+from engine.update.runtime import COMPILE_PAYS_FROM, choose_compile, choose_runtime
 from tests.support import refuses
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
@@ -46,6 +47,11 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
+def chooses_compile(device, steps, minutes=None, **changes):
+    config = SimpleNamespace(runtime=CONFIG.model_copy(update=changes), loop=SimpleNamespace(minutes=minutes))
+    return choose_compile(config, device, steps)
+
+
 @pytest.mark.parametrize(
     ("device", "given", "missing"),
     [
@@ -59,14 +65,14 @@ def test_a_run_is_compiled_where_that_pays_and_what_is_missing_is_named(device, 
     machine(**given)
     found = missing_for_compile(device)
     assert len(found) == len(missing) and all(wanted in text for wanted, text in zip(missing, found)), found
-    least = COMPILE_PAYS_AFTER_STEPS["cuda"]
-    for steps, pays in ((least - 1, False), (least, device == "cuda" and not missing)):  # auto
-        assert choose_compile(CONFIG, device, steps) == pays
+    here = device == "cuda" and not missing
+    least = COMPILE_PAYS_FROM["steps"]
+    for steps, minutes, pays in ((least - 1, None, False), (least, None, here), (least, 1.0, False), (1, 10.0, here)):
+        assert chooses_compile(device, steps, minutes) == pays  # auto
     for off in ({"deterministic": True}, {"compile": False}):
-        assert not choose_compile(CONFIG.model_copy(update=off), device, least)
-    wanted = CONFIG.model_copy(update={"compile": True})
+        assert not chooses_compile(device, least, **off)
     with refuses("^runtime.compile: true needs ") if missing else nullcontext():
-        assert choose_compile(wanted, device, 1)
+        assert chooses_compile(device, 1, compile=True)
 
 
 @pytest.fixture
