@@ -16,9 +16,9 @@ from utils.cut import cut_images
 
 def compare(device, count):
     """Return the comparison, of crops of one image of 500 x 375."""
-    content = torch.zeros(562_500, dtype=torch.uint8, device=device)
-    windows = [[0, 1500, 3, 300, 400, 0]] * count
-    cut = repeated(lambda: cut_images(content, windows, [224, 224], "bicubic"), 20)
+    content = torch.zeros(2 * 562_500, dtype=torch.uint8, device=device)
+    windows = torch.tensor([[0, 1500, 300, 400, 0]] * count, device=device)
+    cut = repeated(lambda: cut_images(content, windows, [375, 500, 3], [224, 224], "bicubic"), 20)
     return Comparison({"cut": cut, "copied": repeated(content.clone, 20)}, 20)
 
 

@@ -76,9 +76,10 @@ class Streams:
         """Yield batches of a setting without an end."""
         self.machine.workers = setting.workers
         size = setting.batch_size
-        for (batch,) in self._loaders[setting.on_device].steps(self._step, size, size):
+        stream = self._loaders[setting.on_device]
+        for (batch,) in stream.steps(self._step, size, size):
             self._step += 1
-            yield batch
+            yield stream.prepare(batch)
 
 
 class TrainingStep:

@@ -13,10 +13,11 @@ The path of an image:
     record -> views     named transforms of the image                              augment/transforms.py
     views -> sample     Loader.read, in a worker; fields add labels and tags       stream/loader.py
     samples -> batch    collate                                                    stream/batch.py
-    batch -> device     TrainStream, EvaluationStream; then the hooks of views     stream/loader.py
+    batch -> device     TrainStream, EvaluationStream; `prepare`: hooks of views   stream/loader.py
 """
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,13 @@ class Data:
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = build_sampler("shuffled", rows, self.collection, self.seed) if sampler is None else sampler
-        return TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
+        stream = TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
+        pool = getattr(self.source, "records", None)
+        view = views.get(IMAGES)
+        if isinstance(pool, Pool) and isinstance(view, TrainTransform) and view.only_cuts:
+            view.pool = pool
+            stream.before_step = functools.partial(pool.copy_to, self.machine.device, np.asarray(rows))
+        return stream
 
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
@@ -171,10 +178,4 @@ class Data:
         return self.evaluation(rows, fields, evaluation_views(preprocessing))
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
-        pool = getattr(self.source, "records", None)
-        view = views.get(IMAGES)
-        if isinstance(pool, Pool) and isinstance(view, TrainTransform) and pool.fits(self.machine.device):
-            if view.only_cuts:
-                view.pool = pool
-            log.debug("data.cache.memory_gib: a copy on the device, which cuts the images: %s", view.only_cuts)
         return Loader(self.collection, self.source, views, fields, self.machine, self.unreadable.add, training=training)

@@ -9,7 +9,7 @@ from nicegui import ui
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from utils.record.curves import Curves, Series, smooth, thin
+from utils.record.curves import Curves, Series, thin
 from utils.record.figures import GROUPS, group_of, list_curves, title_curve
 from viewer.parts import COLOURS, GREY, REFRESH_SEC, TEXT
 
@@ -142,3 +142,13 @@ def redraw(chart: ui.echart, options: Json) -> None:
         chart.options.clear()
         chart.options.update(options)
         chart.update()
+
+
+def smooth(values: np.ndarray, weight: float) -> np.ndarray:
+    """Return the exponential moving average [N] without its bias at the start; weight 0: the values. NaN is skipped."""
+    from scipy.signal import lfilter
+
+    is_known = np.isfinite(values)
+    total = lfilter([1], [1, -weight], np.where(is_known, values, 0.0))
+    count = lfilter([1], [1, -weight], is_known.astype(float))
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -98,7 +98,7 @@ class DeviceAugment:
         matrix = inverse_matrix(change, self._size_hw)
         return torch.tensor([*matrix, *change.factors, *change.erased_px], dtype=torch.float32)
 
-    def on_device(self, batch: Batch, host: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""
         rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
         return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}

@@ -195,22 +195,19 @@ class TrainTransform:
         self._has_batch = self.pool is not None and bool(self.pool.has_copy[rows].all())
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the transformed image; if the device makes it, [6]: place, stride, shape and flip of the crop."""
+        """Return the transformed image; if the device makes it, the window of its crop (utils/cut.py)."""
         if self._has_batch:
             crop, mirrored = self._crop.draw(image)
-            return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape, mirrored])
+            return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape[1:], mirrored])
         for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image
 
-    def on_device(self, batch: Batch, host: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
         """Return the batch with images, which are channels-last if the device makes them."""
-        if self.pool is None:
-            return batch
-        content = self.pool.copy_to(batch[IMAGES].device)
         if batch[IMAGES].dtype == torch.uint8:
             return batch
-        images = cut_images(content, host[IMAGES].tolist(), self._crop.size, self._crop.interpolation)
+        images = cut_images(self.pool.copy, batch[IMAGES], self.pool.most, self._crop.size, self._crop.interpolation)
         return batch | {IMAGES: images}
 
 

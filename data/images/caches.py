@@ -42,7 +42,9 @@ _ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _DEVICE_SHARE = 0.25  # of the free memory of a GPU for a copy of the decoded images
-_DEVICE_IMAGE_BYTES = 2**16  # on average, for a copy: smaller images are cut faster by workers
+_DEVICE_SIDE = 1536  # the longest of an image that a device cuts, which reads the largest height and width of all
+_BEHIND = 2**23  # bytes after the last record, because every window is read as the largest: its rows and one more
+_ENOUGH = 0.999  # share of the images that a copy needs; workers make a batch that lacks one
 _WORD_BYTES = 8
 HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channels; the pixels follow
 
@@ -135,7 +137,8 @@ class Pool:
     last process. The length of a row is written after its record is complete, so a killed process leaves unused space
     but no broken record.
 
-    path: lets another process open the file. has_copy: of each row, whether a device has it. address: of the content.
+    path: lets another process open the file. address: of the content. copy: on a device, uint8 [N]. has_copy: of each
+    row, whether it is there. most: the largest height and width there, and the channels.
     """
 
     def __init__(self, file: io.FileIO, rows: int) -> None:
@@ -146,15 +149,14 @@ class Pool:
         self._room, self._lengths, self._starts = np.split(numbers.view(np.int64), (2, 2 + rows))
         self._reserve = int(_LEFT_SHARE * free_memory())
         self.address = self._content.ctypes.data
-        self._copy: torch.Tensor | None = None
-        self._copied = (0, 0)  # where the next copy to the device begins and ends
+        self.copy: torch.Tensor | None = None
         self.has_copy = torch.zeros(rows, dtype=torch.bool).share_memory_().numpy()  # for loader workers
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
         """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
         file = io.FileIO(os.memfd_create("atelier-images"), "r+")
-        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget)
+        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget + _BEHIND)
         pool = cls(file, rows)
         pool._room[1] = budget
         return pool
@@ -191,24 +193,26 @@ class Pool:
 
     def fits(self, device: torch.device) -> bool:
         """Return whether a device is a GPU with room for a copy, in a run that need not repeat to the bit."""
-        is_worth_it = len(self._content) > _DEVICE_IMAGE_BYTES * len(self._lengths)
-        may_round = is_worth_it and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-        return may_round and len(self._content) < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return (
+            device.type == "cuda"
+            and not torch.are_deterministic_algorithms_enabled()
+            and self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        )
 
-    def copy_to(self, device: torch.device) -> torch.Tensor:
-        """Return the copy on a device, uint8 [N], after adding what was begun before the previous call.
-
-        A record that is still being written is never used.
-        """
-        if self._copy is None:
-            self._copy = torch.empty(len(self._content), dtype=torch.uint8, device=device)
-        start, end = self._copied
-        if start < end:
-            rows = (self._lengths > 0) & (self._starts >= start) & (self._starts < end)
-            self._copy[start:end].copy_(torch.from_numpy(self._content[start:end]), non_blocking=True)
-            self.has_copy[rows] = True
-        self._copied = end, self.used_bytes()
-        return self._copy
+    def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
+        """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
+        kept = self._lengths[rows] > 0
+        if self.copy is not None or kept.mean() < _ENOUGH:
+            return
+        rows = rows[kept]
+        shapes = self._content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
+        chosen = shapes.max(axis=1) <= _DEVICE_SIDE
+        chosen &= chosen.mean() >= _ENOUGH and self.fits(device)
+        end = self.used_bytes() * chosen.any() + _BEHIND
+        self.copy = torch.from_numpy(self._content[:end]).to(device)
+        self.most = shapes[chosen].max(axis=0, initial=1).tolist()
+        self.has_copy[rows[chosen]] = True
+        log.debug("data.cache.memory_gib: the device cuts %d images", chosen.sum())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

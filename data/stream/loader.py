@@ -170,7 +170,7 @@ class Loader(Dataset):
         try:
             for loaded, problems in loader:
                 self.report(problems)
-                yield self.to_device(loaded)
+                yield to_device(loaded, self.machine.device)
         except RuntimeError as error:
             if (
                 match := re.search(r"RuntimeError: (unable to .*shared memory.*|a batch cannot .*)", str(error))
@@ -182,12 +182,11 @@ class Loader(Dataset):
                 "more shared memory (/dev/shm; docker run --shm-size=8g) or open files (ulimit -n)"
             ) from None
 
-    def to_device(self, batch: Batch | Packed) -> Batch:
-        """Return a batch on the device, after the hooks of the views."""
-        host = batch.unpack() if isinstance(batch, Packed) else batch
-        batch = to_device(batch, self.machine.device)
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch as a task reads it, after the hooks of the views, without a host synchronisation."""
         for view in self.views.values():
-            batch = view.on_device(batch, host) if hasattr(view, "on_device") else batch
+            if hasattr(view, "on_device"):
+                batch = view.on_device(batch)
         return batch
 
 
@@ -223,9 +222,14 @@ class UnreadableLog:
 
 
 class TrainStream:
-    """The endless stream of training steps: each is a list of this rank's micro-batches on the device."""
+    """The endless stream of training steps: each is a list of this rank's micro-batches on the device.
+
+    before_step: called before each. prepare: completes a batch of them.
+    """
 
     def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
+        self.before_step: Callable[[], Any] = bool
+        self.prepare = loader.prepare
         self.loader = loader
         self.sampler = sampler
         self.unreadable = unreadable
@@ -249,10 +253,10 @@ class TrainStream:
         for draws in train_batches(self.sampler, batch_size, micro_batch_size, 0, 0, ranks):
             batch, problems = self.loader.__getitems__(draws)
             self.unreadable.add(problems)
-            yield self.loader.to_device(batch)
+            yield self.prepare(to_device(batch, self.loader.machine.device))
 
     def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step, from `start_step` on; batch_size: over all ranks."""
+        """Yield the micro-batches of each step, from `start_step` on, before `prepare`; batch_size: over all ranks."""
         rank = distributed.rank()
         ranks = distributed.world_size()
         draws = train_batches(self.sampler, batch_size, micro_batch_size, start_step, rank, ranks)
@@ -260,6 +264,7 @@ class TrainStream:
             draws = read_ahead(draws, self.loader.source, self.sampler)
         batches = self.loader.load(draws)
         while True:
+            self.before_step()
             yield list(itertools.islice(batches, batch_size // ranks // micro_batch_size))
 
 
@@ -294,4 +299,5 @@ class EvaluationStream:
         """Yield batches on the device."""
         rank = distributed.rank()
         ranks = distributed.world_size()
-        return self.loader.load(evaluation_batches(self.rows, self.batch_size, self.seed, self.groups, rank, ranks))
+        draws = evaluation_batches(self.rows, self.batch_size, self.seed, self.groups, rank, ranks)
+        return map(self.loader.prepare, self.loader.load(draws))

@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 
 # A view of an image: from uint8 [C, H, W] of any size to a tensor with the shape of the draw's group. If it has a
 # method `begin`, it is called with the rows of a batch before them. If it has a method `on_device`, each batch passes
-# through it after the copy to the device, beside the batch on the host.
+# through it on the device, as a part of the update.
 View = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, View]
 

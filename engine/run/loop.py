@@ -251,7 +251,9 @@ class Run:
         if self.learner.compiles and phase != self._phase:
             torch.compiler.reset()  # else the other size counts as dynamic, unlike in a run that is resumed here
         self._phase = phase
-        yield from self.streams.in_order[phase].steps(step, self.plan.batch_size, self.plan.micro_batch_size)
+        stream = self.streams.in_order[phase]
+        self.learner.prepare = stream.prepare
+        yield from stream.steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
     def use_length(self, steps: int) -> None:
         """Plan the run anew, with so many steps in all."""

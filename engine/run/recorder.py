@@ -86,8 +86,9 @@ class _SampleLog(AppendFile):
 
         samples/rank_00000.jsonl    {"step": 12, "ids": [...], "keys": [...], "hash": "..."}, one row per step
 
-    `hash` covers every tensor of the step's batches: equal hashes mean equal augmented samples. It costs a host
-    synchronisation per step. All ranks create theirs together.
+    `hash` covers every tensor of the step's batches before `Learner.prepare`: equal hashes mean equal samples. Where a
+    GPU cuts the images (data/images/caches.py), it covers their places in memory. It costs a host synchronisation per
+    step. All ranks create theirs together.
     """
 
     def __init__(self, folder: Path, last_step: int) -> None:

@@ -24,7 +24,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
-_MOST_GRAPHS = 4  # each keeps the memory of its update
+_MOST_GRAPHS = 4
 _MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
 _MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
 
@@ -62,15 +62,16 @@ class UpdateGraphs:
     def _reset(self) -> None:
         self._groups = self.optimizer.param_groups
         self._seen: Counter[Any] = Counter()
+        self._pool = None  # the memory of the graphs, which they share, because one is replayed after another
         self.recorded: dict[Any, _Recorded] = {}
 
-    def update(self, batch: Batch, progress: float, values: GroupValues) -> StepResult | None:
-        """Make an update by a graph; None if it has to be made without one."""
+    def update(self, batch: Batch, progress: float, values: GroupValues, prepare: Any) -> StepResult | None:
+        """Make an update by a graph; None if it has to be made without one. prepare: of `Learner`."""
         if self._groups is not self.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
             self._reset()
         if self.is_off:
             return None
-        recorded = self._find(batch, values)
+        recorded = self._find(batch, values, prepare)
         if recorded is None:
             return None
         recorded.values.copy_(self._values(progress), non_blocking=True)
@@ -85,11 +86,11 @@ class UpdateGraphs:
             self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _find(self, batch: Batch, values: GroupValues) -> _Recorded | None:
+    def _find(self, batch: Batch, values: GroupValues, prepare: Any) -> _Recorded | None:
         """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         frozen = tuple(is_frozen(group, self.optimizer.update) for group in self._groups)
-        key = (shapes, frozen, values.weight_decay, values.momentum)
+        key = (prepare, shapes, frozen, values.weight_decay, values.momentum)
         if key not in self.recorded:
             self._seen[key] += 1
             self.is_off = len(self._seen) > _MOST_SEEN
@@ -114,7 +115,7 @@ class UpdateGraphs:
             log.debug("runtime.cuda_graphs: an update was recorded")
 
     def _check_memory(self) -> None:
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self._pool is not None:
             return
         lasting = torch.cuda.memory_allocated(self.device)  # weights, state, and the copy of the images
         used = 2 * torch.cuda.max_memory_reserved(self.device) - lasting
@@ -139,10 +140,10 @@ class UpdateGraphs:
         for group, rate in zip(optimizer.param_groups, values[1:]):
             group["lr"] = rate
         try:
-            replay, pool = record_graph(compute, self.device)
+            replay, self._pool = record_graph(compute, self.device, self._pool)
             replay_step = None
             if not skips_on_device(optimizer):
-                replay_step, _ = record_graph(optimizer.step, self.device, pool)
+                replay_step, _ = record_graph(optimizer.step, self.device, self._pool)
         finally:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate

@@ -4,7 +4,7 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -44,7 +44,7 @@ class Learner:
 
     `update` is the only forward pass, backward pass and optimiser step (its parts: engine/update/step.py).
     model: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
-    exported.
+    exported. prepare: makes of a batch of the stream what the task reads.
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
@@ -60,6 +60,7 @@ class Learner:
         self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
             _offload(task, self.model)
+        self.prepare: Callable[[Batch], Batch] = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         for group in groups:
@@ -95,7 +96,7 @@ class Learner:
         self.optimizer.update = self.step
         result = None
         if self.graphs is not None and len(batches) == 1 and len(batches[0]["weight"]) <= self.micro_batches.size:
-            result = self.graphs.update(batches[0], share, values)
+            result = self.graphs.update(batches[0], share, values, self.prepare)
         progress = torch.full((), share, device=self.runtime.device)
         if result is None:
             result = self._update(batches, progress)
@@ -150,7 +151,7 @@ class Learner:
             if seeds:
                 self._seed_pass(number)
             with no_sync(self.model, last=number == len(parts) - 1):
-                passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
+                passes.append(forward_backward(self.model, self.prepare(part), progress, factor, self.runtime, begin))
         figures, names, losses = zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = parameters_of(self.optimizer)

@@ -12,7 +12,7 @@ from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
 from utils.record.tables import read_decisions
-from viewer.curves import chart_options
+from viewer.curves import chart_options, smooth
 from viewer.images import Shelf
 from viewer.results import describe_image, draw_confused, draw_decisions, find_addresses
 from viewer.run import LogReader
@@ -107,6 +107,13 @@ def test_curves_by_time(tmp_path):
     assert [each["data"] for each in lines] == [
         [[10, 3.0], [20, 2.75], [30, 3.0]], [[10, 2.0], [20, 1.0], [30, 1.0]], [[10, 2.0], [20, 3.5], [30, 4.0]],
     ]  # fmt: skip
+
+
+def test_a_moving_average_has_no_bias_and_skips_gaps():
+    values = np.array([2.0, np.nan, 2.0, 4.0])
+    np.testing.assert_allclose(smooth(values, 0.5)[:3], 2.0)
+    assert 2.0 < smooth(values, 0.5)[3] < 4.0
+    np.testing.assert_array_equal(smooth(values, 0.0), values)
 
 
 def test_one_visit(page, address, runs):

@@ -96,13 +96,3 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> Series:
             kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
     rows = sorted(kept)
     return steps[rows], values[rows]
-
-
-def smooth(values: np.ndarray, weight: float) -> np.ndarray:
-    """Return the exponential moving average [N] without its bias at the start; weight 0: the values. NaN is skipped."""
-    from scipy.signal import lfilter
-
-    is_known = np.isfinite(values)
-    total = lfilter([1], [1, -weight], np.where(is_known, values, 0.0))
-    count = lfilter([1], [1, -weight], is_known.astype(float))
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -14,6 +14,7 @@ from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
 from utils.config.help import CONF
+from utils.cut import cut_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SIZE = [24, 32]
@@ -123,7 +124,9 @@ def test_the_split_of_a_batch_changes_no_bit():
 
 def test_nothing_waits_for_the_device():
     augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
-    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters}, {})) == []
+    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters})) == []
+    cut = images.flatten(), torch.ones(4, 5, dtype=torch.int64), [2, 3, 3], SIZE, "bicubic"
+    assert count(lambda: cut_images(*cut)) == []
 
 
 @pytest.mark.gpu

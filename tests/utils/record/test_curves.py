@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from utils.record.curves import Curves, smooth, thin
+from utils.record.curves import Curves, thin
 
 
 def line(step, kind="train", **figures):
@@ -60,10 +60,3 @@ def test_few_points_keep_the_extremes_and_the_ends():
     steps, kept = thin(np.arange(10_007), values, 200)
     assert len(steps) <= 220 and steps[[0, -1]].tolist() == [0, 10_006] and np.nanmax(kept) == 40.0
     assert np.isnan(kept).any() and np.nanmin(kept) == np.nanmin(values)
-
-
-def test_a_moving_average_has_no_bias_and_skips_gaps():
-    values = np.array([2.0, np.nan, 2.0, 4.0])
-    np.testing.assert_allclose(smooth(values, 0.5)[:3], 2.0)
-    assert 2.0 < smooth(values, 0.5)[3] < 4.0
-    np.testing.assert_array_equal(smooth(values, 0.0), values)
