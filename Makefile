@@ -14,12 +14,12 @@ DEV := $(STAMP)-dev
 help:  ## this list
 	@awk -F ':[^#]*## ' '/^[a-z -]+:[^#]*## / {printf "make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# All that was asked for so far is named in each call, so that pip keeps versions that fit together.
-ASKED = $(patsubst $(STAMP)-%,-r requirements-%.txt,$(filter $(EXTRAS),$(sort $@ $(shell ls $(STAMP)-* 2>/dev/null))))
+# All that was and is asked for is named in each call, so that pip keeps versions that fit together.
+ASKED = $(filter $(EXTRAS),$(sort $@ $(MAKECMDGOALS:install-%=$(STAMP)-%) $(shell ls $(STAMP)-* 2>/dev/null)))
 define PIP
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(ASKED) || \
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(ASKED:$(STAMP)-%=-r requirements-%.txt) || \
 		{ echo "pip failed: its lines above say why. For no network, a proxy or a full disk: docs/install.md"; exit 1; }
-	@touch $@
+	@touch $@ $(ASKED)
 endef
 
 install: $(STAMP)  ## make .venv and install requirements.txt
@@ -79,7 +79,7 @@ test-python:  ## lint and test on another Python, in an environment of its own: 
 	$(MAKE) test VENV=$(OTHER) PYTHON=$(PYTHON)
 
 test-slow: $(DEV)  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' --ignore=tests/viewer tests $(MORE)
+	$(PY) -m pytest -n 2 --dist worksteal $$(find tests -name 'slow_*.py') $(MORE)
 
 # Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
 APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \

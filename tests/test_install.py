@@ -59,10 +59,10 @@ def make(tmp_path, *words, **lacking):
 
 def test_make_install_makes_the_environment_and_names_what_came_before(tmp_path):
     log = tmp_path / "calls"
-    for words in (["install"], ["install-sdxl"], ["install-view", "install-sdxl"]):
+    for words in (["install"], ["install-sdxl"], ["install-cloud", "install-view", "install-sdxl"]):
         assert make(tmp_path, *words, install=f'echo "$*" >> {log}')[0] == 0
     files = [re.findall(r"-r requirements(\S*)\.txt", line) for line in log.read_text().splitlines()]
-    assert files == [[""], ["", "-sdxl"], ["", "-sdxl", "-view"]]
+    assert files == [[""], ["", "-sdxl"], ["", "-cloud", "-sdxl", "-view"]]
 
 
 @pytest.mark.parametrize(
