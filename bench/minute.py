@@ -4,7 +4,8 @@ python bench/minute.py [quick] [rows] [TEXT OF A SETTING]        (a minute a set
 
 A setting gives two rows, in milliseconds over a goal. start: from typing to the first update, at most 8 s. other: all
 that is not training, at most 15 s. Fashion-MNIST is in outputs/bench/collections, where bench/draw_collections.py
-draws it; its goal is a `top1` of 0.94. `quick`: two updates of small images, whose figures mean nothing.
+draws it; its goal is a `top1` of 0.94. `quick`: two updates of a few small glyphs, whose figures mean
+nothing.
 """
 
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import OUT, run_bench
+from tests.in_process import draw_few_glyphs
 from utils.config.help import ROOT
 from utils.record.run_reader import RunReader
 
@@ -30,7 +32,9 @@ def measure(name, quick):
     """Return the rows of one run."""
     run = OUT / "minute" / name
     shutil.rmtree(run, ignore_errors=True)
-    words = [*COLLECTIONS[name], f"run_dir={run}", *(QUICK if quick else ["loop.minutes=1"])]
+    words = [*COLLECTIONS[name], f"run_dir={run}", "loop.minutes=1"]
+    if quick:
+        words[-1:] = [*QUICK, f"data.root={draw_few_glyphs(OUT / 'few_glyphs')}"]
     started = time.monotonic()
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True)
     seconds = time.monotonic() - started

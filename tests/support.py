@@ -232,8 +232,12 @@ def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
         plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
-    if script.startswith("bench/"):  # as in a process of a user's: what it imports of ours, it must find itself
+    if script.startswith(("bench/", "/")):  # as in a process of a user's: what it imports of ours, it must find itself
         sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    if script.startswith("/"):  # of another copy of the program
+        ours = {file.stem for file in ROOT.glob("*.py")} | {file.parent.name for file in ROOT.glob("*/*.py")}
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[name]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
