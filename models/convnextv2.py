@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.depthwise import DepthwiseConv2d
-from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, Sites
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm, Sites, compiled_activate
 
 _GROUP_LAST = 12  # the last layer for layer decay of kind `group`
 
@@ -33,13 +33,17 @@ def init_weights(module: nn.Module) -> None:
 class Block(nn.Module):
     """Mix space by a depthwise 7x7 convolution, then channels by an MLP with GRN, and add the input.
 
+    is_fused: whether a compiler makes few passes of what lies between the pointwise layers, in training on a GPU.
+
     Source: Woo et al. 2023 (arXiv 2301.00808), figure 5; facebookresearch/ConvNeXt-V2:models/convnextv2.py.
     """
+
+    is_fused = False
 
     def __init__(self, dim: int, drop_path_rate: float) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv2d(dim, kernel_size=7)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
@@ -51,8 +55,13 @@ class Block(nn.Module):
             branch = self.dwconv(x).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
         else:  # GRN takes its norm over dimensions 1 and 2, which have only the visible sites
             branch = sites.from_map(self.dwconv(sites.to_map(x))).view(sites.batch, -1, 1, x.shape[-1])
-        branch = F.gelu(self.pwconv1(self.norm(branch)))
-        branch = self.drop_path(self.pwconv2(self.grn(branch)))
+        branch = self.norm(branch)
+        if self.is_fused and branch.requires_grad:
+            wide = F.linear(branch, self.pwconv1.weight)
+            branch = compiled_activate()(wide, self.pwconv1.bias, self.grn.gamma, self.grn.beta)
+        else:
+            branch = self.grn(F.gelu(self.pwconv1(branch)))
+        branch = self.drop_path(self.pwconv2(branch))
         if sites is not None:
             return x + branch.view(x.shape)
         return x + branch.permute(0, 3, 1, 2)
@@ -121,7 +130,8 @@ class ConvNeXtV2(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` the head's input [B, C_last] (timm's names)."""
-        pooled = self.norm(features.mean(dim=(-2, -1)))
+        # The gradient then is channels_last in memory, as the blocks' maps are.
+        pooled = self.norm(features.permute(0, 2, 3, 1).mean(dim=(1, 2)))
         return pooled if pre_logits else self.head(pooled)
 
     def get_classifier(self) -> nn.Module:

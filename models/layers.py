@@ -1,10 +1,15 @@
 """The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, visible sites, and patches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+EPS = 1e-6  # of GRN
 
 
 class _Gather(torch.autograd.Function):
@@ -57,14 +62,13 @@ class _Response(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        y, norms, share = respond(x, gamma, beta, eps)
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y, norms, share = respond(x, gamma, beta)
         ctx.save_for_backward(x, gamma, norms, share)
-        ctx.eps = eps
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, gamma, norms, share = ctx.saved_tensors
         wide = norms.dtype
         by_beta = grad.sum(dim=(0, 1, 2), keepdim=True, dtype=wide)
@@ -72,7 +76,7 @@ class _Response(torch.autograd.Function):
         meeting = product.sum(dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
         by_gamma = (share * meeting).sum(dim=0, keepdim=True)
         by_share = gamma * meeting
-        mean = norms.mean(dim=-1, keepdim=True) + ctx.eps
+        mean = norms.mean(dim=-1, keepdim=True) + EPS
         by_norm = by_share / mean - (by_share * norms).mean(dim=-1, keepdim=True) / mean.square()
         # The gradient of the norm is x / norm, or 0 if the norm is 0.
         factor = torch.where(norms > 0, by_norm / norms, 0.0)
@@ -81,10 +85,10 @@ class _Response(torch.autograd.Function):
             by_x = torch.addcmul(grad * (1.0 + scale), x.to(wide), factor).to(x.dtype)
         else:
             by_x = torch.addcmul(torch.addcmul(grad, grad, scale.to(grad.dtype)), x, factor.to(x.dtype))
-        return by_x, by_gamma.to(gamma.dtype), by_beta.to(gamma.dtype).view_as(gamma), None
+        return by_x, by_gamma.to(gamma.dtype), by_beta.to(gamma.dtype).view_as(gamma)
 
 
-def respond(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def respond(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return GRN's output [B, H, W, C] in the dtype of `x`, and in a wider dtype the norms and their shares."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda and not torch.compiler.is_compiling():
@@ -94,24 +98,41 @@ def respond(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor,
         total = squares.sum(dim=(1, 2), keepdim=True)  # [B, 1, 1, C]
         # The root's gradient at 0 is infinite; selecting before and after the root avoids it (compiled graphs).
         norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
-    share = norms / (norms.mean(dim=-1, keepdim=True) + eps)
+    share = norms / (norms.mean(dim=-1, keepdim=True) + EPS)
     # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1.
     return x + torch.addcmul(beta.to(x.dtype), x, (gamma * share).to(x.dtype)), norms, share
+
+
+def activate(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Return GRN of GELU of x + bias, [B, H, W, C] in the dtype of `x`, computed in float32: for a compiler.
+
+    It makes 3 passes over a map of it, and 5 in the backward pass, where eager kernels make 8 and 14. The shifts are
+    expanded over the samples, so that their gradients are sums over the sites of a sample, which need no pass.
+    """
+    shape = (len(x), 1, 1, -1)
+    y = F.gelu(x.float() + bias.expand(shape))
+    return respond(y, gamma, beta.expand(shape))[0].to(x.dtype)
+
+
+@cache
+def compiled_activate() -> Callable:
+    """Return `activate`, compiled for each shape of `x`, which stages and image sizes have."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(activate, fullgraph=True, dynamic=False)
 
 
 class GRN(nn.Module):
     """Scale every channel by its share of the sample's response (global response normalisation).
 
-    With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + eps) + beta.
+    With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + EPS) + beta.
     gamma and beta start at 0, so the layer starts as the identity.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
     Differs: the denominator is the mean over channels, as in the published code, not the sum of equation 2.
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.eps = eps
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
@@ -121,11 +142,25 @@ class GRN(nn.Module):
         The norm is computed in float32 or wider, even under autocast. Its gradient at norm 0 is 0.
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses the passes itself
-            return _Response.apply(x, self.gamma, self.beta, self.eps)
-        return respond(x, self.gamma, self.beta, self.eps)[0]
+            return _Response.apply(x, self.gamma, self.beta)
+        return respond(x, self.gamma, self.beta)[0]
 
 
-class ChannelsFirstLayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm):
+    """Normalise over the last dimension, on a GPU without a float32 copy of the map.
+
+    There autocast would write the input, the output and both gradients in float32, and copy each to bfloat16 again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., C]: on a GPU in the dtype of `x`, computed in float32 with weights rounded to that dtype."""
+        if not x.is_cuda or x.dtype == torch.float32:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class ChannelsFirstLayerNorm(LayerNorm):
     """Normalise [B, C, H, W] over its channels, separately at each site."""
 
     def forward(self, x: Tensor) -> Tensor:

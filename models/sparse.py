@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
-from models.layers import Sites, patchify
+from models.layers import LayerNorm, Sites, patchify
 
 
 def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
@@ -53,7 +53,7 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
     convolution, norm = encoder.downsample_layers[0]
     pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
     tokens = pixels.take_along_dim(patches[:, :, None, None, None], dim=1)
-    return nn.LayerNorm.forward(norm, _strided_convolution(convolution, tokens))
+    return LayerNorm.forward(norm, _strided_convolution(convolution, tokens))
 
 
 def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
@@ -67,7 +67,7 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
     for index, stage in enumerate(encoder.stages):
         if index > 0:
             norm, convolution = encoder.downsample_layers[index]
-            tokens = _strided_convolution(convolution, nn.LayerNorm.forward(norm, tokens))  # channels are last
+            tokens = _strided_convolution(convolution, LayerNorm.forward(norm, tokens))  # channels are last
         sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
         tokens = encoder.run_stage(stage, tokens, sites)
     return tokens

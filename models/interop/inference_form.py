@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2
 from models.image_model import ImageModel
-from models.layers import GRN
+from models.layers import EPS, GRN
 
 
 class ChannelScale(nn.Module):
@@ -23,7 +23,6 @@ class ChannelScale(nn.Module):
     def __init__(self, grn: GRN) -> None:
         super().__init__()
         self.gamma = nn.Parameter(grn.gamma.detach().clone())
-        self.eps = grn.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the factor. The norm covers the sites of each sample.
@@ -33,7 +32,7 @@ class ChannelScale(nn.Module):
         sites = x.flatten(1, 2)
         ones = torch.ones(1, sites.shape[1], dtype=x.dtype)
         norms = (ones @ sites.square()).sqrt()[:, None]
-        return 1.0 + self.gamma * (norms / (norms.mean(dim=-1, keepdim=True) + self.eps))
+        return 1.0 + self.gamma * (norms / (norms.mean(dim=-1, keepdim=True) + EPS))
 
 
 class InferenceBlock(nn.Module):

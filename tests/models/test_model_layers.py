@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import GRN, DropPath
+from models.convnextv2 import Block
+from models.layers import GRN, DropPath, activate
 from tests.models.outcome import outcome
 
 
@@ -26,22 +27,27 @@ def test_grn_and_its_gradients_are_those_of_the_formula():
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
 
 
-def test_a_compiled_grn_has_the_same_gradients_where_a_norm_is_zero_too():
-    """The compiler differentiates the formula itself, root and all."""
+def test_a_compiled_block_is_that_of_its_layers_where_a_norm_is_zero_too(monkeypatch):
+    """On a GPU a compiler computes what lies between the pointwise layers, and differentiates the formula itself."""
     torch.manual_seed(0)
-    clean = torch.randn(2, 3, 3, 6)
-    clean[0, :, :, 2] = 0.0
-    clean[1] = 0.0
-    grn, grad = random_grn(6, torch.float32), torch.arange(clean.numel()).view_as(clean).float()
-    eager = outcome(grn, clean, grad)
-    compiled = outcome(torch.compile(grn, backend="aot_eager", fullgraph=True), clean, grad)
-    assert all(tensor.isfinite().all() for tensor in compiled)
-    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
+    block = Block(6, drop_path_rate=0.0)
+    block.grn = random_grn(24, torch.float32)
+    for parameter in block.pwconv1.parameters():
+        parameter.data[2] = 0.0
+    x = torch.randn(2, 6, 5, 4)
+    layers = outcome(block, x)
+    compiled = torch.compile(activate, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr("models.convnextv2.compiled_activate", lambda: compiled)
+    block.is_fused = True
+    found = outcome(block, x)
+    assert all(tensor.isfinite().all() for tensor in found)
+    torch.testing.assert_close(found, layers, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_grn_reduces_in_float32(dtype):
     """In fp16 the sum of squares, 4096 * 64^2, would be infinite; in bf16 a sum of ones would stop at 256."""
+    torch.manual_seed(0)
     grn = random_grn(4, torch.float32)
     x = torch.full((1, 64, 64, 4), 64.0, dtype=dtype, requires_grad=True)
     y = grn(x)
