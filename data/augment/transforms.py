@@ -192,7 +192,7 @@ class TrainTransform:
 
     def begin(self, rows: Sequence[int]) -> None:
         """Begin a batch of these rows."""
-        self._has_batch = self.pool is not None and bool(self.pool.has_copy[rows].all())
+        self._has_batch = self.pool is not None and self.pool.has_copy[rows].all()
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image; if the device makes it, the window of its crop (utils/cut.py)."""

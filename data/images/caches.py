@@ -201,15 +201,17 @@ class Pool:
 
     def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
         """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
+        if self.copy is not None or not self.fits(device):
+            return
         kept = self._lengths[rows] > 0
-        if self.copy is not None or kept.mean() < _ENOUGH:
+        if kept.mean() < _ENOUGH:
             return
         rows = rows[kept]
         shapes = self._content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
         chosen = shapes.max(axis=1) <= _DEVICE_SIDE
-        chosen &= chosen.mean() >= _ENOUGH and self.fits(device)
-        end = self.used_bytes() * chosen.any() + _BEHIND
-        self.copy = torch.from_numpy(self._content[:end]).to(device)
+        chosen &= chosen.mean() >= _ENOUGH
+        content = self._content[: self.used_bytes() * chosen.any() + _BEHIND]
+        self.copy = torch.from_numpy(content).to(device)
         self.most = shapes[chosen].max(axis=0, initial=1).tolist()
         self.has_copy[rows[chosen]] = True
         log.debug("data.cache.memory_gib: the device cuts %d images", chosen.sum())
