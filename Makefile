@@ -109,7 +109,7 @@ lint: $(DEV)  ## ruff (rules and format), and the syntax nodes of each room agai
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py
 
-bench-gpu: install-sdxl  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
+bench-gpu: install-sdxl $(DEV)  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
 	$(PY) bench/gpu.py
 
 # What pillow-simd is built with on Debian: without a header, its format is lost without a word.

@@ -2,6 +2,8 @@
 
 python bench/finetune_step.py [quick] [TEXT OF A SETTING]      (on an idle machine; six minutes on two CPU cores)
 
+`quick`: the settings of a GPU with a tiny network at 64 px, eager.
+
 Ours is the loop itself (engine/run/loop.py) on a batch on the device: scheduled values, the update
 with its finite decision and clipping, EMA, meters. Theirs is one update as timm's script makes it, of timm's own parts:
 the prefetching loader's normalisation, autocast, forward and loss, backward, gradient clipping, the optimiser of
@@ -28,7 +30,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
-from bench.measure import Comparison, build_bench_run, read_group, run_bench
+from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, run_bench
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ModelConfig
@@ -50,18 +52,19 @@ STEPS = {"cpu": 2, "cuda": 10}
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides have in common."""
+    """What both sides have in common, and which of them are compiled."""
 
     precision: str = "fp32"
     channels_last: bool = False
     ema: bool = False
-    compile: bool = False
+    compiles_ours: bool = False
+    compiles_theirs: bool = False
 
 
-def make_task(name, size, label_smoothing=SMOOTHING):
-    """Return our task with the network."""
+def make_task(name, size, label_smoothing=SMOOTHING, shape=None):
+    """Return our task with the network; shape: other depths and dims of a ConvNeXt."""
     if name.startswith("convnextv2"):
-        model = read_group(ModelConfig, "model", name)
+        model = read_group(ModelConfig, "model", name, **(shape or {}))
     else:
         model = read_group(ModelConfig, "model", "timm", name=name)
     config = read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=label_smoothing)
@@ -89,7 +92,7 @@ def our_turn(task, batch, steps, setting):
         "cuda_graphs": True,
         "precision": setting.precision,
         "channels_last": setting.channels_last,
-        "compile": setting.compile,
+        "compile": setting.compiles_ours,
     }
     loop = {"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if setting.ema else None}
     run = build_bench_run(task, batch_size=len(batch["weight"]), epoch_steps=steps, runtime=machine, loop=loop)
@@ -109,7 +112,7 @@ class TimmScript:
         self.criterion = LabelSmoothingCrossEntropy(smoothing=SMOOTHING).to(device)
         self.optimizer = create_optimizer_v2(self.network, opt="adamw", lr=1e-3, weight_decay=0.05, fused=True)
         self.ema = ModelEmaV3(self.network, decay=EMA_DECAY) if setting.ema else None
-        self.model = torch.compile(self.network, backend="inductor") if setting.compile else self.network
+        self.model = torch.compile(self.network, backend="inductor") if setting.compiles_theirs else self.network
         batches = [(batch["images"], batch["labels"])] * steps
         self.loader = PrefetchLoader(batches, mean=tuple(MEAN), std=tuple(STD), device=device)
         self.scheduler, _ = create_scheduler_v2(
@@ -146,21 +149,29 @@ def compare(name, setting, device, quick):
     count = 2 if quick else COUNT[device.type]
     steps = 1 if quick else STEPS[device.type]
     torch.compiler.reset()
+    shape = SMALL_NETWORK if quick else {}
     batch = make_batch(size, count, device)
-    ours = our_turn(make_task(name, size), batch, steps, setting)
-    theirs = TimmScript(timm.create_model(name, num_classes=CLASSES), batch, steps, setting)
-    return Comparison({"atelier": ours, "timm fused": theirs}, steps, 3 if setting.compile else 1)
+    task = make_task(name, size, shape=shape).to(device)
+    flops = count_flops(task, batch)
+    ours = our_turn(task, batch, steps, setting)
+    theirs = TimmScript(timm.create_model(name, num_classes=CLASSES, **shape), batch, steps, setting)
+    sides = {"atelier": ours, "timm fused": theirs}
+    return Comparison(sides, steps, 3 if setting.compiles_theirs else 1, dict.fromkeys(sides, flops))
 
 
 def settings(device, quick):
-    """Yield the settings of both networks; compiling takes minutes, so that `quick` leaves it out."""
-    on_gpu = device.type == "cuda"
-    known = {"eager bf16": Setting("bf16", channels_last=on_gpu)}
-    if not on_gpu:
+    """Yield the settings of the networks. On a GPU, one has timm's best beside ours without a compiler."""
+    kind = "cuda" if quick else device.type
+    known = {"eager bf16": Setting("bf16", channels_last=kind == "cuda")}
+    if kind == "cpu":
         known["eager fp32"] = Setting()
-    if not quick and not missing_for_compile(device.type):
-        known["compiled bf16, channels-last, EMA"] = Setting("bf16", channels_last=True, ema=True, compile=True)
-    for name in NETWORKS[device.type]:
+    if not missing_for_compile(device.type):
+        if kind == "cuda":
+            known["timm compiled, bf16"] = Setting("bf16", channels_last=True, compiles_theirs=True)
+        known["compiled bf16, channels-last, EMA"] = Setting(
+            "bf16", channels_last=True, ema=True, compiles_ours=True, compiles_theirs=True
+        )
+    for name in NETWORKS[kind]:
         for text, setting in known.items():
             yield f"{name}, {text}", lambda name=name, setting=setting: compare(name, setting, device, quick)
 

@@ -1,6 +1,7 @@
 """The GPU's tests and benches, part by part, each with its own limit; each figure goes to a journal at once.
 
 python bench/gpu.py [minutes=8] [journal=docs/gpu.jsonl] [commit=HASH]          (make bench-gpu)
+python bench/gpu.py quick [journal=outputs/bench/gpu_quick.jsonl]               (a rehearsal, on any machine)
 
 Parts that the journal lacks for this device and commit come first, those that were never or longest ago measured on the
 device before others; then the oldest. A part begins if its limit is within the minutes that are left. So a machine
@@ -9,6 +10,9 @@ that is written stays, whenever this command is killed.
 
 A row has part, device, torch, commit, date and state: `measured` with `figure` and `spread` (least, greatest), `failed`
 or `cut off`. commit: for a copy of the code without its git folder. A new part is one entry of PARTS.
+
+`quick`: all parts with tiny sizes, on a CPU where there is no GPU, to find what is broken in them. Figures mean
+nothing, and of the tests it lists those of a file.
 """
 
 import json
@@ -21,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from utils.ranks.processes import end_with_parent
 Row = dict[str, Any]
 CODE = ["*.py", "conf", ":!tests"]  # the files that a figure depends on
 DEFAULTS = {"minutes": "8", "journal": str(ROOT / "docs/gpu.jsonl"), "commit": ""}
+QUICK = {"minutes": "inf", "journal": str(ROOT / "outputs/bench/gpu_quick.jsonl")}
 
 
 def read_row(line: str) -> Row | None:
@@ -43,8 +48,8 @@ def read_row(line: str) -> Row | None:
 
 
 def read_tests(line: str) -> Row | None:
-    """Return how many tests have passed, if pytest has ended."""
-    found = re.search(r"(\d+) passed", line)
+    """Return how many tests have passed or are there, if pytest has ended."""
+    found = re.search(r"(\d+)(?: passed|/\d+ tests collected)", line)
     return {"figure": int(found[1]), "what": line.strip()} if found else None
 
 
@@ -56,37 +61,36 @@ class Part:
     limit_sec: float
     read: Callable[[str], Row | None] = field(default=read_row)
 
+    def shorten(self) -> "Part":
+        """Return the part with tiny sizes; of the tests, those of a file are listed."""
+        if self.read is read_tests:
+            return replace(self, words=[*self.words[:-1], "tests/engine/test_graphs.py", "--collect-only"])
+        return replace(self, words=[*self.words, "quick"])
 
-# In the order of their worth.
+
+# In the order of their worth; the first four take eight minutes at most. No part may take more than four.
 PARTS = {
-    "tests": Part(["-m", "pytest", "-n", "8", "-q", "-m", "gpu", "--timeout=90", "tests"], 150, read_tests),
-    "a minute": Part(["bench/minute.py", "rows", "glyphs"], 120),
+    "a minute of Fashion-MNIST": Part(["bench/minute.py", "rows", "fashion"], 150),
     "fine-tuning, tiny": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, eager"], 100),
+    "tests": Part(["-m", "pytest", "-n", "8", "-m", "gpu", "--timeout=90", "tests"], 150, read_tests),
     "pretraining, tiny": Part(["bench/pretrain_step.py", "rows", "tiny"], 80),
+    "fine-tuning, tiny, timm compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, timm compiled"], 240),
     "SDXL, step": Part(["bench/sdxl.py", "rows", "step"], 180),
-    "a minute of Fashion-MNIST": Part(["bench/minute.py", "rows", "fashion"], 120),
-    "pretraining, base": Part(["bench/pretrain_step.py", "rows", "base"], 80),
+    "SDXL, start": Part(["bench/sdxl.py", "rows", "start"], 200),
+    "a minute": Part(["bench/minute.py", "rows", "glyphs"], 150),
+    "images cut on the device": Part(["bench/device_copy.py", "rows", "crops"], 60),
+    "images decoded on the device": Part(["bench/device_copy.py", "rows", "JPEGs"], 60),
+    "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 240),
     "SDXL, caches": Part(["bench/sdxl.py", "rows", "caches"], 180),
-    **{
-        f"SDXL, memory, {name}": Part(["bench/memory.py", "rows", name], 150)
-        for name in (
-            "LoRA, 8 GB",
-            "LoRA, 12 GB",
-            "LoRA, 16 GB",
-            "LoRA, 24 GB",
-            "whole U-Net, 12 GB",
-            "whole U-Net, 24 GB",
-        )
-    },
-    "images cut on the device": Part(["bench/device_copy.py", "rows", "crops at 224 px"], 60),
-    "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 300),
+    **{f"SDXL, memory, {gib} GB": Part(["bench/memory.py", "rows", f", {gib} GB"], 240) for gib in (8, 12, 16, 24)},
+    "pretraining, base": Part(["bench/pretrain_step.py", "rows", "base"], 80),
 }
 
 
-def read_words(defaults: Mapping[str, str]) -> dict[str, str]:
+def read_words(defaults: Mapping[str, str], words: Iterable[str]) -> dict[str, str]:
     """Return the values of a command's words KEY=VALUE; ends it if a word is none, or has another key."""
     given = dict(defaults)
-    for word in sys.argv[1:]:
+    for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in given:
             sys.exit(f"{sys.argv[0]}: {word!r} is not KEY=VALUE with a key of {', '.join(given)}")
@@ -185,13 +189,17 @@ def find_commit() -> str:
 
 
 def main() -> None:
-    """Run what is due on this machine's GPU."""
-    given = read_words(DEFAULTS)
-    if not torch.cuda.is_available():
-        sys.exit("gpu: this machine has no GPU that torch can use")
+    """Run what is due on this machine's GPU, or rehearse."""
+    quick = "quick" in sys.argv
+    given = read_words(DEFAULTS | QUICK if quick else DEFAULTS, [word for word in sys.argv[1:] if word != "quick"])
+    on_gpu = torch.cuda.is_available()
+    if not (on_gpu or quick):
+        sys.exit("gpu: this machine has no GPU that torch can use; `quick` rehearses on the CPU")
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     commit = given["commit"] or find_commit()
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
-    wrong = run_parts(PARTS, Journal(Path(given["journal"]), facts), 60 * float(given["minutes"]))
+    facts = {"device": device, "torch": torch.__version__, "commit": commit}
+    parts = {name: part.shorten() if quick else part for name, part in PARTS.items()}
+    wrong = run_parts(parts, Journal(Path(given["journal"]), facts), 60 * float(given["minutes"]))
     if wrong:
         sys.exit(f"gpu: {', '.join(wrong)}: failed or cut off; {given['journal']} says how")
 

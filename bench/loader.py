@@ -14,23 +14,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.nn import functional as F
 
 import train
+from bench.measure import build_bench_run, read_group
 from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.open import Data, load_collection, open_images
-from data.stream.loader import no_fields
 from engine.run.length import wait_for
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.kind import Setup
 from engine.update.runtime import choose_runtime
-from models.build import build_network, check_image_size
-from models.image_model import Normalise
 from utils.ranks.processes import count_cores
 from utils.record.figures import align_columns
 
@@ -51,58 +49,41 @@ class Setting(NamedTuple):
 
 
 class Streams:
-    """The collection's training streams, with and without augmentation on the device."""
+    """The collection's training streams."""
 
     def __init__(self, config, runtime):
         self.config = config
-        self.machine = SimpleNamespace(
-            device=runtime.device, channels_last=runtime.channels_last, workers=0,
-            prefetch_batches=runtime.prefetch_batches,
-        )  # fmt: skip
-        collection = load_collection(config.data)
-        self.source = open_images(collection, config.data, {"channels": config.model.in_channels})
-        data = Data(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
-        self.rows = collection.rows("train")
-        self._loaders = {
-            choice: data.train(self.rows, no_fields, training_views(self.augment(choice))) for choice in (False, True)
-        }
+        self.runtime = runtime
+        self.collection = load_collection(config.data)
+        self.source = open_images(self.collection, config.data, {"channels": config.model.in_channels})
         self._step = 0  # turns read on where the last one stopped
-
-    def augment(self, on_device):
-        """Return the augmentation with or without a part on the device."""
-        return AugmentConfig.model_validate(self.config.augment.model_dump() | {"on_device": on_device})
 
     def batches(self, setting):
         """Yield batches of a setting without an end."""
-        self.machine.workers = setting.workers
+        config = self.config
+        machine = replace(self.runtime, workers=setting.workers)
+        augment = AugmentConfig.model_validate(config.augment.model_dump() | {"on_device": setting.on_device})
+        data = Data(self.collection, self.source, machine, seed=config.seed, batch_size=1, run_path=None)
+        stream = data.train(self.collection.rows("train"), label_at_random, training_views(augment))
         size = setting.batch_size
-        stream = self._loaders[setting.on_device]
         for (batch,) in stream.steps(self._step, size, size):
             self._step += 1
             yield stream.prepare(batch)
 
 
-class TrainingStep:
-    """Forward and backward pass and update of the configured network, on labels of no meaning."""
+def build_step(config, batch_size):
+    """Return the update of a classifier with the configured network, on labels of no meaning."""
+    preprocessing = config.augment.preprocessing(config.model.in_channels)
+    facts = {"class_names": [str(number) for number in range(_CLASSES)]}
+    task = read_group(ClassificationTaskConfig, "task", "classification")
+    task = ClassificationTask(Setup(config.model, task, preprocessing, facts))
+    run = build_bench_run(task, batch_size=batch_size, runtime=config.runtime.model_dump())
+    return lambda batch: run.learner.update([batch])
 
-    def __init__(self, config, runtime):
-        torch.manual_seed(config.seed)
-        augment = config.augment
-        self.runtime = runtime
-        check_image_size(config.model, tuple(augment.image_size_hw))
-        self.network = build_network(config.model, _CLASSES).to(runtime.device)
-        if runtime.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)
-        self.normalise = Normalise(augment.mean, augment.std, config.model.in_channels).to(runtime.device)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-4)
 
-    def __call__(self, batch):
-        """Make one update."""
-        with self.runtime.autocast():
-            loss = F.cross_entropy(self.network(self.normalise(batch["images"])), batch["key"] % _CLASSES)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def label_at_random(example):
+    """Return the label of a sample."""
+    return {"labels": torch.tensor(example.draw.key % _CLASSES)}
 
 
 def images_per_sec(batches, step, setting, seconds, device):
@@ -129,7 +110,7 @@ def measure_settings(streams, settings, seconds, turns, step):
     for _ in range(turns):
         for setting in settings:
             batches = streams.batches(setting)
-            found[setting].append(images_per_sec(batches, step, setting, each, streams.machine.device))
+            found[setting].append(images_per_sec(batches, step, setting, each, streams.runtime.device))
             batches.close()
     return found
 
@@ -168,7 +149,7 @@ def measure(config, seconds, quick):
     streams = Streams(config, runtime)
     size = min(config.loop.micro_batch_size, config.loop.batch_size)
     settings = [Setting(choice, count, size) for choice in (False, True) for count in list_workers(quick)]
-    step = TrainingStep(config, runtime)
+    step = build_step(config, size)
     training = measure_settings(streams, settings, _STEP_SHARE * seconds, turns, step)
     print(rates_table(training), flush=True)
     same = itertools.repeat(next(streams.batches(settings[0])))

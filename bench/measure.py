@@ -24,9 +24,11 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
+from engine.run.length import wait_for
 from engine.run.loop import Run
 from engine.task import Streams
 from engine.update.runtime import Runtime, choose_runtime
@@ -38,6 +40,7 @@ from utils.record.run_folder import RunFolder
 OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.
 BENCH_LOOP = {"log_every_steps": 10**9, "evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9}
+SMALL_NETWORK = {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}  # a ConvNeXt for `quick`
 _PAUSE_SEC = 0.3  # before a turn on a CPU: idle threads of another side's own pool spin for a while
 
 Turn = Callable[[], Any]
@@ -48,18 +51,20 @@ Row = dict[str, Any]
 class Comparison:
     """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
 
-    warmup: calls of each side that are not counted. facts: what else a row says. clock: what gives the seconds, such as
-    time.process_time where one thread does the work; None: the device's.
+    warmup: calls of each side that are not counted. flops: the arithmetic of a side's step, if rows are to say how much
+    of it is done in a second, beside large matrices in bf16. facts: what else a row says. clock: what gives the
+    seconds, such as time.process_time where one thread does the work; None: the device's.
     """
 
     sides: dict[str, Turn]
     steps: int = 1
     warmup: int = 1
+    flops: dict[str, float] = field(default_factory=dict)
     facts: Row = field(default_factory=dict)
     clock: Callable[[], float] | None = None
 
 
-Settings = Iterable[tuple[str, Callable[[], "Comparison | list[Row]"]]]  # rows: of what is measured in another way
+Settings = Iterable[tuple[str, Callable[[], "Comparison | Iterable[Row]"]]]  # rows: of what is measured in another way
 
 
 def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5) -> None:
@@ -72,6 +77,8 @@ def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5
     quick = "quick" in words
     texts = [word for word in words if word not in ("quick", "rows")]
     device = runtime_of("fp32").device
+    if quick:
+        torch.compiler.set_stance("force_eager")  # compiling takes minutes
     found = False
     for name, build in settings(device, quick):
         if not all(text in name for text in texts):
@@ -79,9 +86,8 @@ def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5
         found = True
         built = build()
         rows = measure(name, built, device, 2 if quick else turns) if isinstance(built, Comparison) else built
-        text = "\n".join(map(json.dumps, rows)) if "rows" in words else table(rows)
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        for text in map(json.dumps, rows) if "rows" in words else [table(list(rows))]:
+            print(text, flush=True)
     if not found:
         names = ", ".join(name for name, _ in settings(device, quick))
         sys.exit(f"{sys.argv[0]}: no setting has {' and '.join(texts)} in its name; the settings here: {names}")
@@ -93,6 +99,8 @@ def measure(name: str, comparison: Comparison, device: torch.device, turns: int)
     times = take_turns(comparison, device, turns)
     ours, *others = comparison.sides
     medians = {side: round(statistics.median(found), 3) for side, found in times.items()}
+    rates = {side: round(1e-9 * flops / medians[side], 3) for side, flops in comparison.flops.items()}
+    bound = measure_bound(device) if rates else None
     rows = []
     for theirs in others:
         ratios = [above / below for above, below in zip(times[ours], times[theirs])]
@@ -102,8 +110,27 @@ def measure(name: str, comparison: Comparison, device: torch.device, turns: int)
         row["ms"] = [medians[ours], medians[theirs]]
         if device.type == "cuda":
             row["peak_gib"] = [peaks[ours], peaks[theirs]]
+        if rates:
+            row["teraflop_per_sec"] = [rates[ours], rates[theirs]]
+            row["bound_teraflop_per_sec"] = round(bound, 3)
+            row["share_of_bound"] = [round(rates[side] / bound, 3) for side in (ours, theirs)]
         rows.append({**row, **comparison.facts})
     return rows
+
+
+def count_flops(task: Any, batch: Any) -> int:
+    """Return the arithmetic of a step: three times that of a forward pass, as its backward pass has twice as much."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task(batch, 0.0)
+    return 3 * counter.get_total_flops()
+
+
+def measure_bound(device: torch.device) -> float:
+    """Return the TFLOP/s of large bf16 matrices, the best of some turns. On a CPU they are small, and say nothing."""
+    side = 8192 if device.type == "cuda" else 128
+    matrix = torch.randn(side, side, dtype=torch.bfloat16, device=device)
+    turn = repeated(lambda: matrix @ matrix, 10)
+    return max(10 * 2e-9 * side**3 / time_ms(turn, device) for _ in range(5))
 
 
 def warm_up(turn: Turn, comparison: Comparison, device: torch.device) -> float:
@@ -127,21 +154,23 @@ def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict
     return found
 
 
-def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None) -> float:
+def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None = None) -> float:
     """Return the milliseconds of one turn, to the end of its work on the device."""
-    if clock is None and device.type == "cuda":
-        first = torch.cuda.Event(enable_timing=True)
-        last = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        first.record()
-        turn()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
     clock = clock or time.perf_counter
+    wait_for(device)
     started = clock()
     turn()
+    wait_for(device)
     return 1e3 * (clock() - started)
+
+
+def compare_with_goal(
+    setting: str, measured: float, wanted: float, unit: str = "ms", theirs: str = "goal", **facts: Any
+) -> Row:
+    """Return the row of a figure that is measured once, over a goal or a prediction; facts: what else it says."""
+    ratio = round(measured / wanted, 3)
+    row = {"setting": setting, "ours": "measured", "theirs": theirs, "what": f"{unit}, measured over {theirs}"}
+    return {**row, "figure": ratio, "spread": [ratio, ratio], unit: [round(measured, 2), round(wanted, 2)], **facts}
 
 
 def table(rows: list[Row]) -> str:

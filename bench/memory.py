@@ -3,11 +3,10 @@
 python bench/memory.py [quick] [rows] [TEXT OF A SETTING]     (on a GPU; a minute a setting, after a minute for a base)
 
 A setting is a command of docs/sdxl.md, with SDXL's own sizes and random weights (outputs/bench/sdxl/base, 7 GB). Each
-part of a run gives a row: torch's own peak, without CUDA's libraries, over the prediction. `quick`: one setting of
+part of a run gives a row: torch's own peak, without CUDA's libraries, over the prediction. `quick`: four settings of
 tiny networks. Without a GPU, GiB are the bytes of the tensors that a part creates, whose figures mean nothing.
 """
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.measure import OUT, run_bench
-from bench.sdxl import WHOLE, configure, make_task, pictures, start, write_base
+from bench.measure import compare_with_goal, run_bench
+from bench.sdxl import CACHED, configure, make_task, prepare, start
 from data.stream.batch import to_device
 from engine.plan import plan_streams
 from engine.recipe.memory import LIBRARIES_GIB, LiveBytes, predict_memory
@@ -35,16 +34,16 @@ SETTINGS = {
     "LoRA, 8 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true", "model.frozen_dtype=float8"],
     "LoRA, 12 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true"],
     "LoRA, 16 GB": [*LORA, "loop.micro_batch_size=4"],
+    "whole U-Net, 24 GB": [*UNET, "optim=adamw"],
     "LoRA, 24 GB": [*LORA[1:], "loop.micro_batch_size=1"],
     "whole U-Net, 12 GB": [*UNET, "optim=adafactor"],
-    "whole U-Net, 24 GB": [*UNET, "optim=adamw"],
 }
-SMALL = ["model=sdxl_tiny", "runtime.precision=bf16", "task.samples.image_size_hw=[64,64]", "task.samples.steps=2"]
+SMALL = ["runtime.precision=bf16", "task.samples.image_size_hw=[64,64]", "task.samples.steps=2"]
 
 
 def settings(device, quick):
     """Yield a setting for each row of the table, with a function that returns its rows."""
-    for name, words in [*SETTINGS.items()][: 1 if quick else None]:
+    for name, words in [*SETTINGS.items()][: 4 if quick else None]:
         yield name, lambda name=name, words=words: compare(name, words, device, quick)
 
 
@@ -61,21 +60,17 @@ def measure_gib(call, device):
 
 
 def compare(name, words, device, quick):
-    """Return measured and predicted GiB of each part."""
-    folder = OUT / "sdxl"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    shutil.rmtree("filled", ignore_errors=True)
-    if not quick:
-        write_base(device)
-    model = SMALL if quick else WHOLE
-    made = pictures(Path("few"), 24, 64 if quick else 1024)
-    config = configure(*made, "data.validation_fraction=0.3", "task.latent_cache=filled", *model, *words)
+    """Yield measured over predicted GiB of each part."""
+    made, _ = prepare(device, quick)
+    shutil.rmtree("latents", ignore_errors=True)  # of the setting before
+    more = ["data.validation_fraction=0.3", *CACHED[:1], *words, *(SMALL if quick else [])]
+    config = configure(*made, *more)
     config = config.task.complete(config)
     predicted = predict_memory(config, "bf16")
     runtime = choose_runtime(config.runtime)
     opened = []
-    found = {"encoding": measure_gib(lambda: opened.extend(start(config)), device)}
+    found = measure_gib(lambda: opened.extend(start(config)), device)
+    yield compare_with_goal(f"{name}, encoding", found, predicted["encoding"] - LIBRARIES_GIB, "gib", "predicted")
     setup, streams = opened
     task = make_task(config, setup)
     plan = plan_streams(config, streams, 1)
@@ -98,19 +93,8 @@ def compare(name, words, device, quick):
 
     for part, call in (("step", update), ("evaluation", evaluate), ("pictures", draw)):
         task.train(part == "step")
-        found[part] = measure_gib(call, device)
-    rows = []
-    for part, gib in found.items():
-        wanted = predicted[part] - LIBRARIES_GIB
-        ratio = round(gib / wanted, 3)
-        row = {
-            "setting": f"{name}, {part}",
-            "ours": "measured",
-            "theirs": "predicted",
-            "what": "GiB, measured over predicted",
-        }
-        rows.append({**row, "figure": ratio, "spread": [ratio, ratio], "gib": [round(gib, 2), round(wanted, 2)]})
-    return rows
+        found = measure_gib(call, device)
+        yield compare_with_goal(f"{name}, {part}", found, predicted[part] - LIBRARIES_GIB, "gib", "predicted")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ that is typed again goes on, and a finished one only prints. After a change of o
 import csv
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -35,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pyarrow as pa
 from PIL import Image
 
 from bench.gpu import read_words
@@ -80,7 +80,10 @@ AUGMENTATIONS = {
 NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
-MEANS = ["steps", "wall_sec", "cpu_sec"]  # columns of the table
+COLUMNS = [
+    ("seed", "count"), ("top1", "mean"), ("top1", "min"), ("top1", "max"), ("steps", "mean"), ("wall_sec", "mean"),
+    ("cpu_sec", "mean"),
+]  # fmt: skip
 
 
 def make_trial(arm, name, minutes, seed=0, settings=None):
@@ -110,19 +113,21 @@ class Bench:
 
     def _next(self, name, arm):
         """Return the runs that are left of an arm's first unfinished stage: screening, finalists, seeds."""
-        rows = {row["trial"]: row for row in self.journal.parts()}
         if arm == "ours":
-            trials = [make_trial(arm, name, self.minutes, seed) for seed in range(self.seeds)]
-            return [trial for trial in trials if trial["trial"] not in rows]
+            return self._left([make_trial(arm, name, self.minutes, seed) for seed in range(self.seeds)])
         settings = [dict(zip(SETTINGS, values)) for values in itertools.product(*SETTINGS.values())]
         for minutes, kept in ((SCREEN * self.minutes, FINALISTS), (self.minutes, 1)):
             trials = [make_trial(arm, name, minutes, 0, each) for each in settings]
-            if left := [trial for trial in trials if trial["trial"] not in rows]:
+            if left := self._left(trials):
                 return left
+            rows = {row["trial"]: row for row in self.journal.parts()}
             trials.sort(key=lambda trial: -rows[trial["trial"]]["top1"])
             settings = [trial["settings"] for trial in trials[:kept]]
-        trials = [make_trial(arm, name, self.minutes, seed, settings[0]) for seed in range(1, self.seeds)]
-        return [trial for trial in trials if trial["trial"] not in rows]
+        return self._left([make_trial(arm, name, self.minutes, seed, settings[0]) for seed in range(1, self.seeds)])
+
+    def _left(self, trials):
+        known = {row["trial"] for row in self.journal.parts()}
+        return [trial for trial in trials if trial["trial"] not in known]
 
     def _run(self, trial):
         """Run a trial and add its row to the journal; returns the row."""
@@ -229,35 +234,18 @@ def read_timm(out):
 
 
 def table(rows):
-    """Return rows of the journal as a table: a line for each collection, minutes and arm, of its best settings."""
-    groups = {}
-    for row in rows:
-        if row["minutes"]:
-            groups.setdefault((row["name"], row["minutes"], row["arm"]), []).append(row)
-    lines = []
-    errors = {}
-    for (name, minutes, arm), found in sorted(groups.items()):  # ours comes before timm
-        best = max(found, key=lambda row: (row["seed"] == 0, row["top1"]))["settings"]
-        runs = [row for row in found if row["settings"] == best]
-        top1 = [row["top1"] for row in runs]
-        errors[name, minutes, arm] = 1 - statistics.mean(top1)
-        line = {"collection": name, "minutes": minutes, "arm": arm}
-        line["top-1 (least to greatest)"] = f"{statistics.mean(top1):.4f} ({min(top1):.4f} to {max(top1):.4f})"
-        ours = errors.get((name, minutes, "ours"), math.nan)
-        line["errors, ours / theirs"] = ours / errors[name, minutes, arm] if arm == "timm" else None
-        for column in MEANS:
-            line[column] = round(statistics.mean(row[column] for row in runs))
-        line["best settings"] = " ".join(map(str, best.values()))
-        lines.append(line)
-    return show_rows(lines) if lines else "no runs"
+    """Return rows of the journal as a table: a line for each arm and its settings, the best of a collection first.
+
+    The best settings of timm have several seeds.
+    """
+    rows = [{**row, "settings": " ".join(map(str, row["settings"].values()))} for row in rows if row["minutes"]]
+    groups = pa.Table.from_pylist(rows).group_by(["name", "minutes", "arm", "settings"]).aggregate(COLUMNS)
+    order = [("name", "ascending"), ("minutes", "descending"), ("top1_mean", "descending")]
+    return show_rows(groups.sort_by(order).to_pylist())
 
 
 def main():
-    given = read_words(DEFAULTS)
-    for name in given["names"].split(","):
-        root = Path(given["collections"]) / name
-        if not root.is_dir():
-            sys.exit(f"minutes: names: {root} is not a folder; bench/draw_collections.py draws them")
+    given = read_words(DEFAULTS, sys.argv[1:])
     journal = Path(given["journal"])
     with file_lock(journal, f"minutes: another bench writes {journal}"):
         Bench(given).run()

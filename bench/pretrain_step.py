@@ -1,20 +1,21 @@
 """FCMAE against the same network on all sites at 224 px: a whole step's time.
 
-python bench/pretrain_step.py [quick] [TEXT OF A SETTING]        (on an idle machine; quick: the smallest network)
+python bench/pretrain_step.py [quick] [TEXT OF A SETTING]        (on an idle machine; quick: a GPU's, of a tiny network)
 
 Both sides run `Learner.update` with AdamW on the same weights, images and masks, on a GPU as a CUDA graph. `bound`: the
 ratio of their multiply-adds, counted by torch's flop counter over the forward pass.
 """
 
+import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Comparison, build_bench_run, read_group, repeated, run_bench
+from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, repeated, run_bench
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -35,34 +36,26 @@ class DenseFCMAE(FCMAE):
         return self.proj(self.encoder.forward_features(images))
 
 
-def make_task(size, network, device):
+def make_task(model, network, side_px, device):
     """Return the task with the weights of seed 0. network: the class of its network."""
-    model = read_group(ConvNeXtV2Config, "model", f"convnextv2_{size}")
     config = read_group(FCMAETaskConfig, "task", "fcmae")
     torch.manual_seed(0)
-    preprocessing = {"image_size_hw": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocessing = {"image_size_hw": [side_px, side_px], "mean": [0.5] * 3, "std": [0.5] * 3}
     task = FCMAETask(Setup(model, config, preprocessing)).to(device)
     task.network.__class__ = network
     return task
 
 
-def make_batch(size, device):
+def make_batch(count, side_px, device):
     """Return images of noise with masks drawn as the loader draws them."""
     generator = torch.Generator().manual_seed(0)
-    count = BATCH[device.type][size]
+    sites = (side_px // 32) ** 2
     batch = {
-        "images": torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8),
-        "mask": torch.stack([draw_mask(generator, 49, 0.6) for _ in range(count)]),
+        "images": torch.randint(0, 256, (count, 3, side_px, side_px), dtype=torch.uint8),
+        "mask": torch.stack([draw_mask(generator, sites, 0.6) for _ in range(count)]),
         "weight": torch.ones(count),
     }
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def count_flops(task, batch):
-    """Return the arithmetic of a forward pass."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        task(batch, 0.0)
-    return counter.get_total_flops()
 
 
 def stepper(task, batch, precision):
@@ -72,26 +65,29 @@ def stepper(task, batch, precision):
     return lambda: run.learner.update([batch])
 
 
-def compare(size, precision, compiled, device):
+def compare(size, setting, device, quick):
     """Return the comparison of sparse and dense for a size."""
-    batch = make_batch(size, device)
+    precision, compiled = setting
+    count, side_px = (2, 64) if quick else (BATCH[device.type][size], 224)
+    model = read_group(ConvNeXtV2Config, "model", f"convnextv2_{size}", **(SMALL_NETWORK if quick else {}))
+    batch = make_batch(count, side_px, device)
     torch.compiler.reset()
-    tasks = {"sparse": make_task(size, FCMAE, device), "dense": make_task(size, DenseFCMAE, device)}
+    networks = {"sparse": FCMAE, "dense": DenseFCMAE}
+    tasks = {name: make_task(model, network, side_px, device) for name, network in networks.items()}
     flops = {name: count_flops(task, batch) for name, task in tasks.items()}
     if compiled:
         for task in tasks.values():
             task.compile()
     facts = {"bound": round(flops["sparse"] / flops["dense"], 3)}
     sides = {name: repeated(stepper(task, batch, precision), STEPS) for name, task in tasks.items()}
-    return Comparison(sides, STEPS, 2, facts)
+    return Comparison(sides, STEPS, 2, flops, facts)
 
 
 def settings(device, quick):
     """Yield sparse against dense for each size and setting."""
-    names = [(size, text) for size in BATCH[device.type] for text in SETTINGS[device.type]]
-    for size, text in names[:1] if quick else names:
-        name = f"{size}, batch {BATCH[device.type][size]}, {text}"
-        yield name, lambda size=size, text=text: compare(size, *SETTINGS[device.type][text], device)
+    kind = "cuda" if quick else device.type
+    for (size, count), (text, setting) in itertools.product(BATCH[kind].items(), SETTINGS[kind].items()):
+        yield f"{size}, batch {count}, {text}", partial(compare, size, setting, device, quick)
 
 
 if __name__ == "__main__":

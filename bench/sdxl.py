@@ -7,15 +7,15 @@ thread's, and its time is CPU seconds, so that other processes of the machine co
 own sizes, with random weights in outputs/bench/sdxl/base (7 GB), and both sides train a LoRA in bf16.
 
 cached, on the fly: the loop itself with its loader; the latents and texts are read from the caches, or the files are
-decoded and encoded at each step. The other side of the step is one update as diffusers' training script makes it, with
-its own schedulers and accelerate, on a batch in memory.
+decoded and encoded at each step. The step has the cached loop beside one update as diffusers' training script makes it,
+with its own schedulers and accelerate, on a batch in memory. start: `finetune_sdxl.py`, as a user types it, from typing
+to the first update, with caches that it fills, over a goal of a minute.
 
 Source of the order of an update: huggingface/diffusers:examples/text_to_image/train_text_to_image_sdxl.py main.
 """
 
 import copy
 import functools
-import itertools
 import os
 import shutil
 import sys
@@ -35,7 +35,8 @@ from peft import LoraConfig
 from PIL import Image
 from torch.nn import functional as F
 
-from bench.measure import OUT, Comparison, build_bench_run, run_bench
+from bench.measure import OUT, Comparison, build_bench_run, compare_with_goal, run_bench
+from bench.minute import run_script
 from data.open import Data, load_collection
 from data.stream.batch import to_device
 from engine.run.start import build_task
@@ -51,6 +52,7 @@ from utils.config.entry_point import CONF, validate
 BATCH = 4
 LEARNING_RATE = 1e-4
 CLIP = 1.0
+GOAL_START_MS = 60e3
 WORDS = [
     "runtime=reference", "runtime.deterministic=false", f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}",
     "task.caption_chunks=1", "task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true",
@@ -191,7 +193,7 @@ def prepare(device, quick):
     for name in ("outputs", "latents", "texts"):
         shutil.rmtree(folder / name, ignore_errors=True)  # an earlier call's caches
     os.chdir(folder)  # the pipeline's own caches are in outputs/ of the working directory
-    if device.type == "cuda":
+    if device.type == "cuda" and not quick:
         write_base(device)
         return [*WHOLE, *pictures(Path("pictures"), 48, 1024)], 2
     torch.set_num_threads(1)
@@ -221,17 +223,27 @@ def compare_step(device, quick):
     whole = [] if device.type == "cuda" else ["task.lora=null"]
     config = configure(*words, *CACHED, *whole)
     setup, streams = start(config)
-    batch = to_device(next(streams.train.steps(0, BATCH, BATCH))[0], device)
+    stream = streams.train.steps(0, BATCH, BATCH)
+    batch = to_device(next(stream)[0], device)
     task = make_task(config, setup).to(device)
     theirs = DiffusersScript(config, task, batch, steps)
-    ours = loop_turn(config, task, itertools.repeat([batch]), steps)
+    ours = loop_turn(config, task, stream, steps)
     return Comparison({"atelier": ours, "diffusers fused": theirs}, steps, clock=clock_of(device))
 
 
+def measure_start(device, quick):
+    """Return the row of a start."""
+    words, _ = prepare(device, quick)
+    words = [*WORDS, *words, *CACHED, "loop.total_steps=1"]
+    _, start_ms, stages = run_script("finetune_sdxl.py", Path("outputs/start"), words, Path.cwd())
+    return [compare_with_goal("SDXL, start", start_ms, GOAL_START_MS, stages=stages)]
+
+
 def settings(device, quick):
-    """Yield the caches and the step."""
+    """Yield the caches, the step and the start."""
     yield "SDXL, caches", lambda: compare_caches(device, quick)
     yield "SDXL, step", lambda: compare_step(device, quick)
+    yield "SDXL, start", lambda: measure_start(device, quick)
 
 
 if __name__ == "__main__":

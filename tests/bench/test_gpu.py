@@ -60,15 +60,15 @@ def test_a_part_that_hangs_or_fails_loses_only_itself(tmp_path, capsys):
     assert "long: not begun" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in PARTS if name != "tests"])
-def test_a_part_measures_one_setting_of_a_bench(name, monkeypatch):
-    if "SDXL" in name:
-        pytest.importorskip("diffusers", reason="make install-sdxl")
-    script, word, text = PARTS[name].words
+@pytest.mark.parametrize("script", sorted({part.words[0] for part in PARTS.values()} - {"-m"}))
+def test_each_setting_of_a_bench_is_measured_by_one_part_of_four_minutes_at_most(script, monkeypatch):
+    pytest.importorskip("diffusers", reason="make install-sdxl")
     bench = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     monkeypatch.setattr(bench, "missing_for_compile", lambda device: None, raising=False)
-    settings = [setting for setting, _ in bench.settings(torch.device("cuda"), False)]
-    assert word == "rows" and len([setting for setting in settings if text in setting]) == 1
+    texts = [part.words[2] for part in PARTS.values() if part.words[0] == script and part.limit_sec <= 240]
+    names = [name for name, _ in bench.settings(torch.device("cuda"), False)]
+    found = [text for name in names for text in texts if text in name]
+    assert len(found) == len(names) and {*found} == {*texts}
 
 
 @pytest.mark.parametrize(("words", "said"), [(["hours=1"], "hours"), ([], "no GPU")])
