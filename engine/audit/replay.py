@@ -38,7 +38,9 @@ def repeat(run: Path, start: Values, end: Values, words: Sequence[str]) -> str:
     kept, wanted = (run / KEPT / link["checkpoint"] for link in (start, end))
     title = f"{kept.name} to {wanted.name}"
     process = read_json(kept / STATE_FILE)["process"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={process['world_size']}"]
+    launcher = []
+    if process["world_size"] > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={process['world_size']}"]
     threads = f"runtime.threads={process['threads']}"
     script, *given = (word for word in process["command"] if not word.startswith(_REPLACED))
     with TemporaryDirectory(dir=run, prefix=".audit-") as scratch:
