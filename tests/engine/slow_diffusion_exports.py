@@ -1,26 +1,14 @@
-"""The exports of task=diffusion that diffusers alone reads: they give the pictures of the run."""
+"""Other kinds of LoRA in whole commands; each kind by itself: tests/models/test_sdxl_lora.py."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.engine.test_diffusion_exports import (  # noqa: F401 (fixtures)
-    LORA,
-    SHORT,
-    compare_whole,
-    differ,
-    place,
-    wanted,
-)
+from tests.engine.test_diffusion_exports import LORA, SHORT, differ, place  # noqa: F401 (a fixture)
 from tests.in_process import run
 
 
-@pytest.mark.parametrize("name", ["lora", "whole"])
-def test_a_folder_of_diffusers_gives_the_pictures_of_the_run(name, place, wanted):  # noqa: F811
-    compare_whole(name, "diffusers", place, wanted)
-
-
-@pytest.mark.parametrize("kind", ["dora", "dora_out", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
 def test_other_kinds_of_lora_give_the_pictures_of_the_run(kind, place):  # noqa: F811
     """The file beside the base, the merged file, and a run that continues the file."""
     words, lora = [*SHORT, *LORA, f"task.lora.kind={kind}"], f"{kind}/export/kohya/lora.safetensors"

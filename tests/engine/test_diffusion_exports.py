@@ -78,19 +78,8 @@ def run_program(folder, base, picture="picture.png"):
     return np.asarray(Image.open(folder / picture))
 
 
-def compare_whole(name, form, place, wanted):
-    folder = export(place, name, form)
-    if form == "diffusers":
-        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-    else:
-        file, base = str(folder / "model.safetensors"), str(place / "base")
-        pipeline = StableDiffusionXLPipeline.from_single_file(file, config=base, local_files_only=True)
-    assert differ(make_pictures(pipeline), wanted[name]) <= 2
-    assert differ(run_program(folder, place / "base"), wanted[name][0]) <= 2
-
-
 def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
-    """And it states the licence of the base. tests/engine/slow_diffusion_exports.py has the other formats."""
+    """And it states the licence of the base."""
     run("evaluate", ["run_dir=lora", "runtime.device=cpu"], place)
     folder = export(place, "lora", "kohya")
     pipeline = StableDiffusionXLPipeline.from_pretrained(place / "base", local_files_only=True)
@@ -122,7 +111,11 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_whole_models_give_the_pictures_of_the_run(name, place, wanted):
-    compare_whole(name, "single_file", place, wanted)
+    folder = export(place, name, "single_file")
+    file, base = str(folder / "model.safetensors"), place / "base"
+    pipeline = StableDiffusionXLPipeline.from_single_file(file, config=str(base), local_files_only=True)
+    assert differ(make_pictures(pipeline), wanted[name]) <= 2
+    assert differ(run_program(folder, base), wanted[name][0]) <= 2
 
 
 def test_a_flow_is_drawn_as_diffusers_draws_its_folder(place):

@@ -7,7 +7,6 @@ number of ranks sees the same samples.
 import pytest
 import torch
 
-from tests.in_process import check_resumption
 from tests.support import (
     OF_DIFFUSERS,
     SCRIPTS,
@@ -16,7 +15,6 @@ from tests.support import (
     assert_same_tensors,
     checkpoint_tensors,
     common,
-    make_collection,
     rows,
     run,
     samples_by_step,
@@ -71,8 +69,8 @@ def test_on_a_gpu(task, precision, collection, tmp_path):
 
 
 def assert_variants_are_equal(task, data, folder, settings, variants):
-    """Six steps of each of the variants, name -> (ranks, words), to summation order; return what they printed."""
-    length = ["loop.total_steps=6", "loop.batch_size=16", "loop.checkpoint_every_steps=6", "optim.lr=0.001"]
+    """Four steps of each of the variants, name -> (ranks, words), to summation order; return what they printed."""
+    length = ["loop.total_steps=4", "loop.batch_size=8", "loop.checkpoint_every_steps=4", "optim.lr=0.001"]
     printed = {}
     for name, (ranks, *words) in variants.items():
         overrides = common(task, data, folder / name, *length, *settings, *words)
@@ -80,7 +78,7 @@ def assert_variants_are_equal(task, data, folder, settings, variants):
     first, *others = (folder / name for name in variants)
     for other in others:
         # Adam divides by the root of tiny second moments, so a parameter may move by 1e-4 of a learning rate more.
-        assert_same_tensors(checkpoint_tensors(first, 6), checkpoint_tensors(other, 6), tolerance=2e-5)
+        assert_same_tensors(checkpoint_tensors(first, 4), checkpoint_tensors(other, 4), tolerance=2e-5)
         assert samples_by_step(first) == samples_by_step(other)
         assert_same_rows(first, other)
     return printed
@@ -88,22 +86,6 @@ def assert_variants_are_equal(task, data, folder, settings, variants):
 
 def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification", more=()):
     """One rank with one micro-batch, one with four, two ranks: the same weights, losses and evaluations."""
-    sizes = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
+    sizes = {"one": (1, 8), "accumulated": (1, 2), "two": (2, 4)}
     variants = {name: (ranks, f"loop.micro_batch_size={size}") for name, (ranks, size) in sizes.items()}
     assert_variants_are_equal(task, collection, tmp_path, more, variants)
-
-
-def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
-    """Three unreadable files weigh 0, are listed once, and change nothing about exact resume."""
-    data = make_collection(tmp_path / "images", broken=3)
-    settings = [
-        "loop.sampling=balanced", "loop.total_steps=16", "loop.batch_size=8", "loop.micro_batch_size=8",
-        "loop.checkpoint_every_steps=3",
-    ]  # fmt: skip
-    words = common("classification", data, "run", *settings)
-    check_resumption("finetune", words, tmp_path, killed_at=11, steps=16)
-    for name in ("straight", "killed"):
-        listed = [line.split('"')[3] for line in (tmp_path / name / "unreadable.jsonl").read_text().splitlines()]
-        assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
-    said = (tmp_path / "straight/log.txt").read_text()
-    assert "train/A/broken0.png" in said and "its weight is 0" in said

@@ -14,13 +14,13 @@ from tests.support import refuses, rows
 FSDP = "runtime.parallel=fsdp"
 
 
-@pytest.mark.parametrize("case", ["fcmae"])
+@pytest.mark.parametrize("case", ["fcmae runtime.grad_checkpointing=true"])
 def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
     """The same weights, optimiser state, average, losses and evaluations."""
     task, *settings = case.split()
     settings = ["loop.ema_decay=0.9", "loop.clip_grad_norm=0.01", *settings]
-    halves = "loop.micro_batch_size=4"  # two ranks take two micro-batches each
-    variants = {"one": (1, "loop.micro_batch_size=16"), "ddp": (2, halves), "fsdp": (2, halves, FSDP)}
+    halves = "loop.micro_batch_size=2"  # two ranks take two micro-batches each
+    variants = {"one": (1, "loop.micro_batch_size=8"), "ddp": (2, halves), "fsdp": (2, halves, FSDP)}
     for name, said in assert_variants_are_equal(task, collection, tmp_path, settings, variants).items():
         assert ("MiB of parameters on this rank" in said) is (name == "fsdp")
     norms = [row["grad_norm"] for row in rows(tmp_path / "fsdp/metrics.jsonl", "train")]

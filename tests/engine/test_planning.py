@@ -12,6 +12,7 @@ from engine.recipe import rules as planning
 from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import length, minutes
+from engine.run.loop import Run
 from engine.run.minutes import Speed
 from models.weights import offers
 from tests.in_process import make_images, run
@@ -62,6 +63,7 @@ def chosen(facts, key):
 def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has_its_own(words, tmp_path, monkeypatch):
     fill_cache(monkeypatch, tmp_path, RESNET, timm.create_model("test_resnet"))
     monkeypatch.setattr(facts, "_LEAST_FINE", 1)
+    monkeypatch.setattr(Run, "fit", lambda *_: None)
     fetched = []
     monkeypatch.setattr(offers, "_fetch", lambda offer, seconds: fetched.append((offer, seconds)))
     # Regressions on features err rarely, on pictures often. In float32 the network trains in half the time.
