@@ -14,13 +14,8 @@ from utils.record.figures import show_name
 from workshop import Stage
 
 SHORT = "loop.total_steps=2 loop.batch_size=8 runtime.threads=1"
-SDXL = f"{SHORT} loop.micro_batch_size=8 task.chunk=8 "
-MORE = {
-    "train.py": f"{SHORT} model=convnextv2_glyph model.depths=[1,1] model.dims=[8,16] augment.image_size_hw=[32,32]",
-    "pretrain_fcmae.py": SHORT,
-    "finetune.py": SHORT,
-    "finetune_sdxl.py": SDXL,
-}
+SDXL = f"{SHORT} loop.micro_batch_size=8 task.chunk=8 task.samples.steps=2"
+IMAGES = f"{SHORT} model=convnextv2_glyph model.depths=[1,1] model.dims=[8,16] augment.image_size_hw=[32,32]"
 JUDGE = "task.judge.prompts=2 task.judge.steps=2"
 OF_DIFFUSERS = ("images", "demo_sdxl")
 PICTURES = {
@@ -35,7 +30,9 @@ PICTURES = {
 def shorten(command):
     """Return a stage's command with few steps."""
     words = command.replace("base 0.5 ", "base 0.01 ")
-    words = re.sub(r"loop\.minutes=\S+", MORE.get(command.split()[0], ""), words)
+    words, is_training = re.subn(r"loop\.minutes=\S+", "", words)
+    if is_training:
+        words += f" {SDXL if 'finetune_sdxl.py' in words else IMAGES}"
     if "task=tagging" in words:
         words += " task.min_count=1"
     return f"{words} {JUDGE}" if "task.judge" in words else words
