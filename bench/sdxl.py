@@ -54,8 +54,9 @@ LEARNING_RATE = 1e-4
 CLIP = 1.0
 GOAL_START_MS = 60e3
 WORDS = [
-    "runtime=reference", "runtime.deterministic=false", f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}",
-    "task.caption_chunks=1", "task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true",
+    "runtime=reference", "runtime.deterministic=false", "runtime.cuda_graphs=true",
+    f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}", "task.caption_chunks=1",
+    "task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true",
 ]  # fmt: skip
 TINY = ["model=sdxl_tiny", "runtime.threads=1"]
 WHOLE = ["model.path=base", "runtime.precision=bf16", "task.noise.convert=true"]
@@ -117,7 +118,7 @@ def write_base(device):
 
 def loop_turn(config, task, stream, steps):
     """Return a function that makes `steps` updates by the loop of every entry point."""
-    machine = config.runtime.model_dump(include={"device", "deterministic", "threads", "precision"})
+    machine = config.runtime.model_dump(include={"device", "deterministic", "threads", "precision", "cuda_graphs"})
     run = build_bench_run(
         task, batch_size=BATCH, epoch_steps=steps, loop={"clip_grad_norm": CLIP}, runtime=machine
     )  # fmt: skip

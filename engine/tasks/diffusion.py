@@ -79,6 +79,7 @@ class DiffusionTask(Task):
             raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
+        self.may_be_recorded = config.loss.perceptual is None  # which waits for the GPU
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them

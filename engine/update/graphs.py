@@ -24,7 +24,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
-_MOST_GRAPHS = 4
+_MOST_GRAPHS = 16  # one for each bucket of SDXL's
 _MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
 _MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
 

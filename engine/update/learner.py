@@ -188,7 +188,9 @@ class Learner:
         config = self.config.runtime
         if not (config.cuda_graphs and self.task.may_be_recorded and self.runtime.device.type == "cuda"):
             return False
-        if distributed.is_distributed() or config.offload or config.deterministic or self.runtime.precision == "fp16":
+        if config.offload or config.memory_gib or config.deterministic or self.runtime.precision == "fp16":
+            return False
+        if distributed.is_distributed():
             return False
         return self.fused is None and can_be_recorded(self.optimizer)
 

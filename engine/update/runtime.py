@@ -75,8 +75,7 @@ def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> boo
 
 def choose_fused(config: TrainingConfig, total_steps: int) -> bool:
     """Return whether to compile some layers of a task whose updates are recorded."""
-    is_long = config.loop.minutes is None and total_steps >= FUSING_PAYS_AFTER_STEPS
-    return is_long and not missing_for_compile("cuda")
+    return config.loop.minutes is None and total_steps >= FUSING_PAYS_AFTER_STEPS and not missing_for_compile("cuda")
 
 
 def chooses_threads(config: MachineConfig) -> bool:

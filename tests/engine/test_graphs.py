@@ -67,19 +67,23 @@ def test_recorded_updates_equal_others(optimizer, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("task", ["fcmae", "tagging", "distillation"])
+@pytest.mark.parametrize("task", ["fcmae", "tagging", "distillation", "diffusion"])
 def test_recorded_updates_of_each_task_equal_others(task, device):
+    pytest.importorskip("diffusers" if task == "diffusion" else "torch", reason="make install-sdxl")
     kind, setup = small_tasks.make_setup(task)
     found = []
     for recorded in (False, True):
         torch.manual_seed(0)
         machine = {"device": device, "precision": "fp32", "deterministic": False, "cuda_graphs": True}
         optim = {"option": "adamw", "lr": 1e-3}
-        learner = build_bench_run(kind.build(setup), batch_size=small_tasks.BATCH, runtime=machine, optim=optim).learner
+        built = kind.build(setup)
+        if task == "diffusion":
+            built.load_helpers("training")
+        learner = build_bench_run(built, batch_size=small_tasks.BATCH, runtime=machine, optim=optim).learner
         assert (learner.graphs is None) == (device == "cpu")
         learner.graphs = learner.record_updates() if recorded else None
         batch = small_tasks.make_batch(task, setup, device)
-        for number in range(6):
+        for number in range(4):
             torch.manual_seed(number)
             images = torch.randint(0, 256, batch["images"].shape, dtype=torch.uint8).to(device)
             learner.update([batch | {"images": images}])
