@@ -62,10 +62,10 @@ class Part:
     read: Callable[[str], Row | None] = field(default=read_row)
 
     def shorten(self) -> "Part":
-        """Return the part with tiny sizes; of the tests, those of a file are listed."""
+        """Return the part with tiny sizes, and time for a CPU; of the tests, those of a file are listed."""
         if self.read is read_tests:
             return replace(self, words=[*self.words[:-1], "tests/engine/test_graphs.py", "--collect-only"])
-        return replace(self, words=[*self.words, "quick"])
+        return replace(self, words=[*self.words, "quick"], limit_sec=3 * self.limit_sec)
 
 
 # In the order of their worth; the first four take eight minutes at most. No part may take more than four.
