@@ -205,7 +205,7 @@ class TrainTransform:
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with images, which are channels-last if the device makes them."""
-        if batch[IMAGES].dtype == torch.uint8:
+        if self.pool is None or batch[IMAGES].dtype == torch.uint8:
             return batch
         images = cut_images(self.pool.copy, batch[IMAGES], self.pool.most, self._crop.size, self._crop.interpolation)
         return batch | {IMAGES: images}
