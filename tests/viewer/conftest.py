@@ -102,7 +102,7 @@ def assert_accessible(page):
         assert not found.violations_count, f"{scheme}: {found.generate_report()}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
         flags = ["--no-sandbox"] if os.getuid() == 0 else []
