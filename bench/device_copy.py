@@ -4,7 +4,7 @@ python bench/device_copy.py [rows] [quick] [TEXT OF A SETTING]
 
 crops: windows at 224 px, beside a plain copy of one. JPEGs: of 500 x 375, by our decoder on one core of the CPU, beside
 nvJPEG, so the ratio is how many cores are as fast. levels: the mean and the largest difference of their pixels. On a
-CPU, torchvision's decoder stands for nvJPEG.
+machine without a GPU, torchvision's CPU decoder takes the place of nvJPEG.
 """
 
 import sys

@@ -201,12 +201,13 @@ class Pool:
 
     def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
         """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
-        if self.copy is not None or not self.fits(device):
+        if (
+            self.copy is not None
+            or (self._lengths[rows[:: 1 + len(rows) // 1000]] > 0).mean() < _ENOUGH  # of a sample: each step asks
+            or not self.fits(device)
+        ):
             return
-        kept = self._lengths[rows] > 0
-        if kept.mean() < _ENOUGH:
-            return
-        rows = rows[kept]
+        rows = rows[self._lengths[rows] > 0]
         shapes = self._content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
         chosen = shapes.max(axis=1) <= _DEVICE_SIDE
         chosen &= chosen.mean() >= _ENOUGH

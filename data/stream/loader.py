@@ -228,7 +228,7 @@ class TrainStream:
     """
 
     def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
-        self.before_step: Callable[[], Any] = bool
+        self.before_step = lambda: None
         self.prepare = loader.prepare
         self.loader = loader
         self.sampler = sampler

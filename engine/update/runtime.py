@@ -18,7 +18,7 @@ from utils.start import cores_of_others
 
 log = get_logger(__name__)
 
-# runtime.compile=auto compiles a run on a GPU of so many steps or more, or of so many `loop.minutes`. Measured on an
+# runtime.compile=auto compiles a run on a GPU that has at least these steps, or these `loop.minutes`. Measured on an
 # H200, beside CUDA graphs: 41 s of compilation save half of a step of convnextv2_atto at 224 px (6.7 ms), and 21 s a
 # quarter of one of ResNet-18 at 128 px (1.0 ms). Both pay after 90 s of training. On a CPU it saves a third of a step
 # or costs a tenth, by network (docs/benchmarks.md).
