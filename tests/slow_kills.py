@@ -24,6 +24,11 @@ def moment(number, longest_sec, draw):
     return (number + draw.random()) * longest_sec / MOMENTS
 
 
+@pytest.fixture
+def settled():
+    """Files count as old after two seconds here, too, as in the processes that are killed."""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Return a folder with a tagger and images, one with a line feed in its name and one that is damaged."""
