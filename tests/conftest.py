@@ -58,10 +58,12 @@ def log(caplog, monkeypatch):
     return caplog
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
     """Runs within the test's process draw no plots/curves.png."""
-    monkeypatch.setattr("utils.record.plots.plot_curves", draw_nothing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.record.plots.plot_curves", draw_nothing)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ from tests.small_tasks import BATCH, make_batch, make_setup
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda", 0)
-STEPS = 2
+STEPS = 1  # before and after a reload
 _VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
 _FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
 # CUDA kernels that refuse two floating-point dtypes where the fake ones do not.

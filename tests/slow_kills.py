@@ -16,7 +16,7 @@ from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils.io.memo import file_version
 from utils.io.weights import read_weights, write_weights
 
-MOMENTS = 3  # at which each command and run is killed; more of them find rarer faults
+MOMENTS = 2  # at which each command and run is killed; more of them find rarer faults
 
 
 def moment(number, longest_sec, draw):

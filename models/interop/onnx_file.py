@@ -53,32 +53,29 @@ def export_onnx(model: ImageModel, metadata: Values, path: Path, precision: str,
             "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
     samples = _draw_samples(metadata["preprocessing"])
+    programs: dict[str, torch.onnx.ONNXProgram] = {}  # by precision: a trace takes nearly all of the time
+
+    def write_and_compare(model: ImageModel, precision: str) -> tuple[float, float]:
+        form = to_fp16(to_inference_form(model)) if precision == "fp16" else to_inference_form(model)
+        if precision not in programs:
+            programs[precision] = _trace(form, samples[-1])
+        proto = _fill(programs[precision], form)
+        _clean(proto, metadata, model)
+        onnx.checker.check_model(proto)
+        onnx.save(proto, path)
+        return _compare(model, path, samples)
+
     varied = model.with_network(vary_weights(model.network))
     if precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
         # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
-        _, relative = _write_and_compare(varied, metadata, path, samples, "fp32")
+        _, relative = write_and_compare(varied, "fp32")
         refuse_difference(relative, _GRAPH_TOLERANCE, "a copy with varied weights")
     else:
-        _, relative = _write_and_compare(varied, metadata, path, samples, precision)
+        _, relative = write_and_compare(varied, precision)
         refuse_difference(relative, accepted, "a copy with varied weights")
-    absolute, relative = _write_and_compare(model, metadata, path, samples, precision)
+    absolute, relative = write_and_compare(model, precision)
     refuse_difference(relative, accepted, "ONNX Runtime")
     return absolute
-
-
-def _write_and_compare(
-    model: ImageModel, metadata: Values, path: Path, samples: Sequence[Tensor], precision: str
-) -> tuple[float, float]:
-    """Write a model's file, traced with the last sample; returns the result of `_compare`."""
-    traced = to_inference_form(model)
-    if precision == "fp16":
-        traced = to_fp16(traced)
-    with SumsInFloat32():
-        proto = _trace(traced, samples[-1])
-    _clean(proto, metadata, model)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
-    return _compare(model, path, samples)
 
 
 def _draw_samples(preprocessing: Values) -> list[Tensor]:
@@ -88,13 +85,13 @@ def _draw_samples(preprocessing: Values) -> list[Tensor]:
     return [torch.rand(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
 
 
-def _trace(model: ImageModel, sample: Tensor) -> onnx.ModelProto:
-    """Return the graph of a model for any batch size."""
+def _trace(model: ImageModel, sample: Tensor) -> torch.onnx.ONNXProgram:
+    """Return the graph of a model for any batch size, before constants are folded."""
     inputs = (model.form.to_input(sample),)
     sizes = {"images": {0: torch.export.Dim("batch")}}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), SumsInFloat32():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change
-        program = torch.onnx.export(
+        return torch.onnx.export(
             model,
             inputs,
             dynamo=True,
@@ -102,9 +99,21 @@ def _trace(model: ImageModel, sample: Tensor) -> onnx.ModelProto:
             input_names=[model.form.input],
             output_names=list(model.form.outputs),
             dynamic_shapes=sizes,
+            optimize=False,
             verbose=False,
         )
-    return program.model_proto
+
+
+def _fill(program: torch.onnx.ONNXProgram, model: ImageModel) -> onnx.ModelProto:
+    """Return a traced graph with the weights of a model, and its constants folded."""
+    traced = program.model
+    program.model = traced.clone()
+    names = traced.graph.initializers
+    program.apply_weights({name: tensor for name, tensor in model.state_dict().items() if name in names})
+    program.optimize()
+    proto = program.model_proto
+    program.model = traced
+    return proto
 
 
 def _clean(proto: onnx.ModelProto, metadata: Values, model: ImageModel) -> None:

@@ -55,10 +55,6 @@ def test_sharded_equals_replicated(case, collection, tmp_path):
     fsdp.test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path)
 
 
-def test_sharded_killed_and_resumed(collection, tmp_path):
-    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, more=[FSDP], ranks=2)
-
-
 # --- what takes long in any form
 
 
@@ -85,7 +81,7 @@ def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
 LEGS = [(2, "ddp"), (3, "fsdp"), (1, "ddp")]
 
 
-@pytest.mark.parametrize("case", ["fcmae", "multicrop", "classification optim=adan"])
+@pytest.mark.parametrize("case", ["fcmae", "classification optim=adan"])
 def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case, collection, tmp_path):
     """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
     task, *settings = case.split()
@@ -126,18 +122,6 @@ def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, toleranc
     run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=last", "runtime.threads=1"], tmp_path)
 
 
-@needs_compiler
-def test_compiled_unit_by_unit(collection, tmp_path):
-    settings = ["loop.total_steps=3", "loop.batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
-    for compiles in ("false", "true"):
-        overrides = common("classification", collection, tmp_path / compiles, *settings, f"runtime.compile={compiles}")
-        started = start("finetune.py", overrides, tmp_path, 2)
-        assert started.wait(500) == [0, 0]
-        assert ("compiling the task" in started.output) is (compiles == "true")
-    losses = [[row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")] for way in ("false", "true")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_torchrun_restarts_what_was_killed(collection, tmp_path):
     """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
     settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",
@@ -174,16 +158,15 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
 
 
 def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
-    """With replicated and with sharded parameters; the run after it is the same up to summation order."""
+    """With sharded parameters; the run after it is the same up to summation order."""
     folder, base = searched
     run_here("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
     one = read_json(folder / "one/lr_finder.json")
-    for name in ("ddp", "fsdp"):
-        run("finetune.py", [*base, *SEARCH, f"runtime.parallel={name}", f"run_dir={folder}/{name}"], folder, ranks=2)
-        other = read_json(folder / name / "lr_finder.json")
-        assert other["taken"] == one["taken"]
-        assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
-        assert_same_rows(folder / "one", folder / name, 1e-3)
+    run("finetune.py", [*base, *SEARCH, FSDP, f"run_dir={folder}/fsdp"], folder, ranks=2)
+    other = read_json(folder / "fsdp/lr_finder.json")
+    assert other["taken"] == one["taken"]
+    assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
+    assert_same_rows(folder / "one", folder / "fsdp", 1e-3)
 
 
 def test_one_head_on_any_number_of_ranks(tmp_path):
@@ -199,13 +182,16 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
 
 
 @needs_compiler
-def test_a_compiled_run_on_two_ranks_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
+def test_a_compiled_run_of_two_shards_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
+    """FSDP compiles unit by unit."""
     settings = ["loop.total_steps=4", "loop.batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
-    compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST)
+    compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST, FSDP)
     started = start(SCRIPTS[task], compiled, tmp_path, ranks=2)
     assert started.wait(500) == [0, 0], started.output[-3000:]
-    assert "compiling" in started.output
+    assert "compiling the task" in started.output
     run(SCRIPTS[task], common(task, collection, tmp_path / "eager", *settings), tmp_path)
+    losses = [[row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")] for way in ("compiled", "eager")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
     found, expected = (checkpoint_tensors(tmp_path / name, 4) for name in ("compiled", "eager"))
     assert found.keys() == expected.keys()
@@ -216,6 +202,6 @@ def test_a_compiled_run_on_two_ranks_leaves_the_files_of_an_eager_one(collection
         assert load_file(tmp_path / "compiled/weights" / file.name).keys() == load_file(file).keys()
     run("evaluate.py", [f"run_dir={tmp_path}/compiled", "weights=ema", "runtime.threads=1"], tmp_path)
     # An eager float32 rank goes on from it.
-    more = [text for text in compiled if text not in FAST and not text.startswith("loop.total_steps")]
+    more = [text for text in compiled if text not in (*FAST, FSDP) and not text.startswith("loop.total_steps")]
     allowed = ["loop.total_steps=6", "resume_allow=[runtime.precision,runtime.deterministic]"]
     assert "at step 4" in run(SCRIPTS[task], [*more, *allowed], tmp_path)
