@@ -1,4 +1,4 @@
-"""The embedded collection, an eighth of it: literal counts, properties of rows, drawn by two processes at once, refusals."""
+"""An eighth of the embedded collection: literal counts, properties of rows, drawn by two processes, refusals."""
 
 import hashlib
 import shutil
