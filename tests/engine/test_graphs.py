@@ -20,7 +20,7 @@ OPTIMIZERS = {
 def make_learner(optimizer, device, *, recorded):
     """A learner of a network with drop path and mixed images, whose updates are recorded or not."""
     torch.manual_seed(0)
-    task = make_task("resnet10t", 32)
+    task = make_task("test_resnet", 32)
     mixes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 0.8}
     task.mixing = Mixing(MixingConfig(**mixes))
     task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
