@@ -17,7 +17,7 @@ from utils.config.bounds import (
     Positive,
     Seed,
     Share,
-    Side,
+    SizeHW,
 )
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
@@ -30,7 +30,7 @@ class PhaseConfig(Strict):
     """A `fraction` of a run's updates at another size: of images, or of the areas of buckets."""
 
     fraction: Share
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    image_size_hw: SizeHW | None = None
     areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
 
 

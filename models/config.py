@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from utils.config.bounds import BelowOne, Count, Factor, Side, Width
+from utils.config.bounds import BelowOne, Count, Factor, SizeHW, Width
 from utils.config.schema import Strict
 
 
@@ -54,7 +54,7 @@ class TimmConfig(Strict):
     name: str = Field(min_length=1)
     in_channels: Width
     drop_path_rate: BelowOne | None
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    image_size_hw: SizeHW | None = None
     channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None = None
     pretrained: Pretrained = "auto"
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from utils.config.bounds import Fraction, Share, Side
+from utils.config.bounds import Fraction, Share, SizeHW
 from utils.config.schema import Strict
 from utils.io.files import Json
 
@@ -53,7 +53,7 @@ class AugmentConfig(Strict):
     the image a little. `color_jitter` changes brightness, contrast, saturation and hue in this order, and rounds once.
     """
 
-    image_size_hw: Annotated[list[Side], _Pair]
+    image_size_hw: SizeHW
     pad: Literal["none", "square"]  # square, also in evaluation: the whole image, centred on a square of the background
     affine: AffineConfig | None  # acts on the decoded image; its cost grows with the image size
     fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers

@@ -26,6 +26,7 @@ log = get_logger(__name__)
 _EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
 _MOST_GRAPHS = 16  # one for each bucket of SDXL's
 _MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
+Prepare = Callable[[Batch], Batch]  # of `Learner`
 _MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
 
 
@@ -65,8 +66,8 @@ class UpdateGraphs:
         self._pool = None  # the memory of the graphs, which they share, because one is replayed after another
         self.recorded: dict[Any, _Recorded] = {}
 
-    def update(self, batch: Batch, progress: float, values: GroupValues, prepare: Any) -> StepResult | None:
-        """Make an update by a graph; None if it has to be made without one. prepare: of `Learner`."""
+    def update(self, batch: Batch, progress: float, values: GroupValues, prepare: Prepare) -> StepResult | None:
+        """Make an update by a graph; None if it has to be made without one."""
         if self._groups is not self.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
             self._reset()
         if self.is_off:
@@ -86,7 +87,7 @@ class UpdateGraphs:
             self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _find(self, batch: Batch, values: GroupValues, prepare: Any) -> _Recorded | None:
+    def _find(self, batch: Batch, values: GroupValues, prepare: Prepare) -> _Recorded | None:
         """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         frozen = tuple(is_frozen(group, self.optimizer.update) for group in self._groups)

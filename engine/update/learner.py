@@ -4,7 +4,7 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -15,7 +15,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from engine.update.batch_size import MicroBatches
-from engine.update.graphs import UpdateGraphs, fuse_layers
+from engine.update.graphs import Prepare, UpdateGraphs, fuse_layers
 from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.update.runtime import Runtime, choose_compile, choose_fused
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
@@ -60,7 +60,7 @@ class Learner:
         self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
             _offload(task, self.model)
-        self.prepare: Callable[[Batch], Batch] = dict
+        self.prepare: Prepare = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         for group in groups:

@@ -74,8 +74,9 @@ def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> boo
 
 
 def choose_fused(config: TrainingConfig, total_steps: int) -> bool:
-    """Return whether to compile some layers of a task whose updates are recorded."""
-    return config.loop.minutes is None and total_steps >= FUSING_PAYS_AFTER_STEPS and not missing_for_compile("cuda")
+    """Return whether to compile some layers of a task whose updates are recorded; runtime.compile=false forbids it."""
+    pays = config.loop.minutes is None and total_steps >= FUSING_PAYS_AFTER_STEPS
+    return config.runtime.compile and pays and not missing_for_compile("cuda")
 
 
 def chooses_threads(config: MachineConfig) -> bool:

@@ -73,8 +73,9 @@ def test_a_run_is_compiled_where_that_pays_and_what_is_missing_is_named(device, 
         assert not chooses_compile(device, least, **off)
     with refuses("^runtime.compile: true needs ") if missing else nullcontext():
         assert chooses_compile(device, 1, compile=True)
-    unlimited = SimpleNamespace(loop=SimpleNamespace(minutes=None))
-    assert [choose_fused(unlimited, steps) for steps in (9, 10**6)] == [False, not missing_for_compile("cuda")]
+    for compiles, steps, pays in (("auto", 9, False), ("auto", 10**6, True), (False, 10**6, False)):
+        unlimited = SimpleNamespace(loop=SimpleNamespace(minutes=None), runtime=SimpleNamespace(compile=compiles))
+        assert choose_fused(unlimited, steps) == (pays and not missing_for_compile("cuda"))
 
 
 @pytest.fixture

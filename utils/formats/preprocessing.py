@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from utils.config.bounds import Side
+from utils.config.bounds import SizeHW
 from utils.formats.background import DEFAULT, Background, background_levels, background_rgb
 
 # Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
@@ -51,7 +51,7 @@ class Preprocessing(Decoding):
     """How a file becomes a network's input."""
 
     channels: Literal[1, 3]
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    image_size_hw: SizeHW
     interpolation: Literal["bilinear", "bicubic"]
     pad: Literal["none", "square"] = "none"
     eval_resize: Literal["crop", "squash"] = "crop"
