@@ -75,6 +75,24 @@ def read_chain(run: Path) -> list[Json]:
     return links
 
 
+def read_verdict(run: Path, facts: Values) -> Json:
+    """Return audit.json if the audited links have the weights with these metadata, as the chain still has them.
+
+    Else nothing, with a warning: the run has gone on, or the weights are others.
+    """
+    file = run / AUDIT_FILE
+    if not file.is_file():
+        return {}
+    verdict = read_json(file)
+    has_weights = False
+    for link in read_chain(run):
+        has_weights |= facts.get("weights_hash") in [one[:16] for one in link["hashes"]]
+        if has_weights and head_of([link]) == verdict["chain"]:
+            return verdict
+    log.warning("%s does not cover these weights: audit the run again", file)
+    return {}
+
+
 def add_link(run: Path, checkpoint: Path) -> None:
     """Keep a checkpoint, and append its link, which replaces those of an earlier continuation."""
     size = 0

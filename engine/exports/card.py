@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from engine.audit.chain import AUDIT_FILE
+from engine.audit.chain import read_verdict
 from engine.exports.format import Format
 from engine.exports.results import read_results
 from engine.exports.weights import Weights
@@ -68,8 +68,8 @@ class Card:
         results = read_results(Path(place or ""), self.metadata.get("weights_hash"))
         lines = [*self._introduce(), *self._describe_training(), *_show_results(results, self.thresholds)]
         lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
-        for proof in Path(place or "").glob(AUDIT_FILE):
-            lines += ["", "## Proof", "", *_list(read_json(proof))]
+        if verdict := read_verdict(Path(place or ""), self.metadata):
+            lines += ["", "## Proof", "", *_list(verdict)]
         if results and (place / _SAMPLES).is_file():
             shutil.copy(place / _SAMPLES, folder / "samples.png")
             lines += ["", "![samples](samples.png)"]

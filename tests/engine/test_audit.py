@@ -1,5 +1,6 @@
 """The chain of a run: an honest run is equal, also killed and resumed by another command; forgeries are caught."""
 
+import json
 import shutil
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
@@ -60,6 +61,11 @@ def audit(place, *words):
     return run("evaluate", ["job=audit", "verify=9", *words], place)
 
 
+def read_card(place, *words):
+    run("export", ["format=safetensors", "run_dir=run", *words], place)
+    return (place / "run/export/safetensors/README.md").read_text()
+
+
 def edit_weights(place, by):
     """Change a weight of the last checkpoint, and write its link as if it were honest."""
     file = place / "run/audit/step_00000004/weights.safetensors"
@@ -71,12 +77,16 @@ def edit_weights(place, by):
     links.write_text(text.replace("NEW", hash_tensors(tensors)))
 
 
-def test_all_segments_of_a_run_that_was_killed_and_resumed_are_equal(place):
-    assert [link["checkpoint"][-1] for link in chain.read_chain(place / "run")] == ["0", "2", "3", "4"]
+def test_all_segments_are_equal_and_the_card_says_so_of_audited_weights_alone(place):
+    links = chain.read_chain(place / "run")
+    assert [link["checkpoint"][-1] for link in links] == ["0", "2", "3", "4"]
     audit(place, "run_dir=run")
-    run("export", ["format=safetensors", "run_dir=run"], place)
-    card = (place / "run/export/safetensors/README.md").read_text()
-    assert chain.head_of(chain.read_chain(place / "run")) in card and card.count("equal") == 3
+    heads = chain.head_of(links), links[3]["previous"]
+    assert read_card(place).count("equal") == 3 and heads[0] in read_card(place)
+    train(place, [*WORDS, "loop.total_steps=6"])
+    assert "Proof" not in read_card(place, "weights=last")
+    (place / "run/audit.json").write_text(json.dumps({"chain": heads[1]}))  # of an audit after step 3
+    assert heads[1] in read_card(place, "weights=run/audit/step_00000003")
 
 
 @pytest.mark.parametrize(
