@@ -98,26 +98,26 @@ LOST = [*SAVES, "loop.checkpoint_mirror=s3://runs"]  # the disk is lost with eac
 
 
 @pytest.mark.parametrize(
-    ("task", "words", "steps", "longest_sec", "number"),
+    ("task", "words", "steps", "longest_sec", "number", "ranks"),
     [
-        ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15, signal.SIGTERM),
-        ("diffusion", DRAWN, 7, 0.5, signal.SIGTERM),
-        ("classification", RANGE, 100, 0.3, signal.SIGTERM),
-        ("fcmae", SAVES, 30, 0.5, signal.SIGKILL),
-        ("classification", LOST, 40, 0.5, signal.SIGKILL),
+        ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15, signal.SIGTERM, 1),
+        ("diffusion", DRAWN, 7, 0.5, signal.SIGTERM, 1),
+        ("classification", RANGE, 100, 0.3, signal.SIGTERM, 1),
+        ("fcmae", SAVES, 30, 0.5, signal.SIGKILL, 1),
+        ("classification", LOST, 40, 0.5, signal.SIGKILL, 2),
     ],
 )
-def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, number, tmp_path, store):
+def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, number, ranks, tmp_path, store):
     """It leaves within seconds, and its rows and weights are those of an undisturbed run."""
     data = support.make_collection(tmp_path / "data")
     script = support.SCRIPTS[task]
     overrides = support.common(task, data, "run", *OFTEN, f"loop.total_steps={steps}", *words)
     store.makedirs("runs", exist_ok=True)
     place = {"AWS_ENDPOINT_URL": store.endpoint_url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    support.run(script, [*overrides, "run_dir=straight"], tmp_path, variables=place)
+    support.run(script, [*overrides, "run_dir=straight"], tmp_path, ranks, variables=place)
     draw, seconds, statuses = random.Random(task), [], []
     for part in range(2 * MOMENTS if words is LOST else MOMENTS):
-        started = support.start(script, overrides, tmp_path, variables=place)
+        started = support.start(script, overrides, tmp_path, ranks, variables=place)
         marks = ("train loss", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
         while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
             time.sleep(0.01)
@@ -128,7 +128,7 @@ def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, 
         seconds.append(time.monotonic() - began)
         if words is LOST:
             shutil.rmtree(tmp_path / "run")
-    support.run(script, overrides, tmp_path, variables=place)
+    support.run(script, overrides, tmp_path, ranks, variables=place)
     ended = -signal.SIGKILL if number == signal.SIGKILL else 75
     assert set(statuses[1:]) <= {0, ended} and ended in statuses and max(seconds) < 5, seconds
     support.assert_same_rows(tmp_path / "straight", tmp_path / "run")

@@ -63,12 +63,12 @@ class Card:
 
     def write(self, folder: Path, more: str = "") -> None:
         """Write README.md, and for SDXL a picture of samples. more: Markdown to append."""
-        run = self.weights.run
-        place = Path(self.run_dir) if self.run_dir else run and run.path
-        results = read_results(Path(place or ""), self.metadata.get("weights_hash"))
+        place = Path(self.run_dir or getattr(self.weights.run, "path", ""))
+        digest = self.metadata.get("weights_hash")
+        results = read_results(place, digest)
         lines = [*self._introduce(), *self._describe_training(), *_show_results(results, self.thresholds)]
         lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
-        if verdict := read_verdict(Path(place or ""), self.metadata):
+        if verdict := read_verdict(place, digest):
             lines += ["", "## Proof", "", *_list(verdict)]
         if results and (place / _SAMPLES).is_file():
             shutil.copy(place / _SAMPLES, folder / "samples.png")
