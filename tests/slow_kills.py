@@ -116,7 +116,7 @@ def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, 
     place = {"AWS_ENDPOINT_URL": store.endpoint_url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     support.run(script, [*overrides, "run_dir=straight"], tmp_path, ranks, variables=place)
     draw, seconds, statuses = random.Random(task), [], []
-    for part in range(2 * MOMENTS if words is LOST else MOMENTS):
+    for part in range(ranks * MOMENTS):
         started = support.start(script, overrides, tmp_path, ranks, variables=place)
         marks = ("train loss", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
         while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
@@ -126,7 +126,7 @@ def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, 
         started.signal(number)
         statuses += started.wait()
         seconds.append(time.monotonic() - began)
-        if words is LOST:
+        if ranks > 1:
             shutil.rmtree(tmp_path / "run")
     support.run(script, overrides, tmp_path, ranks, variables=place)
     ended = -signal.SIGKILL if number == signal.SIGKILL else 75
