@@ -79,7 +79,7 @@ test-python:  ## lint and test on another Python, in an environment of its own: 
 	$(MAKE) test VENV=$(OTHER) PYTHON=$(PYTHON)
 
 test-slow: $(DEV)  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal $$(find tests -name 'slow_*.py') $(MORE)
+	$(PY) -m pytest -n 2 --dist worksteal --timeout=1500 $$(find tests -name 'slow_*.py') $(MORE)
 
 # Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
 APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \

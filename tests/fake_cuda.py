@@ -71,7 +71,7 @@ from engine.update import runtime as runtime_module
 from engine.update.graphs import fuse_layers
 from models import convnextv2 as convnextv2_module
 from models.layers import activate
-from tests.small_tasks import BATCH, make_batch, make_setup
+from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda", 0)
@@ -331,6 +331,7 @@ def find_fault(body, expected):
 
 
 def main():
+    patch_configs()
     for case in sys.argv[1:]:
         row = {"case": case, "error": None, "waits": []}
         try:

@@ -34,7 +34,6 @@ def make_setup(task):
     kind = KINDS[task]
     if task in OF_DIFFUSERS:
         model = read_group(kind.model, "model", "sdxl_tiny")
-        patch_configs()
     config = read_group(kind.config, "task", task, **CHANGES[task])
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)
@@ -48,7 +47,7 @@ def make_setup(task):
 
 
 def patch_configs():
-    """Give the tiny SDXL one layer in place of equal ones in a row: each takes seconds of fake tensors."""
+    """Give the tiny SDXL of this process one layer in place of equal ones: each takes seconds of fake tensors."""
     list_configs, one = sdxl_family.list_configs, {"transformer_layers_per_block": [1] * 3, "layers_per_block": 1}
     sdxl_family.list_configs = lambda **size: (found := list_configs(**size)) | {"unet": found["unet"] | one}
 
