@@ -87,7 +87,7 @@ APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/a
 
 test-slurm: $(DEV)  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing
 	$(call APT,sbatch,slurm-wlm munge)
-	$(PY) -m pytest -n 2 --dist loadfile -rs tests/slurm
+	$(PY) -m pytest -n 2 --dist loadfile --timeout=1500 -rs tests/slurm
 
 # ONNX Runtime for browsers, which export.py format=page would fetch itself; its version is in models/interop/page.py.
 # Without npm's registry, its test is skipped, and says so.

@@ -247,7 +247,7 @@ class Started:
     def __init__(self, processes, output):
         self.processes, self._output = processes, output
 
-    def wait(self, timeout=240):
+    def wait(self, timeout=500):
         """Wait for all; returns their exit codes."""
         for process in self.processes:
             process.join(timeout)
@@ -304,7 +304,7 @@ def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, variables=
     return started.output
 
 
-def command(*arguments, cwd=ROOT, timeout=300, **variables):
+def command(*arguments, cwd=ROOT, timeout=500, **variables):
     """Run a real command of the virtual environment (`python`, `torchrun`) as a user would."""
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}

@@ -24,7 +24,7 @@ from pathlib import Path
 CPUS, MEMORY_MIB, GRACE_SEC = 4, 8000, 10
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "sbatch")
 _HOSTS = Path("/etc/hosts")
-_START_SEC = 60.0
+_START_SEC = 240.0
 
 # `cred_expire` is what a requeued job waits before it may start again, 120 s by default. Without
 # preempt_send_user_signal a preempted job gets SIGTERM only. SlurmdTimeout, how long a node may be silent, outlasts a
@@ -122,7 +122,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End jobs and daemons, and take the nodes' names away again."""
-        subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=20)
+        subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=60)
         time.sleep(0.5)
         for daemon in (*(f"slurmd-{name}" for name in self.names), "slurmctld", "munged"):
             self._kill(daemon, signal.SIGTERM)

@@ -16,6 +16,7 @@ TRAINING = [
     "loop.checkpoint_every_steps=100", "data=image_folder", "optim.lr=0.01",
 ]  # fmt: skip
 TWO_NODES = ["launch.nodes=2", "launch.gpus_per_node=0"]
+WAIT_SEC = 600  # for what comes within seconds on an idle machine: beside other tests, a start alone takes minutes
 
 
 class Submission:
@@ -25,7 +26,7 @@ class Submission:
         self.cluster, self.place = cluster, folder
         done = subprocess.run(
             [sys.executable, str(ROOT / "submit/slurm.py"), *words], cwd=folder, env=cluster.environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=WAIT_SEC,
         )  # fmt: skip
         self.said = done.stdout
         assert done.returncode == status, self.said
@@ -40,7 +41,7 @@ class Submission:
 
     def wait_for(self, *ends):
         """Wait for the end of the jobs, each with (status, restarts)."""
-        wait_until(lambda: len(self.ends) == len(ends), f"the end:\n{self.story()}", 240)
+        wait_until(lambda: len(self.ends) == len(ends), f"the end:\n{self.story()}")
         assert list(self.ends.values()) == list(ends), self.story()
 
     def story(self):
@@ -49,7 +50,7 @@ class Submission:
         lines = [line for log in logs for line in log.splitlines() if "train loss" not in line]
         return "\n".join([*lines, (self.cluster.folder / "log/slurmctld.log").read_text()])
 
-    def wait_until(self, found, what, seconds=90):
+    def wait_until(self, found, what):
         """Wait until `found()` holds, while the jobs go on."""
 
         def is_there():
@@ -57,7 +58,7 @@ class Submission:
             assert there or not self.ends, self.story()
             return there
 
-        wait_until(is_there, what, seconds)
+        wait_until(is_there, what)
 
     def wait_for_step(self, step):
         file = self.place / "run/metrics.jsonl"
@@ -68,9 +69,9 @@ class Submission:
         return "".join(file.read_text() for file in self.folder.glob(f"logs/*_{task}_log.out"))
 
 
-def wait_until(found, what, seconds=90):
+def wait_until(found, what):
     """Wait until `found()` holds."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + WAIT_SEC
     while not found():
         assert time.monotonic() < until, f"waited for {what}"
         time.sleep(0.2)

@@ -1,7 +1,6 @@
 """No interruption costs a step: signals, preemption, time limits, lost ranks and nodes, on a SLURM of two nodes."""
 
 import re
-import time
 
 import pytest
 
@@ -51,9 +50,7 @@ def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(c
     for task, node in enumerate(cluster.names):
         assert f"[{node}, task {task}] " in submission.log(task)
 
-    started = time.monotonic()
     ask(cluster, "srun", "--partition=main", "--nodes=2", "--exclusive", "true")
-    assert time.monotonic() - started < 30
     wait_for_resumption(2)
 
     for number, (lose, node) in enumerate([(cluster.kill_node, second), (cluster.lose_node, first)], start=3):

@@ -62,4 +62,5 @@ def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):
     words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
     output = Submission(cluster, tmp_path, ["launch.sbatch={partition:none}", *words], status=2).said
     assert re.search(r"launch: SLURM refuses the job: .*[Ii]nvalid partition", output), output
-    assert "Traceback" not in output and ask(cluster, "squeue", "-h") == ""
+    assert "Traceback" not in output
+    assert str(tmp_path) not in ask(cluster, "squeue", "-h", "-o", "%Z")

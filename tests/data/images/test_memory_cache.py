@@ -162,7 +162,7 @@ def test_two_ranks_share_one_pool():
     ranks = [FORK.Process(target=rank_of_two, args=(rank, end, found)) for rank, end in enumerate(FORK.Pipe())]
     for process in ranks:
         process.start()
-    assert [found.get(timeout=60) for _ in ranks] == [[0, 1], [0, 1]]
+    assert [found.get(timeout=240) for _ in ranks] == [[0, 1], [0, 1]]
     for process in ranks:
         process.join()
 

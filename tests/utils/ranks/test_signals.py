@@ -16,7 +16,7 @@ with signals.StopRequest() as stop:
 
 def run(code):
     """Return the exit status and what was said."""
-    done = command("python", "-c", BEGIN + code, timeout=60)
+    done = command("python", "-c", BEGIN + code)
     return done.returncode, done.stderr
 
 
