@@ -2,6 +2,7 @@
 
     python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
     python tests/fake_cuda.py faults                            planted faults that must be found
+    python tests/fake_cuda.py PART ...          parts of bench/gpu.py, with tiny sizes, that read no files
 
 Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
 operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry
@@ -17,8 +18,10 @@ optimiser kernels, which have no fake form.
 import contextlib
 import ctypes
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -61,6 +64,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.gpu import PARTS
 from bench.measure import build_bench_run
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
@@ -72,10 +76,12 @@ from engine.update.graphs import fuse_layers
 from models import convnextv2 as convnextv2_module
 from models.layers import activate
 from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
+from utils.config.help import ROOT
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda", 0)
 STEPS = 1  # before and after a reload
+IDLE = "manual_seed", "reset_peak_memory_stats", "synchronize", "empty_cache"  # of torch.cuda
 _VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
 _FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
 # CUDA kernels that refuse two floating-point dtypes where the fake ones do not.
@@ -168,6 +174,13 @@ class HostArrays(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Generator(torch.Generator):
+    """One of the host: that of a device asks the driver."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 def _apply(self, fn, recurse=True):
     """Replace nn.Module._apply: torch cannot move parameters without memory in place."""
     for module in self.modules():
@@ -195,11 +208,16 @@ def fake_gpu():
         (torch._C, "_select_conv_backend", select_conv_backend),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=2**37)),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-        (torch.cuda, "manual_seed", lambda _: None),
-        (torch.cuda, "reset_peak_memory_stats", lambda _: None),
+        *((torch.cuda, name, lambda *_: None) for name in IDLE),
+        (torch.cuda, "memory_allocated", lambda *_: 0),
+        (torch.cuda, "max_memory_allocated", lambda *_: 2**30),
         (torch.cuda, "Event", mock.MagicMock),
+        (torch.cuda, "CUDAGraph", mock.MagicMock),
+        *((torch.cuda, name, mock.MagicMock()) for name in ("graph", "Stream", "stream", "current_stream")),
+        (torch, "Generator", Generator),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (runtime_module, "missing_for_compile", lambda _: []),
@@ -279,6 +297,15 @@ def run_case(task, optim, precision):
         return device.waits, device.map_copies
 
 
+def rehearse(part):
+    """Run a part of bench/gpu.py with tiny sizes; returns how many rows it prints."""
+    words = part.shorten().words
+    printed = io.StringIO()
+    with fake_gpu(), mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(printed):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    return sum(part.read(line) is not None for line in printed.getvalue().splitlines())
+
+
 def score_tags(counts, vocabulary):
     """Stand for TagScores: no tag has a positive where all arrays are zeros."""
     with contextlib.suppress(UserError):
@@ -337,6 +364,8 @@ def main():
         try:
             if case == "faults":
                 row["waits"] = [name for name, fault in FAULTS.items() if not find_fault(*fault)]  # those missed
+            elif case in PARTS:
+                row["rows"] = rehearse(PARTS[case])
             else:
                 row["waits"], row["map_copies"] = run_case(*case.split(":"))
         except Exception as error:
