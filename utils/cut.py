@@ -4,10 +4,13 @@ Shapes depend on the largest image alone, and the host reads no value, so a CUDA
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_PART_BYTES = 2**26  # of the largest image, once for each image of a part: it takes six times as much while it is cut
 
 
 def cut_images(content: Tensor, windows: Tensor, most: list[int], size_hw: list[int], interpolation: str) -> Tensor:
@@ -18,6 +21,9 @@ def cut_images(content: Tensor, windows: Tensor, most: list[int], size_hw: list[
     largest height and width, and the channels. interpolation: bilinear or bicubic.
     Differs: torch's resize of bytes rounds the weights to other numbers.
     """
+    part = max(1, _PART_BYTES // math.prod(most))
+    if len(windows) > part:
+        return torch.cat([cut_images(content, some, most, size_hw, interpolation) for some in windows.split(part)])
     most_height, most_width, channels = most
     place, stride, height, width, mirrored = windows.unbind(1)
     starts = place[:, None] + torch.outer(stride, torch.arange(most_height, device=content.device))

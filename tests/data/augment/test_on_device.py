@@ -1,6 +1,8 @@
 """Augmentation on the device. Reference equality: torchvision's functions, one image at a time with the same draws.
 Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,15 @@ def test_the_split_of_a_batch_changes_no_bit():
     for sizes in ([1] * 13, [5, 8], [2, 7, 4]):
         pieces = [part.split(sizes) for part in (images, parameters, keys)]
         assert torch.equal(torch.cat([augment.apply(*piece) for piece in zip(*pieces)]), whole)
+
+
+def test_a_batch_of_large_images_is_cut_in_parts(monkeypatch):
+    content = torch.randint(0, 256, (2 * 30 * 40 * 3,), dtype=torch.uint8)
+    windows = torch.tensor([[number * 30, 120, 20, 20 + number, number % 2] for number in range(5)])
+    cut = functools.partial(cut_images, content, windows, [30, 40, 3], SIZE, "bicubic")
+    whole = cut()
+    monkeypatch.setattr("utils.cut._PART_BYTES", 2 * 30 * 40 * 3)
+    assert torch.equal(cut(), whole)
 
 
 def test_nothing_waits_for_the_device():
