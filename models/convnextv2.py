@@ -61,10 +61,8 @@ class Block(nn.Module):
             branch = compiled_activate()(wide, self.pwconv1.bias, self.grn.gamma, self.grn.beta)
         else:
             branch = self.grn(F.gelu(self.pwconv1(branch)))
-        branch = self.drop_path(self.pwconv2(branch))
-        if sites is not None:
-            return x + branch.view(x.shape)
-        return x + branch.permute(0, 3, 1, 2)
+        branch = self.pwconv2(branch)
+        return self.drop_path(x, branch.permute(0, 3, 1, 2) if sites is None else branch.view(x.shape))
 
 
 class ConvNeXtV2(nn.Module):

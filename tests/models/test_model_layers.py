@@ -60,8 +60,8 @@ def test_grn_reduces_in_float32(dtype):
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
     torch.manual_seed(0)
-    drop, x = DropPath(0.3).train(), torch.ones(20_000, 2, 3)
-    y = drop(x)
+    drop, x, branch = DropPath(0.3).train(), torch.full((20_000, 2, 3), 2.0), torch.ones(20_000, 2, 3)
+    y = drop(x, branch) - x
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     assert (y == y[:, :1, :1]).all()
     assert abs(y.mean().item() - 1) < 0.02  # five standard deviations are 0.023
