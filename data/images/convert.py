@@ -17,7 +17,6 @@ UPRIGHT = {
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _PHOTOMETRIC = 0x0106  # a tag of TIFF
 _WHITE_IS_ZERO = 0
-_TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -67,14 +66,14 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, rounding to nearest (Pillow clips at 255), and replace the transparent level.
+    """Take the high byte of 16-bit grey, as browsers do, and Pillow for colours; replace the transparent level.
 
     Raises Unsupported for 32-bit integers that do not fit into 16 bits, because their range is unknown.
     """
     pixels = np.asarray(image)
     if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
         raise Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
-    grey = _TO_EIGHT_BIT[pixels]
+    grey = (pixels >> 8).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int) and colour is not None:
         coloured = np.repeat(grey[..., None], 3, axis=2)

@@ -26,7 +26,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_RULES = 3  # version of conversion and resizing; increment it to invalidate cached images
+_RULES = 4  # version of conversion and resizing; increment it to invalidate cached images
 
 
 def decoder_versions() -> str:

@@ -16,7 +16,7 @@ _DRAFT = """whole = image.size
 image.draft(None, ($shortest_px, $shortest_px))  # a JPEG is decoded at a smaller scale"""
 _UPRIGHT = "image = ImageOps.exif_transpose(image)"
 _TO_EIGHT_BITS = """if image.mode.startswith("I"):  # grey of 16 bits
-    image = Image.fromarray(((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8))"""
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))"""
 _ON_BACKGROUND = """image = image.convert("RGBA")
 canvas = Image.new("RGBA", image.size, $colour)  # the background in training
 image = Image.alpha_composite(canvas, image).convert("RGB").convert("$mode")"""
