@@ -96,6 +96,15 @@ def test_edited_weights_are_caught_in_another_environment_above_the_bound(place,
         audit(place, "run_dir=run")
 
 
+def test_bf16_is_not_judged_in_another_environment(place, monkeypatch):
+    shutil.rmtree(place / "run")
+    train(place, [*WORDS, "runtime.precision=bf16"])
+    edit_weights(place, 1e-8)
+    monkeypatch.setattr(chain, "get_cpu_capability", lambda: "other")
+    with refuses("rounded to 16 bits"):
+        audit(place, "run_dir=run")
+
+
 def test_weights_and_images_are_found_with_the_published_chain_alone_and_a_swapped_image_is_caught(place):
     inside = next((place / "images/train").rglob("*.png"))
     audit(place, "run_dir=run", f"source={inside}")
