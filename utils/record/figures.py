@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from utils.io.files import Values
 
 INK = "#212529"  # the colour of texts in plots and pictures
@@ -79,18 +81,18 @@ def show_rows(rows: Sequence[Values]) -> str:
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 
 
-def interval(name: str, figures: Mapping[str, float]) -> tuple[float, float] | None:
+def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
     """Return the 95 % interval of an evaluation's figure; None if it has none.
 
-    Of top1, top5, ...: Wilson's, of a share of `samples` independent images.
+    Of top1, top5, ...: Wilson's, of a share of `samples` independent images: where (x - share)^2 is 1.96^2 times the
+    variance of x. Importing scipy.stats, which has it, would take a second of each run.
     """
     images = figures.get("samples")
     if not images or name not in figures or not re.fullmatch(r"top\d+", name):
         return None
-    from scipy.stats import binomtest
-
-    found = binomtest(round(figures[name] * images), round(images)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    share = figures[name]
+    spread = 1.96**2 / images
+    return sorted(np.roots([1 + spread, -2 * share - spread, share**2]).tolist())
 
 
 def show_figure(name: str, figures: Mapping[str, float]) -> str:
@@ -98,6 +100,6 @@ def show_figure(name: str, figures: Mapping[str, float]) -> str:
     return f"{show_cell(figures.get(name))}{show_interval(interval(name, figures))}"
 
 
-def show_interval(ends: tuple[float, float] | None) -> str:
+def show_interval(ends: Sequence[float] | None) -> str:
     """Return the interval of a figure as text, or nothing."""
     return "" if ends is None else f" (95 % interval: {ends[0]:.4g} to {ends[1]:.4g})"
