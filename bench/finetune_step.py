@@ -33,7 +33,6 @@ from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, run_bench
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
-from engine.update.graphs import fuse_layers
 from models.config import ModelConfig
 from utils.hardware import missing_for_compile
 
@@ -97,8 +96,6 @@ def our_turn(task, batch, steps, setting):
     }
     loop = {"clip_grad_norm": CLIP, "ema_decay": EMA_DECAY if setting.ema else None}
     run = build_bench_run(task, batch_size=len(batch["weight"]), epoch_steps=steps, runtime=machine, loop=loop)
-    if run.learner.graphs is not None and not setting.compiles_ours:  # as runtime.compile=auto does in a long run
-        fuse_layers(task)
     stream = itertools.repeat([batch])
     return lambda: run.train_one_epoch(stream)
 

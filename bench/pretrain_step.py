@@ -18,7 +18,6 @@ import torch
 from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, repeated, run_bench
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
-from engine.update.graphs import fuse_layers
 from models.config import ConvNeXtV2Config
 from models.fcmae import FCMAE, draw_mask
 
@@ -63,8 +62,6 @@ def stepper(task, batch, precision):
     """Return a function that makes one whole update."""
     machine = {"device": "auto", "precision": precision, "deterministic": False, "cuda_graphs": True}
     run = build_bench_run(task, batch_size=len(batch["weight"]), runtime=machine, loop={"clip_grad_norm": None})
-    if run.learner.graphs is not None:
-        fuse_layers(task)
     return lambda: run.learner.update([batch])
 
 

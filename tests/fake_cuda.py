@@ -72,7 +72,6 @@ from engine.run.checkpoint import copy_to_host
 from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.update import runtime as runtime_module
-from engine.update.graphs import fuse_layers
 from models import convnextv2 as convnextv2_module
 from models.layers import activate
 from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
@@ -271,8 +270,6 @@ def run_case(task, optim, precision):
             },
         )  # fmt: skip
         learner = run.learner
-        if learner.graphs is not None:
-            fuse_layers(network)
         batches = [make_batch(task, setup, DEVICE) for _ in range(2)]
 
         device.strict = True
