@@ -42,7 +42,8 @@ def test_every_png_has_the_pixels_of_the_specification(path):
     pixels, expected = read(path), FIGURES[name_of(path)]
     waves = np.cos(np.arange(pixels[..., 0].size)).reshape(*pixels.shape[:2], 1)
     figures = [*pixels.shape[:2], *pixels.mean((0, 1)), *(pixels * waves).mean((0, 1))]
-    assert pixels.dtype == np.uint8 and figures == pytest.approx(expected, abs=0.5)
+    most = 0.5 if "0g16" in path.name else 0.3  # of 16-bit grey, we take the high byte, where the decoder rounded
+    assert pixels.dtype == np.uint8 and figures == pytest.approx(expected, abs=most)
     grey = read(path, 1)
     assert grey.shape == (*pixels.shape[:2], 1)
     assert np.abs(grey[..., 0] - pixels @ [0.299, 0.587, 0.114]).max() <= 1
