@@ -42,7 +42,7 @@ from engine.judging.measured import Measured, choose_images, list_kept, open_mea
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
-from models.sdxl.sampling import draw_grid
+from sdxl.pictures.sampling import draw_grid
 from utils.config.bounds import Count
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict

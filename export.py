@@ -23,10 +23,10 @@ begin(__doc__)
 from pathlib import Path
 
 from engine.exports.card import REPORT, add_report
-from engine.exports.combined import write_combined
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
 from models.interop.metadata import licence_entry, refuse_licence
+from sdxl.lora.combined import write_combined
 from utils.config.entry_point import Job, entry_point
 from utils.errors import about
 from utils.io.files import refuse_links_out

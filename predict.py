@@ -48,13 +48,13 @@ from data.tools.predictions import (
     stack_rows,
 )
 from engine.config import MachineConfig
-from engine.exports.painter import DrawConfig, draw, open_painter
 from engine.exports.weights import MovedBase, load_predictor
 from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
-from models.sdxl.prompts import read_prompts
-from models.sdxl.sampling import draw_grid
+from sdxl.pictures.painter import DrawConfig, draw, open_painter
+from sdxl.pictures.prompts import read_prompts
+from sdxl.pictures.sampling import draw_grid
 from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict

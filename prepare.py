@@ -27,12 +27,12 @@ from data.tools.check import Check
 from data.tools.copy import Copy
 from data.tools.duplicates import Duplicates
 from data.tools.exclude import Filter
-from data.tools.import_sd_scripts import Import
 from data.tools.machine import Machine
 from data.tools.manifest import Manifest
 from data.tools.pack import Pack
 from data.tools.vocabulary import CollectVocabulary
 from engine.frozen.labels_job import Labels
+from sdxl.import_sd_scripts import Import
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 

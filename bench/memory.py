@@ -20,10 +20,10 @@ from bench.measure import compare_with_goal, run_bench
 from bench.sdxl import CACHED, configure, make_task, prepare, start
 from data.stream.batch import to_device
 from engine.plan import plan_streams
-from engine.recipe.memory import LIBRARIES_GIB, LiveBytes, predict_memory
 from engine.task import Report
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
+from sdxl.memory import LIBRARIES_GIB, LiveBytes, predict_memory
 
 LORA = ["runtime.grad_checkpointing=true", "task.samples.prompts=[a cat]"]
 UNET = [

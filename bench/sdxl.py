@@ -40,13 +40,13 @@ from bench.minute import run_script
 from data.open import Data, load_collection
 from data.stream.batch import to_device
 from engine.run.start import build_task
-from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kinds import training_schema
 from engine.update.runtime import choose_runtime
-from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.family import draw_networks
-from models.sdxl.sampling import scheduler_config
-from models.sdxl.tokenizer import build_tokenizer
+from sdxl.files.checkpoint_files import write_diffusers
+from sdxl.files.family import draw_networks
+from sdxl.files.tokenizer import build_tokenizer
+from sdxl.kind import DiffusionKind
+from sdxl.pictures.sampling import scheduler_config
 from utils.config.entry_point import CONF, validate
 
 BATCH = 4

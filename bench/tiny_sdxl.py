@@ -31,9 +31,9 @@ from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.stream.source import UnreadableImage
 from data.tools.predictions import find_images
-from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.family import VAE_SCALING_FACTOR, draw_networks
-from models.sdxl.tokenizer import build_tokenizer
+from sdxl.files.checkpoint_files import write_diffusers
+from sdxl.files.family import VAE_SCALING_FACTOR, draw_networks
+from sdxl.files.tokenizer import build_tokenizer
 
 Colour = tuple[int, int, int]
 

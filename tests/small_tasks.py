@@ -8,7 +8,7 @@ from engine.tasks.fcmae import patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import ModelConfig
-from models.sdxl import family as sdxl_family
+from sdxl.files import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")

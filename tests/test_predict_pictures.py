@@ -10,12 +10,12 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-import engine.exports.painter
-from models.sdxl.lora import write_kohya
-from tests.engine.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
+import sdxl.pictures.painter
+from sdxl.lora.lora import write_kohya
 from tests.in_process import Killed, run, run_command
-from tests.models.test_sdxl_lora import build_lora, build_networks, vary
-from tests.sdxl import paint
+from tests.sdxl.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
+from tests.sdxl.test_lora import build_lora, build_networks, vary
+from tests.small_sdxl import paint
 
 SIZE = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]
 OWN = {"text": "a dog", "negative": "grey, low: quality", "image_size_hw": [96, 64], "guidance": 3.0, "seed": 7}
@@ -100,7 +100,7 @@ def test_parameters_say_how_brackets_were_read(prompts, caplog):
 
 def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
     words = ["weights=base", "prompts=prompts.yaml", "pictures.seeds=[0,1]"]
-    wanted, made, sample = draw(prompts, "straight", *words), [], engine.exports.painter.sample_pictures
+    wanted, made, sample = draw(prompts, "straight", *words), [], sdxl.pictures.painter.sample_pictures
 
     def fatal(*arguments):
         for picture in sample(*arguments):
@@ -109,7 +109,7 @@ def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
                 raise Killed
             yield picture
 
-    monkeypatch.setattr("engine.exports.painter.sample_pictures", fatal)
+    monkeypatch.setattr("sdxl.pictures.painter.sample_pictures", fatal)
     with pytest.raises(Killed):
         draw(prompts, "killed", *words)
     assert draw(prompts, "killed", *words).keys() == wanted.keys() and len(made) == 4  # the first picture was kept

@@ -18,7 +18,7 @@ from engine.exports.weights import Weights
 from models.interop import snippets
 from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
-from models.sdxl.changes import READERS
+from sdxl.lora.changes import READERS
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import Json, Values, read_json, write_json

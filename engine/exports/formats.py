@@ -18,21 +18,22 @@ from torch import nn
 
 from engine.exports.card import Card
 from engine.exports.format import Format
-from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import Weights, WeightsChoice
 from engine.judging.quantised import quantise
 from models.interop import libraries, page, tag_forms
 from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import refuse_difference
-from models.sdxl import checkpoint_files, lora
-from models.sdxl.family import PARTS
-from models.sdxl.lora_files import adapter_state
-from models.sdxl.names import part_state
-from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
-from models.sdxl.step import decode_to_levels
-from models.sdxl.tokenizer import build_tokenizer
-from models.sdxl.vae import unlike_sdxls
+from sdxl.files import checkpoint_files
+from sdxl.files.facts import modelspec_facts
+from sdxl.files.family import PARTS
+from sdxl.files.names import part_state
+from sdxl.files.networks import Networks, describe, load_networks, load_vae, open_networks
+from sdxl.files.tokenizer import build_tokenizer
+from sdxl.lora import lora
+from sdxl.lora.lora_files import adapter_state
+from sdxl.step import decode_to_levels
+from sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive, Width
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about

@@ -16,13 +16,13 @@ from typing import Annotated
 
 from pydantic import Field, create_model
 
-from engine.tasks.autoencoder import AutoencoderKind
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind, TaskTrainingConfig
 from engine.tasks.tagging import TaggingKind
+from sdxl.autoencoder import AutoencoderKind
+from sdxl.kind import DiffusionKind
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),

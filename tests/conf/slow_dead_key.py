@@ -167,20 +167,20 @@ def run_all(seen, folder):
 PROVED = """
 TrainingConfig: run_dir
 CategoryThresholds: general artist copyright character meta rating     # tests/test_predict_tags.py
-MovedBase: path vae                                 # of every evaluation: tests/engine/test_diffusion_exports.py
-ExportConfig: author description trigger            # tests/engine/test_diffusion_exports.py
+MovedBase: path vae                                 # of every evaluation: tests/sdxl/test_diffusion_exports.py
+ExportConfig: author description trigger            # tests/sdxl/test_diffusion_exports.py
 HubConfig: dry_run private                          # after an export: tests/test_weights_commands.py
-JudgeConfig: weights prompts steps                  # tests/engine/test_judge.py
+JudgeConfig: weights prompts steps                  # tests/sdxl/test_judge.py
 LibraryConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
-AdapterConfig: factor                               # of kind lokr: tests/models/test_sdxl_lora.py
+AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora.py
 PageConfig: host port open token alerts start       # tests/viewer/test_pages.py, test_watch.py, test_start.py
 AlertsConfig: disk_gib command webhook
 ViewConfig: runs
-MaskConfig: source floor normalise                  # tests/engine/test_diffusion.py
-ConceptConfig: mask                                 # with task.mask: tests/data/latents/test_masks.py
-LatentPerceptualConfig: weight min_snr              # tests/models/test_sdxl_perceptual.py
-PictureConfig: image_size_hw steps guidance         # tests/engine/test_diffusion.py
+MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.py
+ConceptConfig: mask                                 # with task.mask: tests/sdxl/test_masks.py
+LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual.py
+PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project                        # tests/utils/record/test_trackers.py
 Audit: run_dir verify source weights                 # tests/engine/test_audit.py
@@ -189,12 +189,12 @@ Stage: leaves                                       # of finished stages: tests/
 SweepConfig: name gpus trials                       # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py
 DistillationTaskConfig: rating_s aliases implications                  # as those of tagging
-NoiseConfig: convert                                # of a base model: tests/engine/test_diffusion_exports.py
+NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
 FCMAETaskConfig: decoder_dim decoder_depth          # to the network: tests/models/test_build.py, test_fcmae.py
 ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale
 AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, test_no_dead_key.py
 DataConfig: validation_fraction on_bad_sidecar corrections table columns       # tests/data
-DataConfig: trigger                                 # tests/engine/test_diffusion_concepts.py
+DataConfig: trigger                                 # tests/sdxl/test_diffusion_concepts.py
 PhaseConfig: *                                      # TrainingConfig.at_phases: tests/engine/test_phases.py
 finetune_sdxl TrainingConfig: init_weights
 finetune_sdxl _LoopConfig: sampling

@@ -12,9 +12,9 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.recipe.prodigy import use_factor
 from tests.door.follow import follow
-from tests.engine.test_lora_combined import LAYER
 from tests.in_process import configure, run
-from tests.sdxl import EPSILON, write_base
+from tests.sdxl.test_lora_combined import LAYER
+from tests.small_sdxl import EPSILON, write_base
 from tests.support import TINY, make_collection, refuses
 from utils.io.weights import read_header
 from utils.record.run_reader import RunReader

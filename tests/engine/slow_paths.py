@@ -9,7 +9,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.exports.formats import FORMATS
 from tests.in_process import SHORT, make_images, run
-from tests.sdxl import write_base
+from tests.small_sdxl import write_base
 from tests.support import TINY
 from utils.io.weights import read_weights
 

@@ -1,1 +1,0 @@
-"""SDXL: noise, targets and weights, conditioning, networks, their files, and LoRA."""

@@ -1,0 +1,300 @@
+"""An autoencoder: the decoder of SDXL's VAE learns the images of a collection, while the encoder stays as it is.
+
+Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
+image in its bucket, in evaluation the whole bucket. Training decodes the mean of the latents: the variance of an
+untrained encoder hides the image. The loss is pixels + weight x perceptual distance; with a discriminator,
+also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
+
+Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
+Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.func import functional_call
+
+from data.collection.collection import Collection
+from data.config import WholeData
+from data.open import Data
+from data.stream.loader import no_fields
+from data.stream.order import Draw, View
+from engine.config import TrainingConfig
+from engine.measures.images import measure_psnr, measure_ssim
+from engine.measures.means import Means
+from engine.measures.top_samples import TopSamples
+from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
+from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
+from sdxl.caches.buckets import BucketConfig, fitted_views
+from sdxl.files.networks import SDXLConfig, describe, open_networks
+from sdxl.kind import BucketedKind, Reading, find_buckets
+from sdxl.perceptual import (
+    PatchDiscriminator,
+    PerceptualConfig,
+    PerceptualNetwork,
+    absolute_error,
+    hinge,
+    pyramid_distance,
+)
+from utils.config.bounds import Count, CountOrZero, Factor, Side
+from utils.config.schema import Strict
+from utils.contracts import Batch, State
+from utils.errors import UserError
+from utils.io.files import Json
+from utils.io.hub import stated_license
+from utils.io.weights import InitFrom
+from utils.ranks import distributed
+from utils.record import pictures
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_STRIDE_PX = 8  # pixels of a latent's side
+_LEAST_PX = 24  # that the discriminator takes
+_WORST = 4  # pictures of an evaluation
+_AMPLIFIED = 4  # times the difference in a picture
+_MOST_ADAPTIVE = 1e4  # as published
+_LEAST_NORM = 1e-4  # as published
+
+
+class DiscriminatorConfig(Strict):
+    """A discriminator of patches.
+
+    weight: its gradient relative to the other losses; 0 turns it off. start_step: the first step that uses it.
+    """
+
+    weight: Factor
+    start_step: CountOrZero | None
+
+
+class AutoencoderTaskConfig(TaskConfig):
+    """The VAE's decoder. crop_px: of training."""
+
+    name: Literal["autoencoder"]
+    perceptual: PerceptualConfig
+    discriminator: DiscriminatorConfig
+    crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
+    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
+    buckets: BucketConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.discriminator.weight and self.discriminator.start_step is None:
+            raise ValueError(
+                "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
+                "good without it, such as 2000, or task.discriminator.weight=0.0"
+            )
+        return self
+
+    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
+        """Return the configuration with the values of the VAE."""
+        return config.model_copy(update={"model": config.model.settled()})
+
+    def check_run(self, config: TrainingConfig) -> None:
+        """Raise ValueError if two settings exclude each other."""
+        if config.loop.sampling != "shuffled":
+            raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
+        if config.init_from is not None:
+            raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
+        if self.discriminator.weight and config.runtime.parallel == "fsdp":
+            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
+
+
+class AutoencoderTask(Task):
+    """Own the VAE, the perceptual network and the discriminator, as far as the configuration has them."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        config = setup.task
+        self._config = config
+        self._model = setup.model
+        self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
+        self.vae = open_networks(setup.model, ("vae",))["vae"]
+        self.vae.encoder = self.vae.quant_conv = None
+        self.trained = self.exported = self.averaged = ("vae.decoder", "vae.post_quant_conv")
+        self.helpers = ("vae.encoder", "vae.quant_conv", "perceptual")
+        for name, parameter in self.vae.named_parameters():
+            if name.endswith("to_k.bias"):  # softmax cancels it: Adam would make steps of the gradient's rounding
+                parameter.requires_grad_(False)
+        self.perceptual = self.discriminator = None
+        player = config.discriminator
+        if player.weight:
+            self.discriminator = PatchDiscriminator()
+            self.trained = (*self.trained, "discriminator")
+            last = self.vae.decoder.conv_out.weight
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("balance", torch.zeros(()))
+            # Of this step: the last layer's gradients of both losses, summed over samples, and the samples' weights.
+            self.register_buffer("pull", torch.zeros(2 * last.numel() + 1))
+
+    def load_helpers(self, use: Use) -> None:
+        """Load the frozen encoder, and the perceptual network unless for an export."""
+        whole = open_networks(self._model, ("vae",), frozen=True)["vae"]
+        self.vae.encoder = whole.encoder
+        self.vae.quant_conv = whole.quant_conv
+        if self._config.perceptual.network is not None and use != "export":
+            self.perceptual = PerceptualNetwork(self._config.perceptual)
+            self.perceptual.load()
+
+    def initialise(self, source: InitFrom | None) -> None:
+        """Keep the VAE of the base model, and set `origin` to its description."""
+        model = self._model
+        if path := model.vae or model.path:
+            licence = stated_license(path) if model.vae else describe(path)["license"]
+            self.origin = {"source": path, "layout": "VAE", "license": licence}
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
+        """Return each sample's loss, the discriminator's included."""
+        images = _to_levels(batch["images"])
+        decoded = self._decode(self._encode(images))
+        loss, parts = self._compare(images, decoded)
+        if self.discriminator is not None and torch.is_grad_enabled():
+            player = self._config.discriminator
+            theirs, judged = self._play(images, decoded)
+            self._note_gradients(loss, theirs, batch["weight"])
+            parts |= {"fooled": theirs, "discriminator": judged}
+            added = player.weight * self.balance * theirs + judged
+            loss = loss + added.where(self.updates >= player.start_step, 0.0)
+        return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Return the mean of the latents, float32, as the caches of latents have it."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vae.encode(images).latent_dist.mean
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return images, float32; a VAE that overflows in float16 (`force_upcast`) decodes in float32."""
+        device = latents.device.type
+        overflows = torch.get_autocast_dtype(device) == torch.float16 and self.vae.config.force_upcast
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not overflows):
+            return self.vae.decode(latents).sample.float()
+
+    def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, State]:
+        """Return the loss of each image [B] without the players', and its parts."""
+        pixel = absolute_error(decoded - images)
+        with torch.autocast(images.device.type, enabled=False):
+            distance = pyramid_distance if self.perceptual is None else self.perceptual
+            perceptual = distance(images, decoded)
+        return pixel + self._config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
+
+    def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's loss against the discriminator, and the discriminator's, each with its own gradients."""
+        still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
+        return theirs, hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
+
+    @torch.compiler.disable
+    def _note_gradients(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> None:
+        """Add the last layer's gradients of both losses of a micro-batch."""
+        last = self.vae.decoder.conv_out.weight
+        sums = [torch.where(weight > 0, loss * weight, 0.0).sum() for loss in (ours, theirs)]
+        pulls = [torch.autograd.grad(total, last, retain_graph=True)[0].flatten() for total in sums]
+        self.pull += torch.cat([*pulls, weight.sum()[None]]).float()
+
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
+        """Compute the next step's adaptive weight."""
+        if self.discriminator is None:
+            return
+        self.updates.fill_(step + 1)
+        pull = distributed.all_reduce_sum(self.pull)
+        ours, theirs = (pull[:-1] / pull[-1].clamp_min(1e-6)).chunk(2)
+        balance = (ours.norm() / (theirs.norm() + _LEAST_NORM)).clamp(0, _MOST_ADAPTIVE)
+        self.balance.copy_(torch.where(pull[-1] > 0, balance, self.balance))  # 0: the step was skipped
+        self.pull.zero_()
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
+        """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones."""
+        means = Means()
+        worst = TopSamples(_WORST)
+        for batch in loaders["val"]:
+            figures, decoded = self._measure(batch)
+            valid = batch["weight"] > 0
+            means.add(figures, valid)
+            kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
+            worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
+        return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
+
+    def _measure(self, batch: Batch) -> tuple[State, Tensor]:
+        """Return the figures of each image [B], and the decoded images."""
+        images = _to_levels(batch["images"])
+        decoded = self._decode(self._encode(images))
+        loss, parts = self._compare(images, decoded)
+        shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
+        return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1.0
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Draw the worst images: as they are, decoded, and the difference, amplified."""
+    images, decoded = (kept[name].transpose(0, 2, 3, 1) for name in ("images", "decoded"))
+    difference = np.abs(images.astype(int) - decoded) * _AMPLIFIED
+    rows = np.concatenate([images, decoded, difference.clip(0, 255).astype(np.uint8)])
+    captions = [[(f"{psnr:.1f} dB", pictures.WRONG)] for psnr in kept["psnr"]]
+    title = f"Lowest PSNR; from the top: images, decoded, {_AMPLIFIED} x difference"
+    return pictures.image_grid(rows, captions * 3, title, columns=len(images), tile_px=226)
+
+
+class VAETrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_vae.py."""
+
+    model: SDXLConfig
+    data: WholeData
+
+
+class AutoencoderKind(BucketedKind):
+    """SDXL's VAE on the images of a collection."""
+
+    config = AutoencoderTaskConfig
+    model = SDXLConfig
+    task = AutoencoderTask
+    scripts = ("finetune_vae",)
+    next_commands = ("python export.py format=vae run_dir={run}",)
+    schema = VAETrainingConfig
+
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
+        """Check the perceptual network and its files. There are no facts."""
+        if (perceptual := config.task.perceptual).network is not None:
+            with torch.device("meta"):
+                network = PerceptualNetwork(perceptual)
+                if perceptual.path is not None:
+                    network.load()
+        return {}
+
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the images of some rows, in training random crops. Raises UserError (`task.crop_px`)."""
+        crop_px = setup.task.crop_px
+        buckets = find_buckets(data, setup, rows)
+        view = fitted_views(buckets.draw_fit)["images"]
+        if training:
+            least = buckets.sizes_hw.min(initial=crop_px)
+            if least < crop_px:
+                raise UserError(f"task.crop_px: {crop_px} is more than a bucket's side of {least} px; set at most that")
+            view = _crops(view, crop_px)
+        return buckets, data, {"images": view}, no_fields
+
+
+def _crops(fitted: View, crop_px: int) -> View:
+    """Return a view: a random square of an image in its bucket, drawn from the sample's key."""
+
+    def crop(image: Tensor, draw: Draw) -> Tensor:
+        whole = fitted(image, draw)
+        top, left = (int(torch.randint(side - crop_px + 1, ())) for side in whole.shape[-2:])
+        return whole[:, top : top + crop_px, left : left + crop_px]
+
+    return crop

@@ -1,0 +1,1 @@
+"""The caches of latents and of texts, buckets of sizes, and masks."""

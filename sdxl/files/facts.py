@@ -1,0 +1,64 @@
+"""The facts in the headers of SDXL's exports: ModelSpec's, and those that sd-scripts writes (`ss_`).
+
+Only what is known is written. A stranger may have made the weight file, so all values become texts.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+
+from engine.exports.weights import Weights
+from models.interop.metadata import dict_of, licence_entry
+from sdxl.config import DiffusionTaskConfig
+from utils.io.files import Json, Values
+
+_TRAINED_ON = {
+    "ss_num_train_images": "images",
+    "ss_total_batch_size": "batch_size",
+    "ss_tag_frequency": "tag_frequency",
+}
+
+
+def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
+    task = weights.setup.task
+    metadata = weights.metadata
+    images = dict_of(metadata, "trained_on").get("images")
+    source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
+    what = "VAE"
+    facts = {
+        "title": weights.title,
+        "date": date.today().isoformat(),
+        "author": given["author"],
+        **licence_entry(metadata),
+        "ss_output_name": weights.title,
+    }
+    if isinstance(task, DiffusionTaskConfig):
+        what = "U-Net" if task.lora is None else f"{task.lora.kind} of rank {task.lora.rank}"
+        facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}
+    described = f"{what} of {source}, after {metadata['step']} steps"
+    if images:
+        size = dict_of(metadata, "trained_on").get("batch_size")
+        described += f"{f' of {size} samples' if size else ''} on {images} images"
+    facts["description"] = given["description"] or described
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
+
+
+def _describe_training(task: DiffusionTaskConfig, metadata: Values) -> Json:
+    trained_on = dict_of(metadata, "trained_on")
+    facts = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
+    facts |= {
+        "prediction_type": task.noise.prediction_type,
+        "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
+        "ss_learning_rate": metadata.get("lr"),
+        "ss_steps": metadata["step"],
+        "ss_discrete_flow_shift": task.stated_noise.get("shift"),
+    }
+    if buckets := trained_on.get("buckets"):
+        # The bucket of most images; of several, the largest, then the squarest.
+        height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))
+        facts["resolution"] = f"{width}x{height}"
+    return facts

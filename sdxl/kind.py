@@ -1,0 +1,359 @@
+"""SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collection.choose import training_rows
+from data.collection.collection import Collection, describe_concepts
+from data.config import DataConfig
+from data.images.record_store import TensorStore, record_key
+from data.images.sizes import SIZES, image_hashes, image_sizes
+from data.open import Data, describe_collection
+from data.stream.batch import Sample
+from data.stream.loader import Example, Fields
+from data.stream.order import Views, build_sampler
+from data.stream.source import IMAGE, Source
+from data.tags.captions import CaptionConfig, Captions, count_tags, describe_captions
+from data.tags.tag_weights import weigh_images
+from engine.config import TrainingConfig
+from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
+from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
+from engine.update.batch_size import naming_memory
+from engine.update.runtime import Runtime
+from sdxl.caches.buckets import Buckets, choose_pairs, fitted_views, make_buckets
+from sdxl.caches.latent_cache import LatentCache
+from sdxl.caches.masks import Masked, find_masks
+from sdxl.caches.text_cache import TextCache, vary_caption
+from sdxl.config import DiffusionTaskConfig, NoiseConfig
+from sdxl.files.family import ENCODERS
+from sdxl.files.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
+from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
+from sdxl.judge import Judge, judged_stream, text_field, trained_stream
+from sdxl.memory import fit_memory
+from sdxl.pictures.prompts import count_brackets
+from sdxl.step import encode_captions, encode_images
+from sdxl.task import DiffusionTask
+from sdxl.vae import unlike_sdxls
+from utils.config.entry_point import Job
+from utils.contracts import State, Tensors
+from utils.errors import UserError
+from utils.io.files import Json
+from utils.io.memo import hash_once
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_TEXTS_AT_ONCE = 16
+
+Reading = tuple[Buckets, Data, Views, Fields]
+
+Encode = Callable[[str], Tensors]  # from a caption to the network's inputs
+VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
+
+
+class SDXLTrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_sdxl.py."""
+
+    model: SDXLConfig
+    data: DataConfig
+
+
+class BucketedKind(Kind):
+    """Images in the buckets of `task.buckets`."""
+
+    def preprocessing(self, config: TrainingConfig) -> Json:
+        """Return nothing: weight files do not describe images."""
+        return {}
+
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the buckets, data, views and fields of some rows. parts: samples of a step, over all ranks."""
+        raise NotImplementedError
+
+    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the training stream, in buckets."""
+        collection = data.collection
+        rows = training_rows(collection, config.loop)
+        buckets, read, views, fields = self.read(data, setup, rows, config.loop.batch_size, training=True)
+        buckets.refuse_none()
+        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
+        train = read.train(buckets.rows, fields, views, sampler=sampler)
+        described = {"collection": describe_collection(collection), "images": buckets.describe()}
+        trained_on = {"buckets": buckets.count()}
+        tables = {"buckets": partial(buckets.list_images, collection)}
+        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on, tables=tables)
+
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
+        """Return `val`, in buckets, with centred crops and whole captions."""
+        still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
+        buckets, read, views, fields = self.read(data, replace(setup, task=still), rows, 1, training=False)
+        return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+
+
+def find_buckets(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
+    """Return the buckets of some rows."""
+    return make_buckets(data.collection, rows, image_sizes(data.collection, rows, SIZES), setup.task.buckets)
+
+
+class DiffusionKind(BucketedKind):
+    """SDXL: a LoRA, or the whole network."""
+
+    config = DiffusionTaskConfig
+    model = SDXLConfig
+    task = DiffusionTask
+    schema = SDXLTrainingConfig
+    scripts = ("finetune_sdxl",)
+    next_commands = ("python predict.py weights={run} prompts=FILE output=FOLDER",)
+
+    def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
+        """Return the export that programs read, and the evaluation."""
+        form = "single_file" if setup.task.lora is None else "kohya"
+        return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, streams, collection)]
+
+    def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
+        """Return the configuration with the settings that make it fit."""
+        return fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
+
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
+        """Check the base model and its VAE. There are no facts.
+
+        Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
+        """
+        model = config.model
+        if model.path is not None:
+            check_noise(model.path, config.task.noise)
+        if model.vae is not None:
+            with torch.device("meta"):
+                load_vae(model.vae)
+            if named := unlike_sdxls(model.vae_values):
+                log.warning("model.vae: %s has %s, unlike SDXL's: the U-Net learns other latents", model.vae, named)
+        return {}
+
+    def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
+        """Return the images. With a latent cache they are read once, so they are not kept in memory."""
+        return super().source(collection, config, setup, repeats=repeats and setup.task.latent_cache is None)
+
+    def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the data of a run. This fills the caches first, except in a dry run."""
+        collection = data.collection
+        captions = setup.task.captions
+        sources = describe_captions(collection, training_rows(collection, config.loop), captions)
+        streams = super().streams(data, setup, config)
+        images = np.unique(streams.train.sampler.rows)
+        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, Captions(captions, collection)))
+        described = {**streams.described, "collection": f"{streams.described['collection']}; {sources}"}
+        if collection.concepts:
+            described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)
+        trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
+        triggers = [captions.prefix, *(each.trigger for each in collection.concepts if not each.is_prior)]
+        if known := ", ".join(dict.fromkeys(filter(None, triggers))):
+            trained_on["trigger"] = known
+        return replace(streams, described=described, trained_on=trained_on)
+
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the data of some rows, from files or from caches, which are filled first."""
+        task = setup.task
+        collection = data.collection
+        cached = buckets = find_buckets(data, setup, rows)
+        if task.preference_beta:  # a split may part the pictures of a pair
+            both = find_buckets(data, setup, np.arange(len(collection)))
+            buckets, cached = choose_pairs(collection, both, rows)
+        encode, vary = _read_texts(data, setup, rows, training=training)
+        fields = caption_fields(collection, task.captions, encode, vary, parts, _weigh_rows(collection, rows, task))
+        read = data
+        find_fit = buckets.draw_fit
+        if task.latent_cache is not None:
+            latents = _read_latents(data, setup, cached)
+            find_fit = latents.find_fit
+            if not data.dry_run:
+                read = data.read_from(latents, latents.fingerprints)
+        views = fitted_views(find_fit) if read is data else {}
+        if task.mask is not None:
+            masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
+            digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
+            read = read.read_from(Masked(read.source, masks, buckets, find_fit), {"task.mask": digest})
+
+        def add(example: Example) -> Sample:
+            return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
+
+        return buckets, read, views, add
+
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
+        """Return `val`, and the pictures and training images of `judge`, if it is on."""
+        loaders = super().evaluation(data, setup, rows, training=training)
+        config = setup.task.judge
+        if config is not None:
+            if len(rows) == 0:
+                raise UserError(
+                    "task.judge: draws captions of validation images, and there are none; set "
+                    "data.validation_fraction=0.1, or task.judge=null"
+                )
+            judge = Judge(config)
+            loaders["judge"] = judged_stream(judge, config, data, setup.task.captions, rows)
+            loaders["judge_trained"] = trained_stream(judge, data)
+        return loaders
+
+
+def check_noise(path: str, noise: NoiseConfig) -> None:
+    """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
+    source = describe(path)
+    if unread := source["unread"]:
+        log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
+    if noise.convert:
+        return
+    convert = "task.noise.convert=true to convert it to the current settings, which takes a long run"
+    if source["other_noise"] is not None:
+        raise UserError(f"task.noise: {path} was trained otherwise: {source['other_noise']}; set {convert}")
+    base = {name: source[name] for name in ("prediction_type", "zero_terminal_snr") if source[name] is not None}
+    if base != noise.model_dump(include=base.keys()):
+        settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in base.items())
+        raise UserError(f"task.noise: {path} counts as a model of {settings}; set that, or {convert}")
+    if source["zero_terminal_snr"] is None:
+        log.warning(
+            "task.noise: %s predicts v and does not say whether its last timestep is pure noise; it is trained as "
+            "task.noise.zero_terminal_snr=%s says: ask its author", path, str(noise.zero_terminal_snr).lower(),
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- captions
+
+
+def caption_fields(
+    collection: Collection, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, weights: np.ndarray
+) -> Fields:
+    """Return a function that adds a sample's caption, position in the step, concept, and in training its weight.
+
+    vary: see `CaptionConfig.draw`, for the rules of a row. parts: see `BucketedKind.read`. weights: of each row's loss.
+    """
+    rules = Captions(captions, collection)
+    concepts = collection.concepts
+    concept_of = collection.concept_ids()
+
+    def add(example: Example) -> Sample:
+        row = example.draw.index
+        config = rules.of(row)
+        generator = example.generator if example.training else None
+        text, is_dropped = config.draw(config.read(example.row), generator, partial(vary, config))
+        fields = {**encode(text), "is_dropped": is_dropped}
+        fields["strata"] = torch.tensor([example.draw.position % parts, parts])
+        if example.training:
+            fields["loss_weight"] = float(weights[row])
+        if any(concept.is_prior for concept in concepts):
+            fields["is_prior"] = concepts[concept_of[row]].is_prior
+        return fields
+
+    return add
+
+
+def _weigh_rows(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> np.ndarray:
+    """Return the factor of each row's loss, float64 [N], by its concept and its tags."""
+    weights = np.ones(len(collection))
+    if collection.concepts:
+        weights *= np.array([concept.weight for concept in collection.concepts])[collection.concept_ids()]
+    if task.tag_weights is not None:
+        weights *= weigh_images(collection, rows, task.tag_weights, Captions(task.captions, collection))
+    return weights
+
+
+def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, VaryBy]:
+    """Return a function from a caption to its tokens or its record in the text cache, and one that varies texts.
+
+    Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
+    cache.
+    """
+    task = setup.task
+    captions = task.captions
+    rules = Captions(captions, data.collection)
+    pairs = []
+    for row in rows.tolist():
+        own = rules.of(row)
+        texts = own.read(data.collection.row(row))
+        pairs += [(text, own) for text in (texts if training else texts[:1])]
+    chunks = _count_chunks(pairs, task, "training" if training else "validation")
+    vary = CaptionConfig.vary_tags
+    if task.text_cache is not None:
+        vary = partial(_draw_variant, most=task.text_variants)
+    if data.dry_run:
+        return text_field, vary
+    if task.text_cache is None:
+        return partial(_encode_tokens, chunks=chunks, emphasis=captions.emphasis), vary
+    to_encode = [""]
+    for text, own in pairs:
+        if training:
+            variants = range(task.text_variants if own.varies_tags else 1)
+            to_encode += [vary_caption(text, number, own.vary_tags) for number in variants]
+        else:
+            to_encode.append(own.complete(text))
+    return _cache_texts(data, setup, to_encode, chunks).read, vary
+
+
+def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) -> TextCache:
+    """Return the text cache, which has `texts`."""
+    task = setup.task
+    emphasis = task.captions.emphasis
+
+    @cache  # loaded only if a text is missing
+    def encoders() -> list[torch.nn.Module]:
+        networks = open_networks(setup.model, ENCODERS, frozen=True).values()
+        return [network.to(data.machine.device) for network in networks]
+
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        return encode_captions(encoders(), texts, chunks, emphasis=emphasis)
+
+    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks, "emphasis": emphasis}
+    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
+    store.fill(texts, encode, _TEXTS_AT_ONCE)
+    return store
+
+
+def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
+    found = zip(("token_ids", "token_weights"), tokenize([caption], chunks, emphasis=emphasis))
+    return {name: tokens[0] for name, tokens in found if tokens is not None}
+
+
+def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, most: int) -> str:
+    """Return one of the texts of a caption in the text cache."""
+    number = int(torch.randint(most if own.varies_tags else 1, (), generator=generator))
+    return vary_caption(text, number, own.vary_tags)
+
+
+def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
+    """Return the chunks of the longest caption, at most `task.caption_chunks`; log emphasis, and what is cut."""
+    captions = task.captions
+    count_brackets([text for text, _ in pairs], captions.emphasis, f"{split} captions (task.captions.emphasis)")
+    needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
+    chunks = min(max(needed), task.caption_chunks)
+    if max(needed) > chunks:
+        log.warning(
+            "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
+            f"{sum(number > chunks for number in needed):,}", f"{len(pairs):,}", split, chunks, max(needed),
+        )  # fmt: skip
+    return chunks
+
+
+def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
+    """Return the cache of the latents of images in their buckets. Except in a dry run, it has them all."""
+    task = setup.task
+    decoder = data.source.decoder
+    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, setup.model.settled().vae_values["padding_mode"])
+    store = TensorStore(Path(task.latent_cache), "task.latent_cache")
+    hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
+    latents = LatentCache(store, data.collection, buckets, inputs, hashes)
+    if not data.dry_run and store.is_missing(latents.keys).any():
+        with naming_memory("task.buckets.areas_px"):
+            vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
+            latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
+    return latents
+
+
+def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
+    """Return a hash of some networks' files, or of the single file that has them all."""
+    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in base_files(model, parts)])
+    dtype = str(frozen_dtype(model, parts[0])).removeprefix("torch.")
+    return record_key(model.name if model.path is None else "", hashes, dtype)

@@ -1,0 +1,1 @@
+"""LoRA, LoHa, LoKr and DoRA: the changes, their files, and files combined."""

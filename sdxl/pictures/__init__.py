@@ -1,0 +1,1 @@
+"""Prompts, samplers, and the pictures that networks draw."""

@@ -1,0 +1,158 @@
+"""Generate pictures with diffusers' pipeline: trailing timesteps or Euler's method, and rescaled guidance.
+
+Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Discriminator, Field, Tag
+from torch import Tensor, nn
+
+from sdxl.files.family import PREDICTIONS, TIMESTEP_COUNT
+from sdxl.files.tokenizer import count_chunks
+from sdxl.step import PredictionType, decode_latents, encode_captions
+from utils.config.bounds import Factor, Fraction, Seed, Side
+from utils.config.schema import Strict
+from utils.contracts import State
+from utils.ranks.signals import check_stop
+from utils.record.figures import INK
+from utils.record.pictures import image_grid, wrap
+
+_Size = Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
+_Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
+
+
+class Prompt(Strict):
+    """A picture's text with settings of its own; None: that of all prompts.
+
+    negative: "" is the empty prompt, as in training. guidance_rescale: Lin et al. 2023, section 3.4.
+    """
+
+    text: str
+    negative: str = ""
+    image_size_hw: _Size | None = None
+    steps: _Steps | None = None
+    guidance: Factor | None = None
+    guidance_rescale: Fraction = 0.7  # as published
+    seed: Seed | None = None
+
+    @property
+    def words(self) -> str:
+        """The text and the negative."""
+        return f"{self.text}\n{self.negative}"
+
+
+PromptText = Annotated[  # a text, or a mapping
+    Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "mapping"),
+]
+
+
+class PictureConfig(Strict):
+    """Settings of pictures."""
+
+    image_size_hw: _Size
+    steps: _Steps
+    guidance: Factor
+
+    def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
+        """Return a prompt with all settings. seed: if it has none."""
+        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
+        shared = self.model_dump(include=Prompt.model_fields.keys())
+        return Prompt.model_construct(**{**shared, "seed": seed, **own})
+
+
+class SamplesConfig(PictureConfig):
+    """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
+
+    prompts: Annotated[  # or a file of them (sdxl/pictures/prompts.py)
+        Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
+        Discriminator(lambda value: "file" if isinstance(value, str) else "list"),
+    ]
+
+    def complete_all(self) -> list[Prompt]:
+        """Return the prompts with all settings."""
+        return [self.complete(prompt, number) for number, prompt in enumerate(self.prompts)]
+
+
+def draw_grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int, title: str) -> np.ndarray:
+    """Return a page of pictures, each with a text below it."""
+    pictures, texts = zip(*tiles)
+    captions = [[(line, INK) for line in wrap(text, 3)] for text in texts]
+    return image_grid(pictures, captions, title, columns=columns, tile_px=258)
+
+
+class EncodedPrompt(NamedTuple):
+    """The inputs of diffusers' pipeline: embeds [1, L, D] and pooled embeds [1, P] of a prompt and its negative."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    negative_pooled_prompt_embeds: Tensor
+
+
+def _stop_if_asked(pipeline: Any, step: int, timestep: Any, tensors: State) -> State:
+    check_stop()
+    return tensors
+
+
+def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool, shift: float = 1.0) -> dict[str, object]:
+    """Return the configuration of a diffusers scheduler that matches the training. shift: of the times of flow."""
+    config = PREDICTIONS[prediction_type].scheduler
+    if prediction_type == "flow":
+        return {**config, "flow_shift": shift}
+    return {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}
+
+
+@torch.no_grad()
+def encode_prompt(
+    encoders: Sequence[nn.Module], prompt: Prompt, *, zeros_for_empty_prompt: bool, emphasis: bool
+) -> EncodedPrompt:
+    """Encode a prompt and its negative, each with the chunks that it needs, repeated to the same length.
+
+    emphasis: as for `tokenize`.
+    To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.
+    """
+
+    def encode(text: str) -> tuple[Tensor, Tensor]:
+        return encode_captions(encoders, [text], count_chunks(text, emphasis=emphasis), emphasis=emphasis)
+
+    embeds, pooled = encode(prompt.text)
+    negative, negative_pooled = encode(prompt.negative)
+    if zeros_for_empty_prompt and not prompt.negative:
+        negative = torch.zeros_like(negative)
+        negative_pooled = torch.zeros_like(negative_pooled)
+    length = math.lcm(embeds.shape[1], negative.shape[1])
+    embeds, negative = (each.repeat(1, length // each.shape[1], 1) for each in (embeds, negative))
+    return EncodedPrompt(embeds, pooled, negative, negative_pooled)
+
+
+def sample_pictures(
+    unet: nn.Module,
+    vae: nn.Module,
+    scheduler: dict[str, object],
+    prompts: Sequence[Prompt],
+    encoded: Sequence[EncodedPrompt],
+) -> Iterator[np.ndarray]:
+    """Yield a picture per complete prompt, uint8 [H, W, 3]. It depends on its prompt only."""
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, add_watermarker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt, tensors in zip(prompts, encoded):
+        height, width = prompt.image_size_hw
+        embeds = {name: tensor.to(vae.device, unet.dtype) for name, tensor in tensors._asdict().items()}
+        generator = torch.Generator().manual_seed(prompt.seed)
+        output = pipeline(
+            **embeds, height=height, width=width, num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
+            guidance_rescale=prompt.guidance_rescale, output_type="latent", generator=generator,
+            callback_on_step_end=_stop_if_asked,
+        )  # fmt: skip
+        yield decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy()

@@ -1,0 +1,370 @@
+"""Diffusion: SDXL learns to remove noise from the latents of captioned images.
+
+Noise, timesteps and sampled latents are drawn on the device from each sample's key. The fields of a batch:
+
+    latent_mean, latent_logvar [B, 4, h, w] from the cache, or images [B, 3, H, W] without a cache
+    fit [B, 6] int64: image size, top left corner of the crop, and crop size, which are SDXL's time_ids
+    token_ids [B, chunks, 77], and token_weights with task.captions.emphasis; from the cache prompt_embeds [B, L, D] and
+        pooled_prompt_embeds [B, P]
+    is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
+    loss_weight [B], in training, by concept and tags; is_prior [B] bool, if `data.concepts` has one
+    mask [B, 1, h, w] float16, with task.mask: where the loss counts
+    rejected_latent_mean, rejected_latent_logvar, rejected_fit, with task.preference_beta: of the rejected picture
+
+Source: Podell et al. 2023 (arXiv 2307.01952); sdxl/step.py has the other parts of a step, with the equations.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.measures.means import measure_means
+from engine.task import (
+    FILE_HASHES,
+    Loaders,
+    Report,
+    StepOutput,
+    Task,
+    Use,
+    join_exported,
+    log_mean,
+    networks_of,
+    split_exported,
+    visiting,
+)
+from engine.tasks.kind import Setup
+from engine.update.batch_size import naming_memory
+from models.interop.metadata import dict_of
+from models.weights.fit import is_meta, refuse_misfits
+from sdxl import step as sdxl
+from sdxl.caches.masks import MASK
+from sdxl.files.family import ENCODERS, PARTS, PREFIXES
+from sdxl.files.names import from_single_file
+from sdxl.files.networks import Networks, base_files, describe, freeze_unused, open_networks
+from sdxl.files.tokenizer import LENGTH
+from sdxl.judge import Judge, gather, read_texts
+from sdxl.latent_perceptual import perceptual_loss
+from sdxl.lora.lora import ADAPTED, LoRA
+from sdxl.lora.lora_files import adapter_state
+from sdxl.pictures.sampling import EncodedPrompt, Prompt, encode_prompt, sample_pictures, scheduler_config
+from sdxl.vae import latent_scale
+from utils import rng
+from utils.contracts import Batch, State
+from utils.errors import UserError, about
+from utils.io.files import Values, readable
+from utils.io.hub import stated_license
+from utils.io.memo import hash_once
+from utils.io.weights import InitFrom, read_header, read_weights
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_BINS = 5  # ranges of timesteps with a logged error each
+_LEAST_AREA = 1e-6  # of a mask that is divided by, so that an empty one trains nothing
+
+
+class DiffusionTask(Task):
+    """Own SDXL's networks, trained and frozen, and the LoRA if there is one."""
+
+    best_needs = 8  # a tenth of a collection has them from 80 images on
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        config = setup.task
+        if "auto" in (config.noise.prediction_type, config.noise.zero_terminal_snr):
+            raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
+        self._config = config
+        self._model = setup.model
+        self.may_be_recorded = config.loss.perceptual is None  # which waits for the GPU
+        self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
+        table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
+        self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
+        self.register_buffer("sigmas", table.sigma, persistent=False)
+        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = self.judge = None
+        if config.lora is None:
+            trained = ADAPTED if config.train_text_encoders else ("unet",)
+            self.take(open_networks(setup.model, trained))
+            if config.train_text_encoders:
+                freeze_unused(self.text_encoder)
+        else:
+            trained = ("adapter",)
+            with torch.device("meta"):
+                shapes = open_networks(setup.model, ADAPTED)
+            self.adapter = LoRA(shapes, config.lora)
+        needed = PARTS if config.text_cache is None else ("unet", "vae")
+        self.trained = self.exported = self.averaged = trained
+        self.helpers = tuple(name for name in needed if name not in trained)
+        self.offloaded = ("vae",) if config.loss.perceptual is None else ()
+        if config.text_cache is None and not config.trains_text:
+            self.offloaded += ENCODERS
+        if config.judge is not None:
+            self.helpers += ("judge",)
+            self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False}
+
+    def take(self, networks: Networks) -> None:
+        for name, network in networks.items():
+            setattr(self, name, network)
+
+    def load_helpers(self, use: Use) -> None:
+        """Load the frozen networks; no export needs them."""
+        if use == "export":
+            return
+        config = self._config
+        self.take(open_networks(self._model, [name for name in self.helpers if name in PARTS], frozen=True))
+        if config.judge is not None:
+            self.judge = Judge(config.judge)
+        for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
+            self.register_buffer(name, values, persistent=False)
+        if config.lora is not None:
+            self.adapter.attach(networks_of(self, ADAPTED))
+
+    def use_base(self) -> bool:
+        """Draw and measure without what was trained."""
+        if self._config.lora is None:
+            self.take(open_networks(self._model, self.trained))
+        else:
+            self.adapter.detach()
+        return True
+
+    def helper_files(self) -> Mapping[str, Sequence[Path]]:
+        """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
+        files = {name: base_files(self._model, (name,)) for name in self.helpers if name in PARTS}
+        return files if self.judge is None else {**files, "judge": self.judge.files()}
+
+    def initialise(self, source: InitFrom | None) -> None:
+        """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
+        if (path := self._model.path) is not None:
+            known = describe(path)
+            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
+            if not self.alphas.is_meta:
+                first, *_ = base_files(self._model, ("unet",))
+                self.origin["sha256"] = distributed.rank_zero_call(lambda: hash_once(first, FILE_HASHES))
+        if source is not None:
+            with about("init_from"):
+                self._continue(source)
+
+    def _continue(self, source: InitFrom) -> None:
+        """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
+        path = source.find()
+        tensors, metadata = read_weights(path, source.weights)
+        self._refuse_other_noise(path, metadata)
+        advice = (
+            "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora, and "
+            "layers of a kind that can be continued (docs/lora.md)."
+        )
+        if self._config.lora is not None:
+            with torch.device("meta"):
+                shapes = open_networks(self._model, ADAPTED)
+            tensors = adapter_state(path, shapes)
+        elif any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            tensors = from_single_file("unet", tensors)
+        refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
+        if not is_meta(self):
+            self.load_state_dict(join_exported(self, tensors), strict=False)
+        stated = metadata.get("origin") or (read_header(path)[1] if path.suffix == ".safetensors" else {})
+        with readable(path, "weight"):
+            own = stated.get("license") or stated.get("modelspec.license") or stated_license(source.source)
+        base = self.origin or {}
+        joined = " and ".join(sorted({own, base.get("license")} - {None})) or None
+        self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
+        log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
+
+    def _refuse_other_noise(self, path: Path, metadata: Values) -> None:
+        stated = dict_of(dict_of(metadata, "task"), "noise")
+        if self._config.noise.convert or not stated:
+            return
+        for name, ours in self._config.noise.model_dump(include={"prediction_type", "zero_terminal_snr"}).items():
+            if stated.get(name) != ours:
+                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
+        """Return each sample's weighted error of the prediction."""
+        figures, timesteps = self._measure(batch)
+        loss = figures.pop("loss")
+        logs = {name: log_mean(values, batch["weight"]) for name, values in figures.items()}
+        bins = timesteps * _BINS // len(self.alphas)
+        for number in range(_BINS):
+            logs[f"error_{number}"] = log_mean(figures["error"], batch["weight"] * (bins == number))
+        if "perceptual" in figures:
+            loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
+        if "is_prior" in batch:
+            logs["prior_loss"] = log_mean(loss, batch["weight"] * batch["is_prior"])
+        if "loss_weight" in batch:
+            loss = loss * batch["loss_weight"]
+        return StepOutput(loss, logs)
+
+    def _measure(self, batch: Batch) -> tuple[State, Tensor]:
+        """Return the figures of each sample [B], and its timestep, as `_compare`.
+
+        With task.preference_beta, they are of the chosen picture of each pair, but `loss` is the pair's; `preferred` is
+        1 if the LoRA prefers the chosen picture more than its base does.
+        Source: Wallace et al. 2023 (arXiv 2311.12908), equation 14; SalesforceAIResearch/DiffusionDPO:train.py.
+        """
+        beta = self._config.preference_beta
+        if not beta:
+            return self._compare(batch)
+        pair = {name: torch.cat([part, batch.get(f"rejected_{name}", part)]) for name, part in batch.items()}
+        figures, timesteps = self._compare(pair)
+        with torch.no_grad(), self.adapter.switched_off():
+            base, _ = self._compare(pair)
+        chosen, rejected = (base["loss"] - figures["loss"]).chunk(2)
+        margin = beta / 2 * (chosen - rejected)
+        figures |= {"loss": -nn.functional.logsigmoid(margin), "preferred": margin > 0}
+        return {name: part[: len(margin)] for name, part in figures.items()}, timesteps.chunk(2)[0]
+
+    def _compare(self, batch: Batch) -> tuple[State, Tensor]:
+        """Return the figures of each picture [B], and its timestep.
+
+        error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
+        perceptual loss, if on.
+        """
+        kind = self._config.noise.prediction_type
+        loss = self._config.loss
+        latents = self._latents(batch)
+        prompts, pooled = self._texts(batch)
+        config = self._config.timesteps
+        times = sdxl.draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
+        level, timesteps = sdxl.find_levels(kind, times, sdxl.NoiseLevel(self.alphas, self.sigmas))
+        noise = sdxl.draw_noise(batch["key"], latents, self._config.noise.offset)
+        noisy = sdxl.add_noise(latents, noise, level)
+        pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
+        squared = (pred - sdxl.target(kind, latents, noise, level)).square()
+        mask = self._config.mask
+        if mask is not None:
+            counts = self._find_counts(batch)
+            mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
+            squared = squared * (counts / mean)
+        error = squared.mean(dim=(1, 2, 3))
+        weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
+        figures = {"loss": error * weight, "error": error}
+        if loss.perceptual is not None:
+            predicted = sdxl.denoise(kind, noisy, pred, level)
+            if mask is not None:
+                predicted = torch.lerp(latents, predicted, counts)
+            figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
+        return figures, timesteps
+
+    def _find_counts(self, batch: Batch) -> Tensor:
+        """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
+        return batch[MASK].float().clamp(min=self._config.mask.floor)
+
+    def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
+        """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
+
+        It waits for the device, so that only the samples below this level pass through the decoder.
+        """
+        losses = torch.zeros_like(snr)
+        low = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0]
+        if len(low) == 0:
+            return losses
+        outputs = (part[low] / self.latent_factor + self.latent_mean for part in (predicted, latents))
+        return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        """Return the U-Net's output, float32 [B, 4, h, w]. On fake tensors, its shapes (sdxl/memory.py).
+
+        ids: float32 [B, 6], never cast: bfloat16 rounds sizes from 1,024 to 2,048 to multiples of 8.
+        Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
+        """
+        dtype = self.unet.dtype
+        mask = None if prompts.shape[1] == LENGTH else sdxl.find_text(prompts)
+        return self.unet(
+            noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), encoder_attention_mask=mask,
+            added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": ids},
+        ).sample.float()  # fmt: skip
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """Return scaled latents, float32 [B, 4, h, w], sampled from the VAE's distribution for each image."""
+        if "images" in batch:
+            with visiting(self.alphas.device, self.vae):
+                mean, logvar = sdxl.encode_images(self.vae, batch["images"])
+        else:
+            mean = batch["latent_mean"].float()
+            logvar = batch["latent_logvar"].float()
+        noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
+        return (mean + torch.exp(0.5 * logvar) * noise - self.latent_mean) * self.latent_factor
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P]."""
+        if "prompt_embeds" in batch:
+            prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
+        else:
+            encoders = (self.text_encoder, self.text_encoder_2)
+            learns = torch.is_grad_enabled() and self._config.trains_text
+            with torch.set_grad_enabled(learns), visiting(self.alphas.device, *encoders):
+                prompts, pooled = sdxl.encode_text(*encoders, batch["token_ids"], batch.get("token_weights"))
+        if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
+            dropped = batch["is_dropped"][:, None]
+            prompts = prompts.masked_fill(dropped[..., None], 0)
+            pooled = pooled.masked_fill(dropped, 0)
+        return prompts, pooled
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return images, darker where a mask lets the loss count less, and size, crop, weight and caption of each."""
+        images = batch["images"].float()
+        if MASK in batch:
+            images = images * nn.functional.interpolate(self._find_counts(batch), images.shape[-2:])
+        texts = []
+        for fit, weight, caption in zip(batch["fit"].tolist(), batch["loss_weight"].tolist(), read_texts(batch)):
+            height, width, top, left, *_ = fit
+            texts.append(f"of {height} x {width}, crop {top}, {left}, weight {weight:.3g}\n{caption or '(no caption)'}")
+        return images, texts
+
+    def evaluate(self, loaders: Loaders, step: int) -> Report:
+        """Measure the loss of `val` at fixed noise and timesteps, and generate a picture per `task.samples.prompts`.
+
+        `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
+        """
+        measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
+        drawn = self.draw()
+        judged = self._judge(loaders["judge"], loaders["judge_trained"]) if "judge" in loaders else Report()
+        return Report(measured | judged.scalars | drawn.scalars, judged.tables, drawn.images | judged.images)
+
+    def draw(self) -> Report:
+        """Return a picture of each prompt, and its brightness."""
+        if not self._config.samples.prompts:
+            return Report()
+        pictures = self.sample()
+        tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
+        height = max(map(len, pictures))
+        columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
+        return Report(tones, images={"samples": np.concatenate(columns, axis=1)})
+
+    def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
+        """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
+        if prompts is None:
+            prompts = self._config.samples.complete_all()
+        scheduler = scheduler_config(**self._config.stated_noise)
+        encoded = self._encode(prompts)
+        with naming_memory("task.samples.image_size_hw"), visiting(self.alphas.device, self.vae):
+            return list(sample_pictures(self.unet, self.vae, scheduler, prompts, encoded))
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """Encode prompts, and the empty prompt in the same way as training.
+
+        With a text cache, the text encoders are loaded, and then leave the memory.
+        """
+        encoders = [self.text_encoder, self.text_encoder_2]
+        if self._config.text_cache is not None:
+            encoders = [*open_networks(self._model, ENCODERS, frozen=True).values()]
+        with visiting(self.alphas.device, *encoders):
+            return [encode_prompt(encoders, prompt, **self._config.encoding) for prompt in prompts]
+
+    def _judge(self, stream: Iterable[Batch], trained: Iterable[Batch]) -> Report:
+        """Return the judge's report on pictures of held-out captions, always at the same noise."""
+        held = gather(stream)
+        vectors = self.judge.see_trained(trained, self.alphas.device)
+        prompts = [
+            self._config.samples.complete(Prompt(text=each.caption, steps=self._config.judge.steps), seed)
+            for seed, each in enumerate(held)
+        ]
+        pictures = self.sample(prompts)
+        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, vectors, self.alphas.device))

@@ -1,0 +1,95 @@
+"""Noise, targets, weights and timesteps of SDXL. Reference equality (diffusers), closed forms, properties of keys."""
+
+import pytest
+import torch
+
+from sdxl.pictures.sampling import scheduler_config
+from sdxl.step import (
+    add_noise,
+    build_noise_table,
+    denoise,
+    draw_times,
+    find_levels,
+    loss_weight,
+    shift_times,
+    target,
+)
+
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(0))
+LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def level_at(timesteps, *, zero):
+    return build_noise_table(zero).at(timesteps)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
+    diffusers = pytest.importorskip("diffusers", reason="make install-sdxl")
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
+    )
+    table, level = build_noise_table(zero), level_at(TIMESTEPS, zero=zero)
+    torch.testing.assert_close(table.alpha.square(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    velocity = theirs.get_velocity(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
+    noisy = theirs.add_noise(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(denoise("v_prediction", noisy, velocity, level), LATENTS, rtol=1e-3, atol=1e-3)
+    if not zero:
+        torch.testing.assert_close(denoise("epsilon", noisy, NOISE, level), LATENTS, rtol=1e-3, atol=1e-2)
+
+
+def test_literal_weights():
+    snr = torch.tensor([0.01, 1.0, 5.0, 100.0])
+    weights = {
+        ("none", "v_prediction"): [1, 1, 1, 1],
+        ("min_snr", "epsilon"): [1, 1, 1, 0.05],
+        ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
+        ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
+        ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
+    }
+    for (kind, prediction_type), expected in weights.items():
+        found = loss_weight(kind, prediction_type, snr, gamma=5.0, floor=0.0)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    # Without a floor, pure noise is never trained, and black images are never learnt.
+    assert [loss_weight("min_snr", "v_prediction", torch.zeros(1), 5.0, each).item() for each in (0.25, 0)] == [0.25, 0]
+
+
+def strata_of(keys):
+    return torch.stack([torch.arange(len(keys)), torch.full((len(keys),), len(keys))], dim=1)
+
+
+def test_strata_have_a_timestep_each():
+    times = draw_times("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
+    found = find_levels("v_prediction", times, build_noise_table(True))[1]
+    assert torch.equal(found.sort().values, torch.arange(1000))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_goes_from_the_latents_to_the_noise(shift):
+    """As diffusers' FlowMatchEulerDiscreteScheduler scales noise and names timesteps; a shift of 1 changes nothing."""
+    scheduler = pytest.importorskip("diffusers", reason="make install-sdxl").FlowMatchEulerDiscreteScheduler(
+        shift=shift
+    )
+    times = 1 - torch.arange(0, 1000, 167) / 1000
+    level, timesteps = find_levels("flow", shift_times(times, shift), build_noise_table(False))
+    torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
+    noisy = add_noise(LATENTS, NOISE, level)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))
+    torch.testing.assert_close(denoise("flow", noisy, NOISE - LATENTS, level), LATENTS)
+
+
+def test_flow_is_sampled_by_eulers_method():
+    config = scheduler_config("flow", False, 3.0)
+    scheduler = getattr(
+        pytest.importorskip("diffusers", reason="make install-sdxl"), config["_class_name"]
+    ).from_config(config)
+    scheduler.set_timesteps(5)
+    found = wanted = NOISE
+    for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:]):
+        assert 0 <= 1000 * now - timestep < 1  # diffusers rounds it down
+        found, wanted = scheduler.step(found.sin(), timestep, found).prev_sample, wanted + (then - now) * wanted.sin()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(scheduler.sigmas[[0, -1]], torch.tensor([1.0, 0.0]), rtol=0, atol=1e-3)
