@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from models.fcmae import FCMAE
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.record.figures import align_columns
@@ -53,8 +52,8 @@ def is_meta(network: nn.Module) -> bool:
 def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
-    A classifier takes the encoder of an FCMAE. An FCMAE takes an encoder, alone or from a classifier, and keeps its own
-    decoder. The head keeps its initial values if `keep_head` is false, or if the state has no head of the same shape.
+    A classifier takes the tensors below `encoder.` of a pretraining method. An FCMAE takes an encoder, alone or from a
+    classifier, and keeps its own decoder. The head keeps its initial values if `keep_head` is false, or if the state has no head of the same shape.
     The final norm does so if the state has none. A stem may have other input channels (`_adapt_channels`).
 
     Raises UserError with a table of all other names that are missing or unexpected, or have another shape or kind of
@@ -84,13 +83,12 @@ def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
 
 
 def fit_prefix(state: Tensors, target: Tensors) -> State:
-    """Remove the encoder's prefix and the decoder, or add the prefix, to match the network."""
-    is_fcmae = any(name.startswith(_ENCODER) for name in state)
-    needs_fcmae = any(name.startswith(_ENCODER) for name in target)
-    if is_fcmae and not needs_fcmae:
-        decoder = FCMAE.norm_prefixes
-        return {name.removeprefix(_ENCODER): state[name] for name in state if not name.startswith(decoder)}
-    if needs_fcmae and not is_fcmae:
+    """Take the encoder of a pretraining without its prefix, or add the prefix, to match the network."""
+    has_encoder = any(name.startswith(_ENCODER) for name in state)
+    needs_encoder = any(name.startswith(_ENCODER) for name in target)
+    if has_encoder and not needs_encoder:
+        return {name.removeprefix(_ENCODER): state[name] for name in state if name.startswith(_ENCODER)}
+    if needs_encoder and not has_encoder:
         return {_ENCODER + name: state[name] for name in state if not name.startswith(("head.", "norm."))}
     return dict(state)
 

@@ -69,9 +69,8 @@ def convert(network: nn.Module, state: Tensors) -> tuple[str, State]:
     layout, official = recognise(state)
     if not isinstance(family_of(network), TimmFamily):
         return layout, official
-    if layout in ("timm", "other"):
-        return layout, filter_state(network, strip_wrappers(state))
-    return layout, filter_state(network, fit_prefix(official, network.state_dict()))
+    taken = strip_wrappers(state) if layout == "timm" else official
+    return layout, filter_state(network, fit_prefix(taken, network.state_dict()))
 
 
 def _read_config_beside(path: Path) -> Json:

@@ -2,7 +2,7 @@
 
 | layout | written by |
 |---|---|
-| official | facebookresearch/ConvNeXt-V2's released files and fine-tuning, and Atelier |
+| official | facebookresearch/ConvNeXt-V2's files (those of its pretraining through `from_sparse`), and Atelier |
 | timm, transformers | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
 
@@ -13,6 +13,8 @@ Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py, huggingface/pytorch-i
 huggingface/transformers:models/convnextv2.
 """
 
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -65,12 +67,28 @@ def recognise(state: Tensors) -> tuple[str, State]:
     Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.
     """
     state = strip_wrappers(state)
+    if any(name.endswith(".dwconv.kernel") for name in state):
+        state = dict(itertools.starmap(from_sparse, state.items()))
     for layout in get_args(Layout):
         if is_in_layout(state, layout):
             return layout, translate(state, layout, "official")
     if is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official"):
         return "official", {name: _reshape_for(name, tensor, "official") for name, tensor in state.items()}
     return "other", state
+
+
+def from_sparse(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return a tensor of MinkowskiEngine's layers under the name and in the shape of a dense layer.
+
+    A kernel is [k * k, in, out], or [k * k, channels] of a depthwise convolution; its rows vary fastest.
+    Source: facebookresearch/ConvNeXt-V2:utils.py remap_checkpoint_keys.
+    """
+    name = re.sub(r"\.(ln|linear)\.", ".", name)
+    if not name.endswith(".kernel"):
+        return name, tensor.flatten() if name.endswith(".bias") else tensor
+    kernel = tensor if tensor.ndim == 3 else tensor[:, None]
+    side = math.isqrt(len(kernel))
+    return name.removesuffix("kernel") + "weight", kernel.permute(2, 1, 0).unflatten(2, (side, side)).mT.contiguous()
 
 
 def strip_wrappers(state: Tensors) -> State:

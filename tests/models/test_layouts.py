@@ -5,11 +5,13 @@ Norm scales are near 1 and GRN is not the identity, so that logits vary between 
 
 import argparse
 import functools
+import re
 from typing import get_args
 
 import pytest
 import timm
 import torch
+from torch import nn
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
 from models.convnextv2 import ConvNeXtV2
@@ -72,6 +74,26 @@ def sources():
     }
 
 
+def sparse_state(state):
+    """The state of an FCMAE with the names and shapes of MinkowskiEngine's layers, as the official pretraining has."""
+    sparse = {}
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        is_dense = not name.startswith("encoder.") or ".downsample_layers.0." in name
+        if is_dense:
+            sparse[name] = tensor
+        elif tensor.ndim == 4 and leaf == "weight":
+            kernel = tensor.mT.flatten(2).permute(2, 1, 0)
+            sparse[f"{layer}.kernel"] = kernel[:, 0] if ".dwconv" in layer else kernel
+        elif ".dwconv" in layer or re.search(r"downsample_layers\.\d\.1", layer):
+            sparse[name] = tensor[None]
+        elif ".grn" in layer:
+            sparse[name] = tensor.flatten()[None]
+        else:
+            sparse[f"{layer}.{'linear' if '.pwconv' in layer else 'ln'}.{leaf}"] = tensor
+    return sparse
+
+
 def start(network, path, which="model", keep_head=True):
     """Initialise a network from a file, and return the origin."""
     return initialise_from(network, InitFrom(str(path), which), keep_head=keep_head)
@@ -87,7 +109,7 @@ def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tm
     path = tmp_path / "weights.ckpt"
     content = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     if layout == "fcmae":  # as the official pretraining saves it
-        content = {"model": content, "optimizer": {"state": {}}, "epoch": 799, "args": argparse.Namespace(lr=1e-3)}
+        content = {"model": sparse_state(content), "optimizer": {}, "epoch": 799, "args": argparse.Namespace(lr=1e-3)}
     torch.save(content, path)
     classes = 0 if layout == "fcmae" else CLASSES
     network = (ours if target == "ours" else timm_network)(classes)
@@ -113,6 +135,23 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in fresh.items())
     expected = recognise(source.state_dict())[1]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in target.encoder.state_dict().items())
+
+
+def test_a_checkpoint_of_the_official_pretraining_continues_with_its_decoder(tmp_path):
+    source, target = vary_weights(fcmae()), fcmae()
+    torch.save({"model": sparse_state(source.state_dict())}, tmp_path / "checkpoint.pth")
+    start(target, tmp_path / "checkpoint.pth")
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: ours(0), lambda: timm.create_model("test_resnet", num_classes=0)])
+def test_the_encoder_of_any_pretraining_is_taken(make, tmp_path, log):
+    """A method of one's own: an encoder, and layers of any names, which fine-tuning does not need."""
+    encoder, target = vary_weights(make()), make()
+    method = nn.ModuleDict({"encoder": encoder, "pixels": nn.Conv2d(encoder.num_features, 3, 1)})
+    write_weights(tmp_path / "w.safetensors", method.state_dict(), {"task": {"name": "simmim"}})
+    start(target, tmp_path / "w.safetensors")
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in encoder.state_dict().items())
 
 
 def test_the_weights_or_their_average_are_taken_as_asked(tmp_path):
