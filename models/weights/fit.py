@@ -53,8 +53,9 @@ def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
     A classifier takes the tensors below `encoder.` of a pretraining method. An FCMAE takes an encoder, alone or from a
-    classifier, and keeps its own decoder. The head keeps its initial values if `keep_head` is false, or if the state has no head of the same shape.
-    The final norm does so if the state has none. A stem may have other input channels (`_adapt_channels`).
+    classifier, and keeps its own decoder. The head keeps its initial values if `keep_head` is false, or if the state
+    has no head of the same shape. The final norm does so if the state has none. A stem may have other input channels
+    (`_adapt_channels`).
 
     Raises UserError with a table of all other names that are missing or unexpected, or have another shape or kind of
     number.
