@@ -7,7 +7,6 @@
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
     python evaluate.py job=grid run_dir=RUN                           all its kept weights, side by side
     python evaluate.py job=compare models=[RUN,FILE,FOLDER] data.root=PATH     taggers, ours and others'
-    python evaluate.py job=audit run_dir=RUN                              repeat parts of a run with loop.audit_every
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
 
@@ -33,7 +32,6 @@ import torch
 from pydantic import Field
 
 from data.config import DataConfig
-from engine.audit.job import Audit
 from engine.config import MachineConfig
 from engine.exports.results import read_results
 from engine.exports.weights import MovedBase, WeightsChoice, load_predictor
@@ -298,7 +296,7 @@ class Grid(Strict):
 class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked. data: None means the data of the run."""
 
-    job: Annotated[Evaluate | Compare | Grid | Audit, Field(discriminator="name")]
+    job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
     data: DataConfig | None
     batch_size: Count
     dry_run: bool

@@ -67,7 +67,6 @@ class _LoopConfig(Strict):
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
     checkpoint_mirror: PathText | None = None  # a run from before this key has none
-    audit_every: Count | None = None  # a run from before this key has no chain
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
     @property

@@ -12,7 +12,6 @@ How a run begins. The order matters: what a later step reads is settled before i
 
 import shlex
 
-from data.images.merkle import hash_json, hash_nodes, list_leaves
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
 from engine.recipe.batch import fit_batch
@@ -24,7 +23,6 @@ from engine.run.clock import Stages
 from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
-from engine.task import IMAGE_HASHES
 from engine.tasks.kinds import KINDS
 from engine.update.runtime import warming
 from utils.config.entry_point import Job
@@ -65,8 +63,6 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     fill_batch = 4 if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
     more = {"seed": config.seed, "batch_size": fill_batch, "run_path": path, "dry_run": config.dry_run}
     data = Data(collection, source, runtime, **more)
-    if config.loop.audit_every:
-        data.fingerprints["data.images"] = hash_json(hash_nodes(list_leaves(collection, IMAGE_HASHES)))
 
     # ------------------------------- 3. The task and its initial weights, before its streams, which may fill caches
     task = build_task(lambda: kind.build(setup), config)

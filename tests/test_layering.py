@@ -27,12 +27,11 @@ ALLOWED = {
     "engine/measures": {"utils", "optim"},
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
-    "engine/audit": {"utils", "engine", "engine/update", "engine/judging", "data", "data/images"},
-    "engine/run": {"utils", "optim", "engine", "engine/update", "engine/audit"},
+    "engine/run": {"utils", "optim", "engine", "engine/update"},
     "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
     "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},
     "engine/frozen": {"utils", *ENGINE, "engine/tasks", "engine/exports", "models", "data", *DATA, "data/tools"},
-    "engine/exports": {"utils", *ENGINE, "engine/audit", "engine/tasks", "engine/judging", "models"},
+    "engine/exports": {"utils", *ENGINE, "engine/tasks", "engine/judging", "models"},
     "engine/judging": {
         "utils",
         *ENGINE,
@@ -58,7 +57,7 @@ ALLOWED = {
     },
     "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures", "engine/frozen"},
     SCRIPT: {"utils", *ENGINE, "engine/tasks", "engine/recipe", "engine/exports", "engine/judging", "engine/frozen"}
-    | {"engine/audit", "engine/train", "models", "data", *DATA, "data/tools", "sdxl", "viewer"},
+    | {"engine/train", "models", "data", *DATA, "data/tools", "sdxl", "viewer"},
     "submit": {"utils"},
 }
 for _room in ("engine/exports", "engine/tasks", "models", "viewer"):  # until tables of names open sdxl/

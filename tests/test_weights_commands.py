@@ -83,6 +83,8 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     (result,) = front["model-index"][0]["results"]
     assert result["dataset"]["split"] == "validation" and {"top1", "loss"} <= {m["type"] for m in result["metrics"]}
     assert "- images: `8`\n- validation images: `4`" in text and "- precision: `" in text
+    environment = read_json(place / "run/environment.json")
+    assert re.search(r"- recipe: `[0-9a-f]{8}`", text) and f"- commit: `{environment['git']['commit'][:12]}`" in text
     assert "95 % interval" in text and "data.root" not in text and str(place) not in text
     assert "N/A" not in text and text.endswith("## Thanks\n\nto all, with ***\n")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import yaml
 
-from engine.audit.chain import read_verdict
 from engine.exports.format import Format
 from engine.exports.results import read_results
 from engine.exports.weights import Weights
@@ -64,12 +63,9 @@ class Card:
     def write(self, folder: Path, more: str = "") -> None:
         """Write README.md, and for SDXL a picture of samples. more: Markdown to append."""
         place = Path(self.run_dir or getattr(self.weights.run, "path", ""))
-        digest = self.metadata.get("weights_hash")
-        results = read_results(place, digest)
+        results = read_results(place, self.metadata.get("weights_hash"))
         lines = [*self._introduce(), *self._describe_training(), *_show_results(results, self.thresholds)]
         lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
-        if verdict := read_verdict(place, digest):
-            lines += ["", "## Proof", "", *_list(verdict)]
         if results and (place / _SAMPLES).is_file():
             shutil.copy(place / _SAMPLES, folder / "samples.png")
             lines += ["", "![samples](samples.png)"]

@@ -30,7 +30,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.audit.chain import STATE_FILE, add_link, read_chain
 from engine.config import TrainingConfig
 from engine.run.mirror import Mirror
 from engine.update.learner import Groups, Learner
@@ -165,8 +164,6 @@ class Saver:
                 save_checkpoint(path, copies, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
-                if state["is_kept"]:
-                    add_link(folder, path)
                 remove_others(path.parent, step, state["best"]["step"], self.mirror.checkpoint)
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
@@ -378,10 +375,6 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
     if chosen is None:
         return None
     state = read_state(chosen)
-    links = read_chain(folder)
-    is_linked = sha256_file(chosen / STATE_FILE) in [link["state"] for link in links]
-    if state.get("is_kept") and not is_linked and not config.dry_run:  # a kill came between checkpoint and link
-        add_link(folder, chosen)
     for line in _check_recipe(config, state["config"], chosen):
         log.warning("resume_allow accepts %s", line)
     if state["step"] > total_steps:
@@ -391,7 +384,4 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
         )
     if existing and step_of(existing[-1]) > state["step"]:  # damaged, or the user named an earlier one
         log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
-        replaced = sum(link["checkpoint"] > chosen.name for link in links)
-        if replaced:
-            log.warning("resume: the next link replaces %d of the chain; a head published before is void", replaced)
     return chosen

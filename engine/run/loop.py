@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from engine.audit.chain import STOPS_AT, describe_process
 from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.advice import advise
@@ -27,7 +26,7 @@ from engine.update.parallel import reshard
 from engine.update.runtime import Runtime
 from optim.build import at_average
 from optim.groups import set_peak_lr
-from utils.config.recipe import check_resumable
+from utils.config.recipe import check_resumable, recipe_hash
 from utils.contracts import Batch
 from utils.io.files import Values, ignore_write_errors, write_json
 from utils.io.safe_text import Lines
@@ -36,7 +35,7 @@ from utils.ranks.signals import Stopped, check_stop, is_stop_requested
 from utils.record.figures import COUNTS, interval, show_duration, show_evaluated, show_interval, show_lines
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.record.run_folder import RunFolder
+from utils.record.run_folder import RunFolder, git_state
 from utils.record.run_reader import RESULT_FILE
 
 log = get_logger(__name__)
@@ -84,18 +83,21 @@ class Run:
             **{f"frozen.{name}": value for name, value in helpers.items()},
             "runtime.precision": runtime.precision,
         }
+        git = distributed.rank_zero_call(git_state)
         trained_on = {
             "images": plan.epoch_length,
             "validation_images": streams.evaluation_samples,
             "fingerprint": streams.fingerprints.get("data.root"),
             "batch_size": plan.batch_size,
+            "recipe": recipe_hash(folder.config),
+            "commit": (git["commit"] or "unknown")[:12],  # 40 digits look like a secret, which a card hides
             **streams.trained_on,
         }
+        if git["changed_files"]:
+            trained_on["changed_files"] = len(git["changed_files"])
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
-        self._process = distributed.rank_zero_call(describe_process) if config.loop.audit_every else None
-        self._links = {0, STOPS_AT}  # beside multiples
         self._phase = 0
         self.best = Best()
         self.gain = Best()
@@ -132,13 +134,6 @@ class Run:
         is_measured = self.plan.total_steps > 0 or bool(self.last_report)
         return (self.step >= self.plan.total_steps and is_measured) or self.has_stalled
 
-    @property
-    def _is_kept(self) -> bool:
-        """Whether the chain has a link for this step; an owed evaluation may still change the best weights."""
-        if self._process is None or self.owes_evaluation:
-            return False
-        return self.is_complete or self.step % self.config.loop.audit_every == 0 or self.step in self._links
-
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def fit(self, next_commands: Sequence[str] = ()) -> None:
@@ -166,8 +161,6 @@ class Run:
             self.save(last=True)
         if self.owes_evaluation:
             self.end_step(stops=False, saves=True)
-        elif self._is_kept and self.step in self._links:
-            self.save(last=False)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while self.step < self.plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
@@ -204,7 +197,6 @@ class Run:
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
             stops, saves = distributed.poll(step, is_stop_requested(), self.saver.is_due())
-            stops = stops or step == STOPS_AT
             evaluates = self.owes_evaluation
             may_end = step == self.plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             if step % loop.log_every_steps == 0 or may_end:
@@ -233,7 +225,7 @@ class Run:
                 self.saver.write_alone(self.learner, f"step_{step:06d}.safetensors")
         if not self.owes_evaluation and (step == self.plan.epoch_end(epoch) or last):
             self.recorder.end_epoch(step, epoch, self.last_report)
-        if stops or saves or last or self._is_kept:
+        if stops or saves or last:
             self.save(last=last or stops)
         if stops and not last:
             raise Stopped
@@ -377,8 +369,7 @@ class Run:
         }
         with at_average(learner.optimizer):  # last_weights.safetensors is a file of the checkpoint
             tensors, optimizer = learner.state()  # its state without tensors
-            state |= {"optimizer": optimizer, "process": self._process, "is_kept": self._is_kept}
-            self.saver.save(learner, tensors, state, recorder.sync, last=last)
+            self.saver.save(learner, tensors, {**state, "optimizer": optimizer}, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
         """Resume from a checkpoint. Raises UserError if it does not fit this run."""
@@ -401,8 +392,6 @@ class Run:
         self.last_report = state["last_report"]
         self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)
-        if state.get("process") != self._process:
-            self._links.add(self.step)
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and self.config.optim.lr is None:
             self.use_lr(state["found_lr"])

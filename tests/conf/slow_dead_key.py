@@ -102,8 +102,8 @@ finetune_sdxl $sdxl task.buckets.sizes_hw=null task.buckets.areas_px=[4096] task
     task.buckets.min_px=32 task.buckets.max_px=128 run_dir=sdxl_rule
 finetune_vae $vae run_dir=vae
 predict weights=sdxl prompts=prompts.txt output=pictures pictures.image_size_hw=[64,64]
-finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1
-finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 loop.audit_every=1 \
+finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1
+finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 \
     loop.total_steps=3 optim.lr=0.1 resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
 train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal
@@ -183,7 +183,6 @@ LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project                        # tests/utils/record/test_trackers.py
-Audit: run_dir verify source weights                 # tests/engine/test_audit.py
 Copy: name                                          # selects the job; downsample.yaml builds on copy.yaml
 Stage: leaves                                       # of finished stages: tests/test_workshop.py
 SweepConfig: name gpus trials                       # of the words: tests/utils/config/test_sweep.py

@@ -25,7 +25,6 @@ MANDATORY = {
 }
 # What jobs must be given.
 TO = {
-    "audit": "job.run_dir=RUN",
     "evaluate": "job.run_dir=RUN",
     "grid": "job.run_dir=RUN",
     "compare": "job.models=[A,B] data.root=IMAGES",

@@ -121,7 +121,7 @@ def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_
 
     def save(last):
         groups = {"weights": {"w": weight}, "optimizer": {}}
-        saver.save(learner, groups, {"best": {"step": None}, "is_kept": False}, lambda: go.wait(20), last=last)
+        saver.save(learner, groups, {"best": {"step": None}}, lambda: go.wait(20), last=last)
 
     save(last=False)
     weight.fill_(2.0)  # training goes on, in place

@@ -5,7 +5,7 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     log.txt  metrics.jsonl  training_log.txt           messages and figures; progress.json, complete.json: its state
     checkpoints/step_00001200/                         what resumes
     weights/{last,best,ema}_weights.safetensors        the weights to use; step_000500.safetensors: kept ones
-    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
+    plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, samples of each step
 """
 
 import os
