@@ -2,11 +2,9 @@
 
 import logging
 import secrets
-import socket
-from contextlib import suppress
 from pathlib import Path
 
-from nicegui import app, ui
+from nicegui import app, native, ui
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartParser
 from starlette.requests import HTTPConnection
@@ -18,7 +16,7 @@ from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from viewer import collection, compare, images, label, review, run, runs, samples, start, try_image, watch
+from viewer import collection, compare, images, label, review, run, runs, samples, start, try_image
 from viewer.config import PageConfig
 from viewer.live import LiveIndex
 from viewer.networks import Networks
@@ -31,7 +29,7 @@ log = get_logger(__name__)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"
 _PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
-_PORTS = 20  # tried, beginning with view.port
+_PORTS = 20  # tried after view.port
 
 
 class Guard:
@@ -79,18 +77,6 @@ class Guard:
         return self._token is not None and secrets.compare_digest(word.encode(), self._token.encode())
 
 
-def choose_port(host: str, first: int) -> int:
-    """Return the first free port. Raises UserError (`view.port`) if the next ones are used, too."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    ports = range(first, first + _PORTS)
-    for port in ports:
-        with suppress(OSError), socket.create_server((host, port), family=family):
-            if port != first:
-                log.info("port %d is in use; taking %d", first, port)
-            return port
-    raise UserError(f"view.port: {first} to {ports[-1]} are in use or refused; set another of 1024 or more")
-
-
 def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     host = view.host
@@ -106,14 +92,20 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     for root in roots:
         if not Path(root).is_dir() and not data.root and root != "outputs":  # a fresh clone has none yet
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
-    port = choose_port(host, view.port)
+    last = view.port + _PORTS
+    try:
+        port = native.find_open_port(view.port, last)
+    except OSError:
+        raise UserError(
+            f"view.port: {view.port} to {last} are in use or refused; set another of 1024 or more"
+        ) from None
     index = LiveIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
-    site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts, queue, data)
+    site = Site(index, images.Shelf(index, data if data.root else None), networks, queue, data)
     images.add_route(site.shelf)
     set_looks()
     add_missing_page(site)
-    for page in (runs, start, run, compare, samples, collection, label, try_image, review, watch):
+    for page in (runs, start, run, compare, samples, collection, label, try_image, review):
         page.add_page(site)
     # Of a tab that is closed before its answer.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "No response returned" not in str(line.exc_info))

@@ -7,14 +7,6 @@ from pydantic import Field
 from utils.config.schema import Strict
 
 
-class AlertsConfig(Strict):
-    """When a run that trains raises an alert, and who is told."""
-
-    disk_gib: Annotated[float, Field(ge=0)]
-    command: Annotated[list[str], Field(min_length=1)] | None
-    webhook: Annotated[str, Field(pattern=r"^https?://[!-~]+$")] | None
-
-
 class PageConfig(Strict):
     """Where the page is served. open: in the browser. token: who knows it may read, from other machines, too.
 
@@ -25,5 +17,4 @@ class PageConfig(Strict):
     port: Annotated[int, Field(ge=1, le=65_535)]
     open: bool
     start: bool | None
-    alerts: AlertsConfig
     token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None

@@ -1,4 +1,4 @@
-"""What all pages share: the runs, the collections, the networks, the alerts, and the frame of a page."""
+"""What all pages share: the runs, the collections, the networks, and the frame of a page."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,13 @@ from nicegui import Client, ElementFilter, app, ui
 from nicegui.events import GenericEventArguments
 
 from data.config import DataConfig
-from viewer.config import AlertsConfig
 from viewer.images import Shelf
 from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.parts import ACCENT, follow_address, show_heading
 from viewer.queue import Queue
 
-_PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try", "/watch": "Watch"}
+_PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
 _FOLLOW_LOOK = """let dark = Quasar.Dark.isActive
 new MutationObserver(() => dark == (dark = Quasar.Dark.isActive) || emitEvent('look')).observe(document.body,
@@ -79,18 +78,13 @@ def set_looks() -> None:
 
 @dataclass
 class Site:
-    """The parts that pages use. alerts: the number of those raised now, which every header shows.
-
-    data: the settings of a collection, for any root.
-    """
+    """The parts that pages use. data: the settings of a collection, for any root."""
 
     index: LiveIndex
     shelf: Shelf
     networks: Networks
-    limits: AlertsConfig
     queue: Queue
     data: DataConfig
-    alerts: int = 0
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
@@ -105,7 +99,6 @@ class Site:
                     link = ui.link(name, address)
                     if address == ui.context.client.page.path:
                         link.props("aria-current=page")
-            link.bind_text_from(self, "alerts", lambda count: f"Watch ⚠ {count}" if count else "Watch")
             self._choose_look()
         ui.skip_link(target=ui.context.client.content)
         follow_address()

@@ -174,8 +174,7 @@ JudgeConfig: weights prompts steps                  # tests/sdxl/test_judge.py
 LibraryConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
 AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora.py
-PageConfig: host port open token alerts start       # tests/viewer/test_pages.py, test_watch.py, test_start.py
-AlertsConfig: disk_gib command webhook
+PageConfig: host port open token start              # tests/viewer/test_pages.py, test_start.py
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.py
 ConceptConfig: mask                                 # with task.mask: tests/sdxl/test_masks.py

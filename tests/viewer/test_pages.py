@@ -74,7 +74,7 @@ def test_two_runs_are_compared(page, address):
     page.locator("canvas").first.wait_for()
 
 
-@pytest.mark.parametrize("path", ["/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare", "/try", "/watch"])
+@pytest.mark.parametrize("path", ["/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare", "/try"])
 def test_nothing_overflows(page, address, path):
     page.goto(address + path)
     page.wait_for_timeout(1_200)
@@ -127,7 +127,7 @@ def test_other_machines_are_refused(address, runs, tmp_path):
 
 
 def test_a_tab_may_close_at_any_time(browser, address):
-    for path in ("/", "/run/0/a", "/watch"):
+    for path in ("/", "/run/0/a", "/try"):
         for wait_ms in (0, 50, 400):
             page = browser.new_page()
             page.goto(address + path, wait_until="commit")

@@ -34,7 +34,6 @@ class RunState:
     total: int | None
     left_sec: float | None
     changed: float  # seconds since 1970
-    told: float  # when it has written its progress
     spark: tuple[float, ...]
     metric: str | None = None
     best: float | None = None
@@ -99,15 +98,14 @@ class RunIndex:
         step, total, left_sec = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
         steps, losses = self.curves(path).series("train", "loss")
         files = (path / name for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt"))
-        told, *others = (file.stat().st_mtime if file.exists() else 0.0 for file in files)
-        changed = max(told, *others)
+        changed = max(file.stat().st_mtime if file.exists() else 0.0 for file in files)
         names = {key: _name(config.get(key)) for key in ("task", "model")}
         if (named := result or said).get("metric"):  # the result is written at the end
             names["metric"] = escape_controls(str(named["metric"]))
             names["best"] = _number(said.get("best", named.get("value")))
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
         last = int(max([step or 0, *steps[-1:]]))
-        times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}
+        times = {"changed": changed, "left_sec": left_sec if state == "running" else None}
         _, spark = thin(steps, losses, _SPARK_POINTS)
         spark = tuple(spark[np.isfinite(spark)].tolist())
         return RunState(path, state, step=last, total=total and int(total), spark=spark, job=job, **names, **times)
