@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config import TrainingConfig
-from engine.run.mirror import Mirror
+from engine.run.remote_copy import RemoteCopy
 from engine.update.learner import Groups, Learner
 from engine.update.parallel import is_sharded
 from utils.config.recipe import check_resumable
@@ -116,7 +116,7 @@ class Saver:
         self.folder = folder
         self._facts = facts
         self._loop = config.loop
-        self.mirror = Mirror(config.loop.checkpoint_mirror, folder.path)
+        self.remote_copy = RemoteCopy(config.loop.checkpoint_mirror, folder.path)
         self._written: Future[None] | None = None
         self._saved_at = time.monotonic()
 
@@ -164,7 +164,7 @@ class Saver:
                 save_checkpoint(path, copies, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
-                remove_others(path.parent, step, state["best"]["step"], self.mirror.checkpoint)
+                remove_others(path.parent, step, state["best"]["step"], self.remote_copy.checkpoint)
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._written = writer.submit(write)
@@ -177,7 +177,7 @@ class Saver:
         error = self._written.exception()
         self._written = None
         if error is None:
-            self.mirror.copy(last=False)
+            self.remote_copy.copy(last=False)
             return
         if last:
             raise error
@@ -339,6 +339,13 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
             return True
         _check_recipe(config, saved, existing[-1])
     return bool(existing)
+
+
+def check_copy(config: TrainingConfig, saved: Values, place: str) -> None:
+    """Raise UserError if the run of a copy (`loop.checkpoint_mirror`), by its configuration, must not continue here."""
+    if _resume_of(config) == "never":
+        raise UserError(f"resume: never was given, but {place} holds checkpoints; give another run_dir, or set auto")
+    _check_recipe(config, saved, Path(place))
 
 
 def _check_recipe(config: TrainingConfig, saved: Values, path: Path) -> list[str]:

@@ -12,6 +12,7 @@ The run folder is opened last, so a configuration error creates no folder.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from logging import DEBUG, INFO
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -21,10 +22,10 @@ from torch import nn
 
 from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
-from engine.run.checkpoint import choose_checkpoint
+from engine.run.checkpoint import check_copy, choose_checkpoint
 from engine.run.loop import Run
 from engine.run.minutes import use_minutes
-from engine.run.mirror import Mirror
+from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
@@ -64,7 +65,8 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     if config.loop.checkpoint_mirror and not config.dry_run:
-        distributed.rank_zero_call(Mirror(config.loop.checkpoint_mirror, Path(config.run_dir)).fetch)
+        copy = RemoteCopy(config.loop.checkpoint_mirror, Path(config.run_dir))
+        distributed.rank_zero_call(lambda: copy.fetch(partial(check_copy, config)))
     return runtime
 
 
@@ -193,7 +195,7 @@ def open_run(
         recorder.close(completed_step=run.step if finished and run.is_complete else None)
         if config.loop.checkpoint_mirror:
             # All ranks wait, because torchrun ends the others after the first.
-            distributed.rank_zero_call(lambda: run.saver.mirror.copy(last=True))
+            distributed.rank_zero_call(lambda: run.saver.remote_copy.copy(last=True))
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)

@@ -108,14 +108,20 @@ def open_run_folder(config: Json, job: Job) -> Iterator[RunFolder]:
         yield folder
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder, which is created if it is absent. Raises UserError (`run_dir`) if another process uses it."""
+    refusal = f"run_dir: another run is writing to {folder}; wait for it or give another run_dir"
+    with file_lock(folder / LOCK_FILE, refusal, _REQUEUED_SEC if restart_count() else _READER_SEC):
+        yield
+
+
 def _open(folder: RunFolder, stack: ExitStack) -> None:
-    patience_sec = _REQUEUED_SEC if restart_count() else _READER_SEC
     refuse_links_out("run_dir", folder.path)
     with output_errors("run_dir", folder.path):
         for name in ("checkpoints", "weights", "plots"):
             (folder.path / name).mkdir(parents=True, exist_ok=True)
-        refusal = f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
-        stack.enter_context(file_lock(folder.path / LOCK_FILE, refusal, patience_sec))
+        stack.enter_context(locked(folder.path))
         remove_temporary([folder.path, folder.path / "weights"])
         if note := os.environ.get(NOTE_VARIABLE):
             write_text(Path(note), str(folder.path.absolute()))
