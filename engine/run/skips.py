@@ -62,7 +62,8 @@ class SkipWatch:
 
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Add update number `step`, from 1."""
-        kept = [{name: batch[name] for name in ("sample_id", "weight")} for batch in batches]
+        # Copies: a view of a packed batch would keep all of the batch's images.
+        kept = [{name: batch[name].clone() for name in ("sample_id", "weight")} for batch in batches]
         self._unread.append((step, kept, result))
 
     def read(self, step: int) -> None:

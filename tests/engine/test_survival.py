@@ -7,10 +7,12 @@ tests/tasks/troubled.py is the fine-tuning that meets the trouble. What needs no
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 import engine.run.checkpoint
+from data.stream.batch import Packed
 from tests.in_process import TINY, check_resumption, make_images
 from tests.in_process import run as run_here
 from tests.support import assert_equal_runs, common, refuses, rows, run, start
@@ -221,3 +223,19 @@ def test_too_many_skipped_steps_end_the_run(collection, trouble, tmp_path, monke
     with refuses(r"^optim.lr: 4 of the last 100 steps before step 10 .* first step 7;"):
         run_here("finetune", [*BAD, f"data.root={collection}"], tmp_path)
     assert checkpoints(tmp_path / "bad") == ["step_00000005"]
+
+
+def test_a_run_keeps_no_batch(tmp_path, monkeypatch):
+    """As much shared memory is mapped after 30 steps as after 3."""
+    make_images(tmp_path / "images")
+    mapped = []
+    unpack = Packed.unpack
+
+    def count(batch):
+        mapped.append(Path("/proc/self/maps").read_text().count("/torch_"))
+        return unpack(batch)
+
+    monkeypatch.setattr(Packed, "unpack", count)
+    workers = ["runtime.workers=1", "loop.total_steps=30", "loop.log_every_steps=30", "loop.checkpoint_every_steps=30"]
+    run_here("finetune", [*TINY, "data.root=images", "run_dir=run", *workers], tmp_path)
+    assert len(mapped) >= 60 and max(mapped) < 2 * max(mapped[:6])
