@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -63,6 +64,8 @@ def _build(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
             return optimizer
         case "timm":
             return _timm_class(config.opt)(groups, lr=lr, **config.extra)
+        case _:
+            assert_never(config.name)
 
 
 def _timm_class(opt: str) -> type[Optimizer]:

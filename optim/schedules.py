@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Schedule:
                 cycles = (step - self.warmup_steps) * (restarts + 1) / steps
                 fraction = cycles - min(int(cycles), restarts)  # the last cycle ends at 1
                 return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self.weight_decay)
+            case _:
+                assert_never(self.config)
 
     def progress_at(self, step: int) -> float:
         """Return the progress at the update that follows `step` updates: 0 at the first, 1 at the last."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.frozen import growth
 from engine.frozen.growth import FEWEST, extrapolate
 
 
@@ -33,3 +34,12 @@ def test_a_curve_draws_nothing_and_few_or_perfect_images_have_one():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(low <= accuracy <= high <= 1 for _, accuracy, low, high in zip(*curve.values()))
     assert curve["accuracy"][0] > 0.99
+
+
+def test_the_formula_gives_what_a_computation_by_hand_gives(monkeypatch):
+    """240 of 400 are right when each quarter is fitted alone, 320 when all are (docs/how_much.md has the constants)."""
+    monkeypatch.setattr(growth, "count_right", lambda features, labels: {100: 60, 400: 320}[len(labels)])
+    curve = extrapolate(torch.zeros(400, 1), torch.zeros(400))
+    assert curve["accuracy"] == pytest.approx([0.8, 0.8571357], rel=1e-5)
+    assert curve["low"] == pytest.approx([0.8, 0.8287485], rel=1e-5)
+    assert curve["high"] == pytest.approx([0.8, 0.8814902], rel=1e-5)
