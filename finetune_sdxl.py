@@ -17,10 +17,9 @@ from utils.start import begin
 begin(__doc__)
 
 from engine.tasks.kinds import training_schema
-from engine.train import train
-from utils.config.entry_point import entry_point
+from utils.config.entry_point import Command
 
-main = entry_point("finetune_sdxl", training_schema("finetune_sdxl"))(train)
+main = Command("finetune_sdxl", "engine.train:train", training_schema("finetune_sdxl"))
 
 if __name__ == "__main__":
     main()

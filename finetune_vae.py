@@ -15,10 +15,9 @@ from utils.start import begin
 begin(__doc__)
 
 from engine.tasks.kinds import training_schema
-from engine.train import train
-from utils.config.entry_point import entry_point
+from utils.config.entry_point import Command
 
-main = entry_point("finetune_vae", training_schema("finetune_vae"))(train)
+main = Command("finetune_vae", "engine.train:train", training_schema("finetune_vae"))
 
 if __name__ == "__main__":
     main()

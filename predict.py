@@ -52,7 +52,8 @@ from engine.exports.weights import MovedBase, load_predictor
 from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
-from sdxl.pictures.painter import DrawConfig, draw, open_painter
+from sdxl.config import DrawConfig
+from sdxl.pictures.painter import draw, open_painter
 from sdxl.pictures.prompts import read_prompts
 from sdxl.pictures.sampling import draw_grid
 from utils.config.bounds import Count, CountOrZero, Fraction, Pixels

@@ -14,10 +14,9 @@ from utils.start import begin
 begin(__doc__)
 
 from engine.tasks.kinds import training_schema
-from engine.train import train
-from utils.config.entry_point import entry_point
+from utils.config.entry_point import Command
 
-main = entry_point("train", training_schema("train"))(train)
+main = Command("train", "engine.train:train", training_schema("train"))
 
 if __name__ == "__main__":
     main()

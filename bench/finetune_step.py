@@ -31,7 +31,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 
 from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, run_bench
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask
+from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ModelConfig
 from utils.hardware import missing_for_compile

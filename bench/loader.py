@@ -26,7 +26,8 @@ from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.open import Data, load_collection, open_images
 from engine.run.length import wait_for
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask
+from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from engine.update.runtime import choose_runtime
 from utils.ranks.processes import count_cores

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.measure import SMALL_NETWORK, Comparison, build_bench_run, count_flops, read_group, repeated, run_bench
-from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
+from engine.tasks.config import FCMAETaskConfig
+from engine.tasks.fcmae import FCMAETask
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.fcmae import FCMAE, draw_mask

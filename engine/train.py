@@ -23,7 +23,7 @@ from engine.run.clock import Stages
 from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import open_kind
 from engine.update.runtime import warming
 from utils.config.entry_point import Job
 from utils.io.files import output_errors, refuse_links_out
@@ -41,10 +41,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     stages = Stages("imports", STARTED)
-    kind = KINDS[config.task.name]
+    kind = open_kind(config.task.name)
     config = use_factor(config, job.overrides)
     runtime = start_ranks(config)
-    config = config.task.complete(use_pretrained(config, job.overrides), job.overrides)
+    config = kind.complete(use_pretrained(config, job.overrides), job.overrides)
     if config.runtime.memory_gib is not None:
         config = kind.fit_memory(config, job, runtime)
 

@@ -10,16 +10,13 @@ Differs: the adaptive weight is that of the step before, from the gradients of a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 
 from data.collection.collection import Collection
-from data.config import WholeData
 from data.open import Data
 from data.stream.loader import no_fields
 from data.stream.order import Draw, View
@@ -28,20 +25,12 @@ from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
-from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
-from sdxl.caches.buckets import BucketConfig, fitted_views
-from sdxl.files.networks import SDXLConfig, describe, open_networks
+from engine.tasks.kind import Setup
+from sdxl.caches.buckets import fitted_views
+from sdxl.config import SDXLConfig, VAETrainingConfig
+from sdxl.files.networks import describe, open_networks, settle_model
 from sdxl.kind import BucketedKind, Reading, find_buckets
-from sdxl.perceptual import (
-    PatchDiscriminator,
-    PerceptualConfig,
-    PerceptualNetwork,
-    absolute_error,
-    hinge,
-    pyramid_distance,
-)
-from utils.config.bounds import Count, CountOrZero, Factor, Side
-from utils.config.schema import Strict
+from sdxl.perceptual import PatchDiscriminator, PerceptualNetwork, absolute_error, hinge, pyramid_distance
 from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
@@ -53,55 +42,10 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_STRIDE_PX = 8  # pixels of a latent's side
-_LEAST_PX = 24  # that the discriminator takes
 _WORST = 4  # pictures of an evaluation
 _AMPLIFIED = 4  # times the difference in a picture
 _MOST_ADAPTIVE = 1e4  # as published
 _LEAST_NORM = 1e-4  # as published
-
-
-class DiscriminatorConfig(Strict):
-    """A discriminator of patches.
-
-    weight: its gradient relative to the other losses; 0 turns it off. start_step: the first step that uses it.
-    """
-
-    weight: Factor
-    start_step: CountOrZero | None
-
-
-class AutoencoderTaskConfig(TaskConfig):
-    """The VAE's decoder. crop_px: of training."""
-
-    name: Literal["autoencoder"]
-    perceptual: PerceptualConfig
-    discriminator: DiscriminatorConfig
-    crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
-    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
-    buckets: BucketConfig
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.discriminator.weight and self.discriminator.start_step is None:
-            raise ValueError(
-                "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
-                "good without it, such as 2000, or task.discriminator.weight=0.0"
-            )
-        return self
-
-    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
-        """Return the configuration with the values of the VAE."""
-        return config.model_copy(update={"model": config.model.settled()})
-
-    def check_run(self, config: TrainingConfig) -> None:
-        """Raise ValueError if two settings exclude each other."""
-        if config.loop.sampling != "shuffled":
-            raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
-        if config.init_from is not None:
-            raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
-        if self.discriminator.weight and config.runtime.parallel == "fsdp":
-            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
 
 
 class AutoencoderTask(Task):
@@ -250,22 +194,16 @@ def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:
     return pictures.image_grid(rows, captions * 3, title, columns=len(images), tile_px=226)
 
 
-class VAETrainingConfig(TaskTrainingConfig):
-    """The schema of finetune_vae.py."""
-
-    model: SDXLConfig
-    data: WholeData
-
-
 class AutoencoderKind(BucketedKind):
     """SDXL's VAE on the images of a collection."""
 
-    config = AutoencoderTaskConfig
     model = SDXLConfig
     task = AutoencoderTask
-    scripts = ("finetune_vae",)
     next_commands = ("python export.py format=vae run_dir={run}",)
-    schema = VAETrainingConfig
+
+    def complete(self, config: VAETrainingConfig, words: Sequence[str] = ()) -> VAETrainingConfig:
+        """Return the configuration with the values of the VAE."""
+        return config.model_copy(update={"model": settle_model(config.model)})
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
         """Check the perceptual network and its files. There are no facts."""

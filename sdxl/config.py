@@ -1,38 +1,282 @@
-"""The schema of `task=diffusion`: noise, loss, timesteps, and which settings exclude each other."""
+"""The schemas of finetune_sdxl.py and finetune_vae.py, and of pictures (predict.py): SDXL, its LoRAs and its VAE.
 
+They import no torch, so that a wrong key is refused at once.
+"""
+
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import torch
-from pydantic import Field, model_validator
+import numpy as np
+from numpy import ndarray
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from typing_extensions import TypedDict
 
-from data.collection.concepts import find_repeats
+from data.config import DataConfig, WholeData
 from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
-from engine.tasks.kind import TaskConfig
-from models.interop.metadata import dict_of
-from sdxl import step as sdxl
-from sdxl.caches.buckets import BucketConfig
-from sdxl.caches.masks import MaskConfig
-from sdxl.files.networks import describe, open_networks
-from sdxl.judge import JudgeConfig
-from sdxl.latent_perceptual import LatentPerceptualConfig
-from sdxl.lora.lora import ADAPTED, LoRAConfig
-from sdxl.lora.lora_files import describe_lora, refuse_other_values
-from sdxl.pictures.prompts import count_brackets, read_prompts
-from sdxl.pictures.sampling import SamplesConfig
-from utils.config.bounds import Count, Factor, Fraction, Positive
-from utils.config.messages import validate
+from engine.tasks.config import TaskConfig, TaskTrainingConfig
+from utils.config.bounds import (
+    Count,
+    CountOrZero,
+    Factor,
+    Fraction,
+    Pixels,
+    Positive,
+    Seed,
+    Share,
+    Side,
+    Width,
+)
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError, about
 from utils.io.files import Json
-from utils.io.weights import InitFrom
-from utils.record.logging import get_logger
-from utils.record.run_reader import run_of
 
-log = get_logger(__name__)
+CHANNELS = 4  # of latents
+STRIDE_PX = 8  # pixels of a latent's side
+TIMESTEP_COUNT = 1000
+LEAST_CROP_PX = 24  # that the discriminator takes
+UNIT_PX = 32  # of a bucket's side: the VAE reduces by 8, the U-Net by another 4
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]  # rows of family.PREDICTIONS
+AdapterKind = Literal["lora", "dora", "dora_out", "loha", "lokr"]  # rows of READERS (sdxl/lora/changes.py)
+TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
+Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
+
+_Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
+_Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
+
+
+class VAEValues(TypedDict, total=False):
+    """How outputs become latents, and the padding of convolutions. What is absent is as the VAE states it."""
+
+    __pydantic_config__ = ConfigDict(**Strict.model_config)
+
+    scaling_factor: Positive
+    latents_mean: _Channels
+    latents_std: _Deviations
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class SDXLConfig(Strict):
+    """SDXL's networks. `path` is a diffusers folder or a single .safetensors file; null: tiny random networks.
+
+    vae: a file, folder or run with another VAE than the one of `path`.
+    """
+
+    family: Literal["sdxl"]
+    name: str = Field(min_length=1)
+    path: PathText | None
+    vae: PathText | None
+    vae_values: VAEValues
+    frozen_dtype: Literal["float32", "bfloat16", "float8"]  # of the networks that are not trained
+    in_channels: Literal[3]  # of the images
+
+
+_UnitSide = Annotated[Side, Field(multiple_of=UNIT_PX)]
+_Sizes = Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+
+class BucketConfig(Strict):
+    """The sizes, and what happens to images that fit none of them well.
+
+    The default sizes are, for each of `areas_px`, a square of about this area, and for every side from `min_px` to
+    `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
+    largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes for each area.
+    assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
+    (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). crop: the crop position.
+    small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
+    trained at its own size, rounded down to `step_px` (native). An image that would lose more than `max_crop` of its
+    area is skipped. flip: probability of a horizontal flip.
+    Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
+    """
+
+    areas_px: Annotated[list[Pixels], Field(min_length=1)]
+    step_px: _UnitSide
+    min_px: _UnitSide
+    max_px: _UnitSide
+    sizes_hw: Annotated[list[_Sizes], Field(min_length=1)] | None
+    assign: Literal["no_upscale", "nearest", "all"]
+    crop: Literal["centre", "random"]
+    small: Literal["keep", "drop", "native"]
+    max_upscale: Annotated[float, Field(ge=1, le=1000)]
+    max_crop: Share
+    flip: Fraction
+
+    def for_evaluation(self) -> "BucketConfig":
+        """Return the same buckets without chance: no flip, and crops from the centre."""
+        return self.model_copy(update={"flip": 0.0, "crop": "centre"})
+
+    def sizes(self) -> list[ndarray]:
+        """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
+        if self.sizes_hw is not None:
+            return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
+        areas = sorted(set(self.areas_px))
+        return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in areas]
+
+    def of_areas(self, areas_px: list[int]) -> "BucketConfig":
+        """Return the buckets of other areas, with sides in proportion."""
+        least, most = self._limits_px(max(areas_px))
+        return self.model_copy(update={"areas_px": areas_px, "min_px": least, "max_px": most})
+
+    def _limits_px(self, area: int) -> tuple[int, int]:
+        """Return the least and the most pixels of a side for an area."""
+        scale = math.sqrt(area / max(self.areas_px)) / UNIT_PX
+        return max(1, round(self.min_px * scale)) * UNIT_PX, max(1, round(self.max_px * scale)) * UNIT_PX
+
+    @model_validator(mode="after")
+    def _has_squares(self) -> "BucketConfig":
+        least = self.min_px**2
+        most = self.max_px**2
+        if not least <= max(self.areas_px) <= most or min(self.areas_px) < self.step_px**2:
+            raise ValueError(
+                f"task.buckets.areas_px: the largest of {self.areas_px} must be between min_px x min_px and "
+                f"max_px x max_px, {least} and {most}, and all at least step_px x step_px, {self.step_px**2}; set one"
+            )
+        return self
+
+
+def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> ndarray:
+    """Return the default sizes of an area (see `BucketConfig`), int64 [K, 2], sorted."""
+    square = math.isqrt(area_px) // step_px * step_px
+    sizes = {(square, square)}
+    for side in range(min_px, max_px + 1, step_px):
+        other = min(area_px // side // step_px * step_px, max_px)
+        if other >= min_px:
+            sizes |= {(side, other), (other, side)}
+    return np.array(sorted(sizes), dtype=np.int64)
+
+
+class MaskConfig(Strict):
+    """Where masks are, and how they count.
+
+    source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`, or one
+    with another ending of images; or a folder with `a/x.png` (or another ending) for `a/x.jpg` of `data.root`.
+    The loss counts where a mask is white or opaque, and by `floor` where it is darker. An image without a mask counts
+    as a whole.
+    normalise: divide an image's loss by the mean of its mask, so that small masks count as much as large ones.
+    """
+
+    source: Literal["alpha", "beside"] | PathText
+    floor: Fraction
+    normalise: bool
+
+
+class AdapterConfig(Strict):
+    """The adapter of a layer. Its update has the given rank, and is scaled by alpha / rank."""
+
+    kind: AdapterKind
+    factor: Annotated[int, Field(ge=-1)]  # of a LoKr: the size of its smaller matrix; -1: near the root
+    rank: Width
+    alpha: Positive
+
+
+class LoRAConfig(AdapterConfig):
+    """Describe a LoRA, or another kind of adapter. layers: those with values of their own, by name."""
+
+    # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
+    targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
+    layers: dict[str, AdapterConfig] = {}  # a run from before this key has none
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether there are targets in the text encoders."""
+        return any(pattern.startswith("text_encoder") for pattern in self.targets)
+
+
+_Size = Annotated[list[Annotated[Side, Field(multiple_of=STRIDE_PX)]], Field(min_length=2, max_length=2)]
+_Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
+
+
+class Prompt(Strict):
+    """A picture's text with settings of its own; None: that of all prompts.
+
+    negative: "" is the empty prompt, as in training. guidance_rescale: Lin et al. 2023, section 3.4.
+    """
+
+    text: str
+    negative: str = ""
+    image_size_hw: _Size | None = None
+    steps: _Steps | None = None
+    guidance: Factor | None = None
+    guidance_rescale: Fraction = 0.7  # as published
+    seed: Seed | None = None
+
+    @property
+    def words(self) -> str:
+        """The text and the negative."""
+        return f"{self.text}\n{self.negative}"
+
+
+PromptText = Annotated[  # a text, or a mapping
+    Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "mapping"),
+]
+
+
+class PictureConfig(Strict):
+    """Settings of pictures."""
+
+    image_size_hw: _Size
+    steps: _Steps
+    guidance: Factor
+
+    def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
+        """Return a prompt with all settings. seed: if it has none."""
+        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
+        shared = self.model_dump(include=Prompt.model_fields.keys())
+        return Prompt.model_construct(**{**shared, "seed": seed, **own})
+
+
+class SamplesConfig(PictureConfig):
+    """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
+
+    prompts: Annotated[  # or a file of them (sdxl/pictures/prompts.py)
+        Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
+        Discriminator(lambda value: "file" if isinstance(value, str) else "list"),
+    ]
+
+    def complete_all(self) -> list[Prompt]:
+        """Return the prompts with all settings."""
+        return [self.complete(prompt, number) for number, prompt in enumerate(self.prompts)]
+
+
+class DrawConfig(PictureConfig):
+    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own.
+
+    emphasis: whether brackets are emphasis; None: as the weights were trained, and text for a base model.
+    """
+
+    negative: str
+    emphasis: bool | None
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
+        """Return a complete prompt for each picture."""
+        complete = []
+        for prompt in prompts:
+            own = None if isinstance(prompt, str) else prompt.seed
+            complete += [self.complete(prompt, seed) for seed in (self.seeds if own is None else [own])]
+        return complete
+
+
+class JudgeConfig(Strict):
+    """weights: a run or weight file of a tagger, or a folder in the WD form.
+
+    prompts: the number of held-out captions to draw. steps: of the sampler; None: those of `task.samples`.
+    """
+
+    weights: PathText
+    prompts: Count
+    steps: Count | None = None
+
+
+class LatentPerceptualConfig(Strict):
+    """The weight of the loss, and the lowest signal-to-noise ratio at which it counts."""
+
+    weight: Positive
+    min_snr: Positive
 
 
 class NoiseConfig(Strict):
@@ -43,7 +287,7 @@ class NoiseConfig(Strict):
     offset: strength of a random brightness in the noise; 0 is off.
     """
 
-    prediction_type: Literal["auto"] | sdxl.PredictionType
+    prediction_type: Literal["auto"] | PredictionType
     zero_terminal_snr: Literal["auto"] | bool
     convert: bool
     offset: Fraction
@@ -58,26 +302,6 @@ class NoiseConfig(Strict):
             )
         return self
 
-    def settled(self, path: str | None) -> Json:
-        """Return the values, without auto. path: of the base model; None: a tiny one."""
-        values = self.model_dump()
-        if "auto" not in (self.prediction_type, self.zero_terminal_snr):
-            return values
-        own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-        base = own if path is None or self.convert else describe(path)
-        kind = base["prediction_type"] if self.prediction_type == "auto" else self.prediction_type
-        if self.zero_terminal_snr == "auto":
-            # A file that does not say it is sampled without.
-            values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
-        if base.get("is_stated"):
-            log.info("task.noise: %s predicts %s, which is trained", path, kind)
-        elif base is not own and self.prediction_type == "auto":
-            log.warning(
-                "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
-                "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
-            )  # fmt: skip
-        return {**values, "prediction_type": kind}
-
 
 class LossConfig(Strict):
     """Weights of the loss by noise level, explained at `loss_weight` in sdxl/step.py.
@@ -85,7 +309,7 @@ class LossConfig(Strict):
     perceptual: adds a loss of the VAE's decoder at low noise (sdxl/latent_perceptual.py).
     """
 
-    weighting: sdxl.Weighting
+    weighting: Weighting
     gamma: Positive
     floor: Factor
     perceptual: LatentPerceptualConfig | None
@@ -94,7 +318,7 @@ class LossConfig(Strict):
 class TimestepsConfig(Strict):
     """How to draw timesteps. shift: see `shift_times` in sdxl/step.py."""
 
-    sampling: sdxl.TimestepSampling
+    sampling: TimestepSampling
     shift: Annotated[float, Field(ge=0.01, le=100)]
 
 
@@ -138,54 +362,6 @@ class DiffusionTaskConfig(TaskConfig):
         """Return how prompts are encoded: options of `encode_prompt`."""
         return {"zeros_for_empty_prompt": self.captions.dropout_to == "zeros", "emphasis": self.captions.emphasis}
 
-    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
-        """Return the configuration with the values of the VAE, the noise of the base model, the LoRA that is continued,
-        the trigger in captions, the prompts of a file, and folders `10_name` as concepts.
-
-        They are recorded, and compared on resume.
-        """
-        values = config.model_dump()
-        values["model"] = config.model.settled()
-        task = values["task"]
-        task["noise"] = self.noise.settled(config.model.path)
-        if self.lora is not None and config.init_from is not None:
-            task["lora"] = self._continue_lora(config, words).model_dump()
-        if isinstance(self.samples.prompts, str):
-            task["samples"]["prompts"] = read_prompts(
-                self.samples.prompts, self.samples.image_size_hw, "task.samples.prompts"
-            )
-        data = config.data
-        concepts = data.concepts
-        if concepts is None and data.name == "image_folder":
-            concepts = find_repeats(data.root) or None
-        if data.trigger is not None:
-            if config.data.concepts or self.captions.prefix:
-                raise UserError(
-                    f"data.trigger: {data.trigger!r} is the trigger of all images; remove it where data.concepts or "
-                    "task.captions.prefix states others"
-                )
-            task["captions"]["prefix"] = data.trigger
-            concepts = concepts and [concept.without_trigger() for concept in concepts]
-        values["data"]["concepts"] = concepts
-        complete = validate(values, type(config))
-        texts = [prompt.words for prompt in complete.task.samples.complete_all()]
-        count_brackets(texts, self.captions.emphasis, "task.samples.prompts (task.captions.emphasis)")
-        return complete
-
-    def _continue_lora(self, config: TrainingConfig, words: Sequence[str]) -> LoRAConfig:
-        """Return the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
-        begun = config.run_dir and run_of(Path(config.run_dir))
-        known = begun.config if begun else {}
-        if known.get("init_from") == config.init_from and dict_of(known, "task").get("lora"):
-            found = LoRAConfig.model_validate(known["task"]["lora"])
-        else:
-            with torch.device("meta"):
-                shapes = open_networks(config.model, ADAPTED)
-            with about("init_from"):
-                found = describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
-        refuse_other_values(found, self.lora, words)
-        return found
-
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""
         if config.loop.sampling != "shuffled":
@@ -220,3 +396,75 @@ class DiffusionTaskConfig(TaskConfig):
             if concept.mask and self.mask is None:
                 raise ValueError(f"{key}.mask: true, but task.mask is null; set task.mask to their source")
             self.captions.changed(f"{key}.captions", concept.captions)
+
+
+class PerceptualConfig(Strict):
+    """The weight of the perceptual distance, and what measures it.
+
+    network: a name of timm; null: `pyramid_distance`. path: its weight file; null: timm's. lpips: a file with LPIPS'
+    linear weights for it; null: all channels count alike.
+    """
+
+    weight: Factor
+    network: Annotated[str, Field(min_length=1)] | None
+    path: PathText | None
+    lpips: PathText | None
+
+    @model_validator(mode="after")
+    def _names_a_network(self) -> Self:
+        if self.network is None and (self.path or self.lpips):
+            raise ValueError("task.perceptual.network: must be given with path or lpips, such as vgg16.tv_in1k")
+        return self
+
+
+class DiscriminatorConfig(Strict):
+    """A discriminator of patches.
+
+    weight: its gradient relative to the other losses; 0 turns it off. start_step: the first step that uses it.
+    """
+
+    weight: Factor
+    start_step: CountOrZero | None
+
+
+class AutoencoderTaskConfig(TaskConfig):
+    """The VAE's decoder. crop_px: of training."""
+
+    name: Literal["autoencoder"]
+    perceptual: PerceptualConfig
+    discriminator: DiscriminatorConfig
+    crop_px: Annotated[Side, Field(multiple_of=STRIDE_PX, ge=LEAST_CROP_PX)]
+    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
+    buckets: BucketConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.discriminator.weight and self.discriminator.start_step is None:
+            raise ValueError(
+                "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
+                "good without it, such as 2000, or task.discriminator.weight=0.0"
+            )
+        return self
+
+    def check_run(self, config: TrainingConfig) -> None:
+        """Raise ValueError if two settings exclude each other."""
+        if config.loop.sampling != "shuffled":
+            raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
+        if config.init_from is not None:
+            raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
+        if self.discriminator.weight and config.runtime.parallel == "fsdp":
+            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
+
+
+class SDXLTrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_sdxl.py."""
+
+    model: SDXLConfig
+    data: DataConfig
+
+
+class VAETrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_vae.py."""
+
+    model: SDXLConfig
+    data: WholeData

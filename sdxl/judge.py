@@ -29,12 +29,10 @@ from data.tags.tag_weights import read_tags
 from engine.measures.neighbours import find_nearest
 from engine.task import Report, visiting
 from engine.tasks.kind import load_task, read_setup
-from engine.tasks.tagging import TaggingKind
 from models.image_model import ImageModel
 from models.predictor import known_outputs, onnx_predictor, torch_predictor
+from sdxl.config import JudgeConfig
 from sdxl.judging import Seen, judge_pictures, tag_rows
-from utils.config.bounds import Count
-from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.formats.spelling import parse_tag
@@ -55,17 +53,6 @@ _MOST_TRAINED = 2_000  # training images that drawn pictures are compared with
 _LEAST_DISTANCE = 1e-6  # of real pictures: they may all be in training, too
 _LINES = 3  # lines of missing or leaked tags
 _COPIES = 0.7  # a novelty below it (docs/results.md, does a fine-tune copy)
-
-
-class JudgeConfig(Strict):
-    """weights: a run or weight file of a tagger, or a folder in the WD form.
-
-    prompts: the number of held-out captions to draw. steps: of the sampler; None: those of `task.samples`.
-    """
-
-    weights: PathText
-    prompts: Count
-    steps: Count | None = None
 
 
 class Held(NamedTuple):
@@ -98,7 +85,7 @@ class Judge(nn.Module):
         if self.path.suffix == ".onnx":
             self._predictor = onnx_predictor(self.path, torch.device("cpu"))
         else:
-            kind, setup, metadata = read_setup(self.path, {"tagging": TaggingKind()})
+            kind, setup, metadata = read_setup(self.path, ("tagging",))
             task = load_task(self.path, kind, setup, "export")
             self._model.append(ImageModel(task.network, setup.normalise(), kind.output).eval())
             self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))

@@ -23,16 +23,17 @@ from data.tags.captions import CaptionConfig, Captions, count_tags, describe_cap
 from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
-from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
+from engine.tasks.kind import Kind, Setup
 from engine.update.batch_size import naming_memory
 from engine.update.runtime import Runtime
 from sdxl.caches.buckets import Buckets, choose_pairs, fitted_views, make_buckets
 from sdxl.caches.latent_cache import LatentCache
 from sdxl.caches.masks import Masked, find_masks
 from sdxl.caches.text_cache import TextCache, vary_caption
-from sdxl.config import DiffusionTaskConfig, NoiseConfig
+from sdxl.complete import complete
+from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig, SDXLTrainingConfig
 from sdxl.files.family import ENCODERS
-from sdxl.files.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
+from sdxl.files.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
 from sdxl.judge import Judge, judged_stream, text_field, trained_stream
 from sdxl.memory import fit_memory
@@ -56,13 +57,6 @@ Reading = tuple[Buckets, Data, Views, Fields]
 
 Encode = Callable[[str], Tensors]  # from a caption to the network's inputs
 VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
-
-
-class SDXLTrainingConfig(TaskTrainingConfig):
-    """The schema of finetune_sdxl.py."""
-
-    model: SDXLConfig
-    data: DataConfig
 
 
 class BucketedKind(Kind):
@@ -104,17 +98,18 @@ def find_buckets(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
 class DiffusionKind(BucketedKind):
     """SDXL: a LoRA, or the whole network."""
 
-    config = DiffusionTaskConfig
     model = SDXLConfig
     task = DiffusionTask
-    schema = SDXLTrainingConfig
-    scripts = ("finetune_sdxl",)
     next_commands = ("python predict.py weights={run} prompts=FILE output=FOLDER",)
 
     def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the export that programs read, and the evaluation."""
         form = "single_file" if setup.task.lora is None else "kohya"
         return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, streams, collection)]
+
+    def complete(self, config: SDXLTrainingConfig, words: Sequence[str] = ()) -> SDXLTrainingConfig:
+        """Return the configuration with the values that files decide."""
+        return complete(config, words)
 
     def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
         """Return the configuration with the settings that make it fit."""
@@ -341,7 +336,11 @@ def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
     """Return the cache of the latents of images in their buckets. Except in a dry run, it has them all."""
     task = setup.task
     decoder = data.source.decoder
-    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, setup.model.settled().vae_values["padding_mode"])
+    inputs = (
+        _fingerprint(setup.model, ("vae",)),
+        decoder.background,
+        settle_model(setup.model).vae_values["padding_mode"],
+    )
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     latents = LatentCache(store, data.collection, buckets, inputs, hashes)

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.config.bounds import Positive
-from utils.config.schema import Strict
-
 _OUTLIER = 4.0  # standard deviations of a channel
 _LEAST_NORM = 0.1  # of a position, as a share of the image's mean
-
-
-class LatentPerceptualConfig(Strict):
-    """The weight of the loss, and the lowest signal-to-noise ratio at which it counts."""
-
-    weight: Positive
-    min_snr: Positive
 
 
 def decoder_features(vae: nn.Module, z: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ from engine.update.parallel import recompute_blocks
 from optim.alone import step_each
 from optim.build import build_optimizer
 from optim.config import OptimConfig
-from sdxl.files.family import CHANNELS
+from sdxl.config import CHANNELS
 from sdxl.files.tokenizer import LENGTH
 from sdxl.task import DiffusionTask
 from utils.config.messages import ConfigError, validate

@@ -4,10 +4,8 @@ Images are float32 [B, 3, H, W] in [-1, 1], distances are [B].
 """
 
 from pathlib import Path
-from typing import Annotated, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,32 +13,12 @@ from models.image_model import Normalise
 from models.weights.fit import TimmFamily, is_meta, refuse_misfits
 from models.weights.initialise import convert
 from models.weights.timm_hub import read_timm
-from utils.config.bounds import Factor
-from utils.config.schema import PathText, Strict
+from sdxl.config import PerceptualConfig
 from utils.errors import UserError, about, close_names
 from utils.io.weights import read_weights
 
 _PYRAMID = 4  # levels of the pyramid
 _LEVELS = 5  # maps of features at most: VGG's sixth is the pooled fifth
-
-
-class PerceptualConfig(Strict):
-    """The weight of the perceptual distance, and what measures it.
-
-    network: a name of timm; null: `pyramid_distance`. path: its weight file; null: timm's. lpips: a file with LPIPS'
-    linear weights for it; null: all channels count alike.
-    """
-
-    weight: Factor
-    network: Annotated[str, Field(min_length=1)] | None
-    path: PathText | None
-    lpips: PathText | None
-
-    @model_validator(mode="after")
-    def _names_a_network(self) -> Self:
-        if self.network is None and (self.path or self.lpips):
-            raise ValueError("task.perceptual.network: must be given with path or lpips, such as vgg16.tv_in1k")
-        return self
 
 
 def absolute_error(error: Tensor) -> Tensor:

@@ -6,19 +6,16 @@ if alpha is 0. Random numbers come from each sample's key, so they do not depend
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sdxl.files.family import SCHEDULE, TIMESTEP_COUNT
+from sdxl.config import TIMESTEP_COUNT, PredictionType, TimestepSampling, Weighting
+from sdxl.files.family import SCHEDULE
 from sdxl.files.tokenizer import BOS, EOT, pad_second, tokenize
 from sdxl.vae import latent_scale
 from utils import rng
-
-PredictionType = Literal["epsilon", "v_prediction", "flow"]  # rows of family.PREDICTIONS
-TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
-Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
 # Numbers of utils/rng.py for one sample.
 TIMESTEP_DRAW = 0

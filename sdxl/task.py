@@ -41,6 +41,7 @@ from models.interop.metadata import dict_of
 from models.weights.fit import is_meta, refuse_misfits
 from sdxl import step as sdxl
 from sdxl.caches.masks import MASK
+from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.networks import Networks, base_files, describe, freeze_unused, open_networks
@@ -49,7 +50,7 @@ from sdxl.judge import Judge, gather, read_texts
 from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.lora import ADAPTED, LoRA
 from sdxl.lora.lora_files import adapter_state
-from sdxl.pictures.sampling import EncodedPrompt, Prompt, encode_prompt, sample_pictures, scheduler_config
+from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
 from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, State

@@ -6,39 +6,20 @@ ignore `shift_factor`, so the configuration of a network states a shift as `late
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
-from sdxl.files.family import CHANNELS, PREFIXES, VAE_SCALING_FACTOR
+from sdxl.config import CHANNELS, VAEValues
+from sdxl.files.family import PREFIXES, VAE_SCALING_FACTOR
 from sdxl.files.folders import local_base, read_config, weight_files
-from utils.config.bounds import Positive
-from utils.config.schema import Strict
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, readable
 from utils.io.weights import find_weights, hash_tensors, is_run, read_weights
 
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
-_Number = Annotated[float, Field(ge=-1e6, le=1e6)]
-_Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
-_Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
-
-
-class VAEValues(TypedDict, total=False):
-    """How outputs become latents, and the padding of convolutions. What is absent is as the VAE states it."""
-
-    __pydantic_config__ = ConfigDict(**Strict.model_config)
-
-    scaling_factor: Positive
-    latents_mean: _Channels
-    latents_std: _Deviations
-    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
-
-
 _VALUES = TypeAdapter(VAEValues)
 AS_STATED: VAEValues = {}
 SDXLS: VAEValues = {

@@ -23,7 +23,7 @@ from tests.support import SMALL_MODEL, assert_equal_runs, make_collection
 from utils.config.entry_point import Job, validate
 from utils.config.help import CONF, ROOT
 
-TASKS = {name: kind.scripts for name, kind in KINDS.items()}  # the scripts that train each
+TASKS = {name: row.scripts for name, row in KINDS.items()}  # the scripts that train each
 TRAINING = sorted({script for scripts in TASKS.values() for script in scripts})
 ON_IMAGES = [script for script in TRAINING if "- augment:" in (CONF / f"{script}.yaml").read_text()]
 SCRIPTS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "common")
@@ -88,7 +88,7 @@ def run(script: str, overrides: Sequence[str], folder: Path) -> str:
     """Run a script's body in `folder` and return its line of result; its errors are raised as they are."""
     config, job = configure(script, overrides)
     with working_in(folder):
-        return load_command(script).main(config, job)
+        return load_command(script).run(config, job)
 
 
 class Killed(Exception):

@@ -1,11 +1,13 @@
 """Each task in small, with a batch of grey images: for tests of what all tasks share."""
 
+from pkgutil import resolve_name
+
 import torch
 
 from bench.measure import read_group
 from data.stream.batch import Ragged, collate
 from engine.tasks.fcmae import patch_count
-from engine.tasks.kind import Setup
+from engine.tasks.kind import Setup, open_kind
 from engine.tasks.kinds import KINDS
 from models.config import ModelConfig
 from sdxl.files import family as sdxl_family
@@ -31,10 +33,10 @@ def make_setup(task):
     else:
         small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
         model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
-    kind = KINDS[task]
+    kind = open_kind(task)
     if task in OF_DIFFUSERS:
         model = read_group(kind.model, "model", "sdxl_tiny")
-    config = read_group(kind.config, "task", task, **CHANGES[task])
+    config = read_group(resolve_name(KINDS[task].config), "task", task, **CHANGES[task])
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)
     if task in ("tagging", "distillation"):

@@ -25,7 +25,7 @@ from viewer.run import find_pictures
 from viewer.site import Site
 
 if TYPE_CHECKING:  # torch is imported when the first page is asked for
-    from sdxl.pictures.sampling import Prompt
+    from sdxl.config import Prompt
 
 FILE = "preferences.jsonl"
 # Quasar's template. Double braces show text, never markup. What is shown, wiped and enlarged stays in the browser.
@@ -72,7 +72,7 @@ _STYLE = """
 
 def read_prompts(run: Path) -> list["Prompt"]:
     """Return the prompts of a run's pictures, in the order of their columns."""
-    from sdxl.pictures.sampling import SamplesConfig
+    from sdxl.config import SamplesConfig
 
     samples = RunReader(run).config.get("task", {}).get("samples")
     return SamplesConfig.model_validate(samples).complete_all() if samples else []

@@ -5,14 +5,15 @@ caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of th
 Captions(config, collection).of(row)    # the config of a row, where concepts have captions of their own
 """
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-import torch
 from numpy import ndarray
 from pydantic import Field
 
@@ -28,9 +29,12 @@ from utils.formats.vocabulary import GENERAL, RATING, category_name
 from utils.io.files import Values
 from utils.record.logging import get_logger
 
+if TYPE_CHECKING:
+    from torch import Generator
+
 log = get_logger(__name__)
 
-Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
+Vary = Callable[[str, "Generator"], str]  # from a text to a random caption
 _SEPARATOR = ", "  # between tags
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
@@ -109,7 +113,7 @@ class CaptionConfig(Strict):
             text.tags = row.tags or ()
         return texts
 
-    def draw(self, texts: list[str], generator: torch.Generator | None, vary: Vary) -> tuple[str, bool]:
+    def draw(self, texts: list[str], generator: Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
 
         generator: None in evaluation, where the whole first text is the caption. vary: `vary_tags`, or a function that
@@ -117,12 +121,14 @@ class CaptionConfig(Strict):
         """
         if generator is None:
             return self.complete(texts[0]), False
+        import torch  # not above: the schemas need no torch
+
         if torch.rand((), generator=generator) < self.caption_dropout:
             return "", True
         text = texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]
         return vary(text, generator), False
 
-    def vary_tags(self, text: str, generator: torch.Generator) -> str:
+    def vary_tags(self, text: str, generator: Generator) -> str:
         """Return a random caption for the text of a row; the whole caption is never dropped."""
         return self._arrange(text, generator if self.varies_tags else None)
 
@@ -130,7 +136,7 @@ class CaptionConfig(Strict):
         """Return the caption of a text without chance, as for evaluation."""
         return self._arrange(text, None)
 
-    def _arrange(self, text: str, generator: torch.Generator | None) -> str:
+    def _arrange(self, text: str, generator: Generator | None) -> str:
         """Return the caption of a text: its tags in their order, and varied if there is a generator."""
         parts = text.split(self.keep_tokens_separator, 2) if self.keep_tokens_separator else [text]
         split = [self._split_marked(part) for part in parts]
@@ -146,8 +152,10 @@ class CaptionConfig(Strict):
         text = text if has_prefix else _join(self.prefix, text)
         return _join(text, self.suffix)
 
-    def _choose(self, tags: list[str], text: str, generator: torch.Generator | None) -> list[str]:
+    def _choose(self, tags: list[str], text: str, generator: Generator | None) -> list[str]:
         """Return tags of a text in their order; with a generator, without those that are dropped."""
+        import torch
+
         categories = self.find_categories(tags, text)
         kept = torch.arange(len(tags))
         if generator is not None:

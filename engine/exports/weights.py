@@ -14,7 +14,6 @@ from torch import nn
 
 from engine.task import Task, Use, fingerprint_helpers
 from engine.tasks.kind import Kind, Setup, load_task, read_setup
-from engine.tasks.kinds import KINDS
 from models.image_model import ImageModel
 from models.interop.metadata import dict_of
 from models.predictor import Predictor, onnx_predictor, torch_predictor
@@ -105,7 +104,7 @@ def open_weights(
     for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     moved = {} if base is None else base.model_dump(exclude_none=True)
-    kind, setup, metadata = read_setup(path, KINDS, moved)
+    kind, setup, metadata = read_setup(path, moved=moved)
     if needs_output and kind.output is None:
         raise UserError(
             f"{path} is of task {setup.task.name!r}, which has no output for a single image; use evaluate.py"

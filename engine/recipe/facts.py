@@ -19,7 +19,7 @@ from engine.frozen.choose import open_timm
 from engine.frozen.features import read_features
 from engine.run.length import time_update
 from engine.tasks.classification import count_head_images
-from engine.tasks.kind import ImageTrainingConfig
+from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, TimmConfig

@@ -15,7 +15,8 @@ from data.collection.collection import Collection
 from engine.recipe.facts import CROPS, FINE_PX, MIRRORS, REFERENCE, UNIT_PX, UPDATE, Facts, Network, find_facts
 from engine.recipe.pretrained import use_pretrained
 from engine.run.minutes import read_minutes
-from engine.tasks.kind import ImageTrainingConfig, Kind
+from engine.tasks.config import ImageTrainingConfig
+from engine.tasks.kind import Kind
 from engine.update.runtime import Runtime
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines

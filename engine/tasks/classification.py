@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from time import monotonic
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +26,11 @@ from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, log_mean
+from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.head import fit_head
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
-from engine.tasks.mixing import MixingConfig, MixingTask
+from engine.tasks.kind import Kind, Setup, label_fields
+from engine.tasks.mixing import MixingTask
 from engine.update.runtime import Runtime
-from utils.config.bounds import BelowOne
 from utils.contracts import Batch
 from utils.formats.thresholds import ThresholdTable
 from utils.io.files import Json
@@ -47,28 +47,6 @@ def count_head_images(config: TrainingConfig) -> int:
     if config.loop.minutes is None:
         return HEAD_IMAGES
     return min(HEAD_IMAGES, int(_HEAD_IMAGES_A_MINUTE * config.loop.minutes))
-
-
-class ClassificationTaskConfig(MixingConfig, TaskConfig):
-    """Settings of a classifier's training."""
-
-    name: Literal["classification"]
-    label_smoothing: BelowOne
-    allow_missing_classes: bool
-    head: Literal["random", "fitted", "refitted", "kept"]
-
-    def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for a head that the run cannot have."""
-        if self.head == "refitted" and config.runtime.parallel == "fsdp":
-            raise ValueError(
-                "task.head: refitted needs the whole network on each rank, but runtime.parallel is fsdp; set "
-                "task.head=fitted, or another runtime.parallel"
-            )
-        if self.head == "kept" and config.init_from is None:
-            raise ValueError(
-                "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
-                "weight file, or set task.head=random"
-            )
 
 
 class ClassificationTask(MixingTask):
@@ -196,7 +174,6 @@ class ClassificationTask(MixingTask):
 class ClassificationKind(Kind):
     """Labelled images. The classes are those in the training split."""
 
-    config = ClassificationTaskConfig
     task = ClassificationTask
     names = ("class_names",)
     output = "classes"

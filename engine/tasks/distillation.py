@@ -13,7 +13,6 @@ Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.052
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,20 +21,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.collection.collection import Collection
-from data.tags.rules import TagRulesConfig
 from engine.measures.means import measure_means
 from engine.task import Loaders, Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
-from engine.tasks.mixing import Mixing, MixingConfig
-from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
+from engine.tasks.config import (
+    ClassificationTaskConfig,
+    ImageTrainingConfig,
+    TaggingTaskConfig,
+    TagLossConfig,
+)
+from engine.tasks.kind import Kind, Setup, read_setup
+from engine.tasks.mixing import Mixing
+from engine.tasks.tagging import TaggingKind, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.image_model import Normalise
 from models.weights.fit import load_into
 from models.weights.timm_hub import read_timm, stated_preprocessing
-from utils.config.bounds import Positive
-from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError, about, close_names
 from utils.formats.vocabulary import RATING
@@ -46,33 +48,21 @@ _BCE = TagLossConfig(name="bce", gamma_neg=0.0, clip=0.0)
 _UNUSED = {"vocabulary": None, "append_to": None, "orientation": None}  # the tags are the teacher's
 
 
-class DistillationTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
-    """The teacher and what is learned of it. evaluate.py measures the student by labels that the tag rules read.
-
-    teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
-    """
-
-    name: Literal["distillation"]
-    teacher: PathText
-    targets: Literal["logits", "features"]
-    temperature: Positive
-
-
 # ---------------------------------------------------------------------------------------------------------- the student
 
 
 def find_student(setup: Setup) -> tuple[Kind, Setup]:
     """Return the kind and setup of the student as a model of its own: a tagger, a classifier, or a backbone."""
     if "tag_names" in setup.facts:
-        kind = TaggingKind()
+        kind, schema = TaggingKind(), TaggingTaskConfig
         more = {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
-        kind = ClassificationKind()
+        kind, schema = ClassificationKind(), ClassificationTaskConfig
         more = {"name": "classification", "head": "random", "allow_missing_classes": True, "label_smoothing": 0.0}
     else:
         return Kind(), setup
-    shared = setup.task.model_dump(include=kind.config.model_fields.keys())
-    return kind, replace(setup, task=kind.config(**{**shared, **more}))
+    shared = setup.task.model_dump(include=schema.model_fields.keys())
+    return kind, replace(setup, task=schema(**{**shared, **more}))
 
 
 def _run(network: nn.Module, images: Tensor, *, features: bool) -> Tensor:
@@ -186,7 +176,7 @@ def find_teacher(source: str, channels: int) -> tuple[Json, Json]:
     channels: the channels of the student's images. Raises UserError (`task.teacher`).
     """
     if path := _find_file(source):
-        setup = read_setup(path, {"tagging": TaggingKind(), "classification": ClassificationKind()})[1]
+        setup = read_setup(path, ("tagging", "classification"))[1]
         model = setup.model
         preprocessing = dict(setup.preprocessing)
         names = dict(setup.facts)
@@ -212,7 +202,6 @@ def find_teacher(source: str, channels: int) -> tuple[Json, Json]:
 class DistillationKind(Kind):
     """A student and its teacher. Outside its run, a student of logits is a tagger or a classifier."""
 
-    config = DistillationTaskConfig
     task = DistillationTask
     output = "features"
     network = "student.network"

@@ -5,11 +5,9 @@ The loader's workers draw the mask from each sample's key, so it does not depend
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from data.collection.choose import choose_probe_rows, spread
@@ -19,11 +17,10 @@ from data.stream.loader import Example, Fields
 from engine.measures.means import Means
 from engine.measures.probe import measure_probes
 from engine.task import Loaders, Report, StepOutput, Streams
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
+from engine.tasks.config import FCMAETaskConfig, ImageTrainingConfig
+from engine.tasks.kind import ImageTask, Kind, Setup, label_fields
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask, repeat_sites
-from utils.config.bounds import Count, Duration, Side, Width
-from utils.config.schema import Strict
 from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
@@ -36,25 +33,6 @@ log = get_logger(__name__)
 VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
 _PICTURES = 10
-
-
-class ProbeConfig(Strict):
-    """When to probe the frozen features (null: not in training), fitted to how many images, with k neighbours."""
-
-    every_epochs: Duration | None
-    images: Count
-    k: Count
-
-
-class FCMAETaskConfig(TaskConfig):
-    """Pretraining by reconstructing masked patches. `patch_px` null means the network's total stride."""
-
-    name: Literal["fcmae"]
-    mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
-    patch_px: Side | None
-    decoder_dim: Width
-    decoder_depth: Count  # at least one block, or nothing of the image would reach a masked site
-    probe: ProbeConfig
 
 
 def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
@@ -158,9 +136,7 @@ class FCMAEKind(Kind):
     Labels are only used to probe the encoder, never to train it.
     """
 
-    config = FCMAETaskConfig
     task = FCMAETask
-    scripts = ("pretrain_fcmae",)
     output = "features"
     network = "network.encoder"
     next_commands = ("python finetune.py init_from={run} {data}",)

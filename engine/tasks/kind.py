@@ -6,30 +6,33 @@
     streams = kind.streams(Data(collection, source, runtime, ...), setup, config)
     task = kind.build(setup)
 
-A kind's config, task and Kind are in one file; kinds.py has an entry for each.
+A kind's task and Kind are in one file. The row in kinds.py names them, and the schema of its `task` group.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from pkgutil import resolve_name
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, model_validator
+from pydantic import TypeAdapter
 
 from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.config import DataConfig, WholeData
+from data.config import DataConfig
 from data.open import Data, describe_collection, open_images
 from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
 from engine.task import Loaders, Streams, Task, Use, join_exported, split_exported
+from engine.tasks.config import ImageTrainingConfig
+from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
@@ -39,7 +42,6 @@ from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
 from utils.config.entry_point import Job
-from utils.config.schema import Strict
 from utils.errors import UserError, close_names
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, readable, sha256_text
@@ -48,19 +50,6 @@ from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
-
-
-class TaskConfig(Strict):
-    """The base of all `task` groups; `name` is the kind's name in the table."""
-
-    name: str
-
-    def check_run(self, config: "ImageTrainingConfig") -> None:
-        """Raise ValueError if other keys of the run do not suit the task. The message begins with the key."""
-
-    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
-        """Return the configuration of a run with the values that the task decides. words: of the command."""
-        return config
 
 
 @dataclass(frozen=True)
@@ -81,31 +70,6 @@ class Setup:
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each fact. A resumed run must have the same facts in the same order."""
         return {f"facts.{name}": sha256_text(canonical_json(value))[:16] for name, value in self.facts.items()}
-
-
-class TaskTrainingConfig(TrainingConfig):
-    """The base of the schemas of all kinds; a script's `task` is a union of its kinds' (`training_schema`)."""
-
-    task: TaskConfig
-
-    @model_validator(mode="after")
-    def _suits_the_task(self) -> Self:
-        self.task.check_run(self)
-        return self
-
-
-class ImageTrainingConfig(TaskTrainingConfig):
-    """The schema of kinds on images."""
-
-    model: ModelConfig
-    data: WholeData
-    augment: AugmentConfig
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if any((each.augment.shortest_px() or 0) > (self.augment.shortest_px() or 0) for each in self.at_phases()):
-            raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
-        return self
 
 
 class ImageTask(Task):
@@ -132,11 +96,8 @@ class ImageTask(Task):
 class Kind:
     """One kind of training on the images of a collection. Subclasses override what differs."""
 
-    config: type[TaskConfig]  # the schema of the `task` group
-    schema: type[TaskTrainingConfig] = ImageTrainingConfig  # the schema of a run
     model: Any = ModelConfig  # the schema of the `model` group
     task: type[Task] = ImageTask
-    scripts: tuple[str, ...] = ("train", "finetune")  # the root scripts that train it
     names: tuple[str, ...] = ()  # the facts in its weight files; other facts are for training only
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: str | None = None
@@ -156,6 +117,10 @@ class Kind:
         elif len(tests) and self.output is not None:
             commands.append(predict_command(collection, tests, "{run}"))
         return [*commands, *self.next_commands]
+
+    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
+        """Return the configuration of a run with the values that the task decides. words: of the command."""
+        return config
 
     def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
         """Return the configuration that fits `runtime.memory_gib`, for kinds that predict their memory."""
@@ -272,10 +237,15 @@ def label_fields(class_ids: np.ndarray) -> Fields:
     return lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
 
 
+def open_kind(name: str) -> Kind:
+    """Return the kind with a name in the table."""
+    return resolve_name(KINDS[name].kind)()
+
+
 def read_setup(
-    path: Path, kinds: Mapping[str, Kind], moved: Mapping[str, str] | None = None
+    path: Path, kinds: Iterable[str] = KINDS, moved: Mapping[str, str] | None = None
 ) -> tuple[Kind, Setup, Json]:
-    """Return the kind, one of `kinds`, the setup and the metadata of a weight file, from its header alone.
+    """Return the kind, with a name in `kinds`, the setup and the metadata of a weight file, from its header alone.
 
     moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
     the first missing or wrong value of the metadata, or the tensors that do not fit it.
@@ -299,14 +269,14 @@ def read_setup(
     name = metadata["task"].get("name")
     if not isinstance(name, str) or name not in kinds:
         raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
-    kind = kinds[name]
+    kind = open_kind(name)
     if missing := [fact for fact in kind.names if fact not in metadata]:
         raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
     with readable(path, "weight"):
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
-        config = kind.config.model_validate(metadata["task"])
+        config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
     setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
     with torch.device("meta"):
         task = kind.build(setup)

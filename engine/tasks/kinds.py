@@ -1,4 +1,4 @@
-"""The table of kinds: task name -> Kind.
+"""The table of kinds: task name -> names of classes, `module:Class`, which are imported when they are needed.
 
 | name | script | rows | fields | output |
 |---|---|---|---|---|
@@ -12,32 +12,52 @@
 
 from functools import reduce
 from operator import or_
-from typing import Annotated
+from pkgutil import resolve_name
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, create_model
 
-from engine.tasks.classification import ClassificationKind
-from engine.tasks.distillation import DistillationKind
-from engine.tasks.fcmae import FCMAEKind
-from engine.tasks.kind import Kind, TaskTrainingConfig
-from engine.tasks.tagging import TaggingKind
-from sdxl.autoencoder import AutoencoderKind
-from sdxl.kind import DiffusionKind
+from engine.tasks.config import TaskTrainingConfig
 
-KINDS: dict[str, Kind] = {
-    "classification": ClassificationKind(),
-    "tagging": TaggingKind(),
-    "distillation": DistillationKind(),
-    "fcmae": FCMAEKind(),
-    "diffusion": DiffusionKind(),
-    "autoencoder": AutoencoderKind(),
+
+class KindRow(NamedTuple):
+    """A kind. config: the schema of its `task` group. scripts: they train it. schema: of their keys other than `task`.
+
+    A schema imports no network and no torch, so that a wrong key is refused at once.
+    """
+
+    kind: str
+    config: str
+    scripts: tuple[str, ...] = ("train", "finetune")
+    schema: str = "engine.tasks.config:ImageTrainingConfig"
+
+
+KINDS = {
+    "classification": KindRow(
+        "engine.tasks.classification:ClassificationKind", "engine.tasks.config:ClassificationTaskConfig"
+    ),
+    "tagging": KindRow("engine.tasks.tagging:TaggingKind", "engine.tasks.config:TaggingTaskConfig"),
+    "distillation": KindRow("engine.tasks.distillation:DistillationKind", "engine.tasks.config:DistillationTaskConfig"),
+    "fcmae": KindRow("engine.tasks.fcmae:FCMAEKind", "engine.tasks.config:FCMAETaskConfig", ("pretrain_fcmae",)),
+    "diffusion": KindRow(
+        "sdxl.kind:DiffusionKind",
+        "sdxl.config:DiffusionTaskConfig",
+        ("finetune_sdxl",),
+        "sdxl.config:SDXLTrainingConfig",
+    ),
+    "autoencoder": KindRow(
+        "sdxl.autoencoder:AutoencoderKind",
+        "sdxl.config:AutoencoderTaskConfig",
+        ("finetune_vae",),
+        "sdxl.config:VAETrainingConfig",
+    ),
 }
 
 
 def training_schema(script: str) -> type[TaskTrainingConfig]:
     """Return the schema of a root script: that of its kinds, with the union of their tasks, chosen by `name`."""
-    kinds = [kind for kind in KINDS.values() if script in kind.scripts]
-    task = reduce(or_, [kind.config for kind in kinds])
-    if len(kinds) > 1:
+    rows = [row for row in KINDS.values() if script in row.scripts]
+    task = reduce(or_, [resolve_name(row.config) for row in rows])
+    if len(rows) > 1:
         task = Annotated[task, Field(discriminator="name")]
-    return create_model(f"conf/{script}.yaml", __base__=kinds[0].schema, task=(task, ...))
+    return create_model(f"conf/{script}.yaml", __base__=resolve_name(rows[0].schema), task=(task, ...))

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.tasks.config import MixingConfig
 from engine.tasks.kind import ImageTask, Setup
-from utils.config.bounds import Factor, Fraction
-from utils.config.schema import Strict
 from utils.contracts import Batch
-
-
-class MixingConfig(Strict):
-    """The keys of a task that mixes its batches. Each alpha is a parameter of lambda's beta distribution; 0: off."""
-
-    mixup_alpha: Factor
-    cutmix_alpha: Factor
-    mix_probability: Fraction  # of mixing a batch
 
 
 class Mixing(nn.Module):

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
@@ -30,15 +28,14 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, TaskConfig, read_setup
-from engine.tasks.mixing import MixingConfig, MixingTask
+from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
+from engine.tasks.kind import Kind, Setup, read_setup
+from engine.tasks.mixing import MixingTask
 from engine.tasks.new_tags import fit_new_tags
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
-from utils.config.bounds import BelowOne, Count
-from utils.config.schema import PathText, Strict
 from utils.contracts import Batch, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
@@ -57,61 +54,9 @@ _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
 
 
-class TagLossConfig(Strict):
-    """The loss. gamma_neg, clip: of the asymmetric loss; gamma, alpha: of the focal loss."""
-
-    name: Literal["bce", "asl", "focal"]  # binary cross-entropy, asymmetric or focal loss
-    gamma_neg: Annotated[float, Field(ge=0, le=100)]
-    clip: BelowOne
-    gamma: Annotated[float, Field(ge=1, le=100)] = 2.0  # a run from before these keys has no focal loss
-    alpha: BelowOne = 0.25
-
-
-class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
-    """Settings of a tagger's training.
-
-    vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
-    append_to: a tagger to which the tags that it lacks are added; the run has its network, preprocessing and weights,
-    and no steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
-    mirroring.
-    """
-
-    name: Literal["tagging"]
-    vocabulary: PathText | None
-    append_to: PathText | None
-    min_count: Count
-    orientation: PathText | None
-    loss: TagLossConfig
-
-    def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise UserError for a mirror that would ignore the tags."""
-        if config.augment.horizontal_flip > 0:
-            raise UserError(
-                f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
-                "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
-            )
-        if self.append_to and (config.init_from is not None or config.loop.total_steps):
-            raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
-
-    @about("task.append_to")
-    def complete(self, config: ImageTrainingConfig, words: Sequence[str] = ()) -> ImageTrainingConfig:
-        """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
-        if self.append_to is None:
-            return config
-        path = str(find_weights(self.append_to, "best"))
-        tagger = read_tagger(path)
-        stated = {key: value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields}
-        augment = config.augment.model_copy(update=stated)
-        data = config.data.model_copy(update={"background": None})
-        loop = config.loop.model_copy(update={"total_steps": 0})
-        return config.model_copy(
-            update={"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
-        )
-
-
 def read_tagger(file: str) -> Setup:
     """Return the setup of a tagger's weight file. Raises UserError for another file."""
-    return read_setup(Path(file), {"tagging": TaggingKind()})[1]
+    return read_setup(Path(file), ("tagging",))[1]
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -357,7 +302,6 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
 class TaggingKind(Kind):
     """Images with at least one tag of the vocabulary."""
 
-    config = TaggingTaskConfig
     task = TaggingTask
     names = FACTS
     output = "tags"
@@ -366,6 +310,21 @@ class TaggingKind(Kind):
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
+
+    @about("task.append_to")
+    def complete(self, config: ImageTrainingConfig, words: Sequence[str] = ()) -> ImageTrainingConfig:
+        """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
+        if config.task.append_to is None:
+            return config
+        path = str(find_weights(config.task.append_to, "best"))
+        tagger = read_tagger(path)
+        stated = {key: value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields}
+        augment = config.augment.model_copy(update=stated)
+        data = config.data.model_copy(update={"background": None})
+        loop = config.loop.model_copy(update={"total_steps": 0})
+        return config.model_copy(
+            update={"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
+        )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""

@@ -8,107 +8,31 @@
 Sizes are (height, width) in pixels, after EXIF rotation.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy import ndarray
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.collection.collection import Collection
 from data.images.decode import resize
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
+from sdxl.config import BucketConfig
 from utils import rng
-from utils.config.bounds import Fraction, Pixels, Share, Side
-from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_UNIT = 32
-_UnitSide = Annotated[Side, Field(multiple_of=_UNIT)]  # the VAE reduces by 8, the U-Net by another 4
-_Sizes = Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
 _MORE_CROP = 0.1  # no image goes to an area that crops this share more of it than another area does
-
-
-class BucketConfig(Strict):
-    """The sizes, and what happens to images that fit none of them well.
-
-    The default sizes are, for each of `areas_px`, a square of about this area, and for every side from `min_px` to
-    `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
-    largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes for each area.
-    assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
-    (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). crop: the crop position.
-    small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
-    trained at its own size, rounded down to `step_px` (native). An image that would lose more than `max_crop` of its
-    area is skipped. flip: probability of a horizontal flip.
-    Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
-    """
-
-    areas_px: Annotated[list[Pixels], Field(min_length=1)]
-    step_px: _UnitSide
-    min_px: _UnitSide
-    max_px: _UnitSide
-    sizes_hw: Annotated[list[_Sizes], Field(min_length=1)] | None
-    assign: Literal["no_upscale", "nearest", "all"]
-    crop: Literal["centre", "random"]
-    small: Literal["keep", "drop", "native"]
-    max_upscale: Annotated[float, Field(ge=1, le=1000)]
-    max_crop: Share
-    flip: Fraction
-
-    def for_evaluation(self) -> "BucketConfig":
-        """Return the same buckets without chance: no flip, and crops from the centre."""
-        return self.model_copy(update={"flip": 0.0, "crop": "centre"})
-
-    def sizes(self) -> list[ndarray]:
-        """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
-        if self.sizes_hw is not None:
-            return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
-        areas = sorted(set(self.areas_px))
-        return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in areas]
-
-    def of_areas(self, areas_px: list[int]) -> "BucketConfig":
-        """Return the buckets of other areas, with sides in proportion."""
-        least, most = self._limits_px(max(areas_px))
-        return self.model_copy(update={"areas_px": areas_px, "min_px": least, "max_px": most})
-
-    def _limits_px(self, area: int) -> tuple[int, int]:
-        """Return the least and the most pixels of a side for an area."""
-        scale = math.sqrt(area / max(self.areas_px)) / _UNIT
-        return max(1, round(self.min_px * scale)) * _UNIT, max(1, round(self.max_px * scale)) * _UNIT
-
-    @model_validator(mode="after")
-    def _has_squares(self) -> "BucketConfig":
-        least = self.min_px**2
-        most = self.max_px**2
-        if not least <= max(self.areas_px) <= most or min(self.areas_px) < self.step_px**2:
-            raise ValueError(
-                f"task.buckets.areas_px: the largest of {self.areas_px} must be between min_px x min_px and "
-                f"max_px x max_px, {least} and {most}, and all at least step_px x step_px, {self.step_px**2}; set one"
-            )
-        return self
-
-
-def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> ndarray:
-    """Return the default sizes of an area (see `BucketConfig`), int64 [K, 2], sorted."""
-    square = math.isqrt(area_px) // step_px * step_px
-    sizes = {(square, square)}
-    for side in range(min_px, max_px + 1, step_px):
-        other = min(area_px // side // step_px * step_px, max_px)
-        if other >= min_px:
-            sizes |= {(side, other), (other, side)}
-    return np.array(sorted(sizes), dtype=np.int64)
 
 
 def assign(sizes_hw: ndarray, buckets_hw: ndarray) -> ndarray:

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from numpy import ndarray
@@ -26,8 +26,6 @@ from data.layouts.table import show_some
 from data.stream.source import Record, Source, UnreadableImage
 from sdxl.caches.buckets import Buckets, FindFit, place
 from sdxl.caches.latent_cache import SHRINK, STORED
-from utils.config.bounds import Fraction
-from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
@@ -42,21 +40,6 @@ _MEASURED = Path("outputs/cache/masks.jsonl")
 _FOLDERS = 512  # whose names are kept
 
 Masks = Mapping[int, tuple[str, str, bool]]  # by row: a file, its SHA-256, and whether the mask is its alpha channel
-
-
-class MaskConfig(Strict):
-    """Where masks are, and how they count.
-
-    source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`, or one
-    with another ending of images; or a folder with `a/x.png` (or another ending) for `a/x.jpg` of `data.root`.
-    The loss counts where a mask is white or opaque, and by `floor` where it is darker. An image without a mask counts
-    as a whole.
-    normalise: divide an image's loss by the mean of its mask, so that small masks count as much as large ones.
-    """
-
-    source: Literal["alpha", "beside"] | PathText
-    floor: Fraction
-    normalise: bool
 
 
 def find_masks(collection: Collection, rows: ndarray, sizes_hw: ndarray, source: str, *, training: bool) -> Masks:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sdxl.config import TIMESTEP_COUNT
 from utils.io.files import Json, Values
 
 
@@ -43,8 +44,6 @@ UNUSED = (  # in a single file, outside of its networks
 )  # fmt: skip
 
 VAE_SCALING_FACTOR = 0.13025  # single files do not state it
-CHANNELS = 4  # of latents
-TIMESTEP_COUNT = 1000
 SCHEDULE = {  # Stable Diffusion's, as diffusers' schedulers name it
     "beta_start": 0.00085,
     "beta_end": 0.012,

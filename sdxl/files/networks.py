@@ -4,15 +4,14 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from models.weights.fit import refuse_misfits
+from sdxl.config import CHANNELS, TIMESTEP_COUNT, SDXLConfig, VAEValues
 from sdxl.files import family
 from sdxl.files.family import PARTS, PREFIXES, Networks
 from sdxl.files.folders import local_base, read_config, unusable, weight_files
@@ -21,7 +20,6 @@ from sdxl.step import build_noise_table
 from sdxl.vae import (
     AS_STATED,
     SDXLS,
-    VAEValues,
     read_vae,
     refuse_other_encoder,
     set_values,
@@ -29,7 +27,6 @@ from sdxl.vae import (
     stated_config,
     vae_files,
 )
-from utils.config.schema import PathText, Strict
 from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import Json, Values, readable
@@ -42,7 +39,7 @@ _MAX_TEXT = 200  # characters of a text from a file
 _FREE = (*SDXLS, "shift_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
 _SCHEDULE_DEFAULTS = {
-    "num_train_timesteps": family.TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,
+    "num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,
     "prediction_type": "epsilon",
 }  # fmt: skip
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
@@ -63,32 +60,18 @@ _OTHERS = {
 }
 
 
-class SDXLConfig(Strict):
-    """SDXL's networks. `path` is a diffusers folder or a single .safetensors file; null: tiny random networks.
+def settle_model(model: SDXLConfig) -> SDXLConfig:
+    """Return the config with all values of its VAE, so that files that change later change nothing.
 
-    vae: a file, folder or run with another VAE than the one of `path`.
+    Raises UserError (`model.path`) for a base model that is no SDXL, and for its VAE.
     """
-
-    family: Literal["sdxl"]
-    name: str = Field(min_length=1)
-    path: PathText | None
-    vae: PathText | None
-    vae_values: VAEValues
-    frozen_dtype: Literal["float32", "bfloat16", "float8"]  # of the networks that are not trained
-    in_channels: Literal[3]  # of the images
-
-    def settled(self) -> "SDXLConfig":
-        """Return the config with all values of its VAE, so that files that change later change nothing.
-
-        Raises UserError (`model.path`) for a base model that is no SDXL, and for its VAE.
-        """
-        if self.path is not None:
-            describe(self.path)
-        with about("model.vae" if self.vae else "model.path"):
-            values = settle_values(
-                self.vae_values, self.vae or (self.path and local_base(self.path)), is_replaced=self.vae is not None
-            )
-        return self.model_copy(update={"vae_values": values})
+    if model.path is not None:
+        describe(model.path)
+    with about("model.vae" if model.vae else "model.path"):
+        values = settle_values(
+            model.vae_values, model.vae or (model.path and local_base(model.path)), is_replaced=model.vae is not None
+        )
+    return model.model_copy(update={"vae_values": values})
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:
@@ -223,9 +206,9 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
 def _read_upcast(path: Path, shapes: Tensors, stated: Values) -> bool:
     """Return whether a VAE overflows in float16. Raises UserError if it is none of SDXL's kind."""
     inner = shapes.get("decoder.conv_in.weight")
-    if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:
+    if inner is None or inner.ndim != 4 or inner.shape[1] != CHANNELS:
         found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
-        raise UserError(f"{path} has {found}; SDXL needs one with latents of {family.CHANNELS} channels")
+        raise UserError(f"{path} has {found}; SDXL needs one with latents of {CHANNELS} channels")
     upcast = stated.get("force_upcast", True)
     if not isinstance(upcast, bool):
         raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")

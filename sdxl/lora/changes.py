@@ -11,23 +11,23 @@ shapes and first values; comfyanonymous/ComfyUI:comfy/weight_adapter/base.py, fo
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sdxl.config import AdapterKind
 from utils.contracts import State, Tensors
 from utils.io.files import Json
 
 # The programs that read a file of kohya's layout as it was trained. No axis of a DoRA suits all of them.
-READERS = {
+READERS: dict[AdapterKind, str] = {
     "lora": "ComfyUI, the web UIs, sd-scripts, LyCORIS and diffusers",
     "dora": "ComfyUI and the web UIs; LyCORIS refuses it, diffusers ignores its magnitudes",
     "dora_out": "LyCORIS; ComfyUI divides by |W| in place of |W + s B A|, diffusers ignores its magnitudes",
     "loha": "ComfyUI, the web UIs and LyCORIS; not diffusers",
     "lokr": "ComfyUI, the web UIs and LyCORIS; not diffusers",
 }
-Kind = Literal[tuple(READERS)]
 WHOLE = 10_000  # the rank that LyCORIS takes for a LoKr whose second matrix is whole
 
 
@@ -38,7 +38,7 @@ class Change(NamedTuple):
     alpha: float
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> AdapterKind:
         """The kind, by the names of the tensors."""
         if "lora_A.weight" in self.tensors:
             if "dora_scale" not in self.tensors:
@@ -95,7 +95,7 @@ def norm_like(magnitude: Tensor, weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.float(), dim=axes, keepdim=True).clamp_min(1e-7)
 
 
-def draw_tensors(kind: Kind, weight: Tensor, rank: int, factor: int) -> State:
+def draw_tensors(kind: AdapterKind, weight: Tensor, rank: int, factor: int) -> State:
     """Return the first tensors of a layer's adapter, which change nothing; a DoRA's magnitude follows (`begin`).
 
     weight: of the layer; only its shape is used. factor: see `AdapterConfig`.

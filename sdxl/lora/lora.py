@@ -15,47 +15,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from sdxl.config import AdapterConfig, LoRAConfig
 from sdxl.files.checkpoint_files import GENERATIVE_MODELS, write_modelspec
 from sdxl.files.family import ENCODERS, PARTS
 from sdxl.files.names import rename, text_prefix
 from sdxl.files.networks import unused_layer
-from sdxl.lora.changes import Change, Kind, draw_tensors, norm_like
-from utils.config.bounds import Positive, Width
-from utils.config.schema import Strict
+from sdxl.lora.changes import Change, draw_tensors, norm_like
 from utils.errors import UserError, close_names
 
 ADAPTED = ("unet", *ENCODERS)
-
-
-class AdapterConfig(Strict):
-    """The adapter of a layer. Its update has the given rank, and is scaled by alpha / rank."""
-
-    kind: Kind
-    factor: Annotated[int, Field(ge=-1)]  # of a LoKr: the size of its smaller matrix; -1: near the root
-    rank: Width
-    alpha: Positive
-
-
-class LoRAConfig(AdapterConfig):
-    """Describe a LoRA, or another kind of adapter. layers: those with values of their own, by name."""
-
-    # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
-    targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
-    layers: dict[str, AdapterConfig] = {}  # a run from before this key has none
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether there are targets in the text encoders."""
-        return any(pattern.startswith("text_encoder") for pattern in self.targets)
 
 
 class LoRALayer(nn.Module):

@@ -14,28 +14,27 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import Field
 from torch import nn
 
 from engine.exports.formats import whole_networks
 from engine.exports.weights import MovedBase, open_weights
 from engine.task import FILE_HASHES
 from engine.update.batch_size import naming_memory
+from sdxl.config import Prompt, SDXLConfig
 from sdxl.files.family import ENCODERS, SAMPLERS
-from sdxl.files.networks import Networks, SDXLConfig, base_files, describe, open_networks
+from sdxl.files.networks import Networks, base_files, describe, open_networks
 from sdxl.lora.lora import add_changes
 from sdxl.lora.lora_files import read_lora
 from sdxl.pictures.prompts import count_brackets, spell_prompt
-from sdxl.pictures.sampling import PictureConfig, Prompt, encode_prompt, sample_pictures, scheduler_config
+from sdxl.pictures.sampling import encode_prompt, sample_pictures, scheduler_config
 from sdxl.task import DiffusionTask
 from sdxl.vae import AS_STATED
-from utils.config.bounds import Seed
 from utils.errors import UserError, about
 from utils.io.files import refuse_links_out, sha256_file, write_atomically
 from utils.io.journal import open_journal
@@ -45,25 +44,6 @@ from utils.record.logging import get_logger
 from utils.record.progress import track
 
 log = get_logger(__name__)
-
-
-class DrawConfig(PictureConfig):
-    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own.
-
-    emphasis: whether brackets are emphasis; None: as the weights were trained, and text for a base model.
-    """
-
-    negative: str
-    emphasis: bool | None
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-    def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
-        """Return a complete prompt for each picture."""
-        complete = []
-        for prompt in prompts:
-            own = None if isinstance(prompt, str) else prompt.seed
-            complete += [self.complete(prompt, seed) for seed in (self.seeds if own is None else [own])]
-        return complete
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field
 
-from sdxl.pictures.sampling import Prompt, PromptText
+from sdxl.config import Prompt, PromptText
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import about

@@ -5,78 +5,20 @@ Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from sdxl.files.family import PREDICTIONS, TIMESTEP_COUNT
+from sdxl.config import PredictionType, Prompt
+from sdxl.files.family import PREDICTIONS
 from sdxl.files.tokenizer import count_chunks
-from sdxl.step import PredictionType, decode_latents, encode_captions
-from utils.config.bounds import Factor, Fraction, Seed, Side
-from utils.config.schema import Strict
+from sdxl.step import decode_latents, encode_captions
 from utils.contracts import State
 from utils.ranks.signals import check_stop
 from utils.record.figures import INK
 from utils.record.pictures import image_grid, wrap
-
-_Size = Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
-_Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
-
-
-class Prompt(Strict):
-    """A picture's text with settings of its own; None: that of all prompts.
-
-    negative: "" is the empty prompt, as in training. guidance_rescale: Lin et al. 2023, section 3.4.
-    """
-
-    text: str
-    negative: str = ""
-    image_size_hw: _Size | None = None
-    steps: _Steps | None = None
-    guidance: Factor | None = None
-    guidance_rescale: Fraction = 0.7  # as published
-    seed: Seed | None = None
-
-    @property
-    def words(self) -> str:
-        """The text and the negative."""
-        return f"{self.text}\n{self.negative}"
-
-
-PromptText = Annotated[  # a text, or a mapping
-    Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "mapping"),
-]
-
-
-class PictureConfig(Strict):
-    """Settings of pictures."""
-
-    image_size_hw: _Size
-    steps: _Steps
-    guidance: Factor
-
-    def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
-        """Return a prompt with all settings. seed: if it has none."""
-        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
-        shared = self.model_dump(include=Prompt.model_fields.keys())
-        return Prompt.model_construct(**{**shared, "seed": seed, **own})
-
-
-class SamplesConfig(PictureConfig):
-    """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
-
-    prompts: Annotated[  # or a file of them (sdxl/pictures/prompts.py)
-        Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
-        Discriminator(lambda value: "file" if isinstance(value, str) else "list"),
-    ]
-
-    def complete_all(self) -> list[Prompt]:
-        """Return the prompts with all settings."""
-        return [self.complete(prompt, number) for number, prompt in enumerate(self.prompts)]
 
 
 def draw_grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int, title: str) -> np.ndarray:

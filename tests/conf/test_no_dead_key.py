@@ -11,8 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from data.augment.transforms import EvalTransform
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import Setup, open_kind
 from tests.in_process import SCRIPTS, SMALL_MODEL, configure, load_command
 from utils.config.schema import Strict
 
@@ -67,7 +66,9 @@ def test_what_augment_states_of_evaluation_reaches_it():
     stated = ["augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]", "augment.eval_crop=0.5"]
     config, _ = configure("finetune", [*SMALL_MODEL, *stated, "augment.image_size_hw=[8,8]"])
     preprocessing = config.augment.preprocessing(3)
-    task = KINDS[config.task.name].build(Setup(config.model, config.task, preprocessing, {"class_names": ["a", "b"]}))
+    task = open_kind(config.task.name).build(
+        Setup(config.model, config.task, preprocessing, {"class_names": ["a", "b"]})
+    )
     assert task.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert task.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)

@@ -13,8 +13,7 @@ import pytest
 
 from engine.plan import plan_streams
 from engine.run.start import build_task
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import Setup, open_kind
 from models.fcmae import count_removed
 from optim.ema import ema_decay_at
 from optim.groups import build_groups
@@ -78,7 +77,7 @@ def derive(name, epoch_length):
     names = [f"class{number:05}" for number in range(CLASSES[epoch_length])]
     facts = {"class_names": names} if script_of(name) == "finetune" else {}
     setup = Setup(config.model, config.task, config.augment.preprocessing(3), facts)
-    task = build_task(lambda: KINDS[config.task.name].build(setup), config)
+    task = build_task(lambda: open_kind(config.task.name).build(setup), config)
     assert all(parameter.is_meta for parameter in task.parameters())
     train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
     plan = plan_streams(config, SimpleNamespace(train=train, evaluation={}), 8)

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdxl.kind import DiffusionKind
+
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.recipe.prodigy import use_factor
@@ -107,7 +109,7 @@ def settle(place):
     def settle(base, *words):
         words = ["experiment=sdxl/lora", "data.root=dog", "data.concepts=[]", f"model.path={place / base}", *words]
         config, _ = configure("finetune_sdxl", words)
-        noise = config.task.complete(config).task.noise
+        noise = DiffusionKind().complete(config).task.noise
         return noise.prediction_type, noise.zero_terminal_snr
 
     return settle

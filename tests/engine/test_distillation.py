@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from bench.measure import read_group
 from engine.exports.weights import open_weights
-from engine.tasks.distillation import DistillationTaskConfig, find_teacher
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.config import DistillationTaskConfig
+from engine.tasks.distillation import find_teacher
+from engine.tasks.kind import Setup, open_kind
 from models.config import TimmConfig
 from models.image_model import Normalise, find_head
 from tests.engine.test_checkpoint import replace_state
@@ -38,7 +38,9 @@ def make(names, outputs=8, teacher=None, size=(16, 16), **changes):
     model = MODEL.model_copy(update={"dims": [8, 16]}) if teacher is None else teacher
     stated = {"image_size_hw": list(size), "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.5]}
     facts = {"teacher": {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}}
-    return KINDS["distillation"].build(Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts | names))
+    return open_kind("distillation").build(
+        Setup(MODEL, CONFIG.model_copy(update=changes), PREPROCESSING, facts | names)
+    )
 
 
 def look(task, batch, size):

@@ -5,7 +5,8 @@ import torch
 
 from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
-from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.config import MixingConfig
+from engine.tasks.mixing import Mixing
 from tests import small_tasks
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")

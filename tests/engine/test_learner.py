@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from engine.plan import Plan
 from engine.run.start import start_ranks
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from engine.update.step import first_scale
@@ -30,7 +29,7 @@ def make_learner(*overrides, model=OURS):
     config, _ = configure("finetune", [*model, *SHORT, *overrides])
     facts = {"class_names": [f"c{number}" for number in range(CLASSES)]}
     torch.manual_seed(0)
-    task = KINDS["classification"].build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))
+    task = open_kind("classification").build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))
     plan = Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
     return Learner(task, config, plan, choose_runtime(config.runtime))
 

@@ -6,7 +6,8 @@ from timm.data.mixup import mixup_target
 from torch.nn import functional as F
 
 from engine.tasks import mixing
-from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.config import MixingConfig
+from engine.tasks.mixing import Mixing
 
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
 TARGETS = F.one_hot(LABELS, 4).float()

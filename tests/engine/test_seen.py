@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data.open import Data, load_collection
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import open_kind
 from engine.update.runtime import start_machine
 from tests.in_process import TINY, configure, make_images, run, working_in
 from tests.support import TINY as TINY_TASKS
@@ -57,7 +57,7 @@ def test_what_a_dry_run_shows_is_what_a_run_with_caches_trains(place):
 
     config, _ = configure(*SHOWN["diffusion"])
     with working_in(place):
-        kind, collection, machine = KINDS["diffusion"], load_collection(config.data), start_machine(config.runtime)
+        kind, collection, machine = open_kind("diffusion"), load_collection(config.data), start_machine(config.runtime)
         setup = kind.set_up(config, collection)
         source, made = kind.source(collection, config.data, setup, repeats=True), {}
         for dry_run in (True, False):

@@ -12,8 +12,9 @@ from data.tags.fields import read_targets
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from engine.exports.weights import open_weights
+from engine.tasks.config import TaggingTaskConfig
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, prior_bias
+from engine.tasks.tagging import TaggingKind, prior_bias
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from tests.support import make_collection, refuses, rows

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench.measure import build_bench_run, read_group
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
-from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
+from engine.tasks.classification import ClassificationTask
+from engine.tasks.config import ClassificationTaskConfig, FCMAETaskConfig
+from engine.tasks.fcmae import FCMAETask, patch_count
 from engine.tasks.kind import Setup
 from engine.update.runtime import Runtime
 from models.config import ConvNeXtV2Config

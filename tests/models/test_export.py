@@ -10,7 +10,8 @@ import torch
 from bench.measure import read_group
 from engine.exports.formats import FORMATS
 from engine.exports.weights import load_predictor, open_weights
-from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
+from engine.tasks.classification import ClassificationKind
+from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.interop.onnx_file import export_onnx

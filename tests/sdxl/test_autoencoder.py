@@ -15,8 +15,7 @@ from torch import nn
 from engine.exports.weights import MovedBase, open_weights
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
-from engine.tasks.kind import Setup
-from engine.tasks.kinds import KINDS
+from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from sdxl.files.family import draw_networks
@@ -120,7 +119,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
     balances = []
     for size in (4, 2):
         torch.manual_seed(0)
-        task = KINDS["autoencoder"].build(Setup(config.model, config.task))
+        task = open_kind("autoencoder").build(Setup(config.model, config.task))
         task.load_helpers("training")
         learner = Learner(task, config, Plan(1, 4, size, 1, 40, 10, 0, 1e-3), choose_runtime(config.runtime))
         images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

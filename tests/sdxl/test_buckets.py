@@ -12,16 +12,8 @@ from pydantic import ValidationError
 
 from data.images.sizes import image_sizes
 from data.stream.order import Draw
-from sdxl.caches.buckets import (
-    BucketConfig,
-    Fit,
-    assign,
-    fit_into,
-    fitted_views,
-    make_buckets,
-    place,
-    sdxl_sizes,
-)
+from sdxl.caches.buckets import Fit, assign, fit_into, fitted_views, make_buckets, place
+from sdxl.config import BucketConfig, sdxl_sizes
 from tests.data.collection.test_collection import load
 from tests.support import turned
 

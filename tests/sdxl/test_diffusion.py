@@ -15,10 +15,11 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from engine.task import networks_of
 from engine.tasks.kind import Setup
 from sdxl import step as sdxl
+from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS
 from sdxl.files.tokenizer import tokenize
 from sdxl.kind import DiffusionKind
-from sdxl.pictures.sampling import Prompt, encode_prompt
+from sdxl.pictures.sampling import encode_prompt
 from tests.in_process import check_resumption, configure, run
 from tests.support import TINY, checkpoint_tensors, make_collection, refuses, rows, samples_by_step
 from utils import rng
@@ -34,7 +35,7 @@ def build(*overrides):
     """Return a task as a run builds it."""
     config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *overrides])
     torch.manual_seed(0)
-    task = DiffusionKind().build(Setup(config.model, config.task.complete(config).task))
+    task = DiffusionKind().build(Setup(config.model, DiffusionKind().complete(config).task))
     task.load_helpers("training")
     return task.train()
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sdxl.kind import DiffusionKind
+
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from data.collection.concepts import ConceptConfig
@@ -106,7 +108,7 @@ def captions_of(place, cache, *words):
     """Return the complete caption of each image of a run, by path."""
     config, _ = configure("finetune_sdxl", [*SHORT, *words])
     with working_in(place):
-        config = config.task.complete(config)
+        config = DiffusionKind().complete(config)
         collection = load(config.data.root, cache, **config.data.index_settings())
     rules = Captions(config.task.captions, collection)
     return [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]

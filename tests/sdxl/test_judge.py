@@ -7,7 +7,8 @@ import torch
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.exports.weights import load_predictor
-from sdxl.judge import Held, Judge, JudgeConfig, prepare
+from sdxl.config import JudgeConfig
+from sdxl.judge import Held, Judge, prepare
 from sdxl.judging import Seen, judge_pictures, tag_rows
 from tests.in_process import SHORT as SMALL_RUN
 from tests.in_process import SMALL_MODEL, run, run_command, run_until_killed

@@ -16,9 +16,10 @@ from data.images.sizes import image_hashes, image_sizes
 from data.open import Data
 from data.stream.loader import UnreadableLog
 from data.stream.order import GroupedSampler
-from sdxl.caches.buckets import BucketConfig, make_buckets, place
+from sdxl.caches.buckets import make_buckets, place
 from sdxl.caches.latent_cache import LatentCache
 from sdxl.caches.text_cache import TextCache, vary_caption
+from sdxl.config import BucketConfig
 from tests.data.collection.test_collection import load
 from tests.support import refuses
 

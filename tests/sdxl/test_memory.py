@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdxl.kind import DiffusionKind
+
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from sdxl.files.family import draw_networks
@@ -23,7 +25,7 @@ WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 def configured(*words):
     words = [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *WHOLE_BATCH, *words]
     config, _ = configure("finetune_sdxl", words)
-    return config.task.complete(config)
+    return DiffusionKind().complete(config)
 
 
 def allocated(call):

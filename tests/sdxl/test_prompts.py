@@ -2,8 +2,8 @@
 
 import pytest
 
+from sdxl.config import Prompt
 from sdxl.pictures.prompts import read_prompts, spell_prompt
-from sdxl.pictures.sampling import Prompt
 from tests.support import refuses
 
 LINES = b"""# prompts for the samples\r

@@ -11,10 +11,11 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import StableDiffusionXLPipeline
 
+from sdxl.config import SDXLConfig
 from sdxl.files.checkpoint_files import write_single_file
 from sdxl.files.family import PREFIXES, draw_networks, list_configs
 from sdxl.files.names import part_state, to_single_file
-from sdxl.files.networks import SDXLConfig, load_networks, load_vae
+from sdxl.files.networks import load_networks, load_vae, settle_model
 from sdxl.step import decode_latents, encode_images
 from sdxl.vae import latent_scale, unlike_sdxls
 from tests.small_sdxl import V_ZTSNR, write_base
@@ -77,8 +78,8 @@ def test_a_vae_is_read_from_folders_and_files(name, place):
 )  # fmt: skip
 def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place, tmp_path):
     folder = state(place, tmp_path, **stated)
-    settled = configure(folder, **given).settled()
-    assert settled.settled() == settled  # and later changes of the file change nothing
+    settled = settle_model(configure(folder, **given))
+    assert settle_model(settled) == settled  # and later changes of the file change nothing
     assert bool(unlike_sdxls(settled.vae_values)) == (mean != [0.0] * 4 or factor != [0.13025] * 4)
     found = torch.stack(latent_scale(load_vae(folder, settled.vae_values))).flatten(1)
     torch.testing.assert_close(found, torch.tensor([mean, factor]))
@@ -98,7 +99,7 @@ def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place,
 def test_stated_values_are_refused(values, said, place, tmp_path):
     folder = state(place, tmp_path, **values)
     with refuses(rf"^model\.vae: .*{said}"), torch.device("meta"):
-        load_vae(folder, configure(folder).settled().vae_values)
+        load_vae(folder, settle_model(configure(folder)).vae_values)
 
 
 def test_what_is_no_vae_or_of_another_width_is_refused(place, tmp_path):
@@ -116,7 +117,9 @@ def test_what_is_no_vae_or_of_another_width_is_refused(place, tmp_path):
 
 def test_exports_carry_the_values_for_programs_that_do_not_read_them(place, tmp_path):
     """A single file has them in its tensors, a folder in its config, where diffusers applies them."""
-    values = configure(place / "model", padding_mode="reflect", scaling_factor=0.2, **STATISTICS).settled().vae_values
+    values = settle_model(
+        configure(place / "model", padding_mode="reflect", scaling_factor=0.2, **STATISTICS)
+    ).vae_values
     networks = {**draw_networks(), "vae": load_vae(place / "model", values)}
     latents, image = torch.randn(1, 4, 8, 8), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     mean, factor = latent_scale(networks["vae"])

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from engine.tasks.kinds import KINDS
-from engine.train import train
+from engine.tasks.kinds import KINDS, KindRow
 from utils.config.entry_point import Command
 
 
-def add_kind(name, kind, schema):
-    """Add a kind to the table; returns the command that trains it, with conf/<name>.yaml beside this file."""
-    KINDS[name] = kind
-    return Command(name, train, schema, Path(__file__).parent / "conf")
+def add_kind(name, kind, config, schema):
+    """Add names of a kind and its config to the table; returns its command, with conf/<name>.yaml beside this file."""
+    KINDS[name] = KindRow(kind, config, ())
+    return Command(name, "engine.train:train", schema, Path(__file__).parent / "conf")

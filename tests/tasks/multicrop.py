@@ -14,7 +14,8 @@ import torch
 from data.augment.transforms import TrainTransform
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task
-from engine.tasks.kind import ImageTrainingConfig, Kind, TaskConfig
+from engine.tasks.config import ImageTrainingConfig, TaskConfig
+from engine.tasks.kind import Kind
 from models.build import build_network
 from models.weights.initialise import initialise_from
 from optim.schedules import cosine, linear
@@ -90,7 +91,7 @@ class MultiCropTask(Task):
 
 
 class MultiCropKind(Kind):
-    config, task = MultiCropTaskConfig, MultiCropTask
+    task = MultiCropTask
     output, network = "features", "teacher"
 
     def views(self, setup, augment):
@@ -98,7 +99,9 @@ class MultiCropKind(Kind):
         return {name: TrainTransform(augment) for name in GLOBAL} | {name: TrainTransform(small) for name in LOCAL}
 
 
-main = add_kind("multicrop", MultiCropKind(), MultiCropConfig)
+main = add_kind(
+    "multicrop", "tests.tasks.multicrop:MultiCropKind", "tests.tasks.multicrop:MultiCropTaskConfig", MultiCropConfig
+)
 
 if __name__ == "__main__":
     main()

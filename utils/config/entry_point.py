@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Generic
 
 import hydra
@@ -144,7 +145,7 @@ class Command(Generic[Schema]):
     """A script as a command. Tests and notebooks can call its parts in their own process."""
 
     script: str
-    main: Callable[[Schema, Job], str | None]
+    main: Callable[[Schema, Job], str | None] | str  # or a name, `module:function`, imported after the validation
     schema: type[Schema]
     config_dir: Path = CONF
 
@@ -193,9 +194,14 @@ class Command(Generic[Schema]):
             config = validate(values, self.schema)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(hydra_problem(error, self.schema)) from None
-        if line := self.main(config, job):
+        if line := self.run(config, job):
             log.info("%s", line)
         return EXIT_OK
+
+    def run(self, config: Schema, job: Job) -> str | None:
+        """Run the main function."""
+        main = resolve_name(self.main) if isinstance(self.main, str) else self.main
+        return main(config, job)
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""

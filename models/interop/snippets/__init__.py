@@ -95,8 +95,9 @@ def sdxl_program(template: str, load: str, task: Values, file: str, base: str | 
     loaded = Template(load).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
     if template == "vae":
         return _read_template("vae").substitute(load=loaded)
+    from sdxl.config import SamplesConfig
     from sdxl.files.family import SCHEDULE
-    from sdxl.pictures.sampling import SamplesConfig, scheduler_config
+    from sdxl.pictures.sampling import scheduler_config
 
     samples = SamplesConfig.model_validate(task["samples"])
     noise = task["noise"]

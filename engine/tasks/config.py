@@ -1,0 +1,146 @@
+"""The schemas of `task` for kinds on images, and of the runs that train them. Values are in conf/task/."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.augment.config import AugmentConfig
+from data.config import WholeData
+from data.tags.rules import TagRulesConfig
+from engine.config import TrainingConfig
+from models.config import ModelConfig
+from utils.config.bounds import BelowOne, Count, Duration, Factor, Fraction, Positive, Side, Width
+from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+
+
+class TaskConfig(Strict):
+    """The base of all `task` groups; `name` is the kind's name in the table."""
+
+    name: str
+
+    def check_run(self, config: "ImageTrainingConfig") -> None:
+        """Raise ValueError if other keys of the run do not suit the task. The message begins with the key."""
+
+
+class TaskTrainingConfig(TrainingConfig):
+    """The base of the schemas of all kinds; a script's `task` is a union of its kinds' (`training_schema`)."""
+
+    task: TaskConfig
+
+    @model_validator(mode="after")
+    def _suits_the_task(self) -> Self:
+        self.task.check_run(self)
+        return self
+
+
+class ImageTrainingConfig(TaskTrainingConfig):
+    """The schema of kinds on images."""
+
+    model: ModelConfig
+    data: WholeData
+    augment: AugmentConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if any((each.augment.shortest_px() or 0) > (self.augment.shortest_px() or 0) for each in self.at_phases()):
+            raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
+        return self
+
+
+class MixingConfig(Strict):
+    """The keys of a task that mixes its batches. Each alpha is a parameter of lambda's beta distribution; 0: off."""
+
+    mixup_alpha: Factor
+    cutmix_alpha: Factor
+    mix_probability: Fraction  # of mixing a batch
+
+
+class ClassificationTaskConfig(MixingConfig, TaskConfig):
+    """Settings of a classifier's training."""
+
+    name: Literal["classification"]
+    label_smoothing: BelowOne
+    allow_missing_classes: bool
+    head: Literal["random", "fitted", "refitted", "kept"]
+
+    def check_run(self, config: ImageTrainingConfig) -> None:
+        """Raise ValueError for a head that the run cannot have."""
+        if self.head == "refitted" and config.runtime.parallel == "fsdp":
+            raise ValueError(
+                "task.head: refitted needs the whole network on each rank, but runtime.parallel is fsdp; set "
+                "task.head=fitted, or another runtime.parallel"
+            )
+        if self.head == "kept" and config.init_from is None:
+            raise ValueError(
+                "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
+                "weight file, or set task.head=random"
+            )
+
+
+class TagLossConfig(Strict):
+    """The loss. gamma_neg, clip: of the asymmetric loss; gamma, alpha: of the focal loss."""
+
+    name: Literal["bce", "asl", "focal"]  # binary cross-entropy, asymmetric or focal loss
+    gamma_neg: Annotated[float, Field(ge=0, le=100)]
+    clip: BelowOne
+    gamma: Annotated[float, Field(ge=1, le=100)] = 2.0  # a run from before these keys has no focal loss
+    alpha: BelowOne = 0.25
+
+
+class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
+    """Settings of a tagger's training.
+
+    vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
+    append_to: a tagger to which the tags that it lacks are added; the run has its network, preprocessing and weights,
+    and no steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
+    mirroring.
+    """
+
+    name: Literal["tagging"]
+    vocabulary: PathText | None
+    append_to: PathText | None
+    min_count: Count
+    orientation: PathText | None
+    loss: TagLossConfig
+
+    def check_run(self, config: ImageTrainingConfig) -> None:
+        """Raise UserError for a mirror that would ignore the tags."""
+        if config.augment.horizontal_flip > 0:
+            raise UserError(
+                f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
+                "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
+            )
+        if self.append_to and (config.init_from is not None or config.loop.total_steps):
+            raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
+
+
+class ProbeConfig(Strict):
+    """When to probe the frozen features (null: not in training), fitted to how many images, with k neighbours."""
+
+    every_epochs: Duration | None
+    images: Count
+    k: Count
+
+
+class FCMAETaskConfig(TaskConfig):
+    """Pretraining by reconstructing masked patches. `patch_px` null means the network's total stride."""
+
+    name: Literal["fcmae"]
+    mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
+    patch_px: Side | None
+    decoder_dim: Width
+    decoder_depth: Count  # at least one block, or nothing of the image would reach a masked site
+    probe: ProbeConfig
+
+
+class DistillationTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
+    """The teacher and what is learned of it. evaluate.py measures the student by labels that the tag rules read.
+
+    teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
+    """
+
+    name: Literal["distillation"]
+    teacher: PathText
+    targets: Literal["logits", "features"]
+    temperature: Positive
