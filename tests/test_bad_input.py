@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.in_process import SHORT, TINY, make_images, run, run_command
 from tests.support import refuses
 from utils.config.messages import ConfigError
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +106,20 @@ def test_the_model_follows_the_run_in_init_from(place, monkeypatch, capsys):
     assert saved == source | {"drop_path_rate": 0.1}
     assert run_command("finetune", [*words, "model=convnextv2_atto", "dry_run=true"], place, monkeypatch) == 2
     assert "init_from: " in capsys.readouterr().err
+
+
+def test_a_text_of_a_strangers_run_is_never_interpolated(place, monkeypatch, capfd):
+    """Neither the run folder nor the output has the value of a variable that its config.json names."""
+    monkeypatch.setenv("ATELIER_VALUE", "hunter2")
+    shutil.copytree(place / "pretrained", place / "stranger")
+    config = read_json(place / "stranger/config.json")
+    words = [*SHORT, "data=image_folder", "augment=glyphs", "data.root=images", "init_from=stranger", "run_dir=warned"]
+    for changes, status in (
+        ({"drop_path_rate": "${oc.env:ATELIER_VALUE}"}, 2),
+        ({"name": "${oc.env:ATELIER_VALUE}"}, 0),
+    ):
+        write_json(place / "stranger/config.json", {**config, "model": config["model"] | changes})
+        assert run_command("finetune", words, place, monkeypatch) == status
+    assert read_json(place / "warned/config.json")["model"]["name"] == "${oc.env:ATELIER_VALUE}"
+    assert "hunter2" not in "".join(capfd.readouterr())
+    assert not [file for file in (place / "warned").rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]

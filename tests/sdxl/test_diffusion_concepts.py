@@ -128,7 +128,7 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     """The command line goes before the file; without the file, or in one with a wrong key, it is named."""
     subsets = [
         "image_dir = 'images/dog'\nnum_repeats = 4",
-        "image_dir = 'images/reg'\nis_reg = true\nclass_tokens = 'x'",
+        "image_dir = 'images/reg'\nis_reg = true\nclass_tokens = '${seed}'",  # never interpolated
     ]
     text = "[[datasets]]\nresolution = 64\n" + "".join(f"[[datasets.subsets]]\n{each}\n" for each in subsets)
     (place / "d.toml").write_text(text)
@@ -139,6 +139,7 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     said = capsys.readouterr().err
     assert "6        4     50.0%  dog" in said and "50.0%  reg, prior" in said
     saved = RunReader(place / "imported").config
+    assert saved["data"]["concepts"][1]["trigger"] == "${seed}"
     assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["micro_batch_size"] == 2
     (place / "wrong.yaml").write_text("data:\n  concept: []\n")
     for name, key in (("none.yaml", "experiment: none.yaml"), ("wrong.yaml", "data.concept: unknown key")):

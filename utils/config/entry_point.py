@@ -21,7 +21,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Generic
+from typing import Any, Generic
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -59,6 +59,7 @@ log = get_logger(__name__)
 
 _SHOW = ("--cfg", "job")  # prints the configuration
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it are escapes
+OmegaConf.clear_resolver("oc.env")  # a configuration is written to files, and variables are secrets
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
 
 
@@ -93,7 +94,19 @@ def _quote(value: str) -> str:
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if is_quoted or value in ("", "null", "???"):
         return value
-    return QuotedString(_INTERPOLATION.sub(r"\1\1\\${", value), Quote.single).with_quotes()
+    return QuotedString(_literal(value), Quote.single).with_quotes()
+
+
+def _literal(value: Any) -> Any:
+    """Return a text, or the values of a file, so that OmegaConf takes each text as it is."""
+    match value:
+        case str():
+            return _INTERPOLATION.sub(r"\1\1\\${", value)
+        case dict():
+            return {key: _literal(item) for key, item in value.items()}
+        case list():
+            return [_literal(item) for item in value]
+    return value
 
 
 def follow_init_from(values: DictConfig, job: Job) -> Job:
@@ -109,7 +122,7 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     if not isinstance(model, dict) or "name" not in model:
         return job
     kept = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}
-    values.model = model
+    values.model = _literal(model)
     for key, value in kept.items():
         OmegaConf.update(values, key, value)
     log.debug("model: %s, the network of init_from", model["name"])
@@ -131,12 +144,16 @@ def _check_word(word: str) -> None:
 
 
 def _store_file(word: str) -> str:
-    """Let Hydra know the file of `experiment=FILE.yaml`, which is anywhere; return the word that chooses it."""
+    """Let Hydra know the file of `experiment=FILE.yaml`, which is anywhere; return the word that chooses it.
+
+    Only conf/ and the command line may refer to other keys: FILE may come from a stranger.
+    """
     key, _, file = word.partition("=")
     if key != "experiment" or not file.endswith((".yaml", ".yml")):
         return word
     with about("experiment"), readable(Path(file), "YAML"):
-        ConfigStore.instance().store(name="of_file", node=OmegaConf.load(file), group="experiment", package="_global_")
+        node = _literal(OmegaConf.to_container(OmegaConf.load(file)))
+        ConfigStore.instance().store(name="of_file", node=node, group="experiment", package="_global_")
     return "experiment=of_file"
 
 

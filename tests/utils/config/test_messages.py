@@ -86,6 +86,7 @@ FROM_HYDRA = [
     (["--lr=1"], "--lr: ", "close: optim.lr"),
     (["lr=1"], "lr: ", "close: optim.lr"),
     (["seed=${nothing}"], "seed: ", "'nothing' not found"),
+    (["seed=${oc.env:HOME}"], "seed: ", "oc.env"),
     (["data.root=\udcff"], "'data.root': must be UTF-8", "udcff"),
     (["sweep.trials=0", "--multirun"], "sweep.trials: ", "found 0"),
 ]
