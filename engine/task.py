@@ -36,7 +36,6 @@ class Streams:
         first evaluation at or after each multiple uses it, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.
-    class_images: the training images of each class; empty if images have no class.
     earlier: the training streams of `loop.phases`, which come before `train`.
     tables: functions that return the rows of a dry run's tables, by name.
     """
@@ -47,7 +46,6 @@ class Streams:
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Values = field(default_factory=dict)
-    class_images: Sequence[int] = ()
     earlier: Sequence[TrainStream] = ()
     tables: Mapping[str, Callable[[], list[Json]]] = field(default_factory=dict)
 
@@ -60,6 +58,17 @@ class Streams:
     def evaluation_samples(self) -> int:
         """The samples of `val`; 0: there is no validation image."""
         return getattr(self.evaluation.get("val"), "samples", 0)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What completes the exported weights after the last update, before its evaluation, on all ranks.
+
+    The initial weights, which it has completed too, are then evaluated and may be the best. seconds: about its time.
+    """
+
+    complete: Callable[[], None]
+    seconds: float
 
 
 @dataclass
@@ -105,7 +114,6 @@ class Task(nn.Module):
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
-    measures_start: whether the initial weights are evaluated, too, and may be the best. finish_sec: of `finish`.
     """
 
     trained: tuple[str, ...] = ("network",)
@@ -120,8 +128,6 @@ class Task(nn.Module):
     may_be_recorded: bool = False
     choices: Mapping[str, bool] = {}
     origin: Json | None = None
-    measures_start: bool = False
-    finish_sec: float = 0.0
 
     def choose_best(self, metric: str | None) -> None:
         """Let a scalar select the best weights (`loop.best`); None: `best_metric`. Raises UserError (`loop.best`)."""
@@ -162,9 +168,6 @@ class Task(nn.Module):
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update other state, such as an EMA teacher. applied: a device scalar, 0 if the step was skipped."""
-
-    def finish(self) -> None:
-        """Complete the weights that are exported, after the last update and before its evaluation, on all ranks."""
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""

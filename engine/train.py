@@ -81,7 +81,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         return f"dry run: {length}; wrote {path}/plots/samples_seen.png{listed} and nothing else"
 
     # -------------------------------------------------------------------------------- 4. Layers fitted to the data
-    kind.prepare(task, data, setup, config, runtime, is_new=not resumes)
+    finish = kind.prepare(task, data, setup, config, runtime, is_new=not resumes)
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
@@ -90,6 +90,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)
+        run.evaluator.finish = finish
         stages.end("task")
         fit_minutes(run)
         log.debug("%s", stages.end("timing"))

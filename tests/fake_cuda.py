@@ -278,11 +278,11 @@ def run_case(task, optim, precision):
         probe_module._score = lambda *_: {}  # runs on the CPU and needs numbers
         tagging_module.TagScores = score_tags
         loaders = {"val": batches, **dict.fromkeys(("probe_train", "probe_val"), batches)}
-        run.streams = Streams(None, loaders, {})
-        run.measure(only_draws=False)
+        run.evaluator.streams = Streams(None, loaders, {})
+        run.evaluator.measure(only_draws=False)
         if learner.exports_average:
             with learner.averages.swapped():
-                run.measure(only_draws=False)
+                run.evaluator.measure(only_draws=False)
         run.recorder.log_meter.means()
         groups, others = learner.state()
         copies = copy_to_host(groups)

@@ -46,7 +46,8 @@ def fit_minutes(run: Run) -> None:
         return
     found = read_minutes(run.folder.path, minutes)
     speed = None
-    end_sec = _END_SEC + run.learner.task.finish_sec
+    finish = run.evaluator.finish
+    end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
     if found is None:
         speed = _time_steps(run, _SHARE * 60 * minutes)
         found = _find_steps(run, minutes, speed, end_sec)
@@ -60,13 +61,13 @@ def _find_steps(run: Run, minutes: float, speed: Speed, end_sec: float) -> Found
     def plan_of(steps: int) -> Plan:
         return plan_streams(of_length(run.config, steps), run.streams, run.plan.world_size)
 
-    run.evaluation_sec = _time_evaluation(run)
+    run.evaluator.seconds = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - end_sec
-    steps = distributed.rank_zero_call(lambda: _count_steps(left, speed, run.evaluation_sec, plan_of))
+    steps = distributed.rank_zero_call(lambda: _count_steps(left, speed, run.evaluator.seconds, plan_of))
     step = f"{speed.first:.3g} s, after the first epoch {speed.later:.3g} s"
-    measured = f"a step takes {step}, an evaluation {run.evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
-    if steps < 1 and not run.learner.task.measures_start:
+    measured = f"a step takes {step}, an evaluation {run.evaluator.seconds:.3g} s, the start took {start_sec:.3g} s"
+    if steps < 1 and run.evaluator.finish is None:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {measured}; set more")
     steps = max(1, steps)
     plan = plan_of(steps)
@@ -110,7 +111,7 @@ def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None)
     def time_updates(count: int) -> float:
         started = monotonic()
         for number in range(count):
-            run.recorder.phase(0, f"loop.minutes, update {number + 1}")
+            run.recorder.enters(0, f"loop.minutes, update {number + 1}")
             check_stop()
             learner.update(next(batches))
         wait_for(learner.runtime.device)
@@ -140,7 +141,7 @@ def _time_evaluation(run: Run) -> float:
 
     def seconds(most: int) -> float:
         started = monotonic()
-        run.measure(only_draws=False, most=most)
+        run.evaluator.measure(only_draws=False, most=most)
         wait_for(run.learner.runtime.device)
         return monotonic() - started
 

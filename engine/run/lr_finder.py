@@ -123,7 +123,7 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
         if group["freeze_steps"] < plan.total_steps:
             group["freeze_steps"] = 0
     for number in track(range(steps), steps, "learning-rate range test"):
-        recorder.phase(0, f"range test, update {number + 1} of {steps}")
+        recorder.enters(0, f"range test, update {number + 1} of {steps}")
         values = GroupValues(rate_at(number, steps), decay)
         set_peak_lr(learner.optimizer, values.lr)
         check_stop()

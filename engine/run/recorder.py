@@ -117,7 +117,7 @@ class Recorder:
     stage, samples: what the main thread does, for messages. best: the best figure so far.
     """
 
-    def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
+    def __init__(self, config: TrainingConfig, learner: Learner, folder: Path) -> None:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.skips = SkipWatch()
@@ -129,8 +129,7 @@ class Recorder:
         self.epoch_meter = _Meter(self._device)
         self._tracking = config.tracking
         self._learner = learner
-        self.bar = Bar("training", plan.total_steps)
-        self.use_plan(plan)
+        self.bar = Bar("training", learner.plan.total_steps)
         self._metrics: MetricsLog | None = None
         self._samples: _SampleLog | None = None
         self._tracker: Tracker | None = None
@@ -144,10 +143,9 @@ class Recorder:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
-    def use_plan(self, plan: Plan) -> None:
-        """Record a run of this plan."""
-        self._plan = plan
-        self.bar.lengthen(plan.total_steps)
+    @property
+    def _plan(self) -> Plan:
+        return self._learner.plan
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -200,8 +198,8 @@ class Recorder:
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def phase(self, step: int, name: str, batch: Batch | None = None) -> None:
-        """Report the main thread's next phase to the watchdog; each call counts as progress."""
+    def enters(self, step: int, name: str, batch: Batch | None = None) -> None:
+        """Report what the main thread begins to do, to the watchdog; each call counts as progress."""
         self.stage = f"step {step}: {name}"
         self.watchdog.progress(self.stage)
         if batch is not None:
@@ -235,7 +233,7 @@ class Recorder:
         self.clock.end_step()
 
     def _tell(self, state: str) -> None:
-        """Write what the run is doing, for who watches it."""
+        """Write what the run is doing, for the page."""
         self._next_tell = time.perf_counter() + _TELL_SEC
         left = self.bar.left_sec if state == "running" else None
         figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self.best}
@@ -314,7 +312,7 @@ class Recorder:
 
     def plot(self, step: int, *, draws: bool = True) -> None:
         """Draw the run's curves, on rank 0, if `draws`."""
-        self.phase(step, "plotting")  # on all ranks, because the watchdog compares their counts
+        self.enters(step, "plotting")  # on all ranks, because the watchdog compares their counts
         if self._metrics is None or not draws:
             return
         path = self.folder / "plots" / "curves.png"

@@ -183,7 +183,7 @@ def open_run(
         finished = True
         try:
             values = None if run.is_complete else folder.saved_config
-            recorder.open(run.step, streams.train, values, checkpoint is None or run.owes_evaluation)
+            recorder.open(run.step, streams.train, values, checkpoint is None or run.evaluator.is_owed)
             recorder.watchdog.start()
             try:
                 yield run

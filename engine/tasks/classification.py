@@ -25,7 +25,7 @@ from engine.measures.promise import make_promise
 from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
-from engine.task import Loaders, Report, StepOutput, log_mean
+from engine.task import Finish, Loaders, Report, StepOutput, log_mean
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.head import fit_head
 from engine.tasks.kind import Kind, Setup, label_fields
@@ -61,7 +61,6 @@ class ClassificationTask(MixingTask):
         self.label_smoothing = setup.task.label_smoothing
         self.head = setup.task.head
         self.keep_head = self.head == "kept"
-        self.measures_start = self.head == "refitted"
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode. Below a refitted head, batch norms keep the statistics with which it was fitted."""
@@ -199,10 +198,10 @@ class ClassificationKind(Kind):
         config: ImageTrainingConfig,
         runtime: Runtime,
         is_new: bool,
-    ) -> None:
-        """Fit the head of a new run, with `task.head=fitted` or `refitted`."""
+    ) -> Finish | None:
+        """Fit the head of a new run, with `task.head=fitted` or `refitted`, which is fitted at the end, too."""
         if task.head not in ("fitted", "refitted"):
-            return
+            return None
         is_usable, fields = self.samples(data.collection, setup)
         rows = spread(training_rows(data.collection, config.loop, is_usable), count_head_images(config))
         views = evaluation_views(setup.preprocessing)
@@ -213,6 +212,4 @@ class ClassificationKind(Kind):
         started = monotonic()
         if is_new:
             fit()
-        if task.head == "refitted":
-            task.finish = fit
-            task.finish_sec = monotonic() - started
+        return Finish(fit, monotonic() - started) if task.head == "refitted" else None

@@ -30,7 +30,7 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
-from engine.task import Loaders, Streams, Task, Use, join_exported, split_exported
+from engine.task import Finish, Loaders, Streams, Task, Use, join_exported, split_exported
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
@@ -203,7 +203,8 @@ class Kind:
         names = setup.facts.get("class_names", [])
         class_ids = collection.class_ids(names)[rows]
         counts = np.bincount(class_ids[class_ids >= 0], minlength=len(names)).tolist()
-        return Streams(train, {}, data.fingerprints, described=described, class_images=counts)
+        trained_on = {"class_images": counts} if counts else {}
+        return Streams(train, {}, data.fingerprints, described=described, trained_on=trained_on)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`: the images of `rows` that the task can use."""
@@ -218,8 +219,8 @@ class Kind:
         config: ImageTrainingConfig,
         runtime: Runtime,
         is_new: bool,
-    ) -> None:
-        """Adapt the initial weights of a new run to the data, and give the task what it needs to `finish` any run."""
+    ) -> Finish | None:
+        """Adapt the initial weights of a new run to the data. Return what completes the weights of any run."""
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""

@@ -57,7 +57,7 @@ def test_a_curve_that_never_falls_has_no_answer():
 
 
 class Recorder:
-    def phase(self, *_):
+    def enters(self, *_):
         pass
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-import engine.run.loop
+import engine.run.summary
 from engine.run import length, minutes
 from engine.run.clock import Clock, Mark
 from engine.run.minutes import Speed
@@ -101,7 +101,7 @@ def test_a_refitted_head_is_the_result_if_no_step_fits(words, tmp_path):
 
 
 def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine.run.loop, "advise", lambda *_: ["more images"])
+    monkeypatch.setattr(engine.run.summary, "advise", lambda *_: ["more images"])
     run("finetune", [*words[0], "loop.minutes=2"], tmp_path)
     said = capsys.readouterr().err
     assert "1 steps, 0.5 epochs" in said

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import engine.run.loop
 import engine.run.recorder
+import engine.run.summary
 import utils.record.plots
 from engine.plan import Plan
 from engine.run.recorder import Recorder
@@ -34,12 +34,13 @@ def make_recorder(folder, momentum=None, *overrides):
     plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
     schedule = SimpleNamespace(at=lambda step: GroupValues(0.5, 0.0, momentum))
     learner = SimpleNamespace(
+        plan=plan,
         schedule=schedule,
         runtime=choose_runtime(config.runtime),
         optimizer=SimpleNamespace(param_groups=[{}]),
         task=SimpleNamespace(best_metric="loss"),
     )
-    return Recorder(config, plan, learner, folder)
+    return Recorder(config, learner, folder)
 
 
 @pytest.fixture
@@ -79,12 +80,12 @@ def test_pictures_that_take_time_are_drawn_with_the_curves(tmp_path, clock, monk
 def train_to(recorder, clock, first, last, evaluation=5.0):
     """Pass steps of 0.2 s each, then an evaluation."""
     for step in range(first, last):
-        recorder.phase(step, "loading")
+        recorder.enters(step, "loading")
         clock["now"] += 0.15
-        recorder.phase(step, "computing")
+        recorder.enters(step, "computing")
         clock["now"] += 0.05
     recorder._step = last
-    recorder.phase(last, "evaluating")
+    recorder.enters(last, "evaluating")
     clock["now"] += evaluation
 
 
@@ -154,7 +155,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
 
 
 def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.run.loop, "_MUCH_WAITING", 0.0)
+    monkeypatch.setattr(engine.run.summary, "_MUCH_WAITING", 0.0)
     root = make_images(tmp_path / "images")
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
     run("finetune", command, tmp_path)

@@ -1,0 +1,210 @@
+"""The evaluations of a run: the figures of the exported weights, and the weights that are best by one of them."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+
+from engine.config import TrainingConfig
+from engine.run.checkpoint import Saver
+from engine.run.recorder import Recorder
+from engine.task import Finish, Loaders, Report, Streams
+from engine.update.learner import Learner
+from utils.contracts import Batch
+from utils.io.files import Json, Values, ignore_write_errors, write_json
+from utils.ranks import distributed
+from utils.ranks.signals import check_stop
+from utils.record.figures import COUNTS, interval, show_evaluated
+from utils.record.logging import get_logger
+from utils.record.progress import track
+from utils.record.run_reader import RESULT_FILE
+
+log = get_logger(__name__)
+
+_SHOWN = 3  # figures of an evaluation in the log line
+
+
+@dataclass(frozen=True)
+class Best:
+    """The task's best_metric at the best evaluation so far, with its 95 % interval if it has one, and its step.
+
+    weights: the checksum of their file.
+    """
+
+    value: float | None = None
+    step: int | None = None
+    interval: Sequence[float] | None = None
+    weights: str = ""
+
+
+class Evaluator:
+    """Evaluate the weights of a run, save the best ones, and tell when the run has stalled.
+
+    gain: the last evaluation that was better than the gain before it by more than `loop.early_stop_least`. report,
+    step: the scalars and the step of the newest evaluation. These and `best` are checkpointed.
+    tables: of this process's newest evaluation. seconds: of the newest evaluation, or about those of the first one.
+    finish: completes the weights before the last evaluation.
+    """
+
+    def __init__(
+        self, learner: Learner, streams: Streams, config: TrainingConfig, recorder: Recorder, saver: Saver
+    ) -> None:
+        self.learner = learner
+        self.streams = streams
+        self.config = config
+        self.recorder = recorder
+        self.saver = saver
+        self.best = Best()
+        self.gain = Best()
+        self.report: dict[str, float] = {}
+        self.step = 0
+        self.tables: Values = {}
+        self.seconds = 0.0
+        self.finish: Finish | None = None
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the last gain is `loop.early_stop_epochs` or more before the newest evaluation."""
+        patience = self.config.loop.early_stop_epochs
+        if patience is None or self.gain.step is None:
+            return False
+        plan = self.learner.plan
+        return plan.epoch_at(self.step) - plan.epoch_at(self.gain.step) >= patience - 1e-9
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether this step's evaluation is due and not done; in a resumed run, a stop request has interrupted it."""
+        plan, step = self.learner.plan, self.learner.step
+        return self.step < step and plan.is_due(step, plan.evaluate_every_epochs)
+
+    def evaluate(self) -> None:
+        """Evaluate the exported weights (averaged, if averages are exported), and save them if they are the best."""
+        learner, recorder, step = self.learner, self.recorder, self.learner.step
+        plan = learner.plan
+        started = time.perf_counter()
+        recorder.enters(step, "evaluating")
+        learner.sync_buffers()
+        with learner.evaluated():
+            if step == plan.total_steps and self.finish is not None:
+                self.finish.complete()
+            report = self.measure(only_draws=self.streams.evaluation_samples == 0)
+            self._keep_best(report, step)
+        prefix = "ema/" if learner.exports_average else ""
+        self.report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
+        self.step = step
+        self.tables = report.tables
+        self.write_result()
+        if self.report:
+            recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.report})
+        names = [name for name in report.scalars if name not in COUNTS][:_SHOWN]
+        shown = [f"{show_evaluated(prefix + name)} {report.scalars[name]:.4g}" for name in names]
+        if self.best.value is not None:
+            shown.append(f"best {self.name_best()}")
+        log.info("%s", "  ".join([plan.show_epochs(step), *shown]))
+        draws = self.has_stalled or recorder.may_draw(step)  # always before stopping early
+        recorder.add_report(step, report, draws=draws)
+        if step > 0:  # a run without steps has no curves
+            recorder.plot(step, draws=draws)
+        self.seconds = time.perf_counter() - started
+
+    def _keep_best(self, report: Report, step: int) -> None:
+        """Save the weights if their figure is the best. On a tie the later evaluation wins: it has trained longer."""
+        task = self.learner.task
+        value = report.scalars.get(task.best_metric, math.nan)
+        may_be_best = self.streams.evaluation_samples >= task.best_needs
+        is_best = may_be_best and self._gain(value, self.best) >= 0
+        written = is_best and self.saver.write_alone(self.learner, "best_weights.safetensors")
+        if written:
+            self.best = Best(value, step, interval(task.best_metric, report.scalars), written)
+            self.recorder.best = value
+        if self._gain(value, self.gain) > self.config.loop.early_stop_least:
+            self.gain = Best(value, step)
+
+    def _gain(self, value: float, before: Best) -> float:
+        """Return by how much a figure is better than that of another evaluation; NaN if it is not finite."""
+        sign = -1 if self.learner.task.best_is_lowest else 1
+        known = -sign * math.inf if before.value is None else before.value
+        return sign * (value - known)
+
+    def begin(self) -> None:
+        """Show what the task draws before the first update, such as pictures of the base model.
+
+        The weights of a task that are complete at the start are evaluated, too.
+        """
+        self.recorder.enters(0, "evaluating")
+        drawn = self.measure(only_draws=True).images
+        self.recorder.add_report(0, Report(images={f"{name}_before": image for name, image in drawn.items()}))
+        if self.finish is not None and self.streams.evaluation_samples:
+            self.evaluate()
+
+    @torch.no_grad()
+    def measure(self, *, only_draws: bool, most: int | None = None) -> Report:
+        """Return the task's report on the due loaders (`most` batches of each), or only its pictures of prompts."""
+        learner = self.learner
+        learner.task.eval()
+        try:
+            with learner.runtime.autocast():
+                if only_draws:
+                    return learner.task.draw()
+                return learner.task.evaluate(self._due_loaders(most), learner.step)
+        finally:
+            learner.task.train()
+
+    def _due_loaders(self, most: int | None) -> Loaders:
+        """Return the loaders due at this step, in batches that fit the device if micro-batches are chosen or halved."""
+        learner = self.learner
+        size = learner.micro_batches.size
+        is_chosen = self.config.loop.micro_batch_size == "auto" or size < learner.plan.micro_batch_size
+        due = {}
+        for name, loader in self.streams.evaluation.items():
+            every = self.streams.every_epochs.get(name)
+            if every is None or learner.plan.is_due(learner.step, every, since=self.step):
+                loader = loader.in_batches(size) if is_chosen else loader
+                batches = self._watch(name, loader, most)
+                due[name] = track(batches, len(loader), f"evaluating {name}") if most is None else batches
+        return due
+
+    def _watch(self, name: str, loader: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+        """Yield a loader's batches; each counts as progress."""
+        for batch in islice(loader, most):
+            check_stop()
+            self.recorder.enters(self.learner.step, f"evaluating {name}", batch)
+            yield batch
+
+    def write_result(self, advice: Sequence[str] = ()) -> None:
+        """Write result.json on rank 0: the best figure, and what would improve it."""
+        task = self.learner.task
+        result = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
+        if advice:
+            result["help"] = advice
+        file = self.recorder.folder / RESULT_FILE
+        if distributed.is_main():
+            with ignore_write_errors(file):
+                write_json(file, result)
+
+    def name_best(self, interval: str = "") -> str:
+        """Return the best figure, its name and its epoch. interval: to show behind the figure."""
+        metric = show_evaluated(self.learner.task.best_metric)
+        epoch = self.learner.plan.shown_epoch(self.best.step)
+        return f"{metric} {self.best.value:.4g}{interval} at epoch {epoch:g}"
+
+    def state(self) -> Json:
+        """Return the state for a checkpoint (JSON values)."""
+        return {
+            "best": asdict(self.best),
+            "gain": asdict(self.gain),
+            "last_report": self.report,
+            "last_evaluated": self.step,
+        }
+
+    def load_state(self, state: Values, *, same_metric: bool) -> None:
+        """Restore what `state` returned. same_metric: the run still chooses by the figure (`loop.best`)."""
+        if same_metric:
+            self.best = Best(**state["best"])
+            self.gain = Best(**state.get("gain", state["best"]))
+            self.recorder.best = self.best.value
+        self.report = state["last_report"]
+        self.step = state["last_evaluated"]

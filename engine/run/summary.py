@@ -1,0 +1,50 @@
+"""The last screen of a run."""
+
+from collections.abc import Sequence
+
+from engine.run.advice import advise
+from engine.run.evaluation import Evaluator
+from utils.io.safe_text import Lines
+from utils.record.figures import show_duration, show_interval, show_lines
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the last screen has it
+_WAITING = (
+    "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
+    "small files into shards (prepare.py job=pack), or set augment.on_device=true"
+)
+
+
+def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str]) -> None:
+    """Log the summary of a finished run. seconds: of this process. next_commands: to suggest."""
+    learner, recorder, streams = evaluator.learner, evaluator.recorder, evaluator.streams
+    folder = recorder.folder
+    rows = [] if evaluator.best.step is None else [("best", _show_best(evaluator))]
+    rows += [
+        ("weights", f"{folder}/weights"),
+        ("curves", f"{folder}/plots/curves.png"),
+        ("tables", f"{folder}/training_log.txt" + (", tables" if (folder / "tables").exists() else "")),
+    ]
+    if unreadable := streams.train.unreadable_count:
+        rows.append(("unreadable", f"{unreadable} images, each with weight 0; see unreadable.jsonl"))
+    share = recorder.clock.wait_share
+    if share > _MUCH_WAITING:
+        rows.append(("waiting", _WAITING.format(share)))
+    advice = advise(evaluator.tables, streams.trained_on.get("class_images", ()))
+    if advice:
+        evaluator.write_result(advice)
+    rows += [("to improve", line) for line in advice]
+    rows += [("next", command) for command in next_commands]
+    end = "finished" if learner.step >= learner.plan.total_steps else "stopped early by loop.early_stop_epochs"
+    title = f"{end}: {learner.step:,} steps in {show_duration(seconds)}"
+    log.info("%s", Lines(show_lines(title, rows)))
+
+
+def _show_best(evaluator: Evaluator) -> str:
+    """Return the best figure with its interval and epoch, and the last one."""
+    learner = evaluator.learner
+    metric = learner.task.best_metric
+    last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
+    return f"{evaluator.name_best(show_interval(evaluator.best.interval))}; last {last:.4g}"
