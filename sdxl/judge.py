@@ -28,7 +28,7 @@ from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
 from engine.measures.neighbours import find_nearest
 from engine.task import Report, visiting
-from engine.tasks.kind import load_task, read_setup
+from engine.tasks.opening import load_task, read_setup
 from models.image_model import ImageModel
 from models.predictor import known_outputs, onnx_predictor, torch_predictor
 from sdxl.config import JudgeConfig

@@ -13,7 +13,8 @@ from pydantic import model_validator
 from torch import nn
 
 from engine.task import Task, Use, fingerprint_helpers
-from engine.tasks.kind import Kind, Setup, load_task, read_setup
+from engine.tasks.kind import Kind, Setup
+from engine.tasks.opening import load_task, read_setup
 from models.image_model import ImageModel
 from models.interop.metadata import dict_of
 from models.predictor import Predictor, onnx_predictor, torch_predictor

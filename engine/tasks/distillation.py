@@ -30,8 +30,9 @@ from engine.tasks.config import (
     TaggingTaskConfig,
     TagLossConfig,
 )
-from engine.tasks.kind import Kind, Setup, read_setup
+from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import Mixing
+from engine.tasks.opening import read_setup
 from engine.tasks.tagging import TaggingKind, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig

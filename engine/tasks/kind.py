@@ -10,15 +10,13 @@ A kind's task and Kind are in one file. The row in kinds.py names them, and the 
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
 from data.augment.config import AugmentConfig
 from data.augment.views import training_views
@@ -30,24 +28,19 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
-from engine.task import Finish, Loaders, Streams, Task, Use, join_exported, split_exported
+from engine.task import Finish, Loaders, Streams, Task
 from engine.tasks.config import ImageTrainingConfig
-from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
-from models.interop.metadata import dict_of
-from models.predictor import check_metadata
-from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
 from utils.config.entry_point import Job
-from utils.errors import UserError, close_names
+from utils.errors import UserError
 from utils.formats.background import DEFAULT
-from utils.io.files import Json, Values, canonical_json, readable, sha256_text
-from utils.io.weights import InitFrom, read_weights, restore_paths
+from utils.io.files import Json, Values, canonical_json, sha256_text
+from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
-from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
@@ -236,59 +229,3 @@ def predict_command(collection: Collection, rows: np.ndarray, weights: str | Pat
 def label_fields(class_ids: np.ndarray) -> Fields:
     """Return a function that adds a sample's label. class_ids: int64 [N], for all rows."""
     return lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
-
-
-def open_kind(name: str) -> Kind:
-    """Return the kind with a name in the table."""
-    return resolve_name(KINDS[name].kind)()
-
-
-def read_setup(
-    path: Path, kinds: Iterable[str] = KINDS, moved: Mapping[str, str] | None = None
-) -> tuple[Kind, Setup, Json]:
-    """Return the kind, with a name in `kinds`, the setup and the metadata of a weight file, from its header alone.
-
-    moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
-    the first missing or wrong value of the metadata, or the tensors that do not fit it.
-    """
-    shapes, metadata = read_weights(path, shapes_only=True)
-    if run := run_of(path):
-        try:
-            metadata = restore_paths(metadata, run.config)
-        except UserError as error:  # the weights of most kinds need no path
-            log.warning("%s", error)
-    for key, value in (moved or {}).items():
-        if dict_of(metadata, "model").get(key) is None:
-            raise UserError(f"model.{key}: {path} has none; remove model.{key}")
-        metadata["model"] = {**metadata["model"], key: value}
-    if "model" not in metadata or not dict_of(metadata, "task"):
-        raise UserError(
-            f"{path} was not written by a run of Atelier. To turn a classifier or tagger of others into a run: python "
-            f"finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... augment=... data=... "
-            "run_dir=... (docs/weights.md)"
-        )
-    name = metadata["task"].get("name")
-    if not isinstance(name, str) or name not in kinds:
-        raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
-    kind = open_kind(name)
-    if missing := [fact for fact in kind.names if fact not in metadata]:
-        raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
-    if kind.output is not None:
-        check_metadata(path, {**metadata, "output": kind.output})
-    with readable(path, "weight"):
-        model = TypeAdapter(kind.model).validate_python(metadata["model"])
-        config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
-    setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
-    with torch.device("meta"):
-        task = kind.build(setup)
-    expected, _ = split_exported(task, task.state_dict())
-    refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
-    return kind, setup, metadata
-
-
-def load_task(path: Path, kind: Kind, setup: Setup, use: Use) -> Task:
-    """Return the task of a weight file that `read_setup` has checked, with the helpers that `use` needs."""
-    task = kind.build(setup)
-    task.load_helpers(use)
-    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
-    return task.eval()

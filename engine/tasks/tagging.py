@@ -29,9 +29,10 @@ from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
 from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
-from engine.tasks.kind import Kind, Setup, read_setup
+from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
 from engine.tasks.new_tags import fit_new_tags
+from engine.tasks.opening import read_setup
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta

@@ -11,7 +11,8 @@ from bench.measure import read_group
 from engine.exports.weights import open_weights
 from engine.tasks.config import DistillationTaskConfig
 from engine.tasks.distillation import find_teacher
-from engine.tasks.kind import Setup, open_kind
+from engine.tasks.kind import Setup
+from engine.tasks.opening import open_kind
 from models.config import TimmConfig
 from models.image_model import Normalise, find_head
 from tests.engine.test_checkpoint import replace_state

@@ -15,7 +15,8 @@ from torch import nn
 from engine.exports.weights import MovedBase, open_weights
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
-from engine.tasks.kind import Setup, open_kind
+from engine.tasks.kind import Setup
+from engine.tasks.opening import open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from sdxl.files.family import draw_networks

@@ -1,0 +1,78 @@
+"""From a weight file to the task that wrote it: kind, setup and metadata, then the task with its weights."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pkgutil import resolve_name
+
+import torch
+from pydantic import TypeAdapter
+
+from engine.task import Task, Use, join_exported, split_exported
+from engine.tasks.kind import Kind, Setup
+from engine.tasks.kinds import KINDS
+from models.interop.metadata import dict_of
+from models.predictor import check_metadata
+from models.weights.fit import refuse_misfits
+from utils.errors import UserError, close_names
+from utils.io.files import Json, readable
+from utils.io.weights import read_weights, restore_paths
+from utils.record.logging import get_logger
+from utils.record.run_reader import run_of
+
+log = get_logger(__name__)
+
+
+def open_kind(name: str) -> Kind:
+    """Return the kind with a name in the table."""
+    return resolve_name(KINDS[name].kind)()
+
+
+def read_setup(
+    path: Path, kinds: Iterable[str] = KINDS, moved: Mapping[str, str] | None = None
+) -> tuple[Kind, Setup, Json]:
+    """Return the kind, with a name in `kinds`, the setup and the metadata of a weight file, from its header alone.
+
+    moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
+    the first missing or wrong value of the metadata, or the tensors that do not fit it.
+    """
+    shapes, metadata = read_weights(path, shapes_only=True)
+    if run := run_of(path):
+        try:
+            metadata = restore_paths(metadata, run.config)
+        except UserError as error:  # the weights of most kinds need no path
+            log.warning("%s", error)
+    for key, value in (moved or {}).items():
+        if dict_of(metadata, "model").get(key) is None:
+            raise UserError(f"model.{key}: {path} has none; remove model.{key}")
+        metadata["model"] = {**metadata["model"], key: value}
+    if "model" not in metadata or not dict_of(metadata, "task"):
+        raise UserError(
+            f"{path} was not written by a run of Atelier. To turn a classifier or tagger of others into a run: python "
+            f"finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... augment=... data=... "
+            "run_dir=... (docs/weights.md)"
+        )
+    name = metadata["task"].get("name")
+    if not isinstance(name, str) or name not in kinds:
+        raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
+    kind = open_kind(name)
+    if missing := [fact for fact in kind.names if fact not in metadata]:
+        raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
+    if kind.output is not None:
+        check_metadata(path, {**metadata, "output": kind.output})
+    with readable(path, "weight"):
+        model = TypeAdapter(kind.model).validate_python(metadata["model"])
+        config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
+    setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
+    with torch.device("meta"):
+        task = kind.build(setup)
+    expected, _ = split_exported(task, task.state_dict())
+    refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
+    return kind, setup, metadata
+
+
+def load_task(path: Path, kind: Kind, setup: Setup, use: Use) -> Task:
+    """Return the task of a weight file that `read_setup` has checked, with the helpers that `use` needs."""
+    task = kind.build(setup)
+    task.load_helpers(use)
+    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
+    return task.eval()
