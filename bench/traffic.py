@@ -2,8 +2,8 @@
 
 python bench/traffic.py                (convnextv2_tiny; seconds of one core: no bytes move)
 
-All figures are shares of the parameters. gather, reduce: sent in all. uncovered: reduced after all gradients are
-computed (ddp) or all blocks gathered (fsdp), so that it overlaps with nothing. largest: of a collective.
+All figures are shares of the parameters. reduced: in all. uncovered: after all gradients are computed, so that it
+overlaps with nothing. largest: of a collective.
 """
 
 import itertools
@@ -50,19 +50,17 @@ def reduce_bucket(state, bucket):
     return done
 
 
-def trace(parallel):
+def trace():
     """Return the collectives of an update, and each one's share of the parameters."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
-        machine = {"parallel": parallel, "device": "cpu"}
         task = make_task("convnextv2_tiny", SIZE)
         total = sum(parameter.numel() for parameter in task.parameters())
-        learner = build_bench_run(task, batch_size=2, accum_steps=2, runtime=machine).learner
+        learner = build_bench_run(task, batch_size=2, accum_steps=2, runtime={"device": "cpu"}).learner
         sent = Sent()
-        if parallel == "ddp":
-            learner.model.register_comm_hook(None, reduce_bucket)
-            first = next(task.parameters())
-            first.register_post_accumulate_grad_hook(lambda parameter: sent.calls.append((LAST, 0)))
+        learner.model.register_comm_hook(None, reduce_bucket)
+        first = next(task.parameters())
+        first.register_post_accumulate_grad_hook(lambda parameter: sent.calls.append((LAST, 0)))
         batches = 2 * [make_batch(SIZE, 2, torch.device("cpu"))]
         learner.update(batches)  # DDP then orders its buckets by their gradients
         sent.calls.clear()
@@ -73,16 +71,18 @@ def trace(parallel):
     return [(name, count / total) for name, count in sent.calls]
 
 
-def measure(parallel):
+def measure():
     """Return the figures of an update."""
-    sent = trace(parallel)
-    last = max(index for index, (name, _) in enumerate(sent) if "reduce" not in name)
-    shares = {word: sum(share for name, share in sent if word in name) for word in ("gather", "reduce")}
-    shares["uncovered"] = sum(share for _, share in sent[last + 1 :])
-    return shares | {"largest": max(share for _, share in sent)}
+    sent = trace()
+    last = max(index for index, (name, _) in enumerate(sent) if name == LAST)
+    uncovered = sum(share for _, share in sent[last + 1 :])
+    return {
+        "reduced": sum(share for _, share in sent),
+        "uncovered": uncovered,
+        "largest": max(share for _, share in sent),
+    }
 
 
 if __name__ == "__main__":
-    for parallel in ("ddp", "fsdp"):
-        figures = (f"{name} {share:.3f}" for name, share in measure(parallel).items())
-        sys.stdout.write(f"{parallel}: {', '.join(figures)}\n")
+    figures = (f"{name} {share:.3f}" for name, share in measure().items())
+    sys.stdout.write(f"{', '.join(figures)}\n")

@@ -94,7 +94,6 @@ class MachineConfig(Strict):
 class RuntimeConfig(MachineConfig):
     """The machine, with settings for training."""
 
-    parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     cuda_graphs: bool
     prefetch_batches: Count

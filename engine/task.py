@@ -1,7 +1,7 @@
 """The interface between a task and the engine.
 
 A task is an nn.Module that owns its networks and all other state (a teacher, frozen encoders, a running centre). DDP
-and FSDP therefore wrap the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
+therefore wraps the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +99,7 @@ class Task(nn.Module):
     """Base class of all tasks.
 
     Networks are named with dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed
-    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights.
+    but gets no gradient.
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set.

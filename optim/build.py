@@ -130,12 +130,3 @@ def to_training_point(optimizer: Optimizer) -> None:
         for parameter, state in optimizer.state.items():
             if "y" in state:
                 parameter.copy_(state.pop("y"))
-
-
-def check_shardable(config: OptimConfig) -> None:
-    """Raise UserError if the optimiser may need whole parameters, which `runtime.parallel=fsdp` does not have."""
-    if config.name in ("adamw8bit", "prodigy") or (config.name == "timm" and config.opt != "adan"):
-        raise UserError(
-            f"runtime.parallel: fsdp gives each rank some rows of every parameter, but optim.name={config.name} may "
-            "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"
-        )

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from optim.sharded import own_part
 from utils.contracts import State, Tensors
 
 
@@ -22,23 +21,22 @@ def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
 class Averages:
     """Averages of floating-point parameters and buffers, by `<network>.<name>`; other buffers are copied.
 
-    They are on the device of the weights, sharded as they are.
+    They are on the device of the weights.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         # The networks' tensors only change in place, so they are looked up once.
-        self._weights: State = {}  # views of this rank's rows
+        self._weights: State = {}
         self._averages: State = {}
         for network, module in networks.items():
             for name, tensor in module.state_dict().items():
-                self._weights[f"{network}.{name}"] = own_part(tensor)
+                self._weights[f"{network}.{name}"] = tensor
                 self._averages[f"{network}.{name}"] = tensor.detach().clone()
-        self._own = {name: own_part(tensor) for name, tensor in self._averages.items()}
 
     @torch.no_grad()
     def update(self, decay: float, applied: Tensor) -> None:
         """Move the averages towards the weights by 1 - decay, unless `applied` (a device scalar) is 0."""
-        pairs = [(self._own[name], weight) for name, weight in self._weights.items()]
+        pairs = [(self._averages[name], weight) for name, weight in self._weights.items()]
         share = (1.0 - decay) * applied
         if averaged := [pair for pair in pairs if pair[0].is_floating_point()]:
             # A list of tensors: torch would read a single one on the host.
@@ -51,7 +49,7 @@ class Averages:
     def swapped(self) -> Iterator[None]:
         """Load the averages into the networks inside the context, then restore their weights bit for bit."""
         weights = {name: tensor.clone() for name, tensor in self._weights.items()}
-        self._copy_in(self._own)
+        self._copy_in(self._averages)
         try:
             yield
         finally:
@@ -63,5 +61,5 @@ class Averages:
             tensor.copy_(tensors[name])
 
     def tensors(self) -> State:
-        """Return the averages by name, not copied; sharded if the weights are."""
+        """Return the averages by name, not copied."""
         return dict(self._averages)

@@ -176,5 +176,3 @@ def drop_frozen_gradients(optimizer: Optimizer, step: int) -> None:
         if is_frozen(group, step):
             for parameter in group["params"]:
                 parameter.grad = None
-                if hasattr(parameter, "whole"):
-                    parameter.whole.grad = None

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optim import sharded
 from optim.build import skips_on_device
 from optim.groups import GroupSettings
-from optim.sharded import Part
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
@@ -21,7 +19,7 @@ _SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 def optimizer_state(optimizer: Optimizer) -> tuple[State, Json]:
     """Return the optimiser's tensors and other values by `<parameter>/<key>`.
 
-    State of sharded parameters is sharded likewise (optim/build.py: check_shardable). State in groups (timm's lamb and
+    State in groups (timm's lamb and
     adan count steps there) is under `<first parameter>//<key>`.
     """
     tensors = {}
@@ -31,8 +29,6 @@ def optimizer_state(optimizer: Optimizer) -> tuple[State, Json]:
             (tensors if isinstance(group[key], Tensor) else others)[f"{group['names'][0]}//{key}"] = group[key]
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
-                    value = sharded.as_shared(value, parameter.whole)
                 (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
     return tensors, others
 
@@ -55,8 +51,6 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values,
             group[key] = value.to(group["params"][0].device) if isinstance(value, Tensor) else value
             continue
         parameter = parameters[name]
-        if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
-            value = sharded.take_part(value, parameter.whole)
         if skips_on_device(optimizer):
             # A file stores no memory layout, the kernels do not check it, and load_state_dict does not restore it.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)

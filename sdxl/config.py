@@ -379,11 +379,8 @@ class DiffusionTaskConfig(TaskConfig):
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; add "
                 "'text_encoder*_proj' to task.lora.targets to train them by LoRA, or set task.lora=null"
             )
-        if config.model.frozen_dtype == "float8" and (self.lora is None or config.runtime.parallel == "fsdp"):
-            raise ValueError(
-                "model.frozen_dtype: float8 stores a LoRA's base, which fsdp cannot shard and task.lora=null trains; "
-                "set bfloat16"
-            )
+        if config.model.frozen_dtype == "float8" and self.lora is None:
+            raise ValueError("model.frozen_dtype: float8 is for a LoRA's base, but task.lora is null; set bfloat16")
         if self.preference_beta and (None in (self.lora, self.latent_cache) or self.noise.convert):
             raise ValueError(
                 "task.preference_beta: compares a LoRA with its base on cached latents, at what the base predicts; set "
@@ -452,8 +449,6 @@ class AutoencoderTaskConfig(TaskConfig):
             raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
         if config.init_from is not None:
             raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
-        if self.discriminator.weight and config.runtime.parallel == "fsdp":
-            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
 
 
 class SDXLTrainingConfig(TaskTrainingConfig):

@@ -12,7 +12,7 @@ Three things replace the machine. A shim (C, compiled by cc, loaded before torch
 without a driver, a CUDA build of torch cannot run a backward pass over fake tensors otherwise. `Device`, a dispatch
 mode, reports reads of device memory on the host, counts copies of maps to another dtype or layout, and checks the fused
 optimiser kernels, which have no fake form.
-`HostArrays` gives zeros where a tensor leaves torch. Not covered: numbers, streams, cuDNN, NCCL, DDP, FSDP.
+`HostArrays` gives zeros where a tensor leaves torch. Not covered: numbers, streams, cuDNN, NCCL, DDP.
 """
 
 import contextlib

@@ -9,8 +9,6 @@ import matplotlib.backends.backend_agg
 import onnxruntime
 import timm.optim
 import torch
-import torch.distributed.fsdp
-import torch.distributed.tensor
 import torchvision.transforms.v2
 from PIL import Image
 

@@ -33,7 +33,6 @@ from torch import Tensor
 from engine.config import TrainingConfig
 from engine.run.remote_copy import RemoteCopy
 from engine.update.learner import Groups, Learner
-from engine.update.parallel import is_sharded
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
 from utils.io.files import (
@@ -154,8 +153,7 @@ class Saver:
                 file.unlink(missing_ok=True)
         path = folder / f"checkpoints/step_{step:08d}"
         log.debug("saving %s", path)
-        # Gathering sharded tensors has already copied them.
-        copies = tensors if is_sharded(learner.model) else copy_to_host(tensors)
+        copies = copy_to_host(tensors)
 
         def write() -> None:
             with output_errors("run_dir", path):

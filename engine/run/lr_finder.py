@@ -24,7 +24,6 @@ from engine.plan import Plan
 from engine.run.recorder import Recorder
 from engine.task import checkpointed_state
 from engine.update.learner import Learner
-from optim import sharded
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
@@ -86,8 +85,7 @@ def suggest(curve: _Curve, *, adaptive: bool) -> tuple[float | None, str]:
 @contextmanager
 def undone(learner: Learner) -> Iterator[None]:
     """Undo all updates made inside the context, bit for bit. Averages are not updated. Copies are in host memory."""
-    parts = map(sharded.own_part, checkpointed_state(learner.task).values())
-    tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in parts]
+    tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in checkpointed_state(learner.task).values()]
     optimizer = copy.deepcopy(learner.optimizer.state_dict())
     device = learner.runtime.device
     others = {name: getattr(learner, name) for name in ("step", "averages", "scale")}

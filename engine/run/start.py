@@ -29,7 +29,7 @@ from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
-from optim.build import check_optimizer, check_shardable
+from optim.build import check_optimizer
 from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
@@ -58,8 +58,6 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     config.loop.split(world_size, None)
     check_optimizer(config.optim, config.schedule)
     config.check_fused(runtime.precision, world_size)
-    if config.runtime.parallel == "fsdp":
-        check_shardable(config.optim)
     if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))

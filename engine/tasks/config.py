@@ -66,11 +66,6 @@ class ClassificationTaskConfig(MixingConfig, TaskConfig):
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise ValueError for a head that the run cannot have."""
-        if self.head == "refitted" and config.runtime.parallel == "fsdp":
-            raise ValueError(
-                "task.head: refitted needs the whole network on each rank, but runtime.parallel is fsdp; set "
-                "task.head=fitted, or another runtime.parallel"
-            )
         if self.head == "kept" and config.init_from is None:
             raise ValueError(
                 "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "

@@ -9,17 +9,16 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from engine.update.batch_size import MicroBatches
 from engine.update.graphs import Prepare, UpdateGraphs, fuse_layers
-from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
+from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile, choose_fused
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
-from optim import sharded
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
 from optim.ema import Averages, ema_decay_at
@@ -59,12 +58,10 @@ class Learner:
         self.compiles = choose_compile(config, runtime.device.type, plan.total_steps)
         self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
-            _offload(task, self.model)
+            _offload(task)
         self.prepare: Prepare = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
-        for group in groups:
-            group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         to_training_point(self.optimizer)
         self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
@@ -145,7 +142,7 @@ class Learner:
         before: the buffers' values. seeds: whether to seed the draws of each micro-batch.
         """
         weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
-        # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
+        # DDP averages over ranks; the world size turns the average back into the sum.
         factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
         begin = None if self.fused is None else self.fused.begin
         passes = []
@@ -158,15 +155,14 @@ class Learner:
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = parameters_of(self.optimizer)
         drop_frozen_gradients(self.optimizer, self.step)
-        grads = take_gradients(parameters)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
         norm = torch.linalg.vector_norm(torch.stack(norms))
         inverse_scale = None
         if self.runtime.precision == "fp16":
             inverse_scale = 1.0 / self.scale["scale"]
             norm = norm * inverse_scale
-        rows_only = isinstance(parameters[0], sharded.Part)
-        sums, norm, bad = reduce_figures(sum(figures), weight, norm, rows_only=rows_only)
+        sums, norm, bad = reduce_figures(sum(figures), weight, norm)
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
         self._buffers.put_back(before, bad)
         skipped = bad.float()
@@ -220,15 +216,13 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> tuple[Groups, Json]:
-        """Return the tensors by group and name, and the optimiser's other state; on all ranks.
+        """Return the tensors by group and name, and the optimiser's other state.
 
         Groups: `weights` (the exported networks, named as in weight files), `task` (the rest of the task),
-        `average_weights` and `averages` likewise, `optimizer`, `scale`. Sharded tensors are gathered on the CPU of
-        rank 0; other ranks get empty groups.
+        `average_weights` and `averages` likewise, `optimizer`, `scale`.
         """
         tensors, others = optimizer_state(self.optimizer)
-        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale}
-        return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
+        return {**self._task_groups(), "optimizer": tensors, "scale": self.scale}, others
 
     def _task_groups(self) -> Groups:
         """Return the task's tensors and their averages, by group."""
@@ -239,8 +233,8 @@ class Learner:
         return groups
 
     def exported_tensors(self) -> State:
-        """Return the current tensors of a weight file, gathered on rank 0; inside `evaluated`."""
-        return sharded.gather_parts(self._task_groups()["weights"])
+        """Return the current tensors of a weight file; inside `evaluated`."""
+        return self._task_groups()["weights"]
 
     @torch.no_grad()
     def load_state(self, tensors: Groups, others: Values | None, source: str) -> None:
@@ -260,7 +254,7 @@ class Learner:
             load_optimizer_state(self.optimizer, tensors["optimizer"], others, source)
         for group, current in groups.items():
             for name, tensor in current.items():
-                sharded.own_part(tensor).copy_(sharded.take_part(tensors[group][name], tensor))
+                tensor.copy_(tensors[group][name])
         to_training_point(self.optimizer)
 
 
@@ -294,10 +288,9 @@ def _shapes(tensors: Tensors) -> set[tuple]:
     return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _offload(task: Task, model: nn.Module) -> None:
+def _offload(task: Task) -> None:
     """Keep networks on the host that the task brings to the device itself."""
-    if is_sharded(model) or not task.offloaded:
-        why = "runtime.parallel=fsdp shards them" if is_sharded(model) else "a step needs all networks of this task"
-        raise UserError(f"runtime.offload: true, but {why}; set it to false")
+    if not task.offloaded:
+        raise UserError("runtime.offload: true, but a step needs all networks of this task; set it to false")
     for network in networks_of(task, task.offloaded).values():
         network.to("cpu")

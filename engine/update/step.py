@@ -64,20 +64,15 @@ def forward_backward(
     return figures, ("loss", *names), output.loss.detach()
 
 
-def reduce_figures(figures: Tensor, weight: Tensor, norm: Tensor, *, rows_only: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum figures over ranks in one collective. Return (figures, gradient norm, skip).
-
-    rows_only: `norm` covers only this rank's rows (fsdp).
-    """
-    total = F.pad(figures, (1, 1))
+def reduce_figures(figures: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum figures over ranks in one collective. Return (figures, gradient norm, skip)."""
+    total = F.pad(figures, (1, 0))
     # In float64, the sum of two float32 values is finite only if both are.
     total[0] = ~torch.isfinite(norm + figures[0])
-    total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
     bad = (total[0] > 0) | (weight == 0)
-    norm = total[-1].sqrt().to(norm.dtype) if rows_only else norm
     total, norm = (torch.where(bad, 0.0, values) for values in (total, norm))
-    return total[1:-1], norm, bad
+    return total[1:], norm, bad
 
 
 def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:

@@ -5,10 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine import test_exactness as exactness
-from tests.engine import test_fsdp as fsdp
 from tests.engine import test_golden as golden
 from tests.engine.test_exactness import CHEAP, TASKS
-from tests.engine.test_fsdp import FSDP
 from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixture)
 from tests.engine.test_survival import HERE, SMALL, TROUBLED, straight  # noqa: F401 (a fixture)
 from tests.in_process import run as run_here
@@ -50,19 +48,14 @@ def test_two_ranks_equal_one(collection, tmp_path):
     exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, "autoencoder", more)
 
 
-@pytest.mark.parametrize("case", ["diffusion", "classification optim.layer_decay=0.7"])
-def test_sharded_equals_replicated(case, collection, tmp_path):
-    fsdp.test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path)
-
-
 # --- what takes long in any form
 
 
 def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
-    """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
+    """A loss of one rank, then one element of the gradient of one rank; then nothing can be read."""
     settings = [
         "loop.total_steps=9", "loop.batch_size=9", "loop.checkpoint_every_steps=1",
-        "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001", FSDP,
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001",
     ]  # fmt: skip
     path = tmp_path / "run"
     overrides = common("classification", collection, path, *settings)
@@ -78,20 +71,20 @@ def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
     assert [row["what"] for row in listed] == ["loss", "gradient", "weight"] and listed[0]["ranks"] == [2]
 
 
-LEGS = [(2, "ddp"), (3, "fsdp"), (1, "ddp")]
+RANKS = [2, 3, 1]
 
 
 @pytest.mark.parametrize("case", ["fcmae", "classification optim=adan"])
-def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case, collection, tmp_path):
-    """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
+def test_a_checkpoint_resumes_on_any_number_of_ranks(case, collection, tmp_path):
+    """Six steps on each number of ranks, killed after all but the last, against a run on one rank."""
     task, *settings = case.split()
-    total, there, here = 6 * len(LEGS), tmp_path / "moved", tmp_path / "one"
+    total, there, here = 6 * len(RANKS), tmp_path / "moved", tmp_path / "one"
     settings = [
         f"loop.total_steps={total}", "loop.batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
     ]  # fmt: skip
-    for done, (ranks, way) in zip(range(0, total, 6), LEGS):
-        overrides = common(task, collection, there, *settings, "loop.micro_batch_size=3", f"runtime.parallel={way}")
+    for done, ranks in zip(range(0, total, 6), RANKS):
+        overrides = common(task, collection, there, *settings, "loop.micro_batch_size=3")
         end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
         printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
         assert done == 0 or f"at step {done}" in printed
@@ -100,26 +93,6 @@ def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case
     assert samples_by_step(there) == samples_by_step(here)
     losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == total
-
-
-@pytest.mark.parametrize(
-    ("task", "settings", "tolerance"),
-    [
-        # Batch norm keeps each rank's own statistics, as under ddp.
-        ("classification", ["model=timm", "model.name=test_resnet", "loop.ema_decay=0.9"], 2e-5),
-        # Autocast over float32 parameters; the optimiser's kernel rounds the last elements of rows anew.
-        ("fcmae", ["runtime.precision=bf16", "loop.clip_grad_norm=null"], 1e-6),
-    ],
-)
-def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, tolerance, collection, tmp_path):
-    settings = [*settings, "loop.total_steps=6", "loop.batch_size=8", "optim.lr=0.001"]
-    for way in ("ddp", "fsdp"):
-        overrides = common(task, collection, tmp_path / way, *settings, f"runtime.parallel={way}")
-        timm = "model=timm" in settings
-        overrides = [text for text in overrides if not timm or not text.startswith("model") or text in settings]
-        run(SCRIPTS[task], overrides, tmp_path, ranks=2)
-    assert_same_tensors(checkpoint_tensors(tmp_path / "ddp", 6), checkpoint_tensors(tmp_path / "fsdp", 6), tolerance)
-    run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=last", "runtime.threads=1"], tmp_path)
 
 
 def test_torchrun_restarts_what_was_killed(collection, tmp_path):
@@ -158,15 +131,15 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
 
 
 def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
-    """With sharded parameters; the run after it is the same up to summation order."""
+    """The run after it is the same up to summation order."""
     folder, base = searched
     run_here("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
     one = read_json(folder / "one/lr_finder.json")
-    run("finetune.py", [*base, *SEARCH, FSDP, f"run_dir={folder}/fsdp"], folder, ranks=2)
-    other = read_json(folder / "fsdp/lr_finder.json")
+    run("finetune.py", [*base, *SEARCH, f"run_dir={folder}/two"], folder, ranks=2)
+    other = read_json(folder / "two/lr_finder.json")
     assert other["taken"] == one["taken"]
     assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
-    assert_same_rows(folder / "one", folder / "fsdp", 1e-3)
+    assert_same_rows(folder / "one", folder / "two", 1e-3)
 
 
 def test_one_head_on_any_number_of_ranks(tmp_path):
@@ -182,10 +155,9 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
 
 
 @needs_compiler
-def test_a_compiled_run_of_two_shards_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
-    """FSDP compiles unit by unit."""
+def test_a_compiled_run_of_two_ranks_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
     settings = ["loop.total_steps=4", "loop.batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
-    compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST, FSDP)
+    compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST)
     started = start(SCRIPTS[task], compiled, tmp_path, ranks=2)
     assert started.wait(500) == [0, 0], started.output[-3000:]
     assert "compiling the task" in started.output
@@ -202,6 +174,6 @@ def test_a_compiled_run_of_two_shards_leaves_the_files_of_an_eager_one(collectio
         assert load_file(tmp_path / "compiled/weights" / file.name).keys() == load_file(file).keys()
     run("evaluate.py", [f"run_dir={tmp_path}/compiled", "weights=ema", "runtime.threads=1"], tmp_path)
     # An eager float32 rank goes on from it.
-    more = [text for text in compiled if text not in (*FAST, FSDP) and not text.startswith("loop.total_steps")]
+    more = [text for text in compiled if text not in FAST and not text.startswith("loop.total_steps")]
     allowed = ["loop.total_steps=6", "resume_allow=[runtime.precision,runtime.deterministic]"]
     assert "at step 4" in run(SCRIPTS[task], [*more, *allowed], tmp_path)

@@ -84,7 +84,9 @@ def assert_variants_are_equal(task, data, folder, settings, variants):
     return printed
 
 
-def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification", more=()):
+def test_two_ranks_equal_one_at_the_same_global_batch(
+    collection, tmp_path, task="classification", more=("loop.ema_decay=0.9", "loop.clip_grad_norm=0.01")
+):
     """One rank with one micro-batch, one with four, two ranks: the same weights, losses and evaluations."""
     sizes = {"one": (1, 8), "accumulated": (1, 2), "two": (2, 4)}
     variants = {name: (ranks, f"loop.micro_batch_size={size}") for name, (ranks, size) in sizes.items()}

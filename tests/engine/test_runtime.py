@@ -16,7 +16,7 @@ from utils.ranks.distributed import GPUS_VARIABLE
 
 CONFIG = RuntimeConfig(
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
-    deterministic=False, grad_checkpointing=False, offload=False, memory_gib=None, parallel="ddp",
+    deterministic=False, grad_checkpointing=False, offload=False, memory_gib=None,
     hang_timeout_sec=60.0, cuda_graphs=True,
 )  # fmt: skip
 AUTO = {"device": "auto", "precision": "auto", "channels_last": "auto", "workers": "auto"}

@@ -157,7 +157,6 @@ REFUSED = {
     "task.perceptual.path": ["task.perceptual.network=resnet18", f"task.perceptual.path={VAE}"],
     "init_from": ["init_from=run"],
     "model.path": ["model.path=images"],
-    "runtime.parallel": ["runtime.parallel=fsdp"],
 }  # fmt: skip
 
 
