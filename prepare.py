@@ -8,39 +8,17 @@
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=cache data.root=PATH data.cache.disk_gib=100 job.fill=true    decoded, before a training
 
-Other jobs: duplicates, filter, downsample, copy, apply_corrections, cache, machine, import. No
-job changes an image.
+--help lists all jobs. No job changes an image.
 """
 
 from utils.start import begin
 
 begin(__doc__)
 
-from typing import Annotated
-
-from pydantic import Field
-
 from data.config import WholeData
-from data.tools.apply_corrections import ApplyCorrections
-from data.tools.cache import Cache
-from data.tools.check import Check
-from data.tools.copy import Copy
-from data.tools.duplicates import Duplicates
-from data.tools.exclude import Filter
-from data.tools.machine import Machine
-from data.tools.manifest import Manifest
-from data.tools.pack import Pack
-from data.tools.vocabulary import CollectVocabulary
-from engine.frozen.labels_job import Labels
-from sdxl.import_sd_scripts import Import
+from data.tools.config import AnyJob
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
-
-AnyJob = Annotated[
-    Check | Manifest | CollectVocabulary | Pack
-    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import | Labels,
-    Field(discriminator="name"),
-]  # fmt: skip
 
 
 class PrepareConfig(Strict):

@@ -6,13 +6,13 @@ Source: kohya-ss/sd-scripts:library/config_util.py and docs/config_README-en.md.
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import yaml
 from pydantic import Field
 
 from data.config import DataConfig
-from data.tools.tool import Tool
+from data.tools.config import Import
 from utils.config.bounds import Count, CountOrZero, Fraction, Side
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict
@@ -99,49 +99,38 @@ def _space(last: str) -> str:
     return "" if last in ("", ",") else " "
 
 
-class Import(Tool):
-    """Read `source`, a dataset_config of sd-scripts in TOML, and write `output`, a file for experiment=FILE."""
+def convert_config(job: Import, data: DataConfig) -> str:
+    """Convert the file. Raises UserError (`job.source`, `job.output`)."""
+    notes = []
+    subsets = read_subsets(job, notes)
+    values = _convert(subsets, notes)
+    notes = sorted(set(notes))
+    head = ["@package _global_", f"From {job.source} of sd-scripts. Other than there:", *notes]
+    text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    with output_errors("job.output", Path(job.output)):
+        write_text(Path(job.output), text)
+    for note in notes:
+        log.warning("job.source: other than in sd-scripts: %s", note)
+    return f"{len(subsets)} subsets; next: python finetune_sdxl.py experiment={job.output} model.path=BASE"
 
-    name: Literal["import"]
-    source: PathText
-    output: PathText
 
-    def check(self, data: DataConfig) -> str:
-        """Read the source alone."""
-        self._read_subsets([])
-        return "dry run: nothing is written"
-
-    def run(self, data: DataConfig) -> str:
-        """Convert the file. Raises UserError (`job.source`, `job.output`)."""
-        notes = []
-        subsets = self._read_subsets(notes)
-        values = _convert(subsets, notes)
-        notes = sorted(set(notes))
-        head = ["@package _global_", f"From {self.source} of sd-scripts. Other than there:", *notes]
-        text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        with output_errors("job.output", Path(self.output)):
-            write_text(Path(self.output), text)
-        for note in notes:
-            log.warning("job.source: other than in sd-scripts: %s", note)
-        return f"{len(subsets)} subsets; next: python finetune_sdxl.py experiment={self.output} model.path=BASE"
-
-    def _read_subsets(self, notes: list[str]) -> list[_Options]:
-        """Return the options of each subset. A subset goes before its dataset, and that before general."""
-        file = Path(self.source)
-        subsets = []
-        with about("job.source"), readable(file, "dataset_config"):
-            read = tomllib.loads(file.read_text(encoding="utf-8"))
-            general = read.pop("general", {})
-            for dataset in read.pop("datasets", []):
-                for subset in dataset.pop("subsets", []):
-                    options = _check({**general, **dataset, **subset}, notes)
-                    if options.num_repeats == 0:
-                        log.info("job.source: %s has 0 repeats and is left out, as there", options.image_dir)
-                    else:
-                        subsets.append(options)
-            if not subsets or read:
-                raise UserError(f"{file} has {', '.join(read) or 'no subset'}; write datasets with subsets")
-        return subsets
+def read_subsets(job: Import, notes: list[str]) -> list[_Options]:
+    """Return the options of each subset. A subset goes before its dataset, and that before general."""
+    file = Path(job.source)
+    subsets = []
+    with about("job.source"), readable(file, "dataset_config"):
+        read = tomllib.loads(file.read_text(encoding="utf-8"))
+        general = read.pop("general", {})
+        for dataset in read.pop("datasets", []):
+            for subset in dataset.pop("subsets", []):
+                options = _check({**general, **dataset, **subset}, notes)
+                if options.num_repeats == 0:
+                    log.info("job.source: %s has 0 repeats and is left out, as there", options.image_dir)
+                else:
+                    subsets.append(options)
+        if not subsets or read:
+            raise UserError(f"{file} has {', '.join(read) or 'no subset'}; write datasets with subsets")
+    return subsets
 
 
 def _check(values: Json, notes: list[str]) -> _Options:

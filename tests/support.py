@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from data.config import CacheConfig, DataConfig
 from data.images.decode import Decoder
 from data.images.open import read_file
-from data.tools.manifest import Manifest
-from data.tools.pack import Pack
+from data.tools.config import Manifest, Pack
+from data.tools.pack import write_shards
 from utils.config.help import CONF
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
@@ -152,7 +152,7 @@ def write_manifest(root, *, verify=False, **changes):
 
 def pack_collection(collection, output, shard_mib=1):
     """Write the shards of a collection by job=pack."""
-    return Pack(name="pack", output=str(output), shard_mib=shard_mib).pack(collection)
+    return write_shards(Pack(name="pack", output=str(output), shard_mib=shard_mib), collection)
 
 
 def common(task, data, run_dir, *more):

@@ -141,7 +141,7 @@ async def look_into(site: Site, folder: Path, refresh: Callable) -> None:
     update()
 
     def check() -> str:
-        from data.tools.check import Check  # imports torch
+        from data.tools.config import Check
 
         return Check(name="check", verify=True, report=str(care / name)).run(site.shelf.config(name))
 

@@ -30,6 +30,18 @@ class TagRulesConfig(Strict):
     implications: PathText | None
 
 
+class VocabularyConfig(TagRulesConfig):
+    """Which tags a vocabulary contains.
+
+    min_count: minimum training images per tag. ignore, keep: text files with one tag per line.
+    """
+
+    min_count: Count
+    categories: list[Category]
+    ignore: PathText | None
+    keep: PathText | None
+
+
 class TextConfig(Strict):
     """How predict.py writes the tags of an image.
 

@@ -8,11 +8,9 @@ import numpy as np
 
 from data.collection.collection import Collection
 from data.layouts.table import count_values, show_some
-from data.tags.rules import Category, TagRules, TagRulesConfig, read_rules
+from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
-from utils.config.bounds import Count
-from utils.config.schema import PathText
 from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag
 from utils.formats.vocabulary import (
@@ -32,18 +30,6 @@ log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
-
-
-class VocabularyConfig(TagRulesConfig):
-    """Which tags a vocabulary contains.
-
-    min_count: minimum training images per tag. ignore, keep: text files with one tag per line.
-    """
-
-    min_count: Count
-    categories: list[Category]
-    ignore: PathText | None
-    keep: PathText | None
 
 
 def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:

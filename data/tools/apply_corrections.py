@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +20,7 @@ from data.layouts.table import show_some
 from data.layouts.tables import TableChoice, find_one
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
-from data.tools.tool import Tool
+from data.tools.config import ApplyCorrections
 from utils.errors import UserError
 from utils.formats.spelling import join_tags
 from utils.io.files import AppendFile, Json, remove_temporary, write_atomically, write_text
@@ -33,22 +32,11 @@ _LACK = "images whose sidecars lack the corrections"
 _NO_PLACE = "weights and groups, for which sidecars have no place; corrections.jsonl keeps them"
 
 
-class ApplyCorrections(Tool):
-    """Write what corrections.jsonl says into sidecars. undo: write back what they were.
-
-    UNDO has a line for each sidecar: its bytes before (none: no file) and after.
-
-    A label becomes that of `x.json`, which goes before the folder's name; tags stay in the file that has them.
-    """
-
-    name: Literal["apply_corrections"]
-    undo: bool
-
-    def run(self, data: DataConfig) -> str:
-        """Write the sidecars. Raises UserError (`data.root`, `data.corrections`)."""
-        root = check_root(data.root)
-        with open_journal("data.root", root / UNDO):
-            return _restore(root) if self.undo else _apply(root, data.choice())
+def apply_corrections(job: ApplyCorrections, data: DataConfig) -> str:
+    """Write the sidecars. Raises UserError (`data.root`, `data.corrections`)."""
+    root = check_root(data.root)
+    with open_journal("data.root", root / UNDO):
+        return _restore(root) if job.undo else _apply(root, data.choice())
 
 
 def _apply(root: Path, choice: TableChoice) -> str:

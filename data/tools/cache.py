@@ -3,7 +3,6 @@
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,8 +11,7 @@ from data.images.caches import GIB
 from data.images.record_store import Store
 from data.open import load_collection, open_images
 from data.stream.source import UnreadableImage
-from data.tools.tool import Tool
-from utils.config.bounds import DurationOrZero, Side
+from data.tools.config import Cache
 from utils.errors import UserError
 from utils.io.files import output_errors
 from utils.io.memo import in_threads
@@ -29,57 +27,46 @@ _CACHES = Path("outputs/cache")
 _DAY_SEC = 86_400
 
 
-class Cache(Tool):
-    """List the caches; with `apply`, remove the records that no run has used for `unused_days`.
+def manage_caches(job: Cache, data: DataConfig) -> str:
+    """Fill, or list and remove. Raises UserError (`job.apply`, `data.cache.disk_gib`)."""
+    if job.fill:
+        return _fill(job, data)
+    caches = {*_CACHES.glob("*"), Path(data.cache.folder)}
+    unused = []
+    rows = []
+    for path in sorted(path for path in caches if path.exists()):
+        records = Store(path).unused(time.time() - job.unused_days * _DAY_SEC)
+        rows.append(_describe(path, len(records)))
+        unused += records
+    log.info("%s", Lines(show_rows(rows)))
+    size = sum(file.stat().st_size for file in unused) / GIB
+    with output_errors("job.apply", _CACHES):
+        for file in unused if job.apply else ():
+            file.unlink(missing_ok=True)
+    done = "removed" if job.apply else "job.apply=true removes them"
+    return f"{len(unused):,} files ({size:.3g} GiB) not used for {job.unused_days:g} days: {done}"
 
-    fill: keep all images in `data.cache.folder`, as a training with this `shortest_px` reads them; grey: one channel.
-    """
 
-    name: Literal["cache"]
-    unused_days: DurationOrZero
-    apply: bool
-    fill: bool | Literal["grey"]
-    shortest_px: Side | None
+def _fill(job: Cache, data: DataConfig) -> str:
+    """Decode each image that the cache lacks."""
+    if not data.cache.disk_gib:
+        raise UserError(
+            "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as in the training"
+        )
+    collection = load_collection(data)
+    channels = 1 if job.fill == "grey" else 3
+    source = open_images(collection, data, {"channels": channels, "shortest_px": job.shortest_px})
 
-    def run(self, data: DataConfig) -> str:
-        """Fill, or list and remove. Raises UserError (`job.apply`, `data.cache.disk_gib`)."""
-        if self.fill:
-            return self._fill(data)
-        caches = {*_CACHES.glob("*"), Path(data.cache.folder)}
-        unused = []
-        rows = []
-        for path in sorted(path for path in caches if path.exists()):
-            records = Store(path).unused(time.time() - self.unused_days * _DAY_SEC)
-            rows.append(_describe(path, len(records)))
-            unused += records
-        log.info("%s", Lines(show_rows(rows)))
-        size = sum(file.stat().st_size for file in unused) / GIB
-        with output_errors("job.apply", _CACHES):
-            for file in unused if self.apply else ():
-                file.unlink(missing_ok=True)
-        done = "removed" if self.apply else "job.apply=true removes them"
-        return f"{len(unused):,} files ({size:.3g} GiB) not used for {self.unused_days:g} days: {done}"
+    def keep(row: int) -> None:
+        with suppress(UnreadableImage):  # a training says which
+            source.read(row)
 
-    def _fill(self, data: DataConfig) -> str:
-        """Decode each image that the cache lacks."""
-        if not data.cache.disk_gib:
-            raise UserError(
-                "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as in the training"
-            )
-        collection = load_collection(data)
-        channels = 1 if self.fill == "grey" else 3
-        source = open_images(collection, data, {"channels": channels, "shortest_px": self.shortest_px})
-
-        def keep(row: int) -> None:
-            with suppress(UnreadableImage):  # a training says which
-                source.read(row)
-
-        rows = np.flatnonzero(collection.weights() > 0).tolist()
-        for _ in track(in_threads(keep, rows), len(rows), "filling the cache"):
-            pass
-        kept = sum(map(source.has, rows))
-        limit = f"data.cache.disk_gib={data.cache.disk_gib:g}"
-        return f"{kept:,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits"
+    rows = np.flatnonzero(collection.weights() > 0).tolist()
+    for _ in track(in_threads(keep, rows), len(rows), "filling the cache"):
+        pass
+    kept = sum(map(source.has, rows))
+    limit = f"data.cache.disk_gib={data.cache.disk_gib:g}"
+    return f"{kept:,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits"
 
 
 def _describe(path: Path, unused: int) -> TableRow:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +18,10 @@ from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, ROWS, UNNAMED, Unused
 from data.layouts.walk import check_root, is_fault
 from data.open import describe_collection, load_collection
+from data.tools.config import Check
 from data.tools.duplicates import find_groups
 from data.tools.measure import FileFacts, measure_files
-from data.tools.tool import Tool, list_files, save_report
-from utils.config.schema import PathText
+from data.tools.tool import list_files, save_report
 from utils.io.names import Names
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
@@ -34,78 +33,69 @@ _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "t
 _DRAWN = ("width", "height", "brightness", "sharpness")
 
 
-class Check(Tool):
-    """Count the values of a collection, list its faults, and write both as an HTML page into the folder `report`.
+def check(job: Check, data: DataConfig) -> str:
+    """Check the collection. Raises UserError (`data.root`, `job.report`)."""
+    faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
+    kinds = Counter(kind for _, kind, _ in faults).most_common()
+    found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
+    if faults:
+        reasons = {}
+        for path, _, reason in faults:
+            reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
+        found += f" ({list_files(job.report, job.name, reasons)})"
+    collection = load_collection(data)
+    paths = [] if collection.is_packed or not job.verify else collection.table["path"].to_pylist()
+    facts = measure_files(Path(data.root), paths, data.max_pixels)
+    copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
+    if copies:
+        line = "%s images show the picture of another one: prepare.py job=duplicates data.root=%s lists them"
+        log.warning(line, f"{copies:,}", data.root)
+    tables = _count_values(collection, facts)
+    tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
+    for name, rows in tables.items():
+        if rows:
+            log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
+    pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
+    page = save_report(Path(job.report) / job.name, data.root, _summarise(collection), tables, pictures)
+    return f"{describe_collection(collection)}; {found or 'no fault'}; {copies:,} copies; {page}"
 
-    verify: decode every image, for unreadable ones and for formats, brightness and sharpness. Shards are not decoded.
+
+def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
+
+    If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not
+    matter.
     """
-
-    name: Literal["check"]
-    verify: bool
-    report: PathText
-
-    def run(self, data: DataConfig) -> str:
-        """Check the collection. Raises UserError (`data.root`, `job.report`)."""
-        faults = [] if is_remote(data.root) else list(self._find_faults(check_root(data.root), data))
-        kinds = Counter(kind for _, kind, _ in faults).most_common()
-        found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
-        if faults:
-            reasons = {}
-            for path, _, reason in faults:
-                reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
-            found += f" ({list_files(self.report, self.name, reasons)})"
-        collection = load_collection(data)
-        paths = [] if collection.is_packed or not self.verify else collection.table["path"].to_pylist()
-        facts = measure_files(Path(data.root), paths, data.max_pixels)
-        copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
-        if copies:
-            line = "%s images show the picture of another one: prepare.py job=duplicates data.root=%s lists them"
-            log.warning(line, f"{copies:,}", data.root)
-        tables = _count_values(collection, facts)
-        tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
-        for name, rows in tables.items():
-            if rows:
-                log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
-        pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
-        page = save_report(Path(self.report) / self.name, data.root, _summarise(collection), tables, pictures)
-        return f"{describe_collection(collection)}; {found or 'no fault'}; {copies:,} copies; {page}"
-
-    def _find_faults(self, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
-        """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
-
-        If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not
-        matter.
-        """
-        unused = Unused()
-        manifest = find_manifest(root)
-        if manifest is None:
-            table = read_folder(root, unused, data.choice())
-            sizes, sidecars, _ = scan_folder(root, Unused())
-        else:
-            table = read_table(manifest, unused, data.choice().columns)
-            sizes, sidecars, _ = scan_folder(root, unused)
-        images = sorted(sizes)
-        for path, fact in zip(images, measure_files(root, images, data.max_pixels) if self.verify else ()):
-            if odd := fact.reason or fact.remark:
-                yield path, fact.kind or odd.partition(" (")[0], odd
-        for reason, names in unused.items():
-            if is_fault(reason) or reason.startswith((ORPHANS, ROWS, UNNAMED)):
-                yield from _same_fault(names, reason)
-        if PLACES.keys() <= set(table.column_names):
-            return
-        if manifest is None:
-            bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
-            yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
-        else:
-            known = Names(sizes)
-            rows = {known.find(path) or path for path in table["path"].to_pylist()}
-            lacking = [path for path in images if path not in rows]
-            gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
-            yield from _same_fault(lacking, "an image without a row in the manifest")
-            yield from _same_fault(gone, "a row of the manifest without a file")
-        bare = [path for path in images if path not in sidecars]
-        if len(bare) < len(images):
-            yield from _same_fault(bare, "an image without a sidecar")
+    unused = Unused()
+    manifest = find_manifest(root)
+    if manifest is None:
+        table = read_folder(root, unused, data.choice())
+        sizes, sidecars, _ = scan_folder(root, Unused())
+    else:
+        table = read_table(manifest, unused, data.choice().columns)
+        sizes, sidecars, _ = scan_folder(root, unused)
+    images = sorted(sizes)
+    for path, fact in zip(images, measure_files(root, images, data.max_pixels) if job.verify else ()):
+        if odd := fact.reason or fact.remark:
+            yield path, fact.kind or odd.partition(" (")[0], odd
+    for reason, names in unused.items():
+        if is_fault(reason) or reason.startswith((ORPHANS, ROWS, UNNAMED)):
+            yield from _same_fault(names, reason)
+    if PLACES.keys() <= set(table.column_names):
+        return
+    if manifest is None:
+        bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
+        yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
+    else:
+        known = Names(sizes)
+        rows = {known.find(path) or path for path in table["path"].to_pylist()}
+        lacking = [path for path in images if path not in rows]
+        gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
+        yield from _same_fault(lacking, "an image without a row in the manifest")
+        yield from _same_fault(gone, "a row of the manifest without a file")
+    bare = [path for path in images if path not in sidecars]
+    if len(bare) < len(images):
+        yield from _same_fault(bare, "an image without a sidecar")
 
 
 def _same_fault(paths: list[str], fault: str) -> Iterator[tuple[str, str, str]]:

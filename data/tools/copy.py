@@ -5,7 +5,6 @@ import io
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,9 +23,8 @@ from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 from data.open import load_collection
 from data.stream.source import UnreadableImage
-from data.tools.tool import Tool, refuse_shards
-from utils.config.bounds import Side
-from utils.config.schema import PathText, TermsText
+from data.tools.config import Copy
+from data.tools.tool import refuse_shards
 from utils.errors import UserError
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import open_journal
@@ -47,50 +45,38 @@ _SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
 
 
-class Copy(Tool):
-    """Copy the images that terms find (null: all), and what belongs to them; nothing is overwritten.
-
-    find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
-    modification time are skipped, so a killed job continues. longest_px: reduce images with a longer side to it.
-    """
-
-    name: Literal["copy", "downsample"]
-    to: PathText
-    find: TermsText | None
-    longest_px: Side | None
-
-    def run(self, data: DataConfig) -> str:
-        """Copy. Raises UserError (`job.to`, `job.find`, `data.root`)."""
-        root = check_root(data.root)
-        target = Path(self.to).expanduser().resolve()
-        if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
-            raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
-        collection = load_collection(data)
-        refuse_shards(data.root, collection.table)
-        paths = collection.table["path"]
-        if self.find is not None:
-            paths = paths.take(find_rows(collection, self.find, "job.find"))
-        images = paths.to_pylist()
-        others = list_descriptions(root, images)
-        copy = functools.partial(_copy_file, root, target)
-        shrink = functools.partial(copy, longest_px=self.longest_px, max_pixels=data.max_pixels)
-        with open_journal("job.to", target, is_folder=True):
-            remove_temporary({(target / file).parent for file in (*images, *others)})
-            done = dict(zip(images, _copy_all(shrink, images, copy)))
-            beside = list(_copy_all(copy, others, copy))
-            if (manifest := find_manifest(root)) is not None:
-                _copy_rows(manifest, target, images, is_changed=self.longest_px is not None)
-        shrunk = ""
-        kept = {path: what for path, what in done.items() if what not in (_PRESENT, _COPIED, _SHRUNK)}
-        for path in list(kept)[:_WARNED]:
-            log.warning("%s is copied unchanged: %s", path, kept[path])
-        results = [*done.values(), *beside]
-        if self.longest_px:
-            count = results.count(_SHRUNK)
-            shrunk = f"downsampled {count:,} images longer than {self.longest_px} pixels, {len(kept):,} could not be; "
-        new = len(results) - results.count(_PRESENT)
-        found = f"{len(images):,} of {len(collection):,} images are in {target}"
-        return f"{found}; {shrunk}copied {new:,} of {len(results):,} files"
+def copy_images(job: Copy, data: DataConfig) -> str:
+    """Copy. Raises UserError (`job.to`, `job.find`, `data.root`)."""
+    root = check_root(data.root)
+    target = Path(job.to).expanduser().resolve()
+    if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
+        raise UserError(f"job.to: {job.to!r} is inside data.root, or data.root inside it; set another folder")
+    collection = load_collection(data)
+    refuse_shards(data.root, collection.table)
+    paths = collection.table["path"]
+    if job.find is not None:
+        paths = paths.take(find_rows(collection, job.find, "job.find"))
+    images = paths.to_pylist()
+    others = list_descriptions(root, images)
+    copy = functools.partial(_copy_file, root, target)
+    shrink = functools.partial(copy, longest_px=job.longest_px, max_pixels=data.max_pixels)
+    with open_journal("job.to", target, is_folder=True):
+        remove_temporary({(target / file).parent for file in (*images, *others)})
+        done = dict(zip(images, _copy_all(shrink, images, copy)))
+        beside = list(_copy_all(copy, others, copy))
+        if (manifest := find_manifest(root)) is not None:
+            _copy_rows(manifest, target, images, is_changed=job.longest_px is not None)
+    shrunk = ""
+    kept = {path: what for path, what in done.items() if what not in (_PRESENT, _COPIED, _SHRUNK)}
+    for path in list(kept)[:_WARNED]:
+        log.warning("%s is copied unchanged: %s", path, kept[path])
+    results = [*done.values(), *beside]
+    if job.longest_px:
+        count = results.count(_SHRUNK)
+        shrunk = f"downsampled {count:,} images longer than {job.longest_px} pixels, {len(kept):,} could not be; "
+    new = len(results) - results.count(_PRESENT)
+    found = f"{len(images):,} of {len(collection):,} images are in {target}"
+    return f"{found}; {shrunk}copied {new:,} of {len(results):,} files"
 
 
 def _copy_rows(manifest: Path, target: Path, images: Sequence[str], *, is_changed: bool) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.collection.duplicates import are_alike, group_duplicates, read_thumbnails
 from data.config import DataConfig
@@ -10,7 +10,8 @@ from data.layouts.table import TEST, show_some
 from data.layouts.walk import check_root
 from data.open import load_collection
 from data.tags.spellings import fold
-from data.tools.exclude import Finder, read_reasons
+from data.tools.config import Duplicates
+from data.tools.exclude import exclude_found, read_reasons
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
 from utils.formats.spelling import parse_rating, parse_tag
@@ -24,48 +25,36 @@ log = get_logger(__name__)
 Image = Values  # a row of the collection, its `FileFacts`, and `claims`
 
 
-class Duplicates(Finder):
-    """Write a table of groups of duplicates, and exclude or list all images but one of each.
-
-    One of the test split is kept before others, then the one with the most of label, rating, tags and caption, then the
-    largest. Images of the test split stay, and so do those with a label, rating or tag that the kept one lacks: these
-    are listed apart. match: near: one picture in several sizes, formats or brightnesses, or mirrored; exact: equal
-    bytes.
-    """
-
-    name: Literal["duplicates"]
-    match: Literal["near", "exact"]
-
-    def choose(self, data: DataConfig) -> dict[str, str]:
-        """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
-        root = check_root(data.root)
-        table = load_collection(data).table
-        refuse_shards(root, table)
-        found = {  # without images that other jobs exclude: a group must not keep one of those
-            row["path"]: row for row, why in zip(table.to_pylist(), read_reasons(table))
-            if row["weight"] or not why or why.startswith(f"{self.name}: ")
-        }  # fmt: skip
-        facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
-        reasons = {}
-        others = {}
-        rows = []
-        groups = find_groups(facts, self.match)
-        for number, group in enumerate(groups, start=1):
-            images = [{**found[path], **facts[path]._asdict(), "claims": read_claims(found[path])} for path in group]
-            images.sort(key=_rank)
-            sort_out(images, reasons, others)
-            for image in images:
-                shown = {name: image[name] for name in ("path", "width", "height")}
-                rows.append({"group": number, "kept": image["path"] not in reasons, **shown})
-        figures = {"groups": len(groups), "images in them": len(rows), "that say something else": len(others)}
-        save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, {})
-        listing = list_files(self.report, "same_picture", others)
-        if others:
-            log.warning(
-                "%s images show the picture of another one and have another label, rating or tag; they stay. %s lists "
-                "them: put right what is wrong, then run job=manifest and this job again", f"{len(others):,}", listing,
-            )  # fmt: skip
-        return reasons
+def exclude_duplicates(job: Duplicates, data: DataConfig) -> str:
+    """Exclude all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
+    root = check_root(data.root)
+    table = load_collection(data).table
+    refuse_shards(root, table)
+    found = {  # without images that other jobs exclude: a group must not keep one of those
+        row["path"]: row for row, why in zip(table.to_pylist(), read_reasons(table))
+        if row["weight"] or not why or why.startswith(f"{job.name}: ")
+    }  # fmt: skip
+    facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
+    reasons = {}
+    others = {}
+    rows = []
+    groups = find_groups(facts, job.match)
+    for number, group in enumerate(groups, start=1):
+        images = [{**found[path], **facts[path]._asdict(), "claims": read_claims(found[path])} for path in group]
+        images.sort(key=_rank)
+        sort_out(images, reasons, others)
+        for image in images:
+            shown = {name: image[name] for name in ("path", "width", "height")}
+            rows.append({"group": number, "kept": image["path"] not in reasons, **shown})
+    figures = {"groups": len(groups), "images in them": len(rows), "that say something else": len(others)}
+    save_report(Path(job.report) / job.name, str(root), figures, {"groups": rows}, {})
+    listing = list_files(job.report, "same_picture", others)
+    if others:
+        log.warning(
+            "%s images show the picture of another one and have another label, rating or tag; they stay. %s lists "
+            "them: put right what is wrong, then run job=manifest and this job again", f"{len(others):,}", listing,
+        )  # fmt: skip
+    return exclude_found(job, data, reasons)
 
 
 def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[str, str]) -> None:

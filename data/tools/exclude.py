@@ -6,7 +6,6 @@ refused.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,33 +18,22 @@ from data.layouts.table import replace_column
 from data.layouts.tables import read_parquet
 from data.layouts.walk import check_root
 from data.open import load_collection
-from data.tools.tool import Tool, list_files
-from utils.config.schema import PathText, TermsText
+from data.tools.config import Filter, Finder
+from data.tools.tool import list_files
 from utils.errors import UserError
 from utils.io.journal import open_journal
 
 
-class Finder(Tool):
-    """A job that finds images to exclude from training. report: the folder for reports. apply: exclude them."""
-
-    report: PathText
-    apply: bool
-
-    def choose(self, data: DataConfig) -> dict[str, str]:
-        """Return the reason for each image to exclude, by path. Raises UserError."""
-        raise NotImplementedError
-
-    def run(self, data: DataConfig) -> str:
-        """List the images, and exclude them if `apply` is true."""
-        root = check_root(data.root)
-        reasons = self.choose(data)
-        listing = list_files(self.report, self.name, reasons)
-        if not self.apply:
-            return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
-        with open_journal("data.root", root / PARQUET):
-            table, count = exclude(read_own_manifest(root), self.name, reasons)
-            save_manifest(root, table)
-        return f"{count:,} images excluded ({listing})"
+def exclude_found(job: Finder, data: DataConfig, reasons: Mapping[str, str]) -> str:
+    """List images, and exclude them if `apply` is true. reasons: why, by path."""
+    root = check_root(data.root)
+    listing = list_files(job.report, job.name, reasons)
+    if not job.apply:
+        return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
+    with open_journal("data.root", root / PARQUET):
+        table, count = exclude(read_own_manifest(root), job.name, reasons)
+        save_manifest(root, table)
+    return f"{count:,} images excluded ({listing})"
 
 
 def read_own_manifest(root: Path) -> pa.Table:
@@ -85,17 +73,11 @@ def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.T
     return (table if any(now) else table.drop_columns("reason")), ours
 
 
-class Filter(Finder):
-    """Exclude or list the images that terms find (data/collection/search.py); null: restore earlier ones."""
-
-    name: Literal["filter"]
-    find: TermsText | None
-
-    def choose(self, data: DataConfig) -> dict[str, str]:
-        """Return the images that are found. Raises UserError (`data.root`, `job.find`)."""
-        if self.find is None:
-            return {}
+def filter_images(job: Filter, data: DataConfig) -> str:
+    """Exclude the images that are found. Raises UserError (`data.root`, `job.find`)."""
+    reasons = {}
+    if job.find is not None:
         collection = load_collection(data)
-        rows = find_rows(collection, self.find, "job.find")
-        paths = collection.table["path"].take(rows).to_pylist()
-        return dict.fromkeys(paths, f"found by {self.find}")
+        rows = find_rows(collection, job.find, "job.find")
+        reasons = dict.fromkeys(collection.table["path"].take(rows).to_pylist(), f"found by {job.find}")
+    return exclude_found(job, data, reasons)

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,8 +12,7 @@ from data.config import DataConfig
 from data.images.decode import decoder_versions
 from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
-from data.tools.tool import Tool
-from utils.config.schema import PathText
+from data.tools.config import Machine
 from utils.errors import UserError
 from utils.hardware import check_compile, choose_device, choose_precision, free_memory, missing_for_compile
 from utils.io.files import output_errors
@@ -25,47 +24,38 @@ log = get_logger(__name__)
 _GIB = 2**30
 
 
-class Machine(Tool):
-    """Describe the machine. device, precision, compile: of `runtime`, as a training would need them."""
+def describe_machine(job: Machine, data: DataConfig) -> str:
+    """Log what there is. Raises UserError with all that a training would refuse."""
+    device = choose_device("cpu" if job.device == "cpu" else "auto")
+    log.info("cpu: %d cores, %.1f GiB of memory free", count_cores(), free_memory() / _GIB)
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        log.info("cuda:%d: %s, %.1f GiB", number, about.name, about.total_memory / _GIB)
+    log.info("runtime.precision=auto: trains in %s", choose_precision("auto", device))
+    lacks = ", ".join(missing_for_compile(device))
+    log.info("torch.compile: %s", f"not possible without {lacks}" if lacks else "possible")
+    log.info("decoders: %s", decoder_versions())
+    refused = []
 
-    name: Literal["machine"]
-    device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    compile: Literal["auto"] | bool
-    run_dir: PathText
+    def attempt(check: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            check(*arguments)
+        except UserError as error:
+            refused.append(str(error))
 
-    def run(self, data: DataConfig) -> str:
-        """Log what there is. Raises UserError with all that a training would refuse."""
-        device = choose_device("cpu" if self.device == "cpu" else "auto")
-        log.info("cpu: %d cores, %.1f GiB of memory free", count_cores(), free_memory() / _GIB)
-        for number in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(number)
-            log.info("cuda:%d: %s, %.1f GiB", number, about.name, about.total_memory / _GIB)
-        log.info("runtime.precision=auto: trains in %s", choose_precision("auto", device))
-        lacks = ", ".join(missing_for_compile(device))
-        log.info("torch.compile: %s", f"not possible without {lacks}" if lacks else "possible")
-        log.info("decoders: %s", decoder_versions())
-        refused = []
-
-        def attempt(check: Callable[..., Any], *arguments: Any) -> None:
-            try:
-                check(*arguments)
-            except UserError as error:
-                refused.append(str(error))
-
-        attempt(choose_device, self.device)
-        attempt(choose_precision, self.precision, device)
-        if self.compile is True:
-            attempt(check_compile, device)
-        if data.name != "glyphs" and not is_remote(data.root):
-            attempt(check_root, data.root)
-        attempt(_check_writable, Path(self.run_dir))
-        for folder in filter(Path.is_dir, (Path("/dev/shm"), Path(self.run_dir))):
-            usage = shutil.disk_usage(folder)
-            log.info("%s: %.1f of %.1f GiB free", folder, usage.free / _GIB, usage.total / _GIB)
-        if refused:
-            raise UserError("a training would be refused here:\n  " + "\n  ".join(refused))
-        return "nothing that a training would refuse"
+    attempt(choose_device, job.device)
+    attempt(choose_precision, job.precision, device)
+    if job.compile is True:
+        attempt(check_compile, device)
+    if data.name != "glyphs" and not is_remote(data.root):
+        attempt(check_root, data.root)
+    attempt(_check_writable, Path(job.run_dir))
+    for folder in filter(Path.is_dir, (Path("/dev/shm"), Path(job.run_dir))):
+        usage = shutil.disk_usage(folder)
+        log.info("%s: %.1f of %.1f GiB free", folder, usage.free / _GIB, usage.total / _GIB)
+    if refused:
+        raise UserError("a training would be refused here:\n  " + "\n  ".join(refused))
+    return "nothing that a training would refuse"
 
 
 def _check_writable(folder: Path) -> None:

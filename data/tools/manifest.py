@@ -1,7 +1,6 @@
 """Write `manifest.parquet` for a folder (prepare.py job=manifest)."""
 
 from collections import Counter
-from typing import Literal
 
 import pyarrow as pa
 
@@ -15,9 +14,9 @@ from data.layouts.sidecars import list_faults
 from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import COPY, check_root
+from data.tools.config import Manifest
 from data.tools.duplicates import find_groups
 from data.tools.measure import measure_files
-from data.tools.tool import Tool
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 
@@ -27,67 +26,57 @@ _DECODED = ("width", "height", "mode", "orientation", "transparent", "sharpness"
 _NAMED = 20  # unreadable images in the log
 
 
-class Manifest(Tool):
-    """Check the images of `data.root` and write a manifest with the SHA-256 of every file.
+def write_manifest(job: Manifest, data: DataConfig) -> str:
+    """Write `manifest.parquet` into the folder.
 
-    verify: decode every image, and fill in the columns _DECODED and `group` (see `find_groups`), which the splits
-    keep together. Damaged images get weight 0 and a reason; without verify, only files that cannot be opened.
+    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not
+    writable or whose manifest another command writes, and for a manifest that this job did not write.
     """
-
-    name: Literal["manifest"]
-    verify: bool
-
-    def run(self, data: DataConfig) -> str:
-        """Write `manifest.parquet` into the folder.
-
-        Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not
-        writable or whose manifest another command writes, and for a manifest that this job did not write.
-        """
-        folder = check_root(data.root)
-        with open_journal("data.root", folder / PARQUET, advice=COPY):
-            if (manifest := find_manifest(folder)) is not None:
-                refuse_foreign(manifest)
-            sources = find_sources(folder)
-            table = read_folder(folder, unused := Unused(), data.choice())
-            table = list_faults(table, unused, data.on_bad_sidecar)
-            for line in unused.said:
-                log.info("data.root: %s", line)
-            say_unused(unused.describe())
-            paths = table["path"].to_pylist()
-            find_sizes(folder, paths, "a manifest cannot name this image")
-            facts = measure_files(folder, paths, data.max_pixels, decodes=self.verify)
-            damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
-            columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
-            if damaged:
-                columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
-            columns[SIDECARS] = [sources.get(path, "") for path in paths]
-            for name in ("sha256", *(_DECODED if self.verify else ())):
-                columns[name] = [getattr(fact, name) for fact in facts]
-            if self.verify:
-                groups = find_groups(dict(zip(paths, facts)), "near")
-                numbers = {path: number for number, group in enumerate(groups) for path in group}
-                columns["group"] = [numbers.get(path) for path in paths]
-                log.info(
-                    "near-duplicates: %d groups, the largest has %d images (column group)",
-                    len(groups),
-                    max(map(len, groups), default=0),
-                )
-            for name, column in columns.items():
-                table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
-            left = Unused()
-            decisions = read_corrections(folder, left) if data.corrections else {}
-            table = split_corrected(table, correct(table, decisions, left), data.validation_fraction)
-            say_unused(left.describe())
-            save_manifest(folder, table, {path: fact for path, fact in sources.items() if is_table(path)})
+    folder = check_root(data.root)
+    with open_journal("data.root", folder / PARQUET, advice=COPY):
+        if (manifest := find_manifest(folder)) is not None:
+            refuse_foreign(manifest)
+        sources = find_sources(folder)
+        table = read_folder(folder, unused := Unused(), data.choice())
+        table = list_faults(table, unused, data.on_bad_sidecar)
+        for line in unused.said:
+            log.info("data.root: %s", line)
+        say_unused(unused.describe())
+        paths = table["path"].to_pylist()
+        find_sizes(folder, paths, "a manifest cannot name this image")
+        facts = measure_files(folder, paths, data.max_pixels, decodes=job.verify)
+        damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
+        columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
         if damaged:
-            for path in list(damaged)[:_NAMED]:
-                log.warning("%s: unreadable: %s", path, damaged[path].reason)
-            kinds = Counter(fact.kind for fact in damaged.values()).most_common()
-            log.warning(
-                "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
-                "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",
-                ", ".join(f"{kind}: {count:,}" for kind, count in kinds),
-            )  # fmt: skip
-        splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
-        log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
-        return f"{len(table)} images, {len(damaged)} unreadable"
+            columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+        columns[SIDECARS] = [sources.get(path, "") for path in paths]
+        for name in ("sha256", *(_DECODED if job.verify else ())):
+            columns[name] = [getattr(fact, name) for fact in facts]
+        if job.verify:
+            groups = find_groups(dict(zip(paths, facts)), "near")
+            numbers = {path: number for number, group in enumerate(groups) for path in group}
+            columns["group"] = [numbers.get(path) for path in paths]
+            log.info(
+                "near-duplicates: %d groups, the largest has %d images (column group)",
+                len(groups),
+                max(map(len, groups), default=0),
+            )
+        for name, column in columns.items():
+            table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
+        left = Unused()
+        decisions = read_corrections(folder, left) if data.corrections else {}
+        table = split_corrected(table, correct(table, decisions, left), data.validation_fraction)
+        say_unused(left.describe())
+        save_manifest(folder, table, {path: fact for path, fact in sources.items() if is_table(path)})
+    if damaged:
+        for path in list(damaged)[:_NAMED]:
+            log.warning("%s: unreadable: %s", path, damaged[path].reason)
+        kinds = Counter(fact.kind for fact in damaged.values()).most_common()
+        log.warning(
+            "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
+            "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",
+            ", ".join(f"{kind}: {count:,}" for kind, count in kinds),
+        )  # fmt: skip
+    splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
+    log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
+    return f"{len(table)} images, {len(damaged)} unreadable"

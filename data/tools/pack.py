@@ -16,12 +16,10 @@ import tarfile  # noqa: TID251 (shards are written)
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
 from data.collection.collection import Collection
 from data.config import DataConfig
@@ -33,9 +31,8 @@ from data.layouts.sidecars import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
 from data.stream.source import UnreadableImage
-from data.tools.tool import Tool
+from data.tools.config import Pack
 from utils import rng
-from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import Json, write_atomically
 from utils.io.journal import open_journal
@@ -52,49 +49,43 @@ _OVERHEAD_BYTES = 3072  # bytes per row besides the image: headers, padding, oth
 _READ_AT_ONCE = 256
 
 
-class Pack(Tool):
-    """Write the images as tar shards of about `shard_mib` MiB, and their manifest, into the folder `output`."""
+def pack(job: Pack, data: DataConfig) -> str:
+    """Pack. Raises UserError as `pack` does."""
+    collection = load_collection(data)
+    collection.refuse_faults(*FIELDS)
+    table = write_shards(job, collection)
+    log.info("%d images of weight 0 are skipped", len(collection) - len(table))
+    return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
 
-    name: Literal["pack"]
-    output: PathText
-    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
 
-    def run(self, data: DataConfig) -> str:
-        """Pack. Raises UserError as `pack` does."""
-        collection = load_collection(data)
-        collection.refuse_faults(*FIELDS)
-        table = self.pack(collection)
-        log.info("%d images of weight 0 are skipped", len(collection) - len(table))
-        return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
+def write_shards(job: Pack, collection: Collection) -> pa.Table:
+    """Write the shards and the manifest, and return the manifest. Complete shards of a killed call are kept.
 
-    def pack(self, collection: Collection) -> pa.Table:
-        """Write the shards and the manifest, and return the manifest. Complete shards of a killed call are kept.
-
-        Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image
-        cannot be read or its SHA-256 differs from the manifest.
-        """
-        shards = _plan_shards(collection, self.shard_mib * _MIB)
-        output = Path(self.output)
-        classes = {label: number for number, label in enumerate(collection.class_names("train"))}
-        plan = [collection.fingerprint, self.shard_mib, _VERSION]
-        with open_journal("job.output", output, plan, is_folder=True) as journal:
-            members = list(itertools.chain.from_iterable(journal.parts()))
-            if not members and any(output.glob("[!.]*")):
-                raise UserError(f"job.output: {str(output)!r} is not empty; name a new folder")
-            packed = {member["shard"] for member in members}
-            for name, rows in track(shards.items(), len(shards), "packing the images"):
-                if name not in packed:
-                    write = functools.partial(_write_shard, collection=collection, rows=rows, classes=classes)
-                    places = write_atomically(output / name, write)
-                    found = [{"shard": name, **place} for place in places]
-                    journal.add(found)
-                    members += found
-            table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
-            columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
-            for name, values in {**columns, "size": columns["length"]}.items():
-                table = replace_column(table, name, pa.array(values, TYPES[name]))
-            save_manifest(output, table)
-        return table
+    Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image
+    cannot be read or its SHA-256 differs from the manifest.
+    """
+    shards = _plan_shards(collection, job.shard_mib * _MIB)
+    output = Path(job.output)
+    classes = {label: number for number, label in enumerate(collection.class_names("train"))}
+    plan = [collection.fingerprint, job.shard_mib, _VERSION]
+    with open_journal("job.output", output, plan, is_folder=True) as journal:
+        members = list(itertools.chain.from_iterable(journal.parts()))
+        if not members and any(output.glob("[!.]*")):
+            raise UserError(f"job.output: {str(output)!r} is not empty; name a new folder")
+        packed = {member["shard"] for member in members}
+        for name, rows in track(shards.items(), len(shards), "packing the images"):
+            if name not in packed:
+                write = functools.partial(_write_shard, collection=collection, rows=rows, classes=classes)
+                places = write_atomically(output / name, write)
+                found = [{"shard": name, **place} for place in places]
+                journal.add(found)
+                members += found
+        table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
+        columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
+        for name, values in {**columns, "size": columns["length"]}.items():
+            table = replace_column(table, name, pa.array(values, TYPES[name]))
+        save_manifest(output, table)
+    return table
 
 
 def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:

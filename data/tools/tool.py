@@ -1,12 +1,4 @@
-"""The base class of the jobs of prepare.py: configuration keys and a method that processes a collection.
-
-    class Pack(Tool):
-        name: Literal["pack"]      # conf/job/pack.yaml
-        output: PathText
-        def run(self, data): ...
-
-A tool reads files and writes new ones. It never moves, changes or deletes an image.
-"""
+"""The reports of the jobs of prepare.py, and what a job refuses."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,10 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data.config import DataConfig
 from data.layouts.table import PLACES
-from data.layouts.walk import check_root
-from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.logging import get_logger
@@ -27,19 +16,6 @@ from utils.record.report import PAGE, TableRow, write_page, write_report
 log = get_logger(__name__)
 
 _NAMED = 10  # files in the log
-
-
-class Tool(Strict):
-    """A job of prepare.py."""
-
-    def check(self, data: DataConfig) -> str:
-        """Check the settings without doing anything (`dry_run`); return a line for the log."""
-        check_root(data.root)
-        return "dry run: nothing is written"
-
-    def run(self, data: DataConfig) -> str:
-        """Run the job; return a line for the log. Raises UserError."""
-        raise NotImplementedError
 
 
 def refuse_shards(root: str | Path, table: pa.Table) -> None:

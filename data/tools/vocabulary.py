@@ -3,38 +3,27 @@
 import csv
 from io import StringIO
 from pathlib import Path
-from typing import Literal
 
 from data.config import DataConfig
 from data.open import load_collection
 from data.tags.rules import read_rules
 from data.tags.spellings import find_variants
-from data.tags.vocabulary import VocabularyConfig, count_tags, make_vocabulary
-from data.tools.tool import Tool
-from utils.config.schema import PathText
+from data.tags.vocabulary import count_tags, make_vocabulary
+from data.tools.config import CollectVocabulary
 from utils.formats.vocabulary import write_vocabulary
 from utils.io.files import output_errors, write_text
 
 
-class CollectVocabulary(Tool, VocabularyConfig):
-    """Collect the tags of `data.root` into the vocabulary file `output`.
-
-    Tags that differ in separators alone go into x_aliases.csv beside x.csv, in the form of `task.aliases`.
-    """
-
-    name: Literal["vocabulary"]
-    output: PathText
-
-    def run(self, data: DataConfig) -> str:
-        """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
-        collection = load_collection(data)
-        vocabulary = make_vocabulary(collection, self, "job.")
-        variants = find_variants(count_tags(collection, read_rules(self, "job.")))
-        output = Path(self.output)
-        aliases = output.with_name(f"{output.stem}_aliases.csv")
-        with output_errors("job.output", output):
-            write_vocabulary(output, vocabulary)
-            lines = StringIO()
-            csv.writer(lines, lineterminator="\n").writerows(variants.items())
-            write_text(aliases, lines.getvalue())
-        return f"{len(vocabulary)} tags in {output}; {len(variants)} spellings to join in {aliases} (for task.aliases)"
+def collect_vocabulary(job: CollectVocabulary, data: DataConfig) -> str:
+    """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
+    collection = load_collection(data)
+    vocabulary = make_vocabulary(collection, job, "job.")
+    variants = find_variants(count_tags(collection, read_rules(job, "job.")))
+    output = Path(job.output)
+    aliases = output.with_name(f"{output.stem}_aliases.csv")
+    with output_errors("job.output", output):
+        write_vocabulary(output, vocabulary)
+        lines = StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(variants.items())
+        write_text(aliases, lines.getvalue())
+    return f"{len(vocabulary)} tags in {output}; {len(variants)} spellings to join in {aliases} (for task.aliases)"

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.table import count_values
 from data.open import load_collection
-from data.tools.tool import Tool, save_report
+from data.tools.config import Labels
+from data.tools.tool import save_report
 from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
@@ -26,7 +27,6 @@ from engine.frozen.labels import judge_classes, judge_tags
 from engine.frozen.order import order_next, predict
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
-from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import RATING
@@ -47,55 +47,45 @@ _MOST = 10_000  # rows of the table, as many as the page shows
 _Read = Callable[[np.ndarray], tuple[Tensor, np.ndarray]]
 
 
-class Labels(Tool):
-    """Rank labels and tags by how probably they are wrong, and images without a label by how much one would tell.
+def rank_labels(job: Labels, data: DataConfig) -> str:
+    """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`).
 
-    weights: a run or a file whose features tell; null: a network that has not seen the labels.
+    They are in the folder `labels`; if the images have classes and tags, those of the tags are in `tags`.
     """
-
-    name: Literal["labels"]
-    report: PathText
-    weights: PathText | None
-
-    def run(self, data: DataConfig) -> str:
-        """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`).
-
-        They are in the folder `labels`; if the images have classes and tags, those of the tags are in `tags`.
-        """
-        collection = load_collection(data)
-        used = collection.weights() > 0
-        counts = count_values(collection.table["label"].filter(pa.array(used)))
-        ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST])
-        rows = np.flatnonzero((ids >= 0) & used)
-        tagged, tags, has = mark_tags(collection)
-        judges = {}
-        if ids[rows].any():
-            judges[_judge_labels] = rows
-        if len(tags):
-            judges[partial(_judge_tags, tags, has)] = tagged
-        if not judges:
-            raise UserError(
-                f"data.root: {str(collection.root)!r} has neither two classes of {_LEAST} images nor a tag on "
-                f"{_LEAST_TAGGED}; give them, since other images judge a label"
-            )
-        runtime = choose_runtime(MACHINE)
-        frozen = choose_frozen(self.weights, collection, runtime, "job.weights")
-        read = partial(read_features, frozen, collection, data, runtime=runtime)
-        about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
-        said = []
-        for name, (judge, rows) in zip((self.name, "tags"), judges.items()):
-            folder = Path(self.report) / name
-            found = judge(collection, read, rows)
-            with output_errors("job.report", folder):
-                write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
-                for file, table in found.files.items():
-                    write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
-            tables = {"suspects": found.files[LABELS].to_pylist(), "growth": found.growth}
-            title = f"{collection.root}, by the features of {frozen.says}"
-            page = save_report(folder, title, found.figures, tables, {})
-            view = shlex.join(["python", "view.py", f"runs={self.report}"])
-            said.append(f"{found.line}; {view} shows them under /review?run=0/{name}; {page}")
-        return "; ".join(said)
+    collection = load_collection(data)
+    used = collection.weights() > 0
+    counts = count_values(collection.table["label"].filter(pa.array(used)))
+    ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST])
+    rows = np.flatnonzero((ids >= 0) & used)
+    tagged, tags, has = mark_tags(collection)
+    judges = {}
+    if ids[rows].any():
+        judges[_judge_labels] = rows
+    if len(tags):
+        judges[partial(_judge_tags, tags, has)] = tagged
+    if not judges:
+        raise UserError(
+            f"data.root: {str(collection.root)!r} has neither two classes of {_LEAST} images nor a tag on "
+            f"{_LEAST_TAGGED}; give them, since other images judge a label"
+        )
+    runtime = choose_runtime(MACHINE)
+    frozen = choose_frozen(job.weights, collection, runtime, "job.weights")
+    read = partial(read_features, frozen, collection, data, runtime=runtime)
+    about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
+    said = []
+    for name, (judge, rows) in zip((job.name, "tags"), judges.items()):
+        folder = Path(job.report) / name
+        found = judge(collection, read, rows)
+        with output_errors("job.report", folder):
+            write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
+            for file, table in found.files.items():
+                write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
+        tables = {"suspects": found.files[LABELS].to_pylist(), "growth": found.growth}
+        title = f"{collection.root}, by the features of {frozen.says}"
+        page = save_report(folder, title, found.figures, tables, {})
+        view = shlex.join(["python", "view.py", f"runs={job.report}"])
+        said.append(f"{found.line}; {view} shows them under /review?run=0/{name}; {page}")
+    return "; ".join(said)
 
 
 class _Found(NamedTuple):

@@ -19,9 +19,9 @@ from data.open import Data
 from data.stream.loader import Fields
 from data.tags.fields import read_targets, tag_fields
 from data.tags.orientation import Mirror, build_orientation
-from data.tags.rules import TagRulesConfig, read_rules
+from data.tags.rules import TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
-from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted

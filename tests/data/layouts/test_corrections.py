@@ -10,7 +10,7 @@ import pytest
 from data.layouts.corrections import Decision, Desk, append_corrections, read_corrections, retag
 from data.layouts.names import CORRECTIONS
 from data.layouts.unused import Unused
-from data.tools.manifest import Manifest
+from data.tools.config import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.support import data_config, refuses, rows
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.layouts.table import build_table
-from data.tags.rules import TagRules, TagRulesConfig, read_rules
+from data.tags.rules import TagRules, TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import index_tags, map_tags
-from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from tests.support import refuses
 from utils.formats.spelling import parse_rating, parse_tag

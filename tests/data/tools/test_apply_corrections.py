@@ -7,7 +7,8 @@ import pytest
 from data.layouts.corrections import append_corrections
 from data.layouts.names import UNDO
 from data.tools import apply_corrections
-from data.tools.apply_corrections import ApplyCorrections, _restore
+from data.tools.apply_corrections import _restore
+from data.tools.config import ApplyCorrections
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.data.layouts.test_corrections import decide
 from tests.support import data_config, refuses

@@ -1,0 +1,190 @@
+"""The jobs of prepare.py: their keys, and the names of the functions that run them. Values are in conf/job/.
+
+A job reads files and writes new ones. It never moves, changes or deletes an image.
+"""
+
+from pkgutil import resolve_name
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from data.config import DataConfig
+from data.layouts.walk import check_root
+from data.tags.rules import VocabularyConfig
+from utils.config.bounds import DurationOrZero, Side
+from utils.config.schema import PathText, Strict, TermsText
+
+NOTHING = "dry run: nothing is written"
+
+
+class Tool(Strict):
+    """A job of prepare.py. main: the name `module:function` of what runs it."""
+
+    main: ClassVar[str]
+
+    def check(self, data: DataConfig) -> str:
+        """Check the settings without doing anything (`dry_run`); return a line for the log."""
+        check_root(data.root)
+        return NOTHING
+
+    def run(self, data: DataConfig) -> str:
+        """Run the job; return a line for the log. Raises UserError."""
+        return resolve_name(self.main)(self, data)
+
+
+class Check(Tool):
+    """Count the values of a collection, list its faults, and write both as an HTML page into the folder `report`.
+
+    verify: decode every image, for unreadable ones and for formats, brightness and sharpness. Shards are not decoded.
+    """
+
+    main: ClassVar[str] = "data.tools.check:check"
+    name: Literal["check"]
+    verify: bool
+    report: PathText
+
+
+class Manifest(Tool):
+    """Check the images of `data.root` and write a manifest with the SHA-256 of every file.
+
+    verify: decode every image, and fill in the columns _DECODED and `group` (see `find_groups`), which the splits
+    keep together. Damaged images get weight 0 and a reason; without verify, only files that cannot be opened.
+    """
+
+    main: ClassVar[str] = "data.tools.manifest:write_manifest"
+    name: Literal["manifest"]
+    verify: bool
+
+
+class CollectVocabulary(Tool, VocabularyConfig):
+    """Collect the tags of `data.root` into the vocabulary file `output`.
+
+    Tags that differ in separators alone go into x_aliases.csv beside x.csv, in the form of `task.aliases`.
+    """
+
+    main: ClassVar[str] = "data.tools.vocabulary:collect_vocabulary"
+    name: Literal["vocabulary"]
+    output: PathText
+
+
+class Pack(Tool):
+    """Write the images as tar shards of about `shard_mib` MiB, and their manifest, into the folder `output`."""
+
+    main: ClassVar[str] = "data.tools.pack:pack"
+    name: Literal["pack"]
+    output: PathText
+    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
+
+
+class Finder(Tool):
+    """A job that finds images to exclude from training. report: the folder for reports. apply: exclude them."""
+
+    report: PathText
+    apply: bool
+
+
+class Duplicates(Finder):
+    """Write a table of groups of duplicates, and exclude or list all images but one of each.
+
+    One of the test split is kept before others, then the one with the most of label, rating, tags and caption, then the
+    largest. Images of the test split stay, and so do those with a label, rating or tag that the kept one lacks: these
+    are listed apart. match: near: one picture in several sizes, formats or brightnesses, or mirrored; exact: equal
+    bytes.
+    """
+
+    main: ClassVar[str] = "data.tools.duplicates:exclude_duplicates"
+    name: Literal["duplicates"]
+    match: Literal["near", "exact"]
+
+
+class Filter(Finder):
+    """Exclude or list the images that terms find (data/collection/search.py); null: restore earlier ones."""
+
+    main: ClassVar[str] = "data.tools.exclude:filter_images"
+    name: Literal["filter"]
+    find: TermsText | None
+
+
+class Copy(Tool):
+    """Copy the images that terms find (null: all), and what belongs to them; nothing is overwritten.
+
+    find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
+    modification time are skipped, so a killed job continues. longest_px: reduce images with a longer side to it.
+    """
+
+    main: ClassVar[str] = "data.tools.copy:copy_images"
+    name: Literal["copy", "downsample"]
+    to: PathText
+    find: TermsText | None
+    longest_px: Side | None
+
+
+class ApplyCorrections(Tool):
+    """Write what corrections.jsonl says into sidecars. undo: write back what they were.
+
+    UNDO has a line for each sidecar: its bytes before (none: no file) and after.
+
+    A label becomes that of `x.json`, which goes before the folder's name; tags stay in the file that has them.
+    """
+
+    main: ClassVar[str] = "data.tools.apply_corrections:apply_corrections"
+    name: Literal["apply_corrections"]
+    undo: bool
+
+
+class Cache(Tool):
+    """List the caches; with `apply`, remove the records that no run has used for `unused_days`.
+
+    fill: keep all images in `data.cache.folder`, as a training with this `shortest_px` reads them; grey: one channel.
+    """
+
+    main: ClassVar[str] = "data.tools.cache:manage_caches"
+    name: Literal["cache"]
+    unused_days: DurationOrZero
+    apply: bool
+    fill: bool | Literal["grey"]
+    shortest_px: Side | None
+
+
+class Machine(Tool):
+    """Describe the machine. device, precision, compile: of `runtime`, as a training would need them."""
+
+    main: ClassVar[str] = "data.tools.machine:describe_machine"
+    name: Literal["machine"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    compile: Literal["auto"] | bool
+    run_dir: PathText
+
+
+class Labels(Tool):
+    """Rank labels and tags by how probably they are wrong, and images without a label by how much one would tell.
+
+    weights: a run or a file whose features tell; null: a network that has not seen the labels.
+    """
+
+    main: ClassVar[str] = "engine.frozen.labels_job:rank_labels"
+    name: Literal["labels"]
+    report: PathText
+    weights: PathText | None
+
+
+class Import(Tool):
+    """Read `source`, a dataset_config of sd-scripts in TOML, and write `output`, a file for experiment=FILE."""
+
+    main: ClassVar[str] = "sdxl.import_sd_scripts:convert_config"
+    name: Literal["import"]
+    source: PathText
+    output: PathText
+
+    def check(self, data: DataConfig) -> str:
+        """Read the source alone."""
+        resolve_name("sdxl.import_sd_scripts:read_subsets")(self, [])
+        return NOTHING
+
+
+AnyJob = Annotated[
+    Check | Manifest | CollectVocabulary | Pack
+    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import | Labels,
+    Field(discriminator="name"),
+]  # fmt: skip
