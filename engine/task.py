@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.contracts import Batch, State, Tensors, TrainStream
-from utils.errors import UserError, close_names
+from utils.errors import UserError
 from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, hash_tensors
@@ -112,7 +112,6 @@ class Task(nn.Module):
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
     best_needs: with fewer validation images, no weights are the best, unless `loop.best` names a figure.
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
-    choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """
 
@@ -126,18 +125,18 @@ class Task(nn.Module):
     best_is_lowest: bool = True
     best_needs: int = 0
     may_be_recorded: bool = False
-    choices: Mapping[str, bool] = {}
     origin: Json | None = None
 
     def choose_best(self, metric: str | None) -> None:
-        """Let a scalar select the best weights (`loop.best`); None: `best_metric`. Raises UserError (`loop.best`)."""
-        known = {self.best_metric: self.best_is_lowest, **self.choices}
-        if metric is not None and metric not in known:
-            raise UserError(f"loop.best: {metric} is no figure of this run; {close_names(metric, known)}")
-        if metric is not None:
-            self.best_needs = 0
-        self.best_metric = metric or self.best_metric
-        self.best_is_lowest = known[self.best_metric]
+        """Let `best_metric` select the best weights, however few the validation images (`loop.best`).
+
+        Raises UserError (`loop.best`) for another figure.
+        """
+        if metric is None:
+            return
+        if metric != self.best_metric:
+            raise UserError(f"loop.best: {metric} is no figure that chooses weights here; set {self.best_metric}")
+        self.best_needs = 0
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return one loss per sample.

@@ -261,17 +261,6 @@ class DrawConfig(PictureConfig):
         return complete
 
 
-class JudgeConfig(Strict):
-    """weights: a run or weight file of a tagger, or a folder in the WD form.
-
-    prompts: the number of held-out captions to draw. steps: of the sampler; None: those of `task.samples`.
-    """
-
-    weights: PathText
-    prompts: Count
-    steps: Count | None = None
-
-
 class LatentPerceptualConfig(Strict):
     """The weight of the loss, and the lowest signal-to-noise ratio at which it counts."""
 
@@ -341,7 +330,6 @@ class DiffusionTaskConfig(TaskConfig):
     text_cache: PathText | None  # a folder; null: encode captions at every step
     text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
-    judge: JudgeConfig | None  # null: off
     preference_beta: Positive | None = None  # null: off; a run from before this key has none
 
     @property

@@ -35,9 +35,10 @@ from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig, SDXLTraini
 from sdxl.files.family import ENCODERS
 from sdxl.files.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
-from sdxl.judge import Judge, judged_stream, text_field, trained_stream
 from sdxl.memory import fit_memory
+from sdxl.pictures.novelty import trained_stream
 from sdxl.pictures.prompts import count_brackets
+from sdxl.pictures.texts import text_field
 from sdxl.step import encode_captions, encode_images
 from sdxl.task import DiffusionTask
 from sdxl.vae import unlike_sdxls
@@ -180,18 +181,10 @@ class DiffusionKind(BucketedKind):
         return buckets, read, views, add
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
-        """Return `val`, and the pictures and training images of `judge`, if it is on."""
+        """Return `val`, and with pictures of prompts the training images that these are compared with."""
         loaders = super().evaluation(data, setup, rows, training=training)
-        config = setup.task.judge
-        if config is not None:
-            if len(rows) == 0:
-                raise UserError(
-                    "task.judge: draws captions of validation images, and there are none; set "
-                    "data.validation_fraction=0.1, or task.judge=null"
-                )
-            judge = Judge(config)
-            loaders["judge"] = judged_stream(judge, config, data, setup.task.captions, rows)
-            loaders["judge_trained"] = trained_stream(judge, data)
+        if setup.task.samples.prompts:
+            loaders["trained"] = trained_stream(data)
         return loaders
 
 

@@ -2,7 +2,7 @@
 
 The forward and backward pass of the U-Net runs on tensors without memory, whose bytes are counted while they live.
 Gradients, the copies of autocast and the optimiser's state are added as if they met that peak. Not counted: fragments,
-workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, `task.judge`, and
+workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, and
 the copy of the weights while their averages are evaluated.
 """
 
@@ -84,7 +84,7 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
     """Return the GiB of a `step`, of `evaluation`, of `encoding` images, and of `pictures` if any are drawn."""
     with torch.device("meta"):
-        task = DiffusionTask(Setup(config.model, config.task.model_copy(update={"judge": None})))
+        task = DiffusionTask(Setup(config.model, config.task))
         task.load_helpers("training")
     task.train()
     is_bf16 = getattr(config.optim, "bf16_weights", False)

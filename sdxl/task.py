@@ -15,6 +15,7 @@ Source: Podell et al. 2023 (arXiv 2307.01952); sdxl/step.py has the other parts 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,12 @@ from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.networks import Networks, base_files, describe, freeze_unused, open_networks
 from sdxl.files.tokenizer import LENGTH
-from sdxl.judge import Judge, gather, read_texts
 from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.lora import ADAPTED, LoRA
 from sdxl.lora.lora_files import adapter_state
+from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
+from sdxl.pictures.texts import read_texts
 from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, State
@@ -85,7 +87,7 @@ class DiffusionTask(Task):
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
-        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = self.judge = None
+        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
         if config.lora is None:
             trained = ADAPTED if config.train_text_encoders else ("unet",)
             self.take(open_networks(setup.model, trained))
@@ -102,9 +104,6 @@ class DiffusionTask(Task):
         self.offloaded = ("vae",) if config.loss.perceptual is None else ()
         if config.text_cache is None and not config.trains_text:
             self.offloaded += ENCODERS
-        if config.judge is not None:
-            self.helpers += ("judge",)
-            self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False}
 
     def take(self, networks: Networks) -> None:
         for name, network in networks.items():
@@ -115,9 +114,7 @@ class DiffusionTask(Task):
         if use == "export":
             return
         config = self._config
-        self.take(open_networks(self._model, [name for name in self.helpers if name in PARTS], frozen=True))
-        if config.judge is not None:
-            self.judge = Judge(config.judge)
+        self.take(open_networks(self._model, self.helpers, frozen=True))
         for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
             self.register_buffer(name, values, persistent=False)
         if config.lora is not None:
@@ -133,8 +130,7 @@ class DiffusionTask(Task):
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
-        files = {name: base_files(self._model, (name,)) for name in self.helpers if name in PARTS}
-        return files if self.judge is None else {**files, "judge": self.judge.files()}
+        return {name: base_files(self._model, (name,)) for name in self.helpers}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
@@ -325,24 +321,25 @@ class DiffusionTask(Task):
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
         measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
-        drawn = self.draw()
-        judged = self._judge(loaders["judge"], loaders["judge_trained"]) if "judge" in loaders else Report()
-        return Report(measured | judged.scalars | drawn.scalars, judged.tables, drawn.images | judged.images)
+        drawn = self.draw(loaders.get("trained", ()))
+        return replace(drawn, scalars=measured | drawn.scalars)
 
-    def draw(self) -> Report:
-        """Return a picture of each prompt, and its brightness."""
+    def draw(self, trained: Iterable[Batch] = ()) -> Report:
+        """Return a picture of each prompt, its brightness, and the nearest of the `trained` images, if any."""
         if not self._config.samples.prompts:
             return Report()
         pictures = self.sample()
+        found = zip(self._config.samples.complete_all(), find_nearest_images(pictures, trained))
+        rows = [{"prompt": prompt.text, **nearest} for prompt, nearest in found]
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
         height = max(map(len, pictures))
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
-        return Report(tones, images={"samples": np.concatenate(columns, axis=1)})
+        images = {"samples": np.concatenate(columns, axis=1)}
+        return Report(tones, {"samples": rows} if rows else {}, images)
 
-    def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
-        """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
-        if prompts is None:
-            prompts = self._config.samples.complete_all()
+    def sample(self) -> list[np.ndarray]:
+        """Return a picture of each prompt of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
+        prompts = self._config.samples.complete_all()
         scheduler = scheduler_config(**self._config.stated_noise)
         encoded = self._encode(prompts)
         with naming_memory("task.samples.image_size_hw"), visiting(self.alphas.device, self.vae):
@@ -358,14 +355,3 @@ class DiffusionTask(Task):
             encoders = [*open_networks(self._model, ENCODERS, frozen=True).values()]
         with visiting(self.alphas.device, *encoders):
             return [encode_prompt(encoders, prompt, **self._config.encoding) for prompt in prompts]
-
-    def _judge(self, stream: Iterable[Batch], trained: Iterable[Batch]) -> Report:
-        """Return the judge's report on pictures of held-out captions, always at the same noise."""
-        held = gather(stream)
-        vectors = self.judge.see_trained(trained, self.alphas.device)
-        prompts = [
-            self._config.samples.complete(Prompt(text=each.caption, steps=self._config.judge.steps), seed)
-            for seed, each in enumerate(held)
-        ]
-        pictures = self.sample(prompts)
-        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, vectors, self.alphas.device))

@@ -16,10 +16,9 @@ from workshop import Stage
 SHORT = "loop.total_steps=2 loop.batch_size=8 runtime.threads=1"
 SDXL = f"{SHORT} loop.micro_batch_size=8 task.chunk=8 task.samples.steps=2"
 IMAGES = f"{SHORT} model=convnextv2_glyph model.depths=[1,1] model.dims=[8,16] augment.image_size_hw=[32,32]"
-JUDGE = "task.judge.prompts=2 task.judge.steps=2"
 OF_DIFFUSERS = ("images", "demo_sdxl")
 PICTURES = {
-    "images": {"sdxl: judge.png", "pretrain: curves.png"},
+    "images": {"sdxl: samples.png", "pretrain: curves.png"},
     "demo": {"evaluate: evaluate_confusion.png"},
     "demo_fcmae": {"pretrain: reconstructions.png", "planned: curves.png"},
     "demo_tagger": {"calibrate: evaluate_pr_curves.png"},
@@ -35,7 +34,7 @@ def shorten(command):
         words += f" {SDXL if 'finetune_sdxl.py' in words else IMAGES}"
     if "task=tagging" in words:
         words += " task.min_count=1"
-    return f"{words} {JUDGE}" if "task.judge" in words else words
+    return words
 
 
 def draw_images(recipe, folder):

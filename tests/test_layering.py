@@ -50,6 +50,7 @@ ALLOWED = {
         "engine/tasks",
         "engine/recipe",
         "engine/exports",
+        "engine/frozen",
         "models",
         "data",
         *DATA,

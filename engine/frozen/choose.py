@@ -12,11 +12,11 @@ import torch
 from data.collection.collection import Collection
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
-from engine.frozen.features import Frozen
+from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
 from models.config import TimmConfig
 from models.image_model import ImageModel, Normalise
-from models.predictor import Predictor, torch_predictor
+from models.predictor import torch_predictor
 from models.weights.offers import list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about
@@ -35,20 +35,6 @@ MACHINE = MachineConfig(
     deterministic=False, hang_timeout_sec=1800.0,
 )  # fmt: skip
 CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
-
-_SMALL = {
-    "image_size_hw": [16, 16], "eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear",
-    "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
-}  # fmt: skip
-# Small networks that train here, each on half of the images, find wrong labels hardly better (docs/wrong_labels.md).
-PIXELS = Frozen(
-    Predictor(
-        {"output": "features", "preprocessing": _SMALL},
-        lambda images, what: (images.flatten(1).cpu() / 127.5 - 1).numpy(),
-    ),
-    "pixels",
-    "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
-)
 
 
 def choose_cpu() -> Runtime:

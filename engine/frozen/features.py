@@ -39,6 +39,21 @@ class Frozen(NamedTuple):
     says: str
 
 
+_SMALL = {
+    "image_size_hw": [16, 16], "eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear",
+    "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
+}  # fmt: skip
+# Small networks that train here, each on half of the images, find wrong labels hardly better (docs/wrong_labels.md).
+PIXELS = Frozen(
+    Predictor(
+        {"output": "features", "preprocessing": _SMALL},
+        lambda images, what: (images.flatten(1).cpu() / 127.5 - 1).numpy(),
+    ),
+    "pixels",
+    "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
+)
+
+
 class FeatureStore:
     """Features of the images of a collection, or of a list of files: a record for each, by weights and file state."""
 

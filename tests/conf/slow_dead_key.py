@@ -170,7 +170,6 @@ CategoryThresholds: general artist copyright character meta rating     # tests/t
 MovedBase: path vae                                 # of every evaluation: tests/sdxl/test_diffusion_exports.py
 ExportConfig: author description trigger            # tests/sdxl/test_diffusion_exports.py
 HubConfig: dry_run private                          # after an export: tests/test_weights_commands.py
-JudgeConfig: weights prompts steps                  # tests/sdxl/test_judge.py
 LibraryConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
 AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora.py

@@ -71,7 +71,7 @@ def test_what_a_dry_run_shows_is_what_a_run_with_caches_trains(place):
                 for name in ("sample_id", "key", "weight", "fit", "is_dropped"):
                     assert torch.equal(ours[name], theirs[name]), name
                 torch.testing.assert_close(encode_images(vae, ours["images"])[0].half(), theirs["latent_mean"])
-                text, ends = bytes(ours["caption"].tolist()), ours["caption_offsets"].tolist()
+                text, ends = bytes(ours["text"].tolist()), ours["text_offsets"].tolist()
                 texts = [text[first:end].decode() for first, end in zip(ends, ends[1:])]
                 embeds, _ = encode_captions(encoders, texts, theirs["prompt_embeds"].shape[1] // 77, emphasis=False)
                 torch.testing.assert_close(embeds.half().float(), theirs["prompt_embeds"])

@@ -19,9 +19,11 @@ from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS
 from sdxl.files.tokenizer import tokenize
 from sdxl.kind import DiffusionKind
+from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import encode_prompt
+from sdxl.pictures.texts import text_field
 from tests.in_process import check_resumption, configure, run
-from tests.support import TINY, checkpoint_tensors, make_collection, refuses, rows, samples_by_step
+from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
 from utils import rng
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
@@ -211,6 +213,34 @@ def test_a_run_logs_the_loss_by_timestep_and_the_pictures(place):
     shown = [np.array(Image.open(place / f"lora/plots/{name}.png")) for name in ("samples_before", "samples")]
     assert shown[0].shape == shown[1].shape and (shown[0] != shown[1]).any()  # of the base, and of the LoRA
     assert "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+    table = read_table(place / "lora/tables/samples.csv")
+    assert [row["prompt"] for row in table] == ["black", "white"]
+    assert all((place / "images" / row["nearest"]).is_file() and float(row["novelty"]) > 0 for row in table)
+
+
+def test_a_copy_has_no_novelty_and_names_its_original():
+    """The second image cannot be read, so it is no original."""
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(3)]
+    paths = [text_field(name)["text"].values for name in ("a.png", "b.png", "c.png")]
+    batch = {
+        "images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+        "weight": torch.tensor([1.0, 0.0, 1.0]),
+        "text": torch.cat(paths),
+        "text_offsets": torch.tensor([0, 5, 10, 15]),
+    }
+    third, second = find_nearest_images([images[2], images[1]], [batch])
+    assert third == {"novelty": pytest.approx(0, abs=1e-3), "nearest": "c.png"}
+    assert second["novelty"] > 0.5 and second["nearest"] != "b.png"
+    assert find_nearest_images(images, []) == []
+
+
+def test_the_loss_alone_chooses_the_best_weights():
+    task = build()
+    task.choose_best("loss")
+    assert task.best_needs == 0
+    with refuses("loop.best"):
+        task.choose_best("tone_0")
 
 
 # ----------------------------------------------------------------------------------------------------- exact resume
