@@ -82,7 +82,9 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """Evaluate the exported weights (averaged, if averages are exported), and save them if they are the best."""
-        learner, recorder, step = self.learner, self.recorder, self.learner.step
+        learner = self.learner
+        recorder = self.recorder
+        step = learner.step
         plan = learner.plan
         started = time.perf_counter()
         recorder.enters(step, "evaluating")

@@ -1,6 +1,6 @@
 """A run: the training loop, saving and resuming.
 
-Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/update/step.py) -> task(batch, progress)
+Run.fit -> train_one_epoch -> Learner.update -> task(batch, progress)
 """
 
 import time

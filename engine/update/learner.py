@@ -5,7 +5,7 @@ result = learner.update(batches)
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from engine.update.batch_size import MicroBatches
 from engine.update.graphs import Prepare, UpdateGraphs, fuse_layers
 from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile, choose_fused
-from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
+from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
 from optim.ema import Averages, ema_decay_at
@@ -98,28 +98,21 @@ class Learner:
             result = self.graphs.update(batches[0], share, values, self.prepare)
         progress = torch.full((), share, device=self.runtime.device)
         if result is None:
-            result = self._update(batches, progress)
+            before = self._buffers.copy()
+            while result is None:
+                parts = self.micro_batches.split(batches)
+                with suppress(torch.OutOfMemoryError):  # the error holds the activations: it must end first
+                    result = self._gradients(parts, progress, before)
+                if result is None:
+                    self._undo_passes(before)
+                    self.micro_batches.halve(parts[0])
+            self._apply(result)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
             decay = ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup)
             self.averages.update(decay, result.applied)
         self.step += 1
-        return result
-
-    def _update(self, batches: Sequence[Batch], progress: Tensor) -> StepResult:
-        """Compute gradients, of smaller micro-batches if the device runs out of memory, and step."""
-        before = self._buffers.copy()
-        while True:
-            parts = self.micro_batches.split(batches)
-            try:
-                result = self._gradients(parts, progress, before)
-                break
-            except torch.OutOfMemoryError:
-                pass  # the error holds the activations
-            self._undo_passes(before)
-            self.micro_batches.halve(parts[0])
-        self._apply(result)
         return result
 
     def _seed_pass(self, part: int = 0) -> None:
@@ -150,7 +143,10 @@ class Learner:
             if seeds:
                 self._seed_pass(number)
             with no_sync(self.model, last=number == len(parts) - 1):
-                passes.append(forward_backward(self.model, self.prepare(part), progress, factor, self.runtime, begin))
+                with self.runtime.autocast():
+                    output = self.model(self.prepare(part), progress)
+                passes.append(backward(output, part["weight"], factor, begin))
+            del output  # its tensors end before the next pass
         figures, names, losses = zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = parameters_of(self.optimizer)

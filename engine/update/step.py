@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from engine.task import StepOutput
 from engine.update.runtime import Runtime
-from utils.contracts import Batch, State
+from utils.contracts import State
 from utils.ranks import distributed
 
 GROWTH_STEPS = 2000  # finite updates before the loss scale is doubled
@@ -44,13 +45,8 @@ class StepResult:
         return StepResult(self.names, self.figures.clone(), self.applied.clone(), self.weight.clone(), losses)
 
 
-def forward_backward(
-    model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime, begin: Begin | None = None
-) -> MicroStep:
-    """Run one micro-batch with its gradient times `factor`. begin: called before the backward pass."""
-    with runtime.autocast():
-        output = model(batch, progress)
-    weight = batch["weight"]
+def backward(output: StepOutput, weight: Tensor, factor: Tensor, begin: Begin | None = None) -> MicroStep:
+    """Run the backward pass of one micro-batch, of its weighted loss times `factor`. begin: called before it."""
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
     # Select, do not multiply: the loss of a blank sample may be NaN.
     weighted = torch.where(weight > 0, output.loss.float() * weight, 0.0).sum()
