@@ -103,7 +103,7 @@ class Task(nn.Module):
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set.
-    helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
+    helpers: networks that are frozen and never checkpointed, such as the base of a LoRA. `load_helpers`
         creates them; their fingerprints must not change during a run.
     offloaded: helpers that `runtime.offload` keeps on the host; the task brings them to the device (`visiting`).
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there

@@ -260,8 +260,7 @@ def run_case(task, optim, precision):
         kind, setup = make_setup(task)
         torch.manual_seed(0)
         network = kind.build(setup)
-        if task != "distillation":  # its teacher has drawn weights
-            network.load_helpers("training")
+        network.load_helpers("training")
         run = build_bench_run(
             network, batch_size=BATCH, accum_steps=2, optim={"option": optim}, loop={"ema_decay": 0.99},
             runtime={

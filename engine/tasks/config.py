@@ -9,7 +9,7 @@ from data.config import WholeData
 from data.tags.rules import TagRulesConfig
 from engine.config import TrainingConfig
 from models.config import ModelConfig
-from utils.config.bounds import BelowOne, Count, Duration, Factor, Fraction, Positive, Side, Width
+from utils.config.bounds import BelowOne, Count, Duration, Factor, Fraction, Side, Width
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 
@@ -127,15 +127,3 @@ class FCMAETaskConfig(TaskConfig):
     decoder_dim: Width
     decoder_depth: Count  # at least one block, or nothing of the image would reach a masked site
     probe: ProbeConfig
-
-
-class DistillationTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
-    """The teacher and what is learned of it. evaluate.py measures the student by labels that the tag rules read.
-
-    teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
-    """
-
-    name: Literal["distillation"]
-    teacher: PathText
-    targets: Literal["logits", "features"]
-    temperature: Positive

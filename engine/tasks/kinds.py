@@ -4,7 +4,6 @@
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
 | tagging | finetune.py, train.py | images with tags | tags, unknown_tags | tags |
-| distillation | finetune.py, train.py | all images | none | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags | none |
 | autoencoder | finetune_vae.py | all images | none | none |
@@ -37,7 +36,6 @@ KINDS = {
         "engine.tasks.classification:ClassificationKind", "engine.tasks.config:ClassificationTaskConfig"
     ),
     "tagging": KindRow("engine.tasks.tagging:TaggingKind", "engine.tasks.config:TaggingTaskConfig"),
-    "distillation": KindRow("engine.tasks.distillation:DistillationKind", "engine.tasks.config:DistillationTaskConfig"),
     "fcmae": KindRow("engine.tasks.fcmae:FCMAEKind", "engine.tasks.config:FCMAETaskConfig", ("pretrain_fcmae",)),
     "diffusion": KindRow(
         "sdxl.kind:DiffusionKind",

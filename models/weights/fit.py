@@ -33,17 +33,6 @@ class Fit(NamedTuple):
     unused: list[str]  # the state's names that are not in `given`
 
 
-def load_into(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
-    """Copy the tensors chosen by `fit_state` into a new network. Errors are raised before anything is changed.
-
-    A network on the meta device is only checked.
-    """
-    fit = fit_state(network, state, keep_head=keep_head)
-    if not is_meta(network):
-        network.load_state_dict(fit.given, strict=False)
-    return fit
-
-
 def is_meta(network: nn.Module) -> bool:
     """Return whether a network is on the meta device, as in a dry run."""
     return any(parameter.is_meta for parameter in network.parameters())

@@ -107,7 +107,6 @@ finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_ev
     loop.total_steps=3 optim.lr=0.1 resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
 train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal
-finetune $tagger task=distillation task.teacher=asl run_dir=distilled
 tests.tasks.multicrop $short $images run_dir=multicrop
 evaluate run_dir=tuned $cpu
 evaluate job=grid run_dir=tuned $cpu
@@ -185,7 +184,6 @@ Copy: name                                          # selects the job; downsampl
 Stage: leaves                                       # of finished stages: tests/test_workshop.py
 SweepConfig: name gpus trials                       # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py
-DistillationTaskConfig: rating_s aliases implications                  # as those of tagging
 NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
 FCMAETaskConfig: decoder_dim decoder_depth          # to the network: tests/models/test_build.py, test_fcmae.py
 ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale

@@ -36,7 +36,7 @@ TO = {
 }
 SHARED = {"common", "optim/_every", "task/_buckets"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
-SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}
+SMALL = {"tagging": ["task.min_count=1"]}
 SMALL["schedulefree"] = ["schedule=constant"]
 
 
@@ -136,5 +136,5 @@ def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs
     if name.startswith("sdxl/"):
         overrides.append("model=sdxl_tiny")
     if "tagger" in name:
-        overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]
+        overrides += SMALL["tagging"]
     assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")

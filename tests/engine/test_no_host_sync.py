@@ -77,7 +77,7 @@ def test_what_waits_is_counted_and_nothing_else(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; test_fake_cuda.py does without")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("task", ["classification", "test_resnet", "fcmae", "tagging", "distillation"])
+@pytest.mark.parametrize("task", ["classification", "test_resnet", "fcmae", "tagging"])
 def test_on_a_gpu_torchs_own_check_is_silent(task, precision, device="cuda"):
     from tests.fake_cuda import run_steps
 

@@ -37,7 +37,9 @@ def build_fcmae():
 
 def load_into(network, state, *, keep_head):
     """Load a state and return the names that were left."""
-    return fit.load_into(network, state, keep_head=keep_head).left
+    found = fit.fit_state(network, state, keep_head=keep_head)
+    network.load_state_dict(found.given, strict=False)
+    return found.left
 
 
 def initialise_from(network, path, **settings):

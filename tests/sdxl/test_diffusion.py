@@ -25,6 +25,7 @@ from sdxl.pictures.texts import text_field
 from tests.in_process import check_resumption, configure, run
 from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
 from utils import rng
+from utils.io.files import read_json
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
 SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
@@ -262,6 +263,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
         image.point(lambda level: 255 * (level < 128)).save(place / f"masks/train/A/00{number}.png")
     check_resumption("finetune_sdxl", own, place, killed_at=4, steps=6)
     assert samples_by_step(place / "straight") == samples_by_step(place / "killed")
+    saved = read_json(place / "killed/checkpoints/step_00000006/state.json")["fingerprints"]
+    assert {"frozen.unet", "frozen.vae"} <= saved.keys()  # a resume with others is refused
     text = (place / "killed/log.txt").read_text()
     for said in ("task.mask: 3 of 47 images", "3 buckets",
                  "47 images, each in several: 84 samples"):  # fmt: skip
