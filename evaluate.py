@@ -55,7 +55,7 @@ from utils.io.files import (
     write_json,
 )
 from utils.io.safe_text import Lines, hide_secrets
-from utils.io.weights import WEIGHT_NAMES, find_weights
+from utils.io.weight_files import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger

@@ -66,7 +66,7 @@ from utils.formats.vocabulary import CATEGORIES
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
 from utils.io.journal import open_journal
-from utils.io.weights import find_weights
+from utils.io.weight_files import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
 

@@ -28,7 +28,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from data.config import DataConfig
-from data.open import describe_collection, load_collection
+from data.load import describe_collection, load_collection
 from utils.config.entry_point import Job, entry_point
 from utils.config.help import ROOT
 from utils.config.schema import PathText, Strict

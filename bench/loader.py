@@ -24,7 +24,8 @@ import train
 from bench.measure import build_bench_run, read_group
 from data.augment.config import AugmentConfig
 from data.augment.views import training_views
-from data.open import Data, load_collection, open_images
+from data.load import load_collection
+from data.open import Data, open_images
 from engine.run.length import wait_for
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.config import ClassificationTaskConfig

@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 from bench.measure import OUT, Comparison, build_bench_run, compare_with_goal, run_bench
 from bench.minute import run_script
-from data.open import Data, load_collection
+from data.load import load_collection
+from data.open import Data
 from data.stream.batch import to_device
 from engine.run.start import build_task
 from engine.tasks.kinds import training_schema

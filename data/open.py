@@ -1,6 +1,6 @@
 """Open data: from a configuration to a collection, a source of its images, and streams of batches. Read this first.
 
-    collection = load_collection(config.data)
+    collection = load_collection(config.data)         # data/load.py
     source = open_images(collection, config.data, preprocessing)
     data = Data(collection, source, runtime, seed=0, batch_size=128, run_path=run)
     train = data.train(rows, fields, training_views(augment))
@@ -29,61 +29,19 @@ from torch import Tensor
 from data.augment.transforms import IMAGES, EvalTransform, TrainTransform
 from data.augment.views import evaluation_views
 from data.collection.collection import Collection
-from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import Pool, keep_in_memory, keep_on_disk
-from data.images.decode import Decoder, decoder_versions
-from data.images.open import allow_pixels
-from data.layouts.glyphs import draw_glyphs
-from data.layouts.table import SPLITS
+from data.images.decode import Decoder
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from utils.contracts import Machine
 from utils.formats.preprocessing import Decoding
 from utils.io.files import Values
-from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-
-def load_collection(config: DataConfig) -> Collection:
-    """Index the collection on rank 0 and open it on every rank. Missing glyphs are drawn first."""
-
-    allow_pixels(config.max_pixels)
-
-    def index() -> str:
-        if config.name == "glyphs":
-            draw_glyphs(Path(config.root))
-        return str(index_collection(config.root, cache=CACHE, **config.index_settings()))
-
-    collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
-    log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
-    for split, twins in collection.twins.items():
-        if twins:
-            log.warning(
-                "data.root: %s of %s images of the %s split have an equal or similar image in training, so figures are "
-                "too good; prepare.py job=duplicates shows them; job.apply=true excludes copies (docs/collections.md)",
-                f"{twins:,}", f"{len(collection.rows(split)):,}", split,
-            )  # fmt: skip
-    return collection
-
-
-def describe_collection(collection: Collection) -> str:
-    """Describe a collection in one line: root, splits and classes."""
-    train, val, test = (f"{len(collection.rows(split)):,}" for split in SPLITS)
-    counts = (
-        f"{train} training and {val} validation"
-        if test == "0"
-        else f"{train} training, {val} validation and {test} test"
-    )
-    classes = len(collection.class_names("train") or collection.class_names("test"))
-    labels = f" of {classes} classes" if classes else ", without labels"
-    unused = np.count_nonzero(collection.weights() == 0)
-    without = f", without {unused:,} of weight 0" if unused else ""
-    return f"{collection.root}: {counts} images{labels}{without}"
 
 
 def load_files(

@@ -19,7 +19,8 @@ from utils.contracts import Batch, State, Tensors, TrainStream
 from utils.errors import UserError
 from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
-from utils.io.weights import InitFrom, hash_tensors
+from utils.io.weight_files import InitFrom
+from utils.io.weights import hash_tensors
 
 Use = Literal["training", "evaluation", "export"]
 Loaders = dict[str, Iterable[Batch]]  # of an evaluation, by name

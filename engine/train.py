@@ -12,7 +12,8 @@ How a run begins. The order matters: what a later step reads is settled before i
 
 import shlex
 
-from data.open import Data, load_collection
+from data.load import load_collection
+from data.open import Data
 from engine.config import TrainingConfig
 from engine.recipe.batch import fit_batch
 from engine.recipe.pretrained import use_pretrained
@@ -27,7 +28,7 @@ from engine.tasks.opening import open_kind
 from engine.update.runtime import warming
 from utils.config.entry_point import Job
 from utils.io.files import output_errors, refuse_links_out
-from utils.io.weights import InitFrom
+from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.report import write_report

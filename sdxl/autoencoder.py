@@ -35,7 +35,7 @@ from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.hub import stated_license
-from utils.io.weights import InitFrom
+from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record import pictures
 from utils.record.logging import get_logger

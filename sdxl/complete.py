@@ -15,7 +15,7 @@ from sdxl.pictures.prompts import count_brackets, read_prompts
 from utils.config.messages import validate
 from utils.errors import UserError, about
 from utils.io.files import Json
-from utils.io.weights import InitFrom
+from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
 

@@ -14,7 +14,8 @@ from data.collection.collection import Collection, describe_concepts
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.images.sizes import SIZES, image_hashes, image_sizes
-from data.open import Data, describe_collection
+from data.load import describe_collection
+from data.open import Data
 from data.stream.batch import Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler

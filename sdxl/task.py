@@ -60,7 +60,8 @@ from utils.errors import UserError, about
 from utils.io.files import Values, readable
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
-from utils.io.weights import InitFrom, read_header, read_weights
+from utils.io.weight_files import InitFrom
+from utils.io.weights import read_header, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 

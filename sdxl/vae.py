@@ -17,7 +17,8 @@ from sdxl.files.folders import local_base, read_config, weight_files
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, readable
-from utils.io.weights import find_weights, hash_tensors, is_run, read_weights
+from utils.io.weight_files import find_weights, is_run
+from utils.io.weights import hash_tensors, read_weights
 
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
 _VALUES = TypeAdapter(VAEValues)

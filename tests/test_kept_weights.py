@@ -9,7 +9,8 @@ from models.interop import onnx_int8
 from tests.in_process import TINY, make_images, run, run_command, run_until_killed
 from tests.support import TINY as TINY_TASKS
 from tests.support import read_table, refuses
-from utils.io.weights import choose_weights, find_weights, read_weights
+from utils.io.weight_files import choose_weights, find_weights
+from utils.io.weights import read_weights
 
 RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
 RUN += ["loop.evaluate_every_epochs=50"]  # at the end

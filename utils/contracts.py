@@ -1,15 +1,18 @@
-"""Types that several rooms share."""
+"""Types that several rooms share. Who only names them needs no torch."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Batch = dict[str, Tensor]
-State = dict[str, Tensor]  # tensors by name, such as those of a network
-Tensors = Mapping[str, Tensor]
+Batch = dict[str, "Tensor"]
+State = dict[str, "Tensor"]  # tensors by name, such as those of a network
+Tensors = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)

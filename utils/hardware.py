@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-import torch
 
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -21,6 +20,8 @@ def has_fast_bf16(device: str) -> bool:
     On Intel CPUs whose AMX a virtual machine hides, bf16 by AVX-512 takes twice as long as float32 (2,048 x 2,048: 118
     against 59 ms). These CPUs also have float16 by AVX-512; AMD's CPUs, whose bf16 is fast, do not.
     """
+    import torch  # not above: the free memory needs no torch
+
     if device == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     found = torch.cpu.get_capabilities()
@@ -29,10 +30,12 @@ def has_fast_bf16(device: str) -> bool:
 
 def choose_device(requested: str, key: str = "runtime.device") -> str:
     """Return cpu or cuda. Raises UserError (`key`) for cuda if neither this machine nor a planned job has a GPU."""
-    if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
-        raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
     if requested == "cpu":
         return requested
+    import torch
+
+    if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
+        raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -62,7 +62,7 @@ class Networks:
 
         Raises UserError (`weights`) unless it and the files beside it are below the roots, also where links lead.
         """
-        from utils.io.weights import find_weights
+        from utils.io.weight_files import find_weights
 
         with about("weights"), readable(Path(name), "weight"):
             path = Path(name).resolve()

@@ -7,11 +7,9 @@ grey and RGB JPEGs without warnings; Pillow decodes everything else.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import PIL
 import simplejpeg
 import torch
 from PIL import Image
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
-from data.images.open import LACKS_END, open_image
+from data.images.open import LACKS_END, decoder_versions, open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.record.logging import get_logger
@@ -27,11 +25,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _RULES = 4  # version of conversion and resizing; increment it to invalidate cached images
-
-
-def decoder_versions() -> str:
-    """Return the decoding libraries, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
-    return f"JPEG by simplejpeg {version('simplejpeg')}, others by pillow {PIL.__version__}"
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 
+import PIL
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from data.images.further import FORMATS as FURTHER_FORMATS
@@ -54,6 +56,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 class Unsupported(ValueError):
     """A valid image that has no 8-bit form."""
+
+
+def decoder_versions() -> str:
+    """Return the decoding libraries, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
+    return f"JPEG by simplejpeg {version('simplejpeg')}, others by pillow {PIL.__version__}"
 
 
 def allow_pixels(max_pixels: int) -> None:

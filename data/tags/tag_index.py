@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy import ndarray
 
 from data.collection.collection import Collection
@@ -28,7 +27,6 @@ from utils.formats.spelling import Tag, parse_tag
 from utils.formats.vocabulary import GENERAL, RATING, Vocabulary
 from utils.io.files import write_atomically
 from utils.io.memo import own_cache
-from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -55,6 +53,8 @@ class TagIndex(TagRows):
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
         """Memory-map the arrays of a file. Raises UserError (`data.root`) if it is damaged."""
+        from utils.io.weights import read_tensors  # not above: who lists tags needs no torch
+
         with about("data.root"):
             return cls(**{name: tensor.numpy() for name, tensor in read_tensors(file).items()})
 
@@ -117,6 +117,10 @@ def index_tags(
                 f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                 "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
             )
+        import torch
+
+        from utils.io.weights import write_tensors
+
         tensors = {name: torch.from_numpy(array) for name, array in vars(index).items()}
         write_atomically(file, lambda path: write_tensors(path, tensors))
         return file

@@ -9,7 +9,8 @@ import numpy as np
 from data.config import DataConfig
 from data.images.caches import GIB
 from data.images.record_store import Store
-from data.open import load_collection, open_images
+from data.load import load_collection
+from data.open import open_images
 from data.stream.source import UnreadableImage
 from data.tools.config import Cache
 from utils.errors import UserError

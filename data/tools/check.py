@@ -17,7 +17,7 @@ from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, ROWS, UNNAMED, Unused
 from data.layouts.walk import check_root, is_fault
-from data.open import describe_collection, load_collection
+from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
 from data.tools.measure import FileFacts, measure_files

@@ -21,7 +21,7 @@ from data.layouts.table import MEASURED, SIDECARS
 from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
-from data.open import load_collection
+from data.load import load_collection
 from data.stream.source import UnreadableImage
 from data.tools.config import Copy
 from data.tools.tool import refuse_shards

@@ -8,7 +8,7 @@ from data.collection.duplicates import are_alike, group_duplicates, read_thumbna
 from data.config import DataConfig
 from data.layouts.table import TEST, show_some
 from data.layouts.walk import check_root
-from data.open import load_collection
+from data.load import load_collection
 from data.tags.spellings import fold
 from data.tools.config import Duplicates
 from data.tools.exclude import exclude_found, read_reasons

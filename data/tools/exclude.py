@@ -17,7 +17,7 @@ from data.layouts.names import PARQUET
 from data.layouts.table import replace_column
 from data.layouts.tables import read_parquet
 from data.layouts.walk import check_root
-from data.open import load_collection
+from data.load import load_collection
 from data.tools.config import Filter, Finder
 from data.tools.tool import list_files
 from utils.errors import UserError

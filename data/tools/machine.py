@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data.config import DataConfig
-from data.images.decode import decoder_versions
+from data.images.open import decoder_versions
 from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from data.tools.config import Machine

@@ -29,7 +29,7 @@ from data.layouts.manifest import save_manifest
 from data.layouts.names import IMAGE_SUFFIXES
 from data.layouts.sidecars import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
-from data.open import load_collection
+from data.load import load_collection
 from data.stream.source import UnreadableImage
 from data.tools.config import Pack
 from utils import rng

@@ -5,7 +5,7 @@ from io import StringIO
 from pathlib import Path
 
 from data.config import DataConfig
-from data.open import load_collection
+from data.load import load_collection
 from data.tags.rules import read_rules
 from data.tags.spellings import find_variants
 from data.tags.vocabulary import count_tags, make_vocabulary

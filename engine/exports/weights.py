@@ -21,7 +21,7 @@ from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.io.files import Json
-from utils.io.weights import WEIGHT_NAMES, choose_weights
+from utils.io.weight_files import WEIGHT_NAMES, choose_weights
 from utils.record.run_reader import RunReader, run_of
 
 

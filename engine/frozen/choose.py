@@ -21,7 +21,8 @@ from models.weights.offers import list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about
 from utils.io.memo import OURS, hash_once
-from utils.io.weights import find_weights, hash_tensors
+from utils.io.weight_files import find_weights
+from utils.io.weights import hash_tensors
 from utils.record.logging import get_logger
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader, run_of

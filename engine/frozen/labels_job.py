@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.table import count_values
-from data.open import load_collection
+from data.load import load_collection
 from data.tools.config import Labels
 from data.tools.tool import save_report
 from engine.frozen.choose import MACHINE, choose_frozen

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from data.config import DataConfig
-from data.open import Data, load_collection, open_images
+from data.load import load_collection
+from data.open import Data, open_images
 from data.tags.fields import read_targets, tag_fields
 from data.tags.rules import TagRulesConfig, read_rules
 from data.tags.tag_index import index_tags

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from data.config import DataConfig
 from data.layouts.table import count_values, show_some
-from data.open import Data, describe_collection, load_collection
+from data.load import describe_collection, load_collection
+from data.open import Data
 from engine.config import MachineConfig
 from engine.exports.weights import MovedBase, Weights, open_weights
 from engine.task import Loaders

@@ -23,7 +23,8 @@ from data.augment.views import training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.open import Data, describe_collection, open_images
+from data.load import describe_collection
+from data.open import Data, open_images
 from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
@@ -39,7 +40,7 @@ from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
-from utils.io.weights import InitFrom
+from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

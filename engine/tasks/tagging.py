@@ -42,7 +42,8 @@ from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
 from utils.io.files import Json
-from utils.io.weights import InitFrom, find_weights, read_weights
+from utils.io.weight_files import InitFrom, find_weights
+from utils.io.weights import read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 

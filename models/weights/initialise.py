@@ -13,7 +13,8 @@ from utils.contracts import State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import Json, Values, read_json
 from utils.io.hub import is_reference, stated_license
-from utils.io.weights import FOLDER_FILES, InitFrom, hash_tensors, read_weights
+from utils.io.weight_files import FOLDER_FILES, InitFrom
+from utils.io.weights import hash_tensors, read_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)

@@ -19,7 +19,7 @@ from sdxl.lora.lora_files import read_lora
 from sdxl.pictures.painter import read_strength
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically, write_json
-from utils.io.weights import find_weights
+from utils.io.weight_files import find_weights
 
 
 def merge(sources: Sequence[tuple[Path, float]]) -> Iterator[tuple[str, Tensor, int]]:

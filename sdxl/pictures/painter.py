@@ -39,7 +39,8 @@ from utils.errors import UserError, about
 from utils.io.files import refuse_links_out, sha256_file, write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
-from utils.io.weights import find_weights, read_weights
+from utils.io.weight_files import find_weights
+from utils.io.weights import read_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.open import Data, load_collection
+from data.load import load_collection
+from data.open import Data
 from engine.tasks.opening import open_kind
 from engine.update.runtime import start_machine
 from tests.in_process import TINY, configure, make_images, run, working_in

@@ -21,7 +21,8 @@ from tests.support import make_collection, refuses, rows
 from utils.config.messages import ConfigError
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import read_json
-from utils.io.weights import InitFrom, read_weights, write_weights
+from utils.io.weight_files import InitFrom
+from utils.io.weights import read_weights, write_weights
 
 VOCABULARY = Vocabulary(
     ("general", "sensitive", "questionable", "explicit", "left_arm", "right_arm", "text", "left_eye"),

@@ -13,7 +13,7 @@ import data.layouts.table
 from data.collection.collection import Collection, check_classes
 from data.collection.index import index_collection
 from data.layouts.table import SCHEMA, SPLITS, build_table, count_values, hash_table
-from data.open import describe_collection
+from data.load import describe_collection
 from data.tools.predictions import find_images
 from tests.support import refuses
 

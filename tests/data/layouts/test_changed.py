@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data.layouts.manifest import find_changed
-from data.open import load_collection
+from data.load import load_collection
 from tests.in_process import run
 from tests.support import data_config, write_manifest
 

@@ -3,7 +3,7 @@
 import pytest
 
 from data.layouts import names
-from data.open import load_collection
+from data.load import load_collection
 from data.tools.predictions import find_images
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run

@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 
-from data.open import load_collection, prepare_image
+from data.load import load_collection
+from data.open import prepare_image
 from engine.frozen.choose import PIXELS, choose_frozen
 from engine.frozen.features import read_features
 from engine.update.runtime import choose_runtime

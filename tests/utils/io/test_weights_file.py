@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from tests.support import refuses
 from utils.errors import UserError
-from utils.io.weights import choose_weights, find_weights, read_header, read_weights, write_weights
+from utils.io.weight_files import choose_weights, find_weights
+from utils.io.weights import read_header, read_weights, write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
