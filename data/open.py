@@ -10,23 +10,23 @@ The path of an image:
 
     position -> draw    Sampler.draw: a row of the collection, and a random key    stream/order.py
     draw -> record      Source.read: the caches, then Images: bytes, the Decoder   stream/source.py, images/
-    record -> views     named transforms of the image                              augment/transforms.py
+    record -> views     named transforms of the image                              augment/steps.py
     views -> sample     Loader.read, in a worker; fields add labels and tags       stream/loader.py
     samples -> batch    collate                                                    stream/batch.py
     batch -> device     TrainStream, EvaluationStream; `prepare`: hooks of views   stream/loader.py
 """
 
 import copy
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from data.augment.transforms import IMAGES, EvalTransform, TrainTransform
+from data.augment.steps import IMAGES, Windows
+from data.augment.transforms import EvalTransform
 from data.augment.views import evaluation_views
 from data.collection.collection import Collection
 from data.config import DataConfig
@@ -117,13 +117,11 @@ class Data:
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = build_sampler("shuffled", rows, self.collection, self.seed) if sampler is None else sampler
-        stream = TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
+        loader = self._loader(fields, views, training=True)
         pool = getattr(self.source, "records", None)
-        view = views.get(IMAGES)
-        if isinstance(pool, Pool) and isinstance(view, TrainTransform) and view.only_cuts:
-            view.pool = pool
-            stream.before_step = functools.partial(pool.copy_to, self.machine.device, np.asarray(rows))
-        return stream
+        if isinstance(pool, Pool) and getattr(views.get(IMAGES), "only_cuts", False):
+            loader = replace(loader, windows=Windows(pool, views, self.machine.device, np.asarray(rows)))
+        return TrainStream(loader, sampler, self.unreadable)
 
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None

@@ -45,12 +45,12 @@ class ColorJitterConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """From a decoded image to the network's input. In training, the steps run in the order of these fields.
+    """From a decoded image to the network's input. data/augment/steps.py has the steps of training in their order.
 
-    With `on_device`, workers decode, crop, resize and apply the policy; data/augment/on_device.py applies the other
-    steps to whole batches on the device, from draws of the same ranges. Differs: `affine` acts on the resized image.
-    So its shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs
-    the image a little. `color_jitter` changes brightness, contrast, saturation and hue in this order, and rounds once.
+    With `on_device`, the device makes the steps that it can, on whole batches and after the steps of the workers, from
+    draws of the same ranges. Differs: `affine` acts on the resized image. So its shift is relative to the image size,
+    no crop can remove the uncovered area, and its bilinear sampling blurs the image a little. `color_jitter` changes
+    brightness, contrast, saturation and hue in this order, and rounds once.
     """
 
     image_size_hw: SizeHW
@@ -100,16 +100,3 @@ class AugmentConfig(Strict):
         if affine is not None and not self.on_device:
             stretch = max(1.0, affine.scale[1] * (1 + math.tan(math.radians(affine.shear_degrees))) ** 2)
         return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))
-
-    def describe(self, task_mirrors: bool) -> str:
-        """Describe image size and augmentation in one line; task_mirrors: whether the task flips images."""
-        height, width = self.image_size_hw
-        low, high = self.crop_scale
-        steps = [
-            "" if self.pad == "none" else f"pad={self.pad}",
-            f"crops of {low:.0%} to {high:.0%}" if low < 1 else "",
-            "mirror" if self.horizontal_flip or task_mirrors else "no mirror",
-        ]
-        names = ("affine", "color_jitter", "rand_augment", "random_erasing")
-        steps += [name for name in names if getattr(self, name)]
-        return f"{height} x {width} px; {', '.join(filter(None, steps))}"

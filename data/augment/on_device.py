@@ -1,12 +1,11 @@
-"""Augmentation on the device: workers draw the parameters of each sample, the device applies them to whole batches.
+"""Steps of augmentation on the device: workers draw the parameters of each sample, the device changes whole batches.
 
-The parameters are a view of the sample, drawn from its key. On one device, results are bit-identical however a step is
-split: every operation is elementwise or exact, in a separate kernel (a fused multiply-add may round the end of an array
-differently). Images stay bytes; float results are rounded once, at the end. There is no host synchronisation.
+On one device, results are bit-identical however a batch is split: every operation is elementwise or exact, in a
+separate kernel (a fused multiply-add may round the end of an array differently). There is no host synchronisation.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,111 +13,108 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
 from data.augment.config import AugmentConfig
-from data.augment.transforms import IMAGES, NoiseErasing
-from data.stream.order import Draw
+from data.augment.transforms import NoiseErasing
 from utils import rng
-from utils.contracts import Batch
 
-AUGMENT = "augment"
-_MOST_NUMBERS = 11  # of a sample's draws
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
-_WIDTHS = (6, 4, 4)  # of a sample's parameters, [P=14]: `inverse_matrix`; the factors; the erased rectangle
 
 
-class Augmentation(NamedTuple):
-    """The random changes of one image, with the meaning of torchvision's arguments.
+class DeviceStep:
+    """A step of whole batches. A subclass has three members.
 
-    angle, shear (x, y): degrees. translate (x, y): pixels of the resized image. factors: brightness, contrast,
-    saturation (1: unchanged) and hue (0: unchanged). erased_px: top, left, height, width; height 0 erases nothing.
+    width: the number P of a sample's parameters. draw(): draws them from torch's generator, which the reader has
+    seeded. apply(images, parameters, keys): returns the changed images [B, C, H, W], uint8 or float from 0 to 255;
+    parameters: float32 [B, P]; keys: [B].
     """
-
-    mirrored: bool = False
-    angle: float = 0.0
-    translate: tuple[int, int] = (0, 0)
-    scale: float = 1.0
-    shear: tuple[float, float] = (0.0, 0.0)
-    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
-    erased_px: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-def inverse_matrix(change: Augmentation, size_hw: Sequence[int]) -> list[float]:
-    """Return the map from output to input coordinates, [2, 3] row by row; coordinates are -1 to 1 over the image.
-
-    The flip comes last.
-    """
-    centre = [0.0, 0.0]
-    height, width = size_hw
-    sign = -1.0 if change.mirrored else 1.0
-    xx, xy, x, yx, yy, y = _get_inverse_affine_matrix(  # in pixels
-        centre, change.angle, change.translate, change.scale, change.shear
-    )
-    return [sign * xx, xy * height / width, 2 * x / width, sign * yx * width / height, yy, 2 * y / height]
-
-
-class DeviceAugment:
-    """A view that draws the parameters of a sample, and a hook that applies them to a batch on the device."""
 
     def __init__(self, config: AugmentConfig) -> None:
-        self._config = config
-        self._size_hw = tuple(config.image_size_hw)
-        self._erasing = NoiseErasing(config) if config.random_erasing > 0 else None
+        self.config = config
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the parameters of a sample, float32 [P]."""
-        return self.pack(self.draw())
 
-    def draw(self) -> Augmentation:
-        """Draw from torch's generator, which the reader has seeded. Torchvision's own draws take far longer."""
-        affine, jitter = self._config.affine, self._config.color_jitter
-        numbers = iter(torch.rand(_MOST_NUMBERS).tolist())
+def _draw_between(*ranges: Sequence[float]) -> list[float]:
+    """Draw a number of each range. Torchvision's own draws take far longer."""
+    shares = torch.rand(len(ranges)).tolist()
+    return [low + (high - low) * share for (low, high), share in zip(ranges, shares)]
 
-        def between(low: float, high: float) -> float:
-            return low + (high - low) * next(numbers)
 
-        change = Augmentation(next(numbers) < self._config.horizontal_flip)
-        if affine is not None:
-            shifts = [affine.translate * side for side in reversed(self._size_hw)]
-            angle = between(-affine.degrees, affine.degrees)
-            moved = tuple(round(between(-shift, shift)) for shift in shifts)
-            scale = between(*affine.scale)
-            shear = tuple(between(-affine.shear_degrees, affine.shear_degrees) for _ in range(2))
-            change = change._replace(angle=angle, translate=moved, scale=scale, shear=shear)
-        if jitter is not None:
-            factors = [between(1.0 - jitter.strength, 1.0 + jitter.strength) for _ in range(3)]
-            change = change._replace(factors=(*factors, between(-jitter.hue, jitter.hue)))
-        if self._erasing is not None and torch.rand(()) < self._erasing.p:
-            erased = self._erasing.make_params([torch.zeros(()).expand(1, *self._size_hw)])  # only the size is used
-            if erased["v"] is not None:  # None if no rectangle fits
-                change = change._replace(erased_px=tuple(erased[name] for name in "ijhw"))
-        return change
+def inverse_matrix(size_hw: Sequence[int], *affine: Any) -> list[float]:
+    """Return the map from output to input coordinates, [2, 3] row by row; coordinates are -1 to 1 over the image.
 
-    def pack(self, change: Augmentation) -> Tensor:
-        """Return the parameters for the device, float32 [P]."""
-        matrix = inverse_matrix(change, self._size_hw)
-        return torch.tensor([*matrix, *change.factors, *change.erased_px], dtype=torch.float32)
+    affine: as torchvision's arguments, angle, shift (x, y) in pixels, scale and shear (x, y).
+    """
+    height, width = size_hw
+    xx, xy, x, yx, yy, y = _get_inverse_affine_matrix([0.0, 0.0], *affine)  # in pixels
+    return [xx, xy * height / width, 2 * x / width, yx * width / height, yy, 2 * y / height]
 
-    def on_device(self, batch: Batch) -> Batch:
-        """Return the batch with augmented images, without the parameters."""
-        rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
-        return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}
+
+class DeviceAffine(DeviceStep):
+    """The affine map; its parameters are those of `inverse_matrix`."""
+
+    width = 6
+
+    def draw(self) -> list[float]:
+        """Return the matrix of a sample."""
+        affine = self.config.affine
+        shifts = [affine.translate * side for side in reversed(self.config.image_size_hw)]
+        limits = (affine.degrees, affine.shear_degrees, affine.shear_degrees, *shifts)
+        angle, x_shear, y_shear, x, y, scale = _draw_between(*[(-limit, limit) for limit in limits], affine.scale)
+        return inverse_matrix(self.config.image_size_hw, angle, (round(x), round(y)), scale, (x_shear, y_shear))
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
-        """Return augmented images, uint8 [B, C, H, W]; parameters [B, P], keys [B] for the noise."""
-        matrix, factors, erased_px = parameters.split(_WIDTHS, dim=1)
-        changed = images
-        if self._config.affine is not None:
-            changed = sample_affine(images.float(), matrix, float(self._config.fill))
-        elif self._config.horizontal_flip > 0:
-            changed = torch.where(_per_image(matrix[:, 0] < 0), images.flip(-1), images)
-        if self._config.color_jitter is not None:
-            changed = change_colours(changed.float(), factors, turns_hue=self._config.color_jitter.hue > 0)
-        if changed.is_floating_point():
-            changed = changed.round_().clamp_(0, 255).to(torch.uint8)
-        if self._erasing is None:
-            return changed
-        inside = rectangles(erased_px, changed.shape[-2:])
-        return torch.where(inside, noise_of(keys, changed.shape), changed)
+        """Return mapped images, float."""
+        return sample_affine(images.float(), parameters, float(self.config.fill))
+
+
+class DeviceMirror(DeviceStep):
+    """The horizontal flip; its parameter is 1 or 0."""
+
+    width = 1
+
+    def draw(self) -> list[float]:
+        """Return whether a sample is flipped."""
+        return [float(torch.rand(()) < self.config.horizontal_flip)]
+
+    def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
+        """Return flipped images."""
+        return torch.where(_per_image(parameters[:, 0] > 0), images.flip(-1), images)
+
+
+class DeviceColours(DeviceStep):
+    """Colours; its parameters are those of `change_colours`."""
+
+    width = 4
+
+    def draw(self) -> list[float]:
+        """Return the factors of a sample."""
+        jitter = self.config.color_jitter
+        factors = (1.0 - jitter.strength, 1.0 + jitter.strength)
+        return _draw_between(factors, factors, factors, (-jitter.hue, jitter.hue))
+
+    def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
+        """Return images of other colours, float."""
+        return change_colours(images.float(), parameters, turns_hue=self.config.color_jitter.hue > 0)
+
+
+class DeviceErasing(DeviceStep):
+    """Random erasing; its parameters are top, left, height and width of a rectangle. Height 0 erases nothing."""
+
+    width = 4
+
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__(config)
+        self._erasing = NoiseErasing(config)
+
+    def draw(self) -> list[float]:
+        """Return the rectangle of a sample."""
+        size = torch.zeros(()).expand(1, *self.config.image_size_hw)  # only the size is used
+        erased = self._erasing.make_params([size]) if torch.rand(()) < self._erasing.p else {"v": None}
+        return [0.0] * 4 if erased["v"] is None else [erased[name] for name in "ijhw"]  # v: None if no rectangle fits
+
+    def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
+        """Return images with noise in the rectangles."""
+        inside = rectangles(parameters, images.shape[-2:])
+        return torch.where(inside, noise_of(keys, images.shape).to(images.dtype), images)
 
 
 def noise_of(keys: Tensor, shape: torch.Size) -> Tensor:
@@ -171,6 +167,7 @@ def exact_mean(grey: Tensor) -> Tensor:
 def change_colours(images: Tensor, factors: Tensor, *, turns_hue: bool) -> Tensor:
     """Change brightness, contrast, saturation and hue of float images from 0 to 255, in this order; factors [B, 4].
 
+    The first three multiply, 1 changes nothing; the last turns hues, 0 changes nothing.
     Differs: torchvision draws the order, too.
     """
     brightness, contrast, saturation, hue = factors.unbind(1)

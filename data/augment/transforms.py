@@ -1,7 +1,4 @@
-"""Transforms from a decoded image to the uint8 tensor of a batch, with random numbers from the sample's key.
-
-If a GPU has a copy of the decoded images (data/images/caches.py), workers draw crop and flip alone, and the GPU cuts,
-resizes and flips. It differs by a level in some pixels, because torch's resize of bytes rounds its weights, too.
+"""Transforms of one image in a worker, with random numbers from the sample's key; data/augment/steps.py lists them.
 
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the other way (one
@@ -9,7 +6,6 @@ thread, 64 and 224 px). RandAugment is timm's, on Pillow images.
 Normalisation happens on the device (models/image_model.py), so batches hold bytes, a quarter of the size of floats.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +15,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from data.augment.config import AffineConfig, AugmentConfig
-from data.images.caches import Pool
+from data.augment.config import AugmentConfig
 from data.images.decode import resize
 from data.stream.order import Draw
 from utils import rng
-from utils.contracts import Batch
-from utils.cut import cut_images
-from utils.formats.background import DEFAULT, background_levels
+from utils.formats.background import background_levels
 from utils.formats.preprocessing import LONGEST, Preprocessing
 from utils.io.files import Json, Values
 
@@ -103,43 +96,48 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
-def on_pillow(transform: Callable[[Image.Image], Image.Image]) -> list[Any]:
-    """Return steps that apply a transform to a Pillow image; from and to uint8 [C, H, W], C 1 or 3."""
-    return [v2.functional.to_pil_image, transform, v2.functional.pil_to_tensor]
+class OnPillow:
+    """A transform of a Pillow image as one of uint8 [C, H, W], C 1 or 3."""
+
+    def __init__(self, transform: Callable[[Image.Image], Image.Image]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the transformed image."""
+        return v2.functional.pil_to_tensor(self.transform(v2.functional.to_pil_image(image)))
 
 
-def random_affine(affine: AffineConfig, fill: int) -> v2.RandomAffine:
+def random_affine(config: AugmentConfig) -> OnPillow:
     """Return the random affine map of `augment.affine`."""
-    return v2.RandomAffine(
-        affine.degrees,
-        translate=(affine.translate, affine.translate),
-        scale=tuple(affine.scale),
-        shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
-        interpolation=InterpolationMode.BILINEAR,
-        fill=fill,
+    affine = config.affine
+    return OnPillow(
+        v2.RandomAffine(
+            affine.degrees,
+            translate=(affine.translate, affine.translate),
+            scale=tuple(affine.scale),
+            shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
+            interpolation=InterpolationMode.BILINEAR,
+            fill=config.fill,
+        )
     )
 
 
 class ResizedCrop(v2.RandomResizedCrop):
-    """The random crop of `augment`, resized to the image size, and flipped with a probability of `mirrors`."""
+    """The random crop of `augment`, resized to the image size."""
 
     def __init__(self, config: AugmentConfig) -> None:
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
         self._log_ratio = self._log_ratio.tolist()
         self.interpolation = config.interpolation
-        self._mirrors = 0.0 if config.on_device else config.horizontal_flip
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a random crop, resized and perhaps flipped."""
-        crop, mirrored = self.draw(image)
-        crop = resize(crop, self.size, self.interpolation)
-        return crop.flip(-1) if mirrored else crop
+        """Return a random crop, resized."""
+        return resize(self.cut(image), self.size, self.interpolation)
 
-    def draw(self, image: Tensor) -> tuple[Tensor, bool]:
-        """Return a random crop, and whether to flip it. Differs: v2 pads crops beyond the image; there are none."""
+    def cut(self, image: Tensor) -> Tensor:
+        """Return a random crop. Differs: v2 pads crops beyond the image; there are none."""
         top, left, height, width = self.make_params([image]).values()
-        mirrored = self._mirrors > 0 and bool(torch.rand(()) < self._mirrors)
-        return image[:, top : top + height, left : left + width], mirrored
+        return image[:, top : top + height, left : left + width]
 
     def make_params(self, flat_inputs: list[Any]) -> Json:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
@@ -158,57 +156,19 @@ class ResizedCrop(v2.RandomResizedCrop):
         return super().make_params(flat_inputs)
 
 
-class TrainTransform:
-    """Affine map, random resized crop, flip, colours, RandAugment and erasing, all in the worker (`augment`).
+class Mirror:
+    """The horizontal flip of `augment`."""
 
-    With `augment.on_device`, only the crop and RandAugment. background: the colour of the padding (`augment.pad`).
-    Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
-    """
+    def __init__(self, config: AugmentConfig) -> None:
+        self._share = config.horizontal_flip
 
-    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        crop = ResizedCrop(config)
-        pad = functools.partial(letterbox, image_size_hw=crop.size, background=background, pad=config.pad)
-        policy = [] if config.rand_augment is None else on_pillow(PolicyAugment(config))
-        self._crop = crop
-        self._has_batch = False
-        self.pool: Pool | None = None
-        self._steps: list[Any] = [crop] if config.pad == "none" else [pad, crop]
-        if config.on_device:
-            self._steps += policy
-            return
-        if config.affine is not None:
-            # Before the resize: after it, training images would be blurred and validation images not.
-            self._steps[-1:-1] = on_pillow(random_affine(config.affine, config.fill))
-        if (jitter := config.color_jitter) is not None:
-            self._steps.append(v2.ColorJitter(*[jitter.strength] * 3, jitter.hue))
-        self._steps += policy
-        if config.random_erasing > 0:
-            self._steps.append(NoiseErasing(config))
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the image, perhaps flipped."""
+        return image.flip(-1) if self.draw() else image
 
-    @property
-    def only_cuts(self) -> bool:
-        """Whether nothing but crop and flip changes an image."""
-        return self._steps == [self._crop]
-
-    def begin(self, rows: Sequence[int]) -> None:
-        """Begin a batch of these rows."""
-        self._has_batch = self.pool is not None and self.pool.has_copy[rows].all()
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the transformed image; if the device makes it, the window of its crop (utils/cut.py)."""
-        if self._has_batch:
-            crop, mirrored = self._crop.draw(image)
-            return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape[1:], mirrored])
-        for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
-            image = step(image)
-        return image
-
-    def on_device(self, batch: Batch) -> Batch:
-        """Return the batch with images, which are channels-last if the device makes them."""
-        if self.pool is None or batch[IMAGES].dtype == torch.uint8:
-            return batch
-        images = cut_images(self.pool.copy, batch[IMAGES], self.pool.most, self._crop.size, self._crop.interpolation)
-        return batch | {IMAGES: images}
+    def draw(self) -> bool:
+        """Draw whether to flip an image."""
+        return bool(torch.rand(()) < self._share)
 
 
 class EvalTransform:

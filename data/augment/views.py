@@ -3,8 +3,8 @@
 from typing import Any
 
 from data.augment.config import AugmentConfig
-from data.augment.on_device import AUGMENT, DeviceAugment
-from data.augment.transforms import IMAGES, EvalTransform, TrainTransform
+from data.augment.steps import AUGMENT, IMAGES, DeviceAugment, TrainTransform
+from data.augment.transforms import EvalTransform
 from data.stream.order import Views
 from utils.formats.background import DEFAULT
 from utils.io.files import Values

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data.augment.config import AugmentConfig
+from data.augment.steps import describe_augmentation
 from data.augment.views import training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
@@ -192,7 +193,7 @@ class Kind:
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         described = {
             "collection": describe_collection(collection),
-            "images": config.augment.describe("orientation" in setup.facts),
+            "images": describe_augmentation(config.augment, task_mirrors="orientation" in setup.facts),
         }
         names = setup.facts.get("class_names", [])
         class_ids = collection.class_ids(names)[rows]

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from data.augment.transforms import TrainTransform
+from data.augment.steps import TrainTransform
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task
 from engine.tasks.config import ImageTrainingConfig, TaskConfig

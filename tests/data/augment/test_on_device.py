@@ -2,6 +2,7 @@
 Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import yaml
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from data.augment import on_device
 from data.augment.config import AugmentConfig
-from data.augment.on_device import AUGMENT, Augmentation, DeviceAugment, noise_of
+from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, inverse_matrix, noise_of
+from data.augment.steps import AUGMENT, DeviceAugment
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
@@ -20,6 +23,7 @@ from utils.cut import cut_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SIZE = [24, 32]
+NO_COLOURS = (1.0, 1.0, 1.0, 0.0)
 OPTIONS = {
     "mirror": {"horizontal_flip": 0.5},
     "affine": {"affine": {"degrees": 40.0, "translate": 0.2, "scale": [0.6, 1.3], "shear_degrees": 15.0}},
@@ -42,6 +46,16 @@ def config_of(channels=3, **changes):
     return AugmentConfig.model_validate(values | changes)
 
 
+def draw(augment):
+    """Return the parameters of a sample, and what each step has drawn; for the affine map, torchvision's arguments."""
+    with mock.patch.object(on_device, "inverse_matrix", wraps=inverse_matrix) as matrix:
+        drawn = [step.draw() for step in augment.steps]
+    named = {type(step): own for step, own in zip(augment.steps, drawn)}
+    if matrix.called:
+        named[DeviceAffine] = matrix.call_args.args[1:]
+    return torch.tensor([number for own in drawn for number in own]), named
+
+
 def draw_batch(config, count, channels=3):
     """Return the hook's object, images of soft noise, the draws of each sample, their parameters and keys."""
     augment, generator = DeviceAugment(config), torch.Generator().manual_seed(3)
@@ -51,8 +65,8 @@ def draw_batch(config, count, channels=3):
     keys, drawn = torch.tensor([rng.sample_key(0, place) for place in range(count)]), []
     for key in keys.tolist():
         with rng.seeded(key):
-            drawn.append(augment.draw())
-    return augment, images, drawn, torch.stack([augment.pack(one) for one in drawn]), keys
+            drawn.append(draw(augment))
+    return augment, images, [own for _, own in drawn], torch.stack([numbers for numbers, _ in drawn]), keys
 
 
 def reference(image, drawn, config, noise):
@@ -62,18 +76,19 @@ def reference(image, drawn, config, noise):
         # A frame in the fill's level keeps torchvision from applying the fill's share twice along the image's edge.
         frame = 3 * max(SIZE)
         image = tv.pad(image, [frame], fill=config.fill / 255)
+        angle, translate, scale, shear = drawn[DeviceAffine]
         image = tv.affine(
-            image, angle=drawn.angle, translate=list(drawn.translate), scale=drawn.scale, shear=list(drawn.shear),
+            image, angle=angle, translate=list(translate), scale=scale, shear=list(shear),
             interpolation=InterpolationMode.BILINEAR, fill=[config.fill / 255],
         )  # fmt: skip
         image = tv.crop(image, frame, frame, *SIZE)
-    if drawn.mirrored:
+    if drawn.get(DeviceMirror) == [1.0]:
         image = tv.horizontal_flip(image)
     changes = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-    for change, factor, unchanged in zip(changes, drawn.factors, Augmentation().factors):
+    for change, factor, unchanged in zip(changes, drawn.get(DeviceColours, ()), NO_COLOURS):
         image = image if factor == unchanged else change(image, factor)
     image = (image * 255).round().to(torch.uint8)
-    top, left, height, width = drawn.erased_px
+    top, left, height, width = map(int, drawn.get(DeviceErasing, [0] * 4))
     if height:
         image = tv.erase(image, top, left, height, width, noise[:, top : top + height, left : left + width])
     return image
@@ -88,7 +103,6 @@ def test_a_batch_equals_torchvisions_functions_on_each_image(case, channels):
     """To one level in a few pixels: both round once, after float32 sums in another order and on another scale."""
     config = config_of(channels, **CASES[case])
     augment, images, drawn, parameters, keys = draw_batch(config, 48, channels)
-    assert parameters.shape == (48, 14) and parameters.dtype == torch.float32
     found = augment.apply(images, parameters, keys)
     noise = noise_of(keys, images.shape)
     wanted = torch.stack([reference(*sample, config, own) for *sample, own in zip(images, drawn, noise)])
@@ -106,11 +120,11 @@ def test_the_edge_of_the_fills_level_stays_invisible():
 
 
 def test_no_change_is_no_change_to_the_byte():
-    config = config_of(**ALL)
-    augment, images, _, _, keys = draw_batch(config, 8)
-    assert torch.equal(augment.apply(images, augment.pack(Augmentation()).repeat(8, 1), keys), images)
-    mirrored = augment.pack(Augmentation(mirrored=True)).repeat(8, 1)
-    assert torch.equal(augment.apply(images, mirrored, keys), images.flip(-1))
+    augment, images, _, _, keys = draw_batch(config_of(**ALL), 8)
+    identity = inverse_matrix(SIZE, 0.0, (0, 0), 1.0, (0.0, 0.0))
+    for mirrored, expected in ((0.0, images), (1.0, images.flip(-1))):
+        parameters = torch.tensor([*identity, mirrored, *NO_COLOURS, 0, 0, 0, 0]).repeat(8, 1)
+        assert torch.equal(augment.apply(images, parameters, keys), expected)
 
 
 # -------------------------------------------------------------------------------------------------- splits and workers
@@ -163,14 +177,14 @@ def test_a_gpu_gives_the_same_images():
 
 
 RANGES = {
-    "angle": (lambda one: one.angle, -40.0, 40.0),
-    "scale": (lambda one: one.scale, 0.6, 1.3),
-    "shear": (lambda one: one.shear[1], -15.0, 15.0),
-    "shift": (lambda one: one.translate[0], -0.2 * SIZE[1], 0.2 * SIZE[1]),
-    "brightness": (lambda one: one.factors[0], 0.5, 1.5),
-    "hue": (lambda one: one.factors[3], -0.3, 0.3),
-    "mirror": (lambda one: one.mirrored, 0, 1),
-    "erasing": (lambda one: one.erased_px[2] > 0, 0, 1),
+    "angle": (lambda drawn: drawn[DeviceAffine][0], -40.0, 40.0),
+    "scale": (lambda drawn: drawn[DeviceAffine][2], 0.6, 1.3),
+    "shear": (lambda drawn: drawn[DeviceAffine][3][1], -15.0, 15.0),
+    "shift": (lambda drawn: drawn[DeviceAffine][1][0], -0.2 * SIZE[1], 0.2 * SIZE[1]),
+    "brightness": (lambda drawn: drawn[DeviceColours][0], 0.5, 1.5),
+    "hue": (lambda drawn: drawn[DeviceColours][3], -0.3, 0.3),
+    "mirror": (lambda drawn: drawn[DeviceMirror][0], 0, 1),
+    "erasing": (lambda drawn: drawn[DeviceErasing][2] > 0, 0, 1),
 }
 
 
@@ -180,12 +194,13 @@ def test_the_draws_cover_their_ranges():
     drawn = []
     for position in range(4000):
         with rng.seeded(rng.sample_key(0, position)):
-            drawn.append(augment.draw())
+            drawn.append(draw(augment)[1])
     for name, (read, low, high) in RANGES.items():
         values = np.array([read(one) for one in drawn], float)
         assert [values.min(), values.max()] == pytest.approx([low, high], abs=0.08 * (high - low)), name
         assert abs(values.mean() - (low + high) / 2) < 4 * values.std() / 4000**0.5, name
-    areas = [one.erased_px[2] * one.erased_px[3] / (SIZE[0] * SIZE[1]) for one in drawn if one.erased_px[2]]
+    erased = [one[DeviceErasing] for one in drawn]
+    areas = [height * width / (SIZE[0] * SIZE[1]) for _, _, height, width in erased if height]
     assert 0.01 < min(areas) < 0.04 and 0.28 < max(areas) < 0.36
 
 

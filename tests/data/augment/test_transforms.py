@@ -10,7 +10,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import transforms
 from data.augment.config import AugmentConfig
-from data.augment.transforms import EvalTransform, PolicyAugment, TrainTransform, letterbox
+from data.augment.steps import describe_augmentation
+from data.augment.transforms import EvalTransform, PolicyAugment, letterbox
 from data.augment.views import training_views
 from data.stream.order import Draw
 from tests.support import no_large_allocation
@@ -33,24 +34,39 @@ OPTIONS = {
 
 
 def apply(changes, key=0, channels=3):
+    """Return an image, and the image that training makes of it, in a worker and on the device."""
     values = {**PLAIN, **changes}
-    transform = TrainTransform(
-        AugmentConfig(**{**values, "mean": values["mean"][:channels], "std": values["std"][:channels]})
-    )
+    values |= {name: values[name][:channels] for name in ("mean", "std")}
+    views = training_views(AugmentConfig(**values))
     image = torch.randint(0, 256, (channels, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     with rng.seeded(key):
-        return image, transform(image, Draw(0, 0, key))
+        batch = {
+            "key": torch.tensor([key]),
+            **{name: view(image, Draw(0, 0, key))[None] for name, view in views.items()},
+        }
+    return image, (views["augment"].on_device(batch) if "augment" in views else batch)["images"][0]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_option_changes_the_image_by_the_draw_alone(option, channels):
-    results = [apply(OPTIONS[option], key, channels)[1] for key in (5, 5, 6)]
-    image, unchanged = apply({}, channels=channels)
+def test_each_option_changes_the_image_by_the_draw_alone(option, channels, on_device):
+    """No step is skipped: the worker makes those that the device cannot."""
+    changes = {**OPTIONS[option], "on_device": on_device}
+    results = [apply(changes, key, channels)[1] for key in (5, 5, 6)]
+    image, unchanged = apply({"on_device": on_device}, channels=channels)
     assert torch.equal(image, unchanged)
     assert all(result.shape == (channels, 32, 48) and result.dtype == torch.uint8 for result in results)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], image)
     assert torch.equal(results[0], results[2]) == (option == "horizontal_flip")
+
+
+def test_the_first_screen_names_the_steps_that_are_on():
+    values = {**PLAIN, "crop_scale": [0.25, 1.0], "random_erasing": 0.5, "on_device": True}
+    assert describe_augmentation(AugmentConfig(**values), task_mirrors=False) == (
+        "32 x 48 px, pad=none; crops of 25% to 100%, erasing"
+    )
+    assert "mirror" in describe_augmentation(AugmentConfig(**values), task_mirrors=True)
 
 
 @pytest.mark.parametrize(

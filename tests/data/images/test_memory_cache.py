@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from data.augment.config import AugmentConfig
-from data.augment.transforms import EvalTransform, TrainTransform
+from data.augment.steps import TrainTransform
+from data.augment.transforms import EvalTransform
 from data.augment.views import training_views
 from data.images import caches
 from data.images.bytes import Images
@@ -90,7 +91,7 @@ def test_no_transform_changes_what_is_kept(collection):
     for transform in transforms:
         reader = Loader(collection, kept, {"images": transform}, no_fields, None, print, training=True)
         for row in range(12):
-            reader.read(Draw(row, row, 7), [])
+            reader.read(Draw(row, row, 7), [], reader.views)
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
 
 
