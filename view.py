@@ -22,6 +22,7 @@ from data.config import DataConfig
 from data.tags.rules import TextConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
+from utils.record.run_reader import RunReader
 from viewer.config import PageConfig
 
 
@@ -49,6 +50,14 @@ def load_network(path: Path) -> Any:
     return load_predictor(path, torch.device("cpu"))
 
 
+def read_prompts(run: Path) -> list[Any]:
+    """Return the prompts of a run's pictures, in the order of their columns."""
+    from sdxl.config import SamplesConfig
+
+    samples = RunReader(run).config.get("task", {}).get("samples")
+    return SamplesConfig.model_validate(samples).complete_all() if samples else []
+
+
 @entry_point("view", ViewConfig)
 def main(config: ViewConfig, job: Job) -> None:
     """Serve the page."""
@@ -56,7 +65,8 @@ def main(config: ViewConfig, job: Job) -> None:
     from viewer.networks import Networks
 
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    serve(runs, config.data, config.view, Networks(runs, load_network, config.text))
+    networks = Networks(runs, load_network, config.text)
+    serve(runs, config.data, config.view, networks, read_prompts)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import logging
 import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nicegui import app, native, ui
 from starlette.datastructures import MutableHeaders
@@ -16,13 +18,21 @@ from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from viewer import collection, compare, images, label, review, run, runs, samples, start, try_image
+from viewer.collection import CollectionPage, CollectionsPage
+from viewer.compare import ComparePage
 from viewer.config import PageConfig
+from viewer.images import Shelf, add_route
+from viewer.label import LabelPage
 from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.queue import Queue
+from viewer.review import ReviewPage
+from viewer.run import RunPage, add_pictures
+from viewer.runs import RunsPage
+from viewer.samples import SamplesPage
 from viewer.site import Site, add_missing_page, set_looks
-from viewer.try_image import MAX_BYTES
+from viewer.start import StartPage, keep_queue_going
+from viewer.try_image import MAX_BYTES, TryPage
 
 log = get_logger(__name__)
 
@@ -30,6 +40,10 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"
 _PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried after view.port
+_PAGES = (
+    RunsPage, RunPage, ComparePage, SamplesPage, StartPage, CollectionsPage, CollectionPage, LabelPage, ReviewPage,
+    TryPage,
+)  # fmt: skip
 
 
 class Guard:
@@ -77,7 +91,13 @@ class Guard:
         return self._token is not None and secrets.compare_digest(word.encode(), self._token.encode())
 
 
-def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
+def serve(
+    roots: list[str],
+    data: DataConfig,
+    view: PageConfig,
+    networks: Networks,
+    read_prompts: Callable[[Path], Sequence[Any]],
+) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     host = view.host
     token = view.token
@@ -101,12 +121,14 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
         ) from None
     index = LiveIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
-    site = Site(index, images.Shelf(index, data if data.root else None), networks, queue, data)
-    images.add_route(site.shelf)
+    site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, read_prompts)
+    add_route(site.shelf)
+    add_pictures(index)
+    keep_queue_going(queue)
     set_looks()
     add_missing_page(site)
-    for page in (runs, start, run, compare, samples, collection, label, try_image, review):
-        page.add_page(site)
+    for page in _PAGES:
+        site.add(page)
     # Of a tab that is closed before its answer.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "No response returned" not in str(line.exc_info))
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory

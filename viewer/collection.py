@@ -11,9 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from matplotlib.path import Path as Polygon
 from nicegui import events, ui
 
 from data.collection.collection import Collection
@@ -26,43 +24,21 @@ from utils.io.files import Json
 from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.map import CHART, LEGEND, MOST, THUMBNAIL, place_images
-from viewer.parts import (
-    COLOURS,
-    GREY,
-    bind_address,
-    bind_choice,
-    filtered_table,
-    make_columns,
-    run_name,
-    show_grid,
-    show_share,
-)
+from viewer.map import MOST, place_images
+from viewer.parts import COLOURS, Part, Sheet, bind_address, bind_choice, run_name, show_share
 from viewer.review import find_review
-from viewer.select import HINT, STYLE, TILE, decide_all, describe_image, take_images
-from viewer.site import Site
+from viewer.select import HINT, decide_all, describe_image, take_images
+from viewer.site import Page
 
-_SHOWN = 60  # tiles of a page
+_SHOWN = 60  # tiles, until the browser says how many it has room for
 search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 _COUNTED = 500  # values in the table
 _STYLE = """
 .browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 380px }
 @media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
   backdrop-filter: blur(16px) brightness(1.02) } }
-.collections { display: grid; gap: 16px }
-.trained { display: flex; flex-wrap: wrap; gap: 4px 16px; max-height: 50vh; overflow: auto }
-.trained a { overflow-wrap: anywhere; min-width: 0 }
-.term { all: unset; display: block; cursor: pointer; overflow-wrap: anywhere }
-.term:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
-.muted.mono { overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
-_COLLECTION = """<div><a class="text-weight-medium" :href="'/collection/' + props.row.name">{{ props.row.folder }}</a>
-<div class="mono muted">{{ props.row.about }}</div><div class="trained">
-<span class="muted">runs: {{ Object.keys(props.row.runs).length }}</span>
-<a v-for="(text, address) in props.row.runs" :href="address">{{ text }}</a></div></div>"""
-_FACT = """<div class="muted">{{ props.row.id }}</div><div>{{ props.row.text }}</div>"""
-_TERM = '<q-td :props="props"><button class="term">{{ props.row.shown }}</button></q-td>'  # its click is its row's
 
 
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
@@ -90,29 +66,39 @@ def list_collections(shelf: Shelf) -> Iterator[Json]:
     for name, config in dict(shelf.configs).items():
         settings = [f"{key}={value}" for key, value in config.index_settings().items() if value]
         about = escape_controls("  ".join([config.root, *settings]))
-        trained = [run_name(shelf.runs, run) for run, its in runs.items() if its == name]
+        trained = [run_name(shelf.runs, run) for run, collection in runs.items() if collection == name]
         links = {f"/run/{quote(run)}": escape_controls(run.partition("/")[2]) for run in trained}
         yield {"name": name, "folder": show_folder(config.root), "about": about, "runs": links}
 
 
-def add_page(site: Site) -> None:
-    """Add the page of a collection, and the list of all."""
-    shelf = site.shelf
+class Collections(Part, component="vue/collections.vue"):
+    """A list of collections."""
 
-    @ui.page("/collection")
-    async def show_all() -> None:
-        with site.page("Collections"):
-            ui.add_css(_STYLE)
-            rows = await asyncio.to_thread(lambda: list(list_collections(shelf)))
-            show_grid("collections", _COLLECTION, rows)
+
+class CollectionsPage(Page):
+    """All collections."""
+
+    addresses = ["/collection"]
+
+    async def show(self) -> None:
+        """Show the list."""
+        with self.site.page("Collections"):
+            rows = await asyncio.to_thread(lambda: list(list_collections(self.site.shelf)))
+            Collections(collections=rows)
             if not rows:
                 ui.label("No collection yet: python view.py data.root=PATH shows one, and so does a run.")
 
-    @ui.page("/map")
-    @ui.page("/collection/{collection}")
-    async def show(collection: str) -> None:
+
+class CollectionPage(Page):
+    """The images of a collection, and their map."""
+
+    addresses = ["/collection/{collection}", "/map"]
+
+    async def show(self, collection: str) -> None:
+        """Show a collection, by its name."""
+        shelf = self.site.shelf
         root = shelf.config(collection).root
-        with site.page(show_folder(root)):
+        with self.site.page(show_folder(root)):
             ui.label(escape_controls(root)).classes("mono muted")
             if address := await asyncio.to_thread(find_review, shelf.runs, root):
                 ui.link("Review its labels", address)
@@ -132,27 +118,38 @@ def add_page(site: Site) -> None:
             wait.delete()
 
 
-class Tiles:
-    """Pages of thumbnails of any number of rows."""
+class Facts(Part, component="vue/facts.vue"):
+    """Names and their values."""
 
-    def __init__(self, browser: "Browser") -> None:
+
+class Tiles(Part, component="vue/tiles.vue"):
+    """A grid of any number of a browser's images; the browser sees those in view."""
+
+    def __init__(self, browser: "Browser", rows: np.ndarray) -> None:
+        super().__init__(turn=0)
         self._tile = browser.tile
-        self._rows = browser.found
-        self._pages = ui.pagination(1, 1, direction_links=True, on_change=self.draw).props("max-pages=6")
-        self._table = show_grid("thumbs", TILE).on("open", lambda event: browser.open(event.args))
-        self._table.on("mark", lambda event: browser.switch(*event.args))
+        self._first = 0
+        self._count = _SHOWN
+        self.on("look", self._look)
+        self.on("open", lambda event: browser.open(event.args))
+        self.on("mark", lambda event: browser.switch(*event.args))
+        self.show(rows)
 
     def show(self, rows: np.ndarray) -> None:
         """Show other rows, from the first one on."""
         self._rows = rows
-        self._pages.max = max(1, -(-len(rows) // _SHOWN))
-        self._pages.value = 1
+        self._first = 0
+        self.props.update(total=len(rows), turn=self.props["turn"] + 1)
         self.draw()
 
     def draw(self) -> None:
-        """Show the rows of the page as they are now."""
-        first = (self._pages.value - 1) * _SHOWN
-        self._table.rows = [self._tile(row) for row in self._rows[first : first + _SHOWN].tolist()]
+        """Show the rows in view as they are now."""
+        rows = self._rows[self._first : self._first + self._count].tolist()
+        self.props.update(first=self._first, tiles=[self._tile(row) for row in rows])
+
+    def _look(self, event: events.GenericEventArguments) -> None:
+        self._first, self._count = event.args
+        self.draw()
 
 
 class Browser:
@@ -174,14 +171,14 @@ class Browser:
 
     async def build(self) -> None:
         """Build the page for the terms in its address."""
-        ui.add_css(STYLE + _STYLE)
+        ui.add_css(_STYLE)
         with ui.row(wrap=False):
             self._terms = ui.input(placeholder='1girl -hat character:* split=val caption:"red house" copies>1')
             self._terms.props("aria-label=find").classes("col")
             self._terms.on("keydown.enter", self._find)
             ui.button("Find", on_click=self._find)
             ui.link("Map", f"/map?collection={self.name}")
-        self._said = ui.label().props("role=status")
+        self._status = ui.label().props("role=status")
         names = ["tags", "label", "split", "rating"]
         labels = count_values(self.collection.table["label"])
         if labels:
@@ -194,10 +191,10 @@ class Browser:
             with ui.element("div"):
                 with ui.row().classes("gap-2 actions"):
                     self._build_bar([*labels])
-                self._tiles = Tiles(self)
+                self._tiles = Tiles(self, self.found)
             with ui.element("div"):
-                async with self._lock:  # a search waits until all is built
-                    self._count = await filtered_table(names, "count", "term", self._fill)
+                self._counts = Sheet("count", names, "term", self._count)
+                self._counts.on("pick", lambda event: self._go(f"{self._terms.value or ''} {event.args}".strip()))
         await self._find()
 
     def _go(self, text: str) -> None:
@@ -262,9 +259,9 @@ class Browser:
         """Show rows, from the first one on, and what is counted in them."""
         self.found = rows
         self._is_chosen = True
-        self._said.text = f"{len(rows):,} of {len(self.collection):,} images"
+        self._status.text = f"{len(rows):,} of {len(self.collection):,} images"
         self._tiles.show(rows)
-        await self._count()
+        await self._counts.fill()
 
     async def _find(self) -> None:
         async with self._lock:  # the last search stays, also if one before it takes longer
@@ -272,20 +269,17 @@ class Browser:
             try:
                 found = await asyncio.to_thread(search_of(self.collection).find, text)
             except UserError as error:
-                self._said.set_text(escape_controls(str(error)))
+                self._status.set_text(escape_controls(str(error)))
                 return
             self._tell(text)
             await self.show(found)
             self._is_chosen = False
             if not len(found):
-                self._said.text += ": remove a term, or write -TERM for images without it"
+                self._status.text += ": remove a term, or write -TERM for images without it"
 
-    async def _fill(self, table: ui.table, column: str) -> None:
-        if not table.columns:
-            table.add_slot("body-cell-shown", _TERM)
-            table.on("rowClick", lambda event: self._go(f"{self._terms.value or ''} {event.args[1]['term']}".strip()))
-        table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
-        table.rows = await asyncio.to_thread(value_rows, search_of(self.collection), self.found, column)
+    def _count(self, column: str) -> tuple[Json, list[Json]]:
+        rows = value_rows(search_of(self.collection), self.found, column)
+        return {"shown": column, "images": "count", "share": "share", "lift": "x usual"}, rows
 
     async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
         by = (ui.context.client.tab_id or "")[:8]
@@ -306,12 +300,12 @@ class Browser:
         """Write decisions, and show the collection with them."""
         root = self.collection.root
         config = self.shelf.config(self.name)
-        said = "Nothing is written: corrections are for one folder here (data.root), and data.corrections=true"
+        message = "Nothing is written: corrections are for one folder here (data.root), and data.corrections=true"
         if config.corrections and not config.concepts and isinstance(root, Path):
             _, fault = await asyncio.to_thread(desk_of(root).sync, lines)
-            said = fault or f"{len(lines):,} decisions are in corrections.jsonl"
+            message = fault or f"{len(lines):,} decisions are in corrections.jsonl"
             self.collection = await asyncio.to_thread(self.shelf.open, self.name, again=True)
-        ui.notify(escape_controls(said, keep="\n"))
+        ui.notify(escape_controls(message, keep="\n"))
         await (self.show(self.found) if self._is_chosen else self._find())
 
     async def _save(self) -> None:
@@ -327,8 +321,7 @@ class Browser:
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
             shown = ui.image(image_address(self.name, self.collection, row, 1024))
             shown.style("height: min(60vh, 90vw)").props["alt"] = escape_controls(facts["path"])
-            texts = [{"id": escape_controls(key), "text": escape_controls(value)} for key, value in facts.items()]
-            show_grid("facts", _FACT, texts)
+            Facts(facts={escape_controls(key): escape_controls(value) for key, value in facts.items()})
         self._box.open()
         self._tell_image(str(row))
         leads = await asyncio.to_thread(search_of(self.collection).leads)
@@ -336,7 +329,11 @@ class Browser:
         if len(copies) > 1 and not card.is_deleted:
             with card:
                 ui.label(f"{len(copies):,} equal or similar images").classes("text-weight-medium")
-                Tiles(self).show(copies)
+                Tiles(self, copies)
+
+
+class Atlas(Part, component="vue/atlas.vue"):
+    """A map of images."""
 
 
 async def show_map(browser: Browser) -> None:
@@ -344,41 +341,29 @@ async def show_map(browser: Browser) -> None:
     from data.collection.choose import spread
     from engine.frozen.propose import read_points
 
-    table = browser.collection.table
-    said = ui.label("Looking at the images").props("role=status")
-    rows = spread(np.arange(len(table)), MOST)
-    config = browser.shelf.config(browser.name)
-    with show_share(said) as tell:
-        points, says = await asyncio.to_thread(read_points, browser.collection, config, rows, tell)
-    said.text = "Placing the images"
+    collection = browser.collection
+    status = ui.label("Looking at the images").props("role=status")
+    rows = spread(np.arange(len(collection)), MOST)
+    with show_share(status) as tell:
+        config = browser.shelf.config(browser.name)
+        points, says = await asyncio.to_thread(read_points, collection, config, rows, tell)
+    status.text = "Placing the images"
     places = await asyncio.to_thread(place_images, points.numpy())
-    said.text = escape_controls(f"{len(rows):,} of {len(table):,} images, by {says}")
+    status.text = escape_controls(f"{len(rows):,} of {len(collection):,} images, by {says}")
 
     def draw() -> None:
-        """Draw the images with the values that the collection has now: numbers, or the most frequent texts."""
-        column = browser.collection.table[colour.value].take(rows)
-        values = column.to_pylist()
-        legend = pc.min_max(column).as_py()
-        if isinstance(legend["max"], str | None):
-            codes = dict(zip(count_values(column), range(len(COLOURS))))
-            values = [codes.get(value, -1) for value in values]
-            pieces = [{"value": code, "label": name, "color": COLOURS[code]} for name, code in codes.items()]
-            legend = {"pieces": [*pieces, {"value": -1, "label": "other", "color": GREY}]}
-        points = [*zip(*places.T.tolist(), rows, values)]
-        tip = {":formatter": THUMBNAIL % (browser.name, browser.collection.fingerprint)}
-        series = [{"type": "scatter", "symbolSize": 6, "data": points}]
-        chart.options.update(visualMap=LEGEND | legend, tooltip=tip, series=series)
+        """Colour the images by the values that the collection has now."""
+        atlas.props["values"] = browser.collection.table[colour.value].take(rows).to_pylist()
 
     async def choose(event: events.GenericEventArguments) -> None:
         """Show and mark the images in a lasso."""
-        for area in event.args["areas"]:
-            chosen = rows[Polygon(area["coordRange"]).contains_points(places)]
-            await browser.show(chosen)
-            browser.mark(chosen)
+        await browser.show(rows[event.args])
+        browser.mark(rows[event.args])
 
-    names = [name for name in ("label", "split", *table.column_names[8:]) if name not in TAG_LISTS]
+    names = [name for name in ("label", "split", *collection.table.column_names[8:]) if name not in TAG_LISTS]
     colour = ui.select(names, value="label", label="colour").classes("w-40").on_value_change(draw)
-    chart = ui.echart({**CHART}).style("height: 60vh").props("role=img aria-label='map of the images'")
-    chart.on("chart:brushEnd", choose, ["areas"])
+    atlas = Atlas(places=places.tolist(), rows=rows.tolist(), colours=COLOURS, values=[])
+    atlas.props["address"] = f"/image/{browser.name}/{collection.fingerprint}/"
+    atlas.props("role=img aria-label='map of the images'").on("choose", choose)
     bind_choice(colour, "colour", names)
     draw()

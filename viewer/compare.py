@@ -19,9 +19,9 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_images
 from viewer.curves import show_curves
-from viewer.parts import make_columns, run_name, show_command, show_heading, sort_by_keys
+from viewer.parts import Sheet, run_name, show_command, show_heading
 from viewer.results import describe_image, show_images
-from viewer.site import Site
+from viewer.site import Page, Site
 
 _MOST = 20  # runs: each has a colour of its own
 _IMAGES = 24  # shown of a kind
@@ -53,9 +53,9 @@ def make_rows(facts: Sequence[Json]) -> list[dict]:
     """Return the rows of the table, with a column for each run: what is not the same in all."""
     rows = []
     for key in dict.fromkeys(itertools.chain(*facts)):
-        texts = [escape_controls(show_cell(its.get(key))) for its in facts]
+        texts = [escape_controls(show_cell(run.get(key))) for run in facts]
         if len({*texts}) > 1:
-            rows.append({"key": escape_controls(key)} | dict(enumerate(texts)))
+            rows.append({"key": escape_controls(key)} | {str(number): text for number, text in enumerate(texts)})
     return rows
 
 
@@ -85,31 +85,31 @@ def judge(less: int, more: int) -> str:
     return f"Equally good runs would differ as much with a probability of {p:.2g} (McNemar's exact test): {says}."
 
 
-def add_page(site: Site) -> None:
-    """Add the page: it compares the runs that are named, and all in a folder of runs, such as a sweep."""
-    index = site.index
+class ComparePage(Page):
+    """It compares the runs that are named, and all in a folder of runs, such as a sweep."""
 
-    @ui.page("/compare")
-    async def show(run: Annotated[list[str], Query()] = ()) -> None:
+    addresses = ["/compare"]
+
+    async def show(self, run: Annotated[list[str], Query()] = ()) -> None:
+        """Compare runs, by their names or by the folders that they are in."""
+        index = self.site.index
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
-        with site.page("Compare runs"):
-            said = ui.label("Reading the runs").props("role=status")
+        with self.site.page("Compare runs"):
+            status = ui.label("Reading the runs").props("role=status")
             await ui.context.client.connected()
             every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
             named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
             rows = await asyncio.to_thread(lambda: make_rows([*map(read_facts, [*named.values()][:_MOST])]))
-            said.text = "" if named else "There is no such run."
-            columns = make_columns({"key": "differs", **dict(enumerate([*named][:_MOST]))})
-            table = ui.table(columns=columns, rows=rows, row_key="key", pagination=0).props("dense hide-pagination")
-            table.classes("w-full").style("max-height: 60vh")
-            sort_by_keys(table)
+            status.text = "" if named else "There is no such run."
+            labels = {"key": "differs"} | {str(number): name for number, name in enumerate([*named][:_MOST])}
+            await Sheet("differs", ["differs"], "key", lambda _: (labels, rows)).fill()
             changed = [row["key"].removeprefix("data: ") for row in rows if row["key"].startswith("data: ")]
             ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
             if len(named) == 2:
-                await _show_pair(site, named)
+                await _show_pair(self.site, named)
             groups = await asyncio.to_thread(gather, named)
             await show_curves(
-                lambda: {its[0]: [index.curves(named[name]) for name in its] for its in groups},
+                lambda: {names[0]: [index.curves(named[name]) for name in names] for names in groups},
                 "No figures: mark runs in the table of runs and choose Compare.",
             )
 
@@ -120,7 +120,7 @@ def gather(named: Mapping[str, Path]) -> list[list[str]]:
     def recipe(name: str) -> str:
         return str({**RunReader(named[name]).config, "run_dir": "", "seed": 0})
 
-    return [[*its] for _, its in itertools.groupby(sorted(named, key=recipe), recipe)]
+    return [[*names] for _, names in itertools.groupby(sorted(named, key=recipe), recipe)]
 
 
 async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
@@ -141,12 +141,12 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
         if less or more:
             [*groups.values()][2 if less == more else less > more].append(pair)
     less, more, both = map(len, groups.values())
-    said = f"Of {len(pairs):,} images of both tables with the same label or tags, both are right on"
-    ui.label(f"{said} {len(pairs) - less - more - both:,}. {judge(less, more)}")
-    for title, its in groups.items():
-        show_heading(f"{title}: {len(its):,}", 2)
+    alike = f"Of {len(pairs):,} images of both tables with the same label or tags, both are right on"
+    ui.label(f"{alike} {len(pairs) - less - more - both:,}. {judge(less, more)}")
+    for title, shown in groups.items():
+        show_heading(f"{title}: {len(shown):,}", 2)
         rows = [
             [one["path"], names[0], *describe_image(one)[1:], names[1], *describe_image(other)[1:]]
-            for one, other in its[:_IMAGES]
+            for one, other in shown[:_IMAGES]
         ]
         await show_images(runs[0], site.shelf, rows)

@@ -17,13 +17,12 @@ from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.parts import show_grid, show_share
-from viewer.review import KEYS, Question, Review, ReviewPage, open_desk, switch_tags
-from viewer.site import Site
+from viewer.parts import Links, show_share
+from viewer.review import KEYS, Question, Review, Reviewer, open_desk, switch_tags
+from viewer.site import Page
 
 _NO_IMAGE = -1  # in place of an image's number: a class
 _KEPT = {"label": len(KEYS), "tags": 12}  # keys for what the collection has; the others are for new tags
-_LINK = '<a :href="props.row.id">Proposed: {{ props.row.name }}</a>'
 _FOLLOW_SEC = 0.3  # between two looks for new labels
 
 
@@ -133,26 +132,29 @@ class Labelling(Review):
         return switch_tags(had, had, [self._show] if found != (self._show in had) else [])
 
 
-def add_page(site: Site) -> None:
-    """Add the page."""
+class LabelPage(Page):
+    """Labels or tags from nothing."""
 
-    @ui.page("/label")
-    async def show(collection: str = "", field: Literal["label", "tags"] = "label", show: str = "") -> None:
-        site.shelf.config(collection)
-        with site.page("Label"):
+    addresses = ["/label"]
+
+    async def show(self, collection: str = "", field: Literal["label", "tags"] = "label", show: str = "") -> None:
+        """Show a collection, by its name. show: a class or a tag whose proposals are shown."""
+        shelf = self.site.shelf
+        shelf.config(collection)
+        with self.site.page("Label"):
             note = ui.label("Looking at the images").props("role=status")
             await ui.context.client.connected()
             try:
                 with show_share(note) as tell:
-                    labelling = await asyncio.to_thread(Labelling, site.shelf, collection, field, show, tell)
+                    labelling = await asyncio.to_thread(Labelling, shelf, collection, field, show, tell)
                 note.text = escape_controls(f"Proposals are by {labelling.says}")
                 labelling.by = (ui.context.client.tab_id or "")[:8]
-                LabelPage(labelling, f"/label?collection={collection}&field={field}&show=")
+                Labeller(labelling, f"/label?collection={collection}&field={field}&show=")
             except UserError as error:
                 note.text = escape_controls(str(error))
 
 
-class LabelPage(ReviewPage):
+class Labeller(Reviewer):
     """The page in one tab: classes are typed, and proposals follow the labels. base: the address before a class."""
 
     def __init__(self, labelling: Labelling, base: str) -> None:
@@ -165,7 +167,7 @@ class LabelPage(ReviewPage):
             self._old = ui.select({}, label="in place of", clearable=True).style("min-width: 9em")
             self._old.set_visibility(labelling.field == "label")
         ui.link("Next to label", base)
-        self._links = show_grid("links", _LINK)
+        self._links = Links()
         self._train = ui.link("Train on these labels", "/start?folder=" + quote(bytes(labelling.root)))
         super().__init__(labelling, labelling.address, labelling.desk)
         ui.timer(_FOLLOW_SEC, self._follow)
@@ -176,7 +178,7 @@ class LabelPage(ReviewPage):
         names = {name: escape_controls(name) for name in self._review.keys().values()}
         if self._old.options != names:
             self._old.set_options(names)
-            self._links.rows = [{"id": self._base + quote(name), "name": text} for name, text in names.items()]
+            self._links.props["links"] = {self._base + quote(name): f"Proposed: {text}" for name, text in names.items()}
 
     async def _name(self) -> None:
         if new := (self._new.value or "").strip():

@@ -6,21 +6,8 @@ import numpy as np
 
 from utils.io.files import write_atomically
 from utils.io.memo import OURS, own_cache
-from viewer.parts import TEXT
 
 MOST = 10_000  # images on a map
-THUMBNAIL = """point => { const image = new Image(160); image.alt = ""
-image.src = "/image/%s/%s/" + point.value[2] + "?px=256"; return image }"""
-_HIDDEN = {"show": False, "scale": True}
-CHART = {
-    "animation": False, "xAxis": _HIDDEN, "yAxis": _HIDDEN, "brush": {"xAxisIndex": 0, "yAxisIndex": 0},
-    "dataZoom": [{"type": "inside"}, {"type": "inside", "yAxisIndex": 0}],
-    "toolbox": {"feature": {"brush": {"type": ["polygon", "clear"]}}},
-}  # fmt: skip
-LEGEND = {
-    "dimension": 3, "top": 0, "orient": "horizontal", "textStyle": TEXT,
-    "inRange": {"color": ["#440154", "#3b528b", "#21918c", "#5ec962", "#d9c80f"]},
-}  # fmt: skip
 
 
 def place_images(points: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import shlex
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -15,11 +15,12 @@ from utils.record import tables
 from utils.record.figures import show_interval
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
+from viewer.curves import show_curves
 from viewer.parts import REFRESH_SEC, show_command, show_heading
 from viewer.queue import Queue
 from viewer.results import describe_image, show_images
 from viewer.runs import make_row
-from viewer.site import Site
+from viewer.site import RunTab
 
 _WORST = 10  # images
 _PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  to improve .*", re.MULTILINE)
@@ -29,6 +30,7 @@ _LEAVES = {
     "evaluate.py": "tables/images*.parquet",
     "calibrate=true": "weights/*_thresholds.csv", "format=onnx": "export/*.onnx", "format=wd14": "export/wd14/*",
 }  # fmt: skip
+_NOTHING = "No figures yet: the first are written at the first log step."
 _LOG_BYTES = 200_000  # of its beginning, with the plan, and of its end
 
 
@@ -72,29 +74,32 @@ def command_of(path: Path) -> list[str]:
     return ["python", f"{reader.config.get('script', 'finetune')}.py", *sorted(reader.settings), f"run_dir={path}"]
 
 
-async def show_overview(site: Site, name: str, path: Path, show_curves: Callable[[], Awaitable]) -> None:
-    """Show the front of a run; its first lines follow the run."""
-    said = ui.label().classes("lines")
+class Overview(RunTab):
+    """The front of a run; its first lines and its curves follow the run."""
 
-    async def refresh() -> None:
+    async def show(self) -> None:
+        """Show the front."""
+        index = self.site.index
+        self._state = ui.label().classes("lines")
+        await self._refresh()
+        ui.timer(REFRESH_SEC, self._refresh)
+        if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):
+            root = self.site.shelf.config(collection).root
+            ui.link(f"collection {escape_controls(root)}", f"/collection/{collection}").classes("lines")
+        plan, commands = await asyncio.to_thread(read_advice, self.path)
+        ui.label(escape_controls(plan, keep="\n")).classes("lines")
+        if RunReader(self.path).state in ("stopped", "dead", "failed"):
+            commands = [command_of(self.path)]
+        if commands:
+            show_heading("Next", 2)
+        for command in commands:
+            show_next(self.site.queue, self.path, command)
+        if images := await asyncio.to_thread(tables.worst_images, self.path, _WORST, (), describe_image):
+            show_heading("The worst images", 2)
+            ui.link("all mistakes", f"/run/{quote(self.name)}?tab=Mistakes")
+            await show_images(self.path, self.site.shelf, images)
+        await show_curves(lambda: {"": [index.curves(self.path)]}, _NOTHING)
+
+    async def _refresh(self) -> None:
         with suppress(OSError, ValueError):  # deleted meanwhile, which the page says
-            said.text = await asyncio.to_thread(describe_run, site.index, path)
-
-    await refresh()
-    ui.timer(REFRESH_SEC, refresh)
-    if collection := await asyncio.to_thread(site.shelf.of_run, path):
-        root = site.shelf.config(collection).root
-        ui.link(f"collection {escape_controls(root)}", f"/collection/{collection}").classes("lines")
-    plan, commands = await asyncio.to_thread(read_advice, path)
-    ui.label(escape_controls(plan, keep="\n")).classes("lines")
-    if RunReader(path).state in ("stopped", "dead", "failed"):
-        commands = [command_of(path)]
-    if commands:
-        show_heading("Next", 2)
-    for command in commands:
-        show_next(site.queue, path, command)
-    if images := await asyncio.to_thread(tables.worst_images, path, _WORST, (), describe_image):
-        show_heading("The worst images", 2)
-        ui.link("all mistakes", f"/run/{quote(name)}?tab=Mistakes")
-        await show_images(path, site.shelf, images)
-    await show_curves()
+            self._state.text = await asyncio.to_thread(describe_run, self.site.index, self.path)

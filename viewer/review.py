@@ -1,7 +1,6 @@
 """`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
 
 import asyncio
-import functools
 import itertools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 from nicegui import ui
-from nicegui.events import KeyEventArguments
+from nicegui.events import GenericEventArguments
 
 from data.collection.collection import Collection
 from data.layouts.corrections import Decision, Decisions, Desk, decide, desk_of, settle
@@ -25,41 +24,31 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 from utils.record.tables import LABELS, Difference, find_differences, find_images, images_about
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import REFRESH_SEC, bind_address, find_run, run_name, show_grid
-from viewer.site import Site
+from viewer.parts import REFRESH_SEC, Cards, Part, bind_address, find_run, run_name
+from viewer.site import Page
 
 _MOST = 10_000  # differences
 _CARDS = 24  # those on a screen
-_BUTTONS = {"Accept": "Enter", "Reject": "r", "Undo": "u"}  # and their keys
+_BUTTONS = [
+    {"key": "Enter", "text": "Accept", "chosen": True},
+    {"key": "r", "text": "Reject", "chosen": True},
+    {"key": "u", "text": "Undo", "chosen": True},
+]
 KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
 _CHOICES = 9  # those that a review uses
 _NEAR_PX = 128
-# A key is for the page only while none of these has the focus.
-_FOCUSABLE = ["a", "button", "div", "input", "select", "summary", "textarea"]
-_CARD = """<div class="card" :class="props.row.kinds"
- @click="event => $parent.$emit('pick', [props.row.id, event.shiftKey])">
-<img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
-<div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
-_NEAR = (
-    """<div><img :src="props.row.src" :alt="props.row.label"><div class="ellipsis">{{ props.row.label }}</div></div>"""
-)
-# The first class that is found is chosen by Enter; once the list is closed, keys are for the page again.
-_FIRST = "() => setTimeout(() => getElement({}).$refs.qRef.setOptionIndex(0), 50)"
-_LEAVE = "() => setTimeout(() => document.activeElement.blur(), 50)"
 _STYLE = """
-.links { display: flex; flex-wrap: wrap; gap: 8px }
-.near { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); font-size: 13px }
-.near:not(:empty)::before { content: "The images most like it, with their labels"; grid-column: 1 / -1 }
-.near img { height: 88px; width: 100%; object-fit: contain; display: block }
 .review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
 @media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
-  align-content: start }
-.card { border: 2px solid transparent; border-radius: 6px; padding: 4px; cursor: pointer; font-size: 13px }
-.card img { width: 100%; aspect-ratio: 1; object-fit: contain } .decided img { opacity: .35 }
-.marked { background: #1c6dd033 } .here { border-color: #1c6dd0 }
-.large { width: 100%; height: min(46vh, 90vw, 420px) }
 """
+
+
+class Picture(Part, component="vue/picture.vue"):
+    """A large picture, and the keys of its page."""
+
+
+class Chips(Part, component="vue/chips.vue"):
+    """A row of buttons, each with its key; and a field that finds other names."""
 
 
 class Question(NamedTuple):
@@ -178,8 +167,13 @@ class Review:
             text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
         verdict = f"{last.verdict} by {last.by}" if last else f"doubt {self.questions[number].by:.1%}"
         kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last is not None}
-        texts = {"text": escape_controls(text), "verdict": escape_controls(verdict)}
-        return {"id": number, "image": image, **texts, "kinds": kinds}
+        return {
+            "id": number,
+            "src": image,
+            "alt": "",
+            "lines": [*map(escape_controls, (text, verdict))],
+            "kinds": kinds,
+        }
 
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
@@ -324,26 +318,28 @@ def find_review(index: RunIndex, root: str) -> str | None:
     return f"/review?run={quote(names[0])}" if names else None
 
 
-def add_page(site: Site) -> None:
-    """Add the page."""
+class ReviewPage(Page):
+    """The review of a run."""
 
-    @ui.page("/review")
-    async def show(run: str = "") -> None:
-        path = find_run(site.index, run)
-        with site.page(f"Review {escape_controls(path.name)}"):
+    addresses = ["/review"]
+
+    async def show(self, run: str = "") -> None:
+        """Show the review of a run, by its name."""
+        path = find_run(self.site.index, run)
+        with self.site.page(f"Review {escape_controls(path.name)}"):
             note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
             try:
-                review, address, desk, basis = await asyncio.to_thread(open_review, site.shelf, path)
+                review, address, desk, basis = await asyncio.to_thread(open_review, self.site.shelf, path)
             except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return
             note.text = escape_controls(basis)
             review.by = (ui.context.client.tab_id or "")[:8]
-            ReviewPage(review, address, desk)
+            Reviewer(review, address, desk)
 
 
-class ReviewPage:
+class Reviewer:
     """The review in one tab: buttons and keys, the shown image with its choices, and small images beside it."""
 
     def __init__(self, review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
@@ -353,61 +349,40 @@ class ReviewPage:
         self._desk = desk
         self._newest = 0  # the number of the last request to the desk
         with ui.row():
-            for title, key in _BUTTONS.items():
-                self._add_button(key).set_text(title)
+            Chips(chips=_BUTTONS).classes(remove="w-full").on("press", self._on_key)
             self._progress = ui.label()
-        self._waiting = ui.label().classes("text-negative").style("white-space: pre-line; overflow-wrap: anywhere")
+        self._waiting = ui.label().classes("text-negative lines")
         ui.label(review.hint).classes("muted")
         with ui.element("div").classes("review"):
             with ui.column().classes("w-full"):
-                self._build_image()
-            self._cards = show_grid("cards", _CARD).on("pick", lambda event: self._pick(*event.args))
-        ui.keyboard(self._on_key, ignore=_FOCUSABLE)
+                self._picture = Picture().on("key", self._on_key)
+                names = review.classes if len(review.classes) > _CHOICES else []
+                self._chips = Chips(names=[*names]).on("press", self._on_key).on("choose", self._choose)
+                self._reason = ui.label().style("overflow-wrap: anywhere")
+                self._near = Cards(look="near")
+            self._cards = Cards(look="choice").on("pick", self._pick)
         self._tell = bind_address("image", self._go_to)
         self._draw()
         ui.timer(REFRESH_SEC, self._save)
 
-    def _add_button(self, key: str) -> ui.button:
-        """Add a button that does what a key does. A click leaves the focus where it was, so that keys go on acting."""
-        button = ui.button(on_click=functools.partial(self._press, key))
-        button.props("dense padding='4px 12px'")
-        return button.on("mousedown.prevent", js_handler="() => {}")
-
-    def _build_image(self) -> None:
-        self._picture = ui.image().props("no-transition alt='the image'").classes("large")
-        self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
-        with ui.row():
-            self._chips = {key: self._add_button(key) for key in KEYS}
-        self._reason = ui.label().style("overflow-wrap: anywhere")
-        self._near = show_grid("near", _NEAR)
-        self._other = None
-        if len(self._review.classes) > _CHOICES:
-            other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
-            other.on("input-value", js_handler=_FIRST.format(other.id))
-            for event in ("popup-hide", "keydown.esc"):
-                other.on(event, js_handler=_LEAVE)
-            other.on_value_change(lambda event: event.value and self._choose(event.value))
-            self._other = other
-
     def _draw(self) -> None:
         review = self._review
+        shown = review.questions[review.here]
         numbers = review.screen()
-        self._cards.rows = [review.card(each, self._address(each, 256)) for each in numbers]
+        cards = [review.card(number, self._address(number, 256)) for number in numbers]
+        self._cards.props["cards"] = cards
         self._progress.text = review.progress()
-        self._tell(review.questions[review.here].path)
-        self._picture.source = self._address(review.here, 1024)
-        text = self._cards.rows[numbers.index(review.here)]["text"]
-        self._title.text = f"{escape_controls(review.questions[review.here].path)}: {text}"
-        self._reason.text = escape_controls(review.questions[review.here].reason)
-        near = review.questions[review.here].near
-        self._near.rows = [{"src": address, "label": escape_controls(label)} for address, label in near]
-        names = review.keys()
+        self._tell(shown.path)
+        title = f"{escape_controls(shown.path)}: {cards[numbers.index(review.here)]['lines'][0]}"
+        self._picture.props.update(src=self._address(review.here, 1024), title=title)
+        self._reason.text = escape_controls(shown.reason)
+        near = [(address, escape_controls(label)) for address, label in shown.near]
+        self._near.props["cards"] = [{"src": address, "alt": label, "lines": [label]} for address, label in near]
         choices = review.choices()
-        for key, chip in self._chips.items():  # the same elements, so that one keeps the focus
-            chip.set_visibility(key in names)
-            if key in names:
-                chip.set_text(f"{key} {escape_controls(names[key])}")
-                chip.props(remove="outline") if choices[names[key]] else chip.props("outline")
+        self._chips.props["chips"] = [
+            {"key": key, "text": f"{key} {escape_controls(name)}", "chosen": choices[name]}
+            for key, name in review.keys().items()
+        ]
 
     def _go_to(self, path: str) -> None:
         """Show an image by its path, if it is in the order."""
@@ -415,8 +390,8 @@ class ReviewPage:
         self._review.here = numbers.get(path, self._review.here)
         ui.timer(0, self._draw, once=True)
 
-    def _pick(self, number: int, is_through: bool) -> None:
-        self._review.pick(number, is_through)
+    def _pick(self, event: GenericEventArguments) -> None:
+        self._review.pick(*event.args)
         self._draw()
 
     async def _save(self, lines: Sequence[Decision] = ()) -> None:
@@ -432,16 +407,10 @@ class ReviewPage:
         self._draw()
         await self._save(lines)
 
-    async def _press(self, key: str) -> None:
-        await self._take(self._review.press(key))
+    async def _choose(self, event: GenericEventArguments) -> None:
+        await self._take(self._review.choose(event.args))
 
-    async def _choose(self, name: str) -> None:
-        self._other.value = None
-        await self._take(self._review.choose(name))
-
-    async def _on_key(self, event: KeyEventArguments) -> None:
-        if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
-            key = event.key.name.lower() if len(event.key.name) == 1 else event.key.name
-            if key == "c" and self._other is not None:
-                self._other.run_method("focus")
-            await self._press(key)
+    async def _on_key(self, event: GenericEventArguments) -> None:
+        if event.args == "c":
+            self._chips.run_method("find")
+        await self._take(self._review.press(event.args))

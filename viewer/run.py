@@ -2,8 +2,8 @@
 
 import asyncio
 import re
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -12,23 +12,15 @@ from fastapi.responses import FileResponse
 from nicegui import app, ui
 
 from utils.config.recipe import flatten
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, find_runs, is_inside, is_own_run
 from utils.record.run_reader import RunReader
-from viewer.curves import show_curves
-from viewer.overview import command_of, show_overview
-from viewer.parts import (
-    REFRESH_SEC,
-    bind_choice,
-    filtered_table,
-    find_run,
-    make_columns,
-    run_name,
-    show_command,
-)
-from viewer.results import show_mistakes, show_tables, show_thresholds
-from viewer.site import Site
+from viewer.overview import Overview, command_of
+from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, run_name, show_command
+from viewer.results import Mistakes, Tables, Thresholds
+from viewer.site import Page, RunTab
 
 _LOG_LINES = 2_000
 _LOG_BYTES = 200_000
@@ -36,12 +28,10 @@ _LEVELS = {0: "all", 1: "warnings and errors", 2: "errors"}
 _LEVEL = re.compile(r"\d{4}-\d\d-\d\d \S+ ([A-Z]+) ")
 _PICTURES = {".png", ".jpg", ".webp"}
 _SEEN = "plots/samples_seen.png"
-_NOTHING = "No figures yet: the first are written at the first log step."
 
 
-def add_page(site: Site) -> None:
-    """Add the page of a run, and the route of its pictures."""
-    index = site.index
+def add_pictures(index: RunIndex) -> None:
+    """Add the route of the pictures of runs."""
 
     @app.get("/picture/{name:path}")
     def picture(name: str, file: str) -> FileResponse:
@@ -52,48 +42,41 @@ def add_page(site: Site) -> None:
                 return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
         raise HTTPException(404, "no such picture")
 
-    @ui.page("/run/{name:path}")
-    async def show(name: str) -> None:
-        path = find_run(index, name)
-        curves = partial(show_curves, lambda: {"": [index.curves(path)]}, _NOTHING)
-        tabs = {
-            "Overview": partial(show_overview, site, name, path, curves),
-            "Pictures": partial(_show_pictures, name, path),
-            "Tables": partial(show_tables, path),
-            "Thresholds": partial(show_thresholds, path),
-        }
-        tabs |= {
-            "Mistakes": partial(show_mistakes, name, path, site.shelf),
-            "Settings": partial(_show_settings, index, path),
-            "Log": partial(_show_log, path),
-        }
-        panels = {}
 
-        async def build(title: str) -> None:
-            """Fill a panel when it is first shown."""
-            if title in tabs:
-                with panels[title]:
-                    waits = ui.spinner(size="lg")
-                    try:
-                        await tabs.pop(title)()
-                    except (OSError, ValueError, LookupError) as error:  # deleted, cut, or older
-                        ui.label(escape_controls(f"A file of the run cannot be read: {error}"))
-                    waits.delete()
+class RunPage(Page):
+    """One run. A tab is built when it is first shown."""
 
-        with site.page(escape_controls(path.name)):
-            gone = ui.label(f"This run is deleted: {escape_controls(str(path))} is gone.").props("role=alert")
+    addresses = ["/run/{name:path}"]
+
+    async def show(self, name: str) -> None:
+        """Show a run's tabs."""
+        self._path = find_run(self.site.index, name)
+        self._tabs = {title: kind(self.site, name, self._path) for title, kind in TABS.items()}
+        self._panels = {}
+        with self.site.page(escape_controls(self._path.name)):
+            gone = ui.label(f"This run is deleted: {escape_controls(str(self._path))} is gone.").props("role=alert")
             gone.classes("text-negative").set_visibility(False)
-            ui.timer(REFRESH_SEC, lambda: gone.set_visibility(not is_own_run(path)))
+            ui.timer(REFRESH_SEC, lambda: gone.set_visibility(not is_own_run(self._path)))
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
-                for title in tabs:
+                for title in TABS:
                     ui.tab(title)
             with ui.tab_panels(bar, value="Overview", animated=False).classes("w-full"):
-                for title in tabs:
-                    panels[title] = ui.tab_panel(title).classes("q-px-none")
-            bind_choice(bar, "tab", [*tabs])
-            bar.on_value_change(lambda event: build(event.value))  # a tab may be chosen while the first is built
+                for title in TABS:
+                    self._panels[title] = ui.tab_panel(title).classes("q-px-none")
+            bind_choice(bar, "tab", TABS)
+            bar.on_value_change(lambda event: self._build(event.value))  # also while the first one is built
             await ui.context.client.connected()
-            await build(bar.value)
+            await self._build(bar.value)
+
+    async def _build(self, title: str) -> None:
+        if title in self._tabs:
+            with self._panels[title]:
+                waits = ui.spinner(size="lg")
+                try:
+                    await self._tabs.pop(title).show()
+                except (OSError, ValueError, LookupError) as error:  # deleted, cut, or older
+                    ui.label(escape_controls(f"A file of the run cannot be read: {error}"))
+                waits.delete()
 
 
 def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
@@ -112,67 +95,65 @@ def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
     return found
 
 
-async def _show_pictures(name: str, path: Path) -> None:
-    pictures = await asyncio.to_thread(find_pictures, path)
-    if _SEEN not in pictures:
-        ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
-        show_command([*command_of(path), "dry_run=true"])
-    if not pictures:
-        ui.label("No pictures yet: evaluations make them.").classes("muted")
-    if "plots/samples.png" in pictures:
-        ui.link("Two steps over each other, and which is better", f"/samples?run={quote(name)}")
-    for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
-        with ui.card().classes("w-full"):
-            _show_picture(name, title, pictures[title])
+class Steps(Part, component="vue/steps.vue"):
+    """A picture, with a slider over its steps."""
 
 
-def _show_picture(name: str, title: str, by_step: dict[int | None, str]) -> None:
-    """Show a picture, and a slider over its steps."""
-    steps = [*by_step]
-    last = len(steps) - 1
-    with ui.row():
-        said = ui.label().classes("mono")
-        if last > 0:
-            slider = ui.slider(min=0, max=last, step=1, value=last).props("aria-label=step")
-            slider.classes("col").style("min-width: 160px; max-width: 480px")
-            slider.on_value_change(lambda event: draw(event.value))
-    shown = ui.image().style("max-width: 1200px")
-    shown.props["alt"] = title
+class Pictures(RunTab):
+    """A run's pictures, with a slider over the steps of its evaluations."""
 
-    def draw(number: int) -> None:
-        step = steps[number]
-        said.set_text(escape_controls(title) + ("" if step is None else f", step {step}"))
-        shown.set_source(f"/picture/{quote(name)}?file={quote(by_step[step])}")
+    async def show(self) -> None:
+        """Show the pictures, what the network sees first."""
+        pictures = await asyncio.to_thread(find_pictures, self.path)
+        if _SEEN not in pictures:
+            ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
+            show_command([*command_of(self.path), "dry_run=true"])
+        if not pictures:
+            ui.label("No pictures yet: evaluations make them.").classes("muted")
+        if "plots/samples.png" in pictures:
+            ui.link("Two steps over each other, and which is better", f"/samples?run={quote(self.name)}")
+        for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
+            with ui.card().classes("w-full"):
+                Steps(title=escape_controls(title), pictures=[*self._address(pictures[title])])
 
-    draw(last)
-
-
-async def _show_settings(index: RunIndex, path: Path) -> None:
-    settings = flatten(RunReader(path).config).items()
-    alone = "compare with"
-    names = [run_name(index, other) for other in find_runs(index.roots) if other != path]
-
-    async def fill(table: ui.table, other: str) -> None:
-        if other != alone:
-            ui.navigate.to(f"/compare?{urlencode([('run', run_name(index, path)), ('run', other)])}")
-        table.columns = make_columns({"key": "Key", "value": "Value"})
-        table.rows = [{"key": escape_controls(key), "value": escape_controls(str(value))} for key, value in settings]
-
-    await filtered_table([alone, *names], alone, "key", fill)
+    def _address(self, files: dict[int | None, str]) -> Iterator[Json]:
+        for step, file in files.items():
+            yield {"step": step, "src": f"/picture/{quote(self.name)}?file={quote(file)}"}
 
 
-async def _show_log(path: Path) -> None:
-    least = ui.toggle(_LEVELS, value=0).props("no-caps unelevated dense padding='2px 12px'")
-    log = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh")
-    read = LogReader(path / "log.txt")
+class Settings(RunTab):
+    """A run's settings, and the way to those of another run."""
 
-    def follow() -> None:
-        for level, line in read.new_lines():
-            log.push(line, classes=f"level-{level}")
+    async def show(self) -> None:
+        """Show the settings."""
+        index = self.site.index
+        others = [run_name(index, path) for path in find_runs(index.roots) if path != self.path]
+        compare = ui.select({name: escape_controls(name) for name in others}, label="compare with").classes("w-64")
+        compare.on_value_change(
+            lambda event: ui.navigate.to(f"/compare?{urlencode([('run', self.name), ('run', event.value)])}")
+        )
+        settings = flatten(RunReader(self.path).config).items()
+        rows = [{"key": escape_controls(key), "value": escape_controls(str(value))} for key, value in settings]
+        await Sheet("settings", ["settings"], "key", lambda _: ({"key": "Key", "value": "Value"}, rows)).fill()
 
-    follow()
-    ui.timer(REFRESH_SEC, follow)
-    least.on_value_change(lambda event: log.classes(remove="from-0 from-1 from-2", add=f"from-{event.value}"))
+
+class Log(RunTab):
+    """A run's log by level, live."""
+
+    async def show(self) -> None:
+        """Show the log."""
+        least = ui.toggle(_LEVELS, value=0).props("no-caps unelevated dense padding='2px 12px'")
+        self._lines = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh")
+        self._reader = LogReader(self.path / "log.txt")
+        self._follow()
+        ui.timer(REFRESH_SEC, self._follow)
+        least.on_value_change(
+            lambda event: self._lines.classes(remove="from-0 from-1 from-2", add=f"from-{event.value}")
+        )
+
+    def _follow(self) -> None:
+        for level, line in self._reader.new_lines():
+            self._lines.push(line, classes=f"level-{level}")
 
 
 class LogReader:
@@ -200,3 +181,9 @@ class LogReader:
                 self._level = {"WARNING": 1, "ERROR": 2}.get(found[1], 0)
             lines.append((self._level, line))
         return lines
+
+
+TABS = {
+    "Overview": Overview, "Pictures": Pictures, "Tables": Tables, "Thresholds": Thresholds, "Mistakes": Mistakes,
+    "Settings": Settings, "Log": Log,
+}  # fmt: skip

@@ -7,10 +7,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import numpy as np
 from nicegui import app, ui
+from nicegui.events import GenericEventArguments
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls, safe_lines
@@ -18,55 +19,15 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, bind_value, make_columns, run_name, sort_by_keys
-from viewer.site import Site
+from viewer.parts import REFRESH_SEC, STATE_COLOURS, Part, make_columns, run_name
+from viewer.site import Page
 
 _SPARK_PX = (96, 24)
 _NAMES = {
     "state": "State", "run": "Run", "task": "Task", "model": "Model", "share": "Steps", "best": "Best",
     "spark": "Training loss", "changed": "Changed",
 }  # fmt: skip
-# Pinned runs stay first.
-_SORT = """(rows, by, down) => rows.slice().sort((a, b) =>
-    b.pinned - a.pinned || (a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : 0) * (down ? -1 : 1))"""
-# Each word must be found in a row.
-_FIND = """(rows, words) => rows.filter(row => words.toLowerCase().split(/\\s+/).every(
-    word => `${row.name} ${row.task} ${row.model} ${row.state} ${row.steps} ${row.shown} ${row.ranking}`
-        .toLowerCase().includes(word)))"""
 _LOOK_SEC = 1.0  # between two looks at the runs that are read so far
-_STYLE = """
-.runs td:nth-child(3) { overflow-wrap: anywhere; min-width: 180px }
-@media (max-width: 800px) {
-  .runs .q-table, .runs thead, .runs tbody { display: block }
-  .runs .q-table :is(tr, th, td) { height: auto; width: auto; border: 0; padding: 4px 6px }
-  .runs .q-table tr { display: flex; flex-wrap: wrap; align-items: center; border-bottom: 1px solid #868e9655 }
-  .runs td:nth-child(3) { flex: 1 0 60% }
-}
-"""
-# Quasar's templates: double braces show text, never markup.
-_SLOTS = {
-    "header-selection": '<q-checkbox v-model="props.selected" aria-label="all runs" />',
-    "body-selection": '<q-checkbox v-model="props.selected" :aria-label="props.row.run" />',
-    "state": '<q-td :props="props"><q-badge :color="props.row.colour">{{ props.row.state }}</q-badge></q-td>',
-    "run": """<q-td :props="props"><q-btn flat round dense size="sm" :aria-label="'pin ' + props.row.run"
-        :aria-pressed="props.row.pinned" :icon="props.row.pinned ? 'star' : 'star_border'"
-        @click="$parent.$emit('pin', props.row.path)" />
-        <a v-if="props.row.link" :href="props.row.link" class="text-weight-medium">{{ props.row.run }}</a>
-        <details v-else class="inline-block" :open="props.expand">
-        <summary @click.prevent="props.expand = !props.expand">{{ props.row.run }}</summary>
-        <pre class="mono">{{ props.row.ranking }}</pre><div v-for="job in props.row.jobs"><q-badge :color="job.colour">
-        {{ job.state }}</q-badge> <a :href="job.link">{{ job.run }}</a> {{ job.shown }}</div></details></q-td>""",
-    "share": (
-        '<q-td :props="props"><q-linear-progress :value="props.row.share" class="q-mb-xs" style="width: 110px"'
-        " :aria-label=\"'steps of ' + props.row.run\" />"
-        '<span class="muted">{{ props.row.steps }}</span></q-td>'
-    ),
-    "best": '<q-td :props="props">{{ props.row.shown }}</q-td>',
-    "spark": (
-        f'<q-td :props="props"><svg width="{_SPARK_PX[0]}" height="{_SPARK_PX[1]}" aria-hidden="true">'
-        f'<polyline :points="props.row.spark" fill="none" stroke="{ACCENT}" stroke-width="1.5" /></svg></q-td>'
-    ),
-}
 
 
 def make_row(index: RunIndex, state: RunState) -> Json:
@@ -98,7 +59,7 @@ def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) 
     groups = {}
     for state in states:
         groups.setdefault(state.path.parent if state.job else state.path, []).append(state)
-    rows = [_fold(index, path, its) if its[0].job else make_row(index, its[0]) for path, its in groups.items()]
+    rows = [_fold(index, path, jobs) if jobs[0].job else make_row(index, jobs[0]) for path, jobs in groups.items()]
     for row in rows:
         row["pinned"] = row["path"] in pinned
     return sorted(rows, key=lambda row: not row["pinned"])
@@ -126,58 +87,36 @@ def spark_points(values: tuple[float, ...]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
 
 
-def add_page(site: Site) -> None:
-    """Add the page of all runs."""
+class RunTable(Part, component="vue/runs.vue"):
+    """All runs: filtered, sorted, compared, pinned."""
 
-    @ui.page("/")
-    async def show() -> None:
-        with site.page("Runs"):
-            with ui.row(wrap=False):
-                find = ui.input(placeholder="name, task, model, state: all words must match").classes("col")
-                find.props("aria-label=filter")
-                compare = ui.button("Compare")
-            table = ui.table(columns=make_columns(_NAMES), rows=[], row_key="name", pagination={"rowsPerPage": 50})
-            table.set_selection("multiple")
-            compare.bind_enabled_from(table, "selected", backward=bool)
-            compare.on_click(
-                lambda: ui.navigate.to(f"/compare?{urlencode([('run', row['name']) for row in table.selected])}")
-            )
-            table.classes("w-full runs").props("loading").props[":sort-method"] = _SORT
-            table.props[":filter-method"] = _FIND
-            ui.add_css(_STYLE)
-            said = ui.label("reading the runs").props("role=status").classes("muted")
-            said.bind_visibility_from(said, "text", backward=bool)
-            sort_by_keys(table)
-            for name, template in _SLOTS.items():
-                table.add_slot(name if "-" in name else f"body-cell-{name}", template)
-            table.add_slot(
-                "no-data",
-                "<div class='q-pa-md'>No run yet. <span class='mono'>make demo</span> makes some, "
-                "<span class='mono'>python view.py runs=FOLDER</span> shows others.</div>",
-            )
-            ui.label(", ".join(map(str, site.index.roots))).classes("muted mono").style("overflow-wrap: anywhere")
-            bind_value(find, "find")
-            find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
-            async def refresh() -> None:
-                reading = asyncio.ensure_future(asyncio.to_thread(site.index.states))
-                while not (await asyncio.wait([reading], timeout=_LOOK_SEC))[0] and table.props.get("loading"):
-                    known = site.index.known()
-                    said.text = f"reading {site.index.total:,} runs; {len(known):,} so far"
-                    table.rows = await asyncio.to_thread(make_rows, site.index, known, ())
-                states = await reading
-                rows = make_rows(site.index, states, app.storage.general.get("pinned", []))
-                if rows != table.rows or table.props.get("loading"):
-                    names = {row["name"] for row in table.selected}
-                    table.rows = rows
-                    table.selected = [row for row in rows if row["name"] in names]
-                    table.props(remove="loading")
-                    said.text = ""
+class RunsPage(Page):
+    """All runs, live."""
 
-            async def pin(path: str) -> None:
-                pinned = {*app.storage.general.get("pinned", [])}
-                app.storage.general["pinned"] = [*(pinned ^ {path})]
-                await refresh()
+    addresses = ["/"]
 
-            table.on("pin", lambda event: pin(event.args))
-            ui.timer(REFRESH_SEC, refresh)
+    async def show(self) -> None:
+        """Show the table."""
+        with self.site.page("Runs"):
+            self._rows: list[Json] = []
+            self._table = RunTable(rows=[], columns=make_columns(_NAMES), status="reading the runs")
+            self._table.on("pin", self._pin)
+            ui.label(", ".join(map(str, self.site.index.roots))).classes("muted mono lines")
+            ui.timer(REFRESH_SEC, self._refresh)
+
+    async def _refresh(self) -> None:
+        index = self.site.index
+        reading = asyncio.ensure_future(asyncio.to_thread(index.states))
+        while not (await asyncio.wait([reading], timeout=_LOOK_SEC))[0] and self._table.props["status"]:
+            known = index.known()
+            rows = await asyncio.to_thread(make_rows, index, known, ())
+            self._table.props.update(rows=rows, status=f"reading {index.total:,} runs; {len(known):,} so far")
+        rows = make_rows(index, await reading, app.storage.general.get("pinned", []))
+        if rows != self._rows or self._table.props["status"]:
+            self._rows = rows
+            self._table.props.update(rows=rows, status="")
+
+    async def _pin(self, event: GenericEventArguments) -> None:
+        app.storage.general["pinned"] = [*({*app.storage.general.get("pinned", [])} ^ {event.args})]
+        await self._refresh()

@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import Query
@@ -19,75 +19,47 @@ from PIL import Image
 
 from utils.io.files import refuse_links_out, sha256_text, write_text
 from utils.io.safe_text import escape_controls
-from utils.record.run_reader import RunReader
-from viewer.parts import find_run, show_grid
+from viewer.parts import Part, find_run
 from viewer.run import find_pictures
-from viewer.site import Site
-
-if TYPE_CHECKING:  # torch is imported when the first page is asked for
-    from sdxl.config import Prompt
+from viewer.site import Page, Site
 
 FILE = "preferences.jsonl"
-# Quasar's template. Double braces show text, never markup. What is shown, wiped and enlarged stays in the browser.
-_PAGE = """<div class="w-full samples" tabindex="0" role="group" aria-label="pictures"
-  @vue:mounted="({el}) => el.focus()"
-  @vue:updated="({el}) => { const page = el.ownerDocument.defaultView; const url = new page.URL(page.location)
-    for (const name of ['left', 'right', 'here']) url.searchParams.set(name, props.row[name])
-    page.history.replaceState({}, '', url) }"
-  :style="{'--at': props.row.at + '%', '--zoom': props.row.zoom + '%', '--part': 100 / props.row.prompts.length + '%'}"
-  @keydown.left.self.prevent="props.row.here = Math.max(props.row.here - 1, 0)"
-  @keydown.right.self.prevent="props.row.here = Math.min(props.row.here + 1, props.row.prompts.length - 1)"
-  @keydown.up.self.prevent="props.row.right = Math.max(props.row.right - 1, 0)"
-  @keydown.down.self.prevent="props.row.right = Math.min(props.row.right + 1, props.row.strips.length - 1)"
-  @keydown.self="'120u'.includes($event.key) && $parent.$emit('press', $event.key, props.row)">
-  <div class="row items-center q-gutter-sm">
-    <label v-for="side in ['left', 'right']">{{ side }} <select v-model.number="props.row[side]">
-      <option v-for="(strip, number) in props.row.strips" :value="number">{{ strip.name }}</option></select></label>
-    <label>wipe <input type="range" v-model="props.row.at"></label>
-    <label>zoom <input type="range" min="100" max="1000" v-model="props.row.zoom"></label>
-    better:
-    <q-btn v-for="[key, title] in [['1', 'left'], ['2', 'right'], ['0', 'tie'], ['u', 'undo']]" no-caps unelevated
-      dense color="primary" padding="4px 12px" :label="key.toUpperCase() + ' ' + title" @mousedown.prevent
-      @click="$parent.$emit('press', key, props.row)" />
-  </div>
-  <div class="strips"><div>
-    <div class="prompts" :style="{gridTemplateColumns: props.row.widths}">
-    <button v-for="(text, number) in props.row.prompts" @click="props.row.here = number"
-      :aria-pressed="number == props.row.here">{{ text }}</button></div>
-    <div class="pair"><img v-for="side in ['left', 'right']" :class="side" :src="props.row.strips[props.row[side]].src"
-      :alt="side + ': ' + props.row.strips[props.row[side]].name"></div>
-    <template v-for="strip in props.row.strips"><div>{{ strip.name }}</div><img :src="strip.src" :alt="strip.name"
-      loading="lazy"></template>
-  </div></div></div>"""
-_STYLE = """
-.strips { overflow-x: auto; width: 100%; margin-top: 8px } .strips > div { width: var(--zoom) }
-.strips img { width: 100%; display: block } .pair { display: grid; align-items: end } .pair img { grid-area: 1 / 1 }
-.pair .right { mask: linear-gradient(to right, transparent var(--at), #000 0) 0 / var(--part) 100% }
-.samples input { vertical-align: middle } .samples select { max-width: 100% } .samples label { max-width: 100% }
-.prompts { display: grid; overflow-wrap: anywhere }
-.prompts button { font: inherit; color: inherit; background: none; border: 0; border-top: 3px solid transparent;
-  cursor: pointer; min-height: 24px } .prompts [aria-pressed=true] { border-color: #1c6dd0; font-weight: 600 }
-"""
+_NONE = ""  # in place of a key: none is chosen
 
 
-def read_prompts(run: Path) -> list["Prompt"]:
-    """Return the prompts of a run's pictures, in the order of their columns."""
-    from sdxl.config import SamplesConfig
-
-    samples = RunReader(run).config.get("task", {}).get("samples")
-    return SamplesConfig.model_validate(samples).complete_all() if samples else []
+class Samples(Part, component="vue/samples.vue"):
+    """Pictures of prompts, two of them over each other."""
 
 
-def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Path], key: str) -> str:
-    """Append a choice between the pictures of a prompt in two files; return its line. Raises OSError, UserError.
+def choose(run: Path, prompts: Sequence[Any], number: int, files: Sequence[Path], key: str) -> tuple[str, str]:
+    """Keep which picture of a prompt is better, in place of an earlier choice between the two.
 
-    key: 1, the first is better, 2, the second one, or 0.
+    files: two, in order; key: 1, the first is better, 2, the second one, 0, or _NONE. Returns the line of the choice
+    and the key of the earlier one. Raises OSError, UserError.
     """
     refuse_links_out("run_dir", run)
+    pair = sha256_text(f"{files} {number}")[:16]
+    table = run / FILE
+    lines = table.read_text("utf-8").splitlines(keepends=True) if table.exists() else []
+    earlier = next((line for line in lines if pair in line), _NONE)
+    names = [Path(json.loads(earlier)[side]) for side in ("chosen", "rejected")] if earlier else []
+    earlier_key = names[0].stem[-1] if names else _NONE
+    if key == earlier_key:
+        return earlier, key
+    line = _write_pair(run, prompts, number, files, f"{pair}-{key}") if key else _NONE
+    write_text(table, "".join([*(other for other in lines if other != earlier), line]))
+    for name in names:
+        (run / name).unlink(missing_ok=True)
+        (run / name).with_suffix(".txt").unlink(missing_ok=True)
+    return line, earlier_key
+
+
+def _write_pair(run: Path, prompts: Sequence[Any], number: int, files: Sequence[Path], stem: str) -> str:
+    """Write the pictures of a prompt in two files and the caption; return the line of the choice that ends the stem."""
     prompt = prompts[number]
     height, width = prompt.image_size_hw
     left = sum(other.image_size_hw[1] for other in prompts[:number])
-    stem = sha256_text(f"{files} {number} {key}")[:16]
+    key = stem[-1]
     ending = "_or_tied" * (key == "0")
     chosen, rejected = (f"preferences/{kind}{ending}/{stem}.png" for kind in ("chosen", "rejected"))
     for name, file in zip((chosen, rejected), files[:: -1 if key == "2" else 1]):
@@ -96,66 +68,71 @@ def keep(run: Path, prompts: Sequence["Prompt"], number: int, files: Sequence[Pa
             image.crop((left, 0, left + width, height)).save(run / name)
     write_text((run / chosen).with_suffix(".txt"), prompt.text)
     values = {"prompt": prompt.text, "negative": prompt.negative, "seed": prompt.seed, "tie": key == "0"}
-    line = json.dumps(values | {"chosen": chosen, "rejected": rejected}) + "\n"
-    with (run / FILE).open("a") as file:
-        file.write(line)
-    return line
+    return json.dumps(values | {"chosen": chosen, "rejected": rejected}) + "\n"
 
 
-def add_page(site: Site) -> None:
-    """Add the page. It shows the runs with equal prompts; the first run that has any keeps the choices."""
+class SamplesPage(Page):
+    """It shows the runs with equal prompts; the first run that has any keeps the choices."""
 
-    @ui.page("/samples")
-    async def show(run: Annotated[list[str], Query()], left: int = 0, right: int = -1, here: int = 0) -> None:
-        paths = [find_run(site.index, name) for name in run]
-        files = []
-        strips = []
-        prompts = []
-        done = []
-        lock = asyncio.Lock()
+    addresses = ["/samples"]
 
-        async def press(event: GenericEventArguments) -> None:
-            key, row = event.args
-            async with lock:
-                if key != "u":
-                    done.append(
-                        await asyncio.to_thread(
-                            keep, first, prompts, row["here"], [files[row["left"]], files[row["right"]]], key
-                        )
-                    )
-                elif done:
-                    kept = first / FILE
-                    line = done.pop()
-                    write_text(kept, kept.read_text().replace(line, "", 1))
-                    for file in first.glob(json.loads(line)["chosen"].replace(".png", ".*")):
-                        file.unlink()
-            said.text = f"{len(done)} choices are kept in {FILE}"
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._prompts: Sequence[Any] = ()
+        self._files: list[Path] = []
+        self._made: list[tuple[str, int, list[Path], str]] = []  # by this page: what `_choose` takes back
+        self._lock = asyncio.Lock()
 
-        with site.page("Samples"):
-            ui.add_css(_STYLE)
-            said = ui.label("Looking for pictures").props("role=status").style("overflow-wrap: anywhere")
+    async def show(self, run: Annotated[list[str], Query()], left: int = 0, right: int = -1, here: int = 0) -> None:
+        """Show the pictures of runs. left, right: rows over each other; here: the prompt that a choice is about."""
+        paths = {name: find_run(self.site.index, name) for name in run}
+        with self.site.page("Samples"):
+            self._status = ui.label("Looking for pictures").props("role=status").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
-            for name, path in zip(run, paths):
-                its = await asyncio.to_thread(read_prompts, path)
-                if not prompts:
-                    prompts = its
-                    first = path
-                if str(its) != str(prompts):
-                    ui.label(f"{escape_controls(name)} is left out: it has other prompts, or none.")
-                    continue
-                for step, file in find_pictures(path).get("plots/samples.png", {}).items():
-                    files.append(path / file)
-                    when = f"step {step}" if step else "before training"
-                    strips.append(
-                        {
-                            "name": f"{escape_controls(name)}, {when}",
-                            "src": f"/picture/{quote(name)}?file={quote(file)}",
-                        }
-                    )
-            said.text = "" if strips else "No pictures of task.samples.prompts yet."
-            texts = [escape_controls(prompt.text) for prompt in prompts]
-            widths = " ".join(f"{prompt.image_size_hw[1]}fr" for prompt in prompts)
-            row = {"strips": strips, "prompts": texts, "widths": widths, "at": 50, "zoom": 100}
+            strips = []
+            for name, path in paths.items():
+                strips += await self._read(name, path)
+            self._status.text = "" if strips else "No pictures of task.samples.prompts yet."
+            texts = [escape_controls(prompt.text) for prompt in self._prompts]
+            shares = [prompt.image_size_hw[1] for prompt in self._prompts]
             if strips:
-                row |= {"left": left % len(strips), "right": right % len(strips), "here": here % len(texts)}
-            show_grid("page", _PAGE, [row] if strips else []).on("press", press)
+                start = [left % len(strips), right % len(strips), here % len(texts)]
+                Samples(strips=strips, prompts=texts, shares=shares, start=start).on("press", self._press)
+
+    async def _read(self, name: str, path: Path) -> list[dict[str, str]]:
+        """Return the names and addresses of a run's strips of pictures, in the order of its steps."""
+        prompts = await asyncio.to_thread(self.site.read_prompts, path)
+        if not self._prompts:
+            self._prompts = prompts
+            self._first = path
+        if str(prompts) != str(self._prompts):
+            ui.label(f"{escape_controls(name)} is left out: it has other prompts, or none.")
+            return []
+        strips = []
+        for step, file in find_pictures(path).get("plots/samples.png", {}).items():
+            self._files.append(path / file)
+            when = f"step {step}" if step else "before training"
+            address = f"/picture/{quote(name)}?file={quote(file)}"
+            strips.append({"name": f"{escape_controls(name)}, {when}", "src": address})
+        return strips
+
+    async def _press(self, event: GenericEventArguments) -> None:
+        """Do what a key means: 1, 2 and 0 choose, u takes the last choice of this page back."""
+        key, left, right, here = event.args
+        async with self._lock:
+            if key == "u" and self._made:
+                line, *before = self._made.pop()
+                if line in (self._first / FILE).read_text("utf-8"):  # else another tab has chosen since
+                    await self._choose(*before)
+            elif key != "u" and left != right:
+                files = [self._files[left], self._files[right]]
+                if files != sorted(files):
+                    files.reverse()
+                    key = {"1": "2", "2": "1"}.get(key, key)
+                line, earlier = await self._choose(here, files, key)
+                if earlier != key:
+                    self._made.append((line, here, files, earlier))
+        self._status.text = f"Kept in {FILE}; choices to undo: {len(self._made)}"
+
+    async def _choose(self, number: int, files: list[Path], key: str) -> tuple[str, str]:
+        return await asyncio.to_thread(choose, self._first, self._prompts, number, files, key)

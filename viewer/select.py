@@ -17,30 +17,6 @@ from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import category_name
 from viewer.images import Shelf, find_rows
 
-STYLE = """
-.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; padding: 2px }
-.pick { position: relative; border-radius: 6px }
-.pick input { position: absolute; left: 6px; top: 6px; width: 20px; height: 20px; cursor: pointer }
-.pick:has(:checked) { background: #1c6dd055; box-shadow: 0 0 0 2px var(--link) }
-.tile { height: 168px; width: 100%; padding: 4px; border: 0; border-radius: 6px; font: inherit; color: inherit;
-  background: #868e9622 }
-.tile img { width: 100%; height: 134px; object-fit: contain; display: block }
-.tile span { font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
-.facts { display: grid; align-content: start; gap: 4px 12px;
-  grid-template-columns: fit-content(35%) minmax(0, 1fr); overflow-wrap: anywhere }
-"""
-# Any change of the page makes tiles anew; the one that had the focus takes it again.
-TILE = """<div class="pick">
-<button class="tile cursor-pointer" :id="'t' + props.row.id" :title="props.row.path"
- @click="e => e.shiftKey || e.ctrlKey || e.metaKey ? $parent.$emit('mark', [props.row.id, e.shiftKey])
-  : $parent.$emit('open', props.row.id)"
- @keydown.x="e => $parent.$emit('mark', [props.row.id, e.shiftKey])"
- @focus="e => e.target.ownerDocument.hadFocus = e.target.id"
- @vue:mounted="({el}) => el.ownerDocument.hadFocus == el.id && el.ownerDocument.activeElement == el.ownerDocument.body
-  && el.focus({preventScroll: true})">
-<img :src="props.row.src" :alt="props.row.path" /><span>{{ props.row.text }}</span></button>
-<input type="checkbox" :checked="props.row.marked" :aria-label="'mark ' + props.row.path"
- @click="e => $parent.$emit('mark', [props.row.id, e.shiftKey])" /></div>"""
 HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."
 
 

@@ -1,25 +1,25 @@
 """What all pages share: the runs, the collections, the networks, and the frame of a page."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from fastapi import HTTPException, Request, Response
-from nicegui import Client, ElementFilter, app, ui
+from nicegui import Client, app, ui
 from nicegui.events import GenericEventArguments
 
 from data.config import DataConfig
 from viewer.images import Shelf
 from viewer.live import LiveIndex
 from viewer.networks import Networks
-from viewer.parts import ACCENT, follow_address, show_heading
+from viewer.parts import ACCENT, Part, show_heading
 from viewer.queue import Queue
 
 _PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
-_FOLLOW_LOOK = """let dark = Quasar.Dark.isActive
-new MutationObserver(() => dark == (dark = Quasar.Dark.isActive) || emitEvent('look')).observe(document.body,
-    {attributeFilter: ['class']})"""
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums;
   --link: #1c6dd0; --warn: #a35200; --error: #c92a2a; --muted: #555 }
@@ -35,26 +35,15 @@ header a:hover, header a:focus-visible { text-decoration: underline; outline-col
 h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .lines { white-space: pre-line; overflow-wrap: anywhere }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
-.chart { height: 240px; width: 100% }
-.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px;
-  overflow-wrap: anywhere }
-.tiles img { width: 100%; aspect-ratio: 1; object-fit: contain }
 .level-1 { color: var(--warn) } .level-2 { color: var(--error) }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
 .q-table td:last-child { overflow-wrap: anywhere; min-width: 100px }
 .nicegui-log { white-space: pre-wrap; overflow-wrap: anywhere }
 .q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap }
 summary { display: list-item; font-weight: 500; cursor: pointer }
-.bar { padding: 1px 6px; border-radius: 3px; background:
-  linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
-  linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
 .q-uploader__subtitle { display: none } .nicegui-code { width: 100% }
 .nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
-.answers { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr));
-  overflow-wrap: anywhere }
-.answers > * { padding: 0 }
 s, section { width: 100% } s::after { content: "done"; display: inline-block }
-.seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
 
@@ -68,7 +57,6 @@ def set_looks() -> None:
         ui.image: "fit=contain no-spinner",
         ui.input: "dense outlined clearable",
         ui.select: "dense outlined options-dense",
-        ui.table: "flat bordered wrap-cells",
     }
     for element, look in looks.items():
         element.default_props(look)
@@ -78,13 +66,14 @@ def set_looks() -> None:
 
 @dataclass
 class Site:
-    """The parts that pages use. data: the settings of a collection, for any root."""
+    """The parts that pages use. data: the settings of a collection, for any root; read_prompts: of a run's pictures."""
 
     index: LiveIndex
     shelf: Shelf
     networks: Networks
     queue: Queue
     data: DataConfig
+    read_prompts: Callable[[Path], Sequence[Any]]
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
@@ -99,27 +88,55 @@ class Site:
                     link = ui.link(name, address)
                     if address == ui.context.client.page.path:
                         link.props("aria-current=page")
-            self._choose_look()
+            _show_look()
         ui.skip_link(target=ui.context.client.content)
-        follow_address()
         show_heading(title, 1)
         yield
 
-    def _choose_look(self) -> None:
-        """Show the switch between dark and light; until it is used, the browser's wish counts."""
-        look = ui.dark_mode(app.storage.general.get("dark"))
+    def add(self, page: "type[Page]") -> None:
+        """Serve a page at its addresses."""
 
-        def choose(event: GenericEventArguments) -> None:
-            app.storage.general["dark"] = look.value = event.args
+        @functools.wraps(page(self).show)
+        async def show(**words: Any) -> None:
+            await page(self).show(**words)
 
-        def redraw() -> None:
-            for chart in ElementFilter(kind=ui.echart):
-                chart.update()  # its text takes the colour of now
+        for address in page.addresses:
+            ui.page(address)(show)
 
-        ui.run_javascript(_FOLLOW_LOOK)
-        ui.on("look", redraw)
-        switch = ui.button(icon="contrast").props("flat round dense color=white aria-label='dark or light'")
-        switch.on("click", choose, js_handler="() => emit(!Quasar.Dark.isActive)")
+
+class Page:
+    """A page in one tab: each tab has an object of its own.
+
+    addresses: where it is; show: a method of each page, which builds it and takes the parameters of the address.
+    """
+
+    addresses: Sequence[str] = ()
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+
+@dataclass
+class RunTab:
+    """A tab of a run's page. name: the run's, in addresses; show: a method of each tab, which builds it."""
+
+    site: Site
+    name: str
+    path: Path
+
+
+class Frame(Part, component="vue/frame.vue"):
+    """The switch between dark and light, and what the browser tells the page about itself."""
+
+
+def _show_look() -> None:
+    """Show the switch between dark and light; until it is used, the browser's wish counts."""
+    look = ui.dark_mode(app.storage.general.get("dark"))
+
+    def choose(event: GenericEventArguments) -> None:
+        app.storage.general["dark"] = look.value = event.args
+
+    Frame().on("dark", choose)
 
 
 def add_missing_page(site: Site) -> None:

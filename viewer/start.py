@@ -4,32 +4,24 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from nicegui import app, ui
 
+from data.collection.collection import Collection
 from data.layouts.table import has_value
+from data.tools.config import Check
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import safe_lines
 from utils.record.run_index import is_own_run
-from viewer.parts import REFRESH_SEC, make_columns, run_name
-from viewer.site import Site
+from viewer.parts import REFRESH_SEC, Links, Part, run_name
+from viewer.queue import Queue
+from viewer.site import Page
 
-_SLOT = """<q-td :props="props">
-<q-badge :color="{running: 'primary', failed: 'negative', dead: 'negative', finished: 'positive'}[props.row.state]
- || 'grey-8'">{{ props.row.state }}</q-badge>
-<component :is="props.row.link ? 'a' : 'span'" :href="props.row.link" class="q-mx-sm text-primary">
- {{ props.row.words[0] }} {{ props.row.words.at(-1).split('/').at(-1) }}</component>
-<q-btn v-for="act in {waiting: ['To the front', 'Remove'], running: ['Stop'], stopping: ['Stop'], finished: ['Remove']}[
- props.row.state] || ['Start again', 'Remove']" flat dense no-caps color="primary"
- :label="props.row.state == 'stopping' ? 'Stop without saving' : act" :aria-label="act + ': ' + props.row.words.at(-1)"
- @click="$parent.$emit('act', [props.row.id, act])" />
-<div class="mono" style="white-space: pre-wrap; overflow-wrap: anywhere">{{ props.row.said }}</div>
-<a v-if="props.row.said.includes('labels.parquet')" href="/review?run=0/care/labels">Review them</a></q-td>"""
 _COMMANDS = {
     "Classify": "train.py data.root={root} loop.minutes={minutes} run_dir={run}",
     "Tag": "train.py task=tagging data.root={root} loop.minutes={minutes} run_dir={run}",
@@ -43,106 +35,112 @@ _FIELDS = {
     "trigger": "LoRA: words for it, such as sks dog; or null",
 }
 _LISTED = 500  # folders in one
-_SAID = 4  # lines of a log
+_LINES = 4  # of a log
 
 
-def show_queue(site: Site) -> Callable:
-    """Show the queue, live. Returns what acts on it, as `Queue.act` does, and shows it again."""
-    said = ui.label().classes("text-negative").props("role=status")
-    table = ui.table(columns=make_columns({"id": "Queue"}), rows=[], row_key="id").classes("w-full")
-    table.add_slot("body-cell-id", _SLOT)
-
-    def read(*act: str) -> list[Json]:
-        rows = []
-        for name, words in site.queue.act(*act):
-            folder = Path(words[-1].split("=", 1)[1])
-            said = safe_lines("\n".join(site.queue.lines(name)[-_SAID:]))
-            link = f"/run/{quote(run_name(site.index, folder))}" if is_own_run(folder) else ""
-            rows.append(
-                {"id": name, "state": site.queue.state(name, folder), "words": words, "said": said, "link": link}
-            )
-        return rows
-
-    async def refresh(*act: str) -> None:
-        try:
-            table.rows = await asyncio.to_thread(read, *act)
-            said.text = ""
-        except UserError as error:
-            said.text = safe_lines(str(error))
-
-    table.on("act", lambda event: refresh(*event.args))
-    ui.timer(REFRESH_SEC, refresh)
-    return refresh
-
-
-def add_page(site: Site) -> None:
-    """Add the page. The queue goes on as long as the server runs, also while no page is open."""
+def keep_queue_going(queue: Queue) -> None:
+    """Let the queue go on as long as the server runs, also while no page is open."""
 
     async def go_on() -> None:
         with suppress(UserError):  # the page says it
-            await asyncio.to_thread(site.queue.act)
+            await asyncio.to_thread(queue.act)
 
     app.timer(REFRESH_SEC, go_on)
 
-    @ui.page("/start")
-    async def show(folder: str = "", browse: str = str(site.queue.roots[0])) -> None:
-        with site.page("Start"):
-            refresh = show_queue(site)
+
+class Jobs(Part, component="vue/jobs.vue"):
+    """The queue of what was started."""
+
+
+class StartPage(Page):
+    """A folder, what trains on it, and the queue."""
+
+    addresses = ["/start"]
+
+    async def show(self, folder: str = "", browse: str = "") -> None:
+        """Show the queue, and a folder, or those below the one that is browsed."""
+        queue = self.site.queue
+        with self.site.page("Start"):
+            self._fault = ui.label().classes("text-negative").props("role=status")
+            self._jobs = Jobs(jobs=[]).on("act", lambda event: self._refresh(*event.args))
+            ui.timer(REFRESH_SEC, self._refresh)
             try:
-                path = Path(folder or browse)
-                site.queue.check(["train.py", f"data.root={path}"])
+                path = Path(folder or browse or queue.roots[0])
+                queue.check(["train.py", f"data.root={path}"])
                 with ui.element("form").props("action=/start").classes("w-full row"):
                     typed = ui.input("Folder with images: type, paste or drop its path", value=str(path))
                     typed.props("name=folder").classes("col")
                     ui.button("Look into it").props("type=submit")
                 below = await asyncio.to_thread(lambda: sorted(path.glob("[!.]*/"))[:_LISTED])
-                with ui.row().classes("gap-x-4 gap-y-1"):
-                    for other in (*site.queue.roots, path.parent, *below):
-                        ui.link(safe_lines(str(other)), "/start?browse=" + quote(bytes(other)))
+                links = (*queue.roots, path.parent, *below)
+                Links(links={"/start?browse=" + quote(bytes(link)): safe_lines(str(link)) for link in links})
                 if folder:
-                    await look_into(site, path, refresh)
+                    await self._look_into(path)
             except UserError as error:
                 ui.label(safe_lines(str(error))).classes("text-negative")
 
+    async def _refresh(self, *act: Any) -> None:
+        """Show the queue, when `Queue.act` has done what a button says."""
+        try:
+            self._jobs.props["jobs"] = await asyncio.to_thread(self._read_jobs, *act)
+            self._fault.text = ""
+        except UserError as error:
+            self._fault.text = safe_lines(str(error))
 
-async def look_into(site: Site, folder: Path, refresh: Callable) -> None:
-    """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
-    name = site.shelf.add(site.data.model_copy(update={"root": str(folder)}))
-    said = ui.label("Reading the folder").style("white-space: pre-wrap; overflow-wrap: anywhere").props("role=status")
-    await ui.context.client.connected()
-    collection = await asyncio.to_thread(site.shelf.open, name, again=True)
-    said.text = f"{len(collection):,} images; reading every file"
+    def _read_jobs(self, *act: Any) -> list[Json]:
+        jobs = []
+        queue = self.site.queue
+        for name, words in queue.act(*act):
+            folder = Path(words[-1].split("=", 1)[1])
+            link = f"/run/{quote(run_name(self.site.index, folder))}" if is_own_run(folder) else ""
+            lines = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
+            jobs.append({"id": name, "state": queue.state(name, folder), "words": words, "lines": lines, "run": link})
+        return jobs
+
+    async def _look_into(self, folder: Path) -> None:
+        """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
+        shelf = self.site.shelf
+        name = shelf.add(self.site.data.model_copy(update={"root": str(folder)}))
+        status = ui.label("Reading the folder").classes("lines").props("role=status")
+        await ui.context.client.connected()
+        collection = await asyncio.to_thread(shelf.open, name, again=True)
+        status.text = f"{len(collection):,} images; reading every file"
+        ui.label("To classify, it needs labels of two classes; to tag, tags.")
+        with ui.row():
+            ui.link("Label the images", f"/label?collection={name}")
+            ui.link("Look at them", f"/collection/{name}")
+        self._show_command(folder, list_kinds(collection))
+        check = Check(name="check", verify=True, report=str(self.site.queue.runs / "care" / name))
+        report = await asyncio.to_thread(check.run, shelf.config(name))
+        status.text = safe_lines("\n".join([report, *collection.unused]))
+
+    def _show_command(self, folder: Path, kinds: list[str]) -> None:
+        """Show a command of a kind, and what adds it to the queue."""
+        runs = self.site.queue.runs
+        slug = re.sub(r"\W+", "_", folder.name)[:60]
+        values = {"root": folder, "care": runs / "care", "minutes": "10", "base": "", "trigger": "null"}
+        words = []
+
+        def update() -> None:
+            values["run"] = runs / time.strftime(f"{slug}-%y%m%d-%H%M%S")
+            words[:] = [text.format(**values) for text in _COMMANDS[kind.value].split()]
+            shown.content = shlex.join(["python", *words])
+
+        with ui.row():
+            kind = ui.toggle(kinds, value=kinds[-1], on_change=update)
+            for field, label in _FIELDS.items():
+                ui.input(label).bind_value(values, field).on_value_change(update)
+        shown = ui.code(language="bash")
+        shown.copy_button.props("aria-label=copy")
+        ui.button("Start", on_click=lambda: self._refresh("", "Add", [*words])).on_click(update)
+        update()
+
+
+def list_kinds(collection: Collection) -> list[str]:
+    """Return what can be trained on a collection (keys of _COMMANDS), the best guess last."""
     kinds = ["LoRA"]
     if has_value(collection.table["tags"]).any():
         kinds.append("Tag")
     if len(collection.class_names("train")) > 1:
         kinds += ["Find wrong labels", "Classify"]
-    care = site.queue.runs / "care"
-    values = {"root": folder, "care": care, "minutes": "10", "base": "", "trigger": "null"}
-    words = []
-
-    def update() -> None:
-        slug = re.sub(r"\W+", "_", folder.name)[:60]
-        values["run"] = site.queue.runs / time.strftime(f"{slug}-%y%m%d-%H%M%S")
-        words[:] = [text.format(**values) for text in _COMMANDS[kind.value].split()]
-        shown.content = shlex.join(["python", *words])
-
-    ui.label("To classify, it needs labels of two classes; to tag, tags.")
-    with ui.row():
-        ui.link("Label the images", f"/label?collection={name}")
-        ui.link("Look at them", f"/collection/{name}")
-    with ui.row():
-        kind = ui.toggle(kinds, value=kinds[-1], on_change=update)
-        for field, label in _FIELDS.items():
-            ui.input(label).bind_value(values, field).on_value_change(update)
-    shown = ui.code(language="bash")
-    shown.copy_button.props("aria-label=copy")
-    ui.button("Start", on_click=lambda: refresh("", "Add", [*words])).on_click(update)
-    update()
-
-    def check() -> str:
-        from data.tools.config import Check
-
-        return Check(name="check", verify=True, report=str(care / name)).run(site.shelf.config(name))
-
-    said.text = safe_lines("\n".join([await asyncio.to_thread(check), *collection.unused]))
+    return kinds

@@ -15,26 +15,14 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from viewer.collection import Browser, list_collections
 from viewer.images import Shelf, find_copies
-from viewer.parts import show_grid, show_share
-from viewer.site import Site
+from viewer.parts import Part, show_share
+from viewer.site import Page
 
-# Quasar's own header has a button without a name, and an input in it.
-_CHOOSE = """<q-btn flat icon="add" label="Drop, paste or choose images" @click="props.pickFiles" />
-<div class="q-px-md q-pb-sm">Is the image in a collection? It is marked among its nearest images, where labels and tags
-can be changed. To add a new one, save it in the collection's folder, labelled as the others are.</div>
-<span class="hidden"><q-uploader-add-trigger /></span>"""
+_ADVICE = (
+    "Is the image in a collection? It is marked among its nearest images, where labels and tags can be changed. To add "
+    "a new one, save it in the collection's folder, labelled as the others are."
+)
 MAX_BYTES = 64 * 2**20  # of an upload
-_ANSWER = """<q-card flat bordered class="q-pa-sm"><div class="ellipsis" :title="props.row.weights">
-{{ props.row.weights }}</div><div class="muted">{{ props.row.facts }}</div>
-<template v-if="props.row.seen"><img class="seen" :src="props.row.seen" alt="the image">
-<div v-if="props.row.caption" class="mono">{{ props.row.caption }}</div><q-btn v-if="props.row.caption" flat no-caps
-  color="primary" label="Copy caption" @click="$parent.$emit('copy', props.row.caption)" /></template>
-<template v-for="(bars, category) in props.row.bars"><div class="text-weight-medium">{{ category }}</div>
-<div v-for="bar in bars" :class="'bar row no-wrap q-mb-xs ' + (bar.is_chosen ? 'text-weight-medium' : 'muted')"
-  :style="{'--prob': 100 * bar.prob + '%', '--least': (bar.least ?? -1) * 100 + '%'}">
-<div class="col ellipsis">{{ bar.name }}</div><div class="mono">{{ bar.prob.toFixed(3) }}
-{{ bar.least == null ? '' : (bar.is_chosen ? '≥ ' : '< ') + bar.least.toFixed(2) }}</div></div></template></q-card>"""
-_PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData?.files)"
 
 
 def list_choices(shelf: Shelf) -> tuple[dict[str, str | None], dict[str, str]]:
@@ -44,36 +32,37 @@ def list_choices(shelf: Shelf) -> tuple[dict[str, str | None], dict[str, str]]:
         for file in (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")):
             if str(file) == escape_controls(str(file)):
                 own[str(file)] = collection
-    return own, {its["name"]: f"{its['folder']}: {its['about']}" for its in list_collections(shelf)}
+    return own, {row["name"]: f"{row['folder']}: {row['about']}" for row in list_collections(shelf)}
 
 
-def add_page(site: Site) -> None:
-    """Add the page."""
-
-    @ui.page("/try")
-    async def show() -> None:
-        own, collections = await asyncio.to_thread(list_choices, site.shelf)
-        with site.page("Try an image"):
-            TryPage(site, own, collections)
+class Answers(Part, component="vue/answers.vue"):
+    """What networks say of images, side by side."""
 
 
-class TryPage:
-    """The page in one tab. own: weight files of runs, with their collections; collections: titles by name."""
+class Chooser(Part, component="vue/chooser.vue"):
+    """The head of an uploader."""
 
-    def __init__(self, site: Site, own: dict[str, str | None], collections: dict[str, str]) -> None:
-        self._site = site
+
+class TryPage(Page):
+    """The page in one tab."""
+
+    addresses = ["/try"]
+
+    async def show(self) -> None:
+        """Show the page: weight files of runs and collections to choose from."""
+        own, collections = await asyncio.to_thread(list_choices, self.site.shelf)
         self._images: list[tuple[bytes, str]] = []
         self._newest = 0  # the number of the last question
-        self._build_choices([*own])
-        self._message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
-        self._message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
-        self._result = show_grid("answers", _ANSWER)
-        self._result.on("copy", lambda event: ui.clipboard.write(event.args))
-        with ui.row():
-            self._collection = ui.select(collections, label="Collection", value=next(iter(own.values()), None))
-            self._collection.classes("col")
-            self._search = ui.button("Find its nearest images", on_click=self._find)
-        self._alike = ui.column().classes("w-full")
+        with self.site.page("Try an image"):
+            self._build_choices([*own])
+            self._message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
+            self._message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
+            self._result = Answers(answers=[]).on("copy", lambda event: ui.clipboard.write(event.args))
+            with ui.row():
+                self._collection = ui.select(collections, label="Collection", value=next(iter(own.values()), None))
+                self._collection.classes("col")
+                self._search = ui.button("Find its nearest images", on_click=self._find)
+            self._alike = ui.column().classes("w-full")
 
     def _build_choices(self, own: list[str]) -> None:
         with ui.row():
@@ -91,10 +80,10 @@ class TryPage:
         for choice in (self._weights, self._profile):
             choice.on_value_change(self._ask)
         upload = ui.upload(multiple=True, auto_upload=True, on_multi_upload=self._take)
-        upload.add_slot("header", _CHOOSE)
+        with upload.add_slot("header"), Chooser():
+            ui.label(_ADVICE)
         upload.on_rejected(self._refuse).on("failed", self._refuse, args=[]).on("uploaded", upload.reset, args=[])
         upload.props(f"flat bordered max-total-size={MAX_BYTES}").classes("w-full")
-        ui.run_javascript(_PASTE.format(upload.id))
 
     def _refuse(self) -> None:
         self._message.set_text(f"not taken: choose images of at most {MAX_BYTES >> 20} MiB together")
@@ -116,28 +105,28 @@ class TryPage:
                 if number != self._newest or self._result.is_deleted:
                     return
                 rows.append(answer)
-                self._result.rows = [*rows]
+                self._result.props["answers"] = [*rows]
                 self._message.text = ""
 
     def _answer(self, weights: str, content: bytes, name: str) -> Json:
         """Return the row of an answer, or of what prevents it."""
         try:
-            answer = self._site.networks.ask(weights, self._profile.value, content, name)
+            answer = self.site.networks.ask(weights, self._profile.value, content, name)
         except (UserError, UnreadableImage) as error:
             return {"facts": escape_controls(str(error))}
         answer.seen.save(file := io.BytesIO(), "PNG")
         seen = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        bars = {kind: [bar._asdict() for bar in its] for kind, its in answer.bars.items()}
+        bars = {kind: [bar._asdict() for bar in shown] for kind, shown in answer.bars.items()}
         return {**answer._asdict(), "weights": weights, "seen": seen, "bars": bars}
 
     async def _find(self) -> None:
         if not (self._images and self._weights.value and self._collection.value):
             ui.notify("choose a network, an image and a collection")
             return
-        shelf = self._site.shelf
+        shelf = self.site.shelf
         name = self._collection.value
         image = self._images[0]
-        nearest = self._site.networks.nearest
+        nearest = self.site.networks.nearest
         self._alike.clear()
         self._search.disable()
         try:

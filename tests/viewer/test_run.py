@@ -11,10 +11,9 @@ from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
-from utils.record.tables import read_decisions
-from viewer.curves import chart_options, smooth
+from viewer.curves import read_figures, read_lines
 from viewer.images import Shelf
-from viewer.results import describe_image, draw_confused, draw_decisions, find_addresses
+from viewer.results import describe_image, find_addresses
 from viewer.run import LogReader
 
 DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" + "".join(
@@ -55,18 +54,7 @@ def runs(tmp_path_factory):
     return root / "runs"
 
 
-def test_the_threshold_gives_its_figures_and_marks_the_curves(runs):
-    (decisions,) = read_decisions(runs / "sweep/a").values()
-    text, charts = draw_decisions(decisions, 0.4)
-    assert "Threshold 0.40: precision 0.833, recall 0.556" in text and "50 of 60 decisions" in text
-    (precision, recall, *_), (correct, _) = (chart["series"] for chart in charts)
-    assert precision["data"][40] == [0.4, 50 / 60] and recall["data"][40] == [0.4, 50 / 90]
-    assert correct["data"][0] == [0.05, 1.0] and correct["data"][-1] == [pytest.approx(0.95), 0.0]
-
-
-def test_confusions_and_images(runs):
-    rows = [{"true": "a", "predicted": "b", "share": "0.25"}, {"true": "b", "predicted": "z", "share": "1"}]
-    assert draw_confused(rows, ["a", "b"])["series"][0]["data"] == [[1, 0, 25.0]]
+def test_images_of_the_collection_and_what_is_said_of_them(runs):
     shelf, run = Shelf(RunIndex([runs]), None), runs / "sweep/a"
     first, other = find_addresses(run, shelf, ["train/y/1.png", "elsewhere.png"])
     assert first.startswith("/image/") and first.endswith("/1?px=256") and other is None
@@ -92,28 +80,20 @@ def test_lines_of_the_log_have_levels(tmp_path):
     assert [level for level, _ in reader.new_lines()] == [0, 1, 2, 2] and reader.new_lines() == []
 
 
-def test_curves_by_time(tmp_path):
+def test_curves_of_runs(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(
         line(10, loss=2.0, seconds=60.0) + line(20, loss=1.0, seconds=90.0) + line(15, "evaluate", loss=3.0)
     )
-    curves = Curves(file)
-    curves.read()
-    trained, evaluated = chart_options({"": [curves]}, "loss", 0, logarithmic=False, by_time=True)["series"]
-    assert trained["data"] == [[1.0, 2.0], [1.5, 1.0]] and evaluated["data"] == [[1.25, 3.0]]
+    (curves := Curves(file)).read()
+    (loss,) = read_figures({"": [curves]})
+    trained, evaluated = loss["lines"]
+    assert (trained["steps"], trained["minutes"], trained["values"]) == ([10, 20], [1.0, 1.5], [[2.0, 1.0]])
+    assert (evaluated["minutes"], evaluated["values"]) == ([1.25], [[3.0]])
     file.write_text(line(10, loss=4.0) + line(30, loss=5.0))
     (other := Curves(file)).read()
-    lines = chart_options({"a": [curves, other]}, "loss", 0, logarithmic=False)["series"][:3]
-    assert [each["data"] for each in lines] == [
-        [[10, 3.0], [20, 2.75], [30, 3.0]], [[10, 2.0], [20, 1.0], [30, 1.0]], [[10, 2.0], [20, 3.5], [30, 4.0]],
-    ]  # fmt: skip
-
-
-def test_a_moving_average_has_no_bias_and_skips_gaps():
-    values = np.array([2.0, np.nan, 2.0, 4.0])
-    np.testing.assert_allclose(smooth(values, 0.5)[:3], 2.0)
-    assert 2.0 < smooth(values, 0.5)[3] < 4.0
-    np.testing.assert_array_equal(smooth(values, 0.0), values)
+    band, _ = read_lines({"a": [curves, other]}, "loss")
+    assert band["values"] == [[3.0, 2.75, 3.0], [2.0, 1.0, 1.0], [2.0, 3.5, 4.0]]
 
 
 def test_one_visit(page, address, runs):
@@ -122,7 +102,7 @@ def test_one_visit(page, address, runs):
     said = page.locator(".lines").all_inner_texts()
     assert "best top-1 0.5 (95 % interval: 0.4 to 0.6)" in said[0] and said[0].startswith("finished, step 2")
     assert "optim=sgd because it is good\n" in said[2] and "more cats" in said[2]
-    assert page.locator(".tiles img").count() == 2
+    assert page.locator(".cards img").count() == 2
     assert page.get_by_text("python export.py").count() == 1
     assert page.locator("s", has_text="evaluate.py per_image=true").count() == 1
     page.get_by_role("tab", name="Thresholds").click()
@@ -131,14 +111,14 @@ def test_one_visit(page, address, runs):
     page.locator("[aria-label=threshold] [tabindex]").press("ArrowRight")
     page.get_by_text("Threshold 0.51: precision 0.796").wait_for()
     page.get_by_role("tab", name="Mistakes").click()
-    page.locator(".tiles img").nth(1).wait_for()
-    assert page.locator(".tiles > div").count() == 3
+    page.locator(".cards img").nth(1).wait_for()
+    assert page.locator(".cards > div").count() == 3
     box = page.locator("canvas").last.bounding_box()
     place = {"x": box["width"] * 0.8, "y": box["height"] * 0.2}
     page.locator("canvas").last.click(position=place, force=True)  # a layer for what is hovered may come above
     page.get_by_text("→ x (0.25)").wait_for(state="detached")
     page.get_by_text("→ y (0.88)").wait_for()
-    assert page.locator(".tiles > div").count() == 1
+    assert page.locator(".cards > div").count() == 1
     page.get_by_role("tab", name="Pictures").click()
     page.get_by_text("step 20").wait_for()
     page.locator("[aria-label=step] [tabindex]").press("ArrowLeft")
@@ -163,7 +143,7 @@ def test_one_visit(page, address, runs):
     page.get_by_text("They saw other data: corrections.").wait_for()
     page.get_by_text("a probability of 0.5 (McNemar's exact test): this may be chance").wait_for()
     page.get_by_role("heading", name="only 0/sweep/b right: 2").wait_for()
-    assert page.locator(".tiles > div").count() == 3
+    assert page.locator(".cards > div").count() == 3
     assert_accessible(page)
     (runs / "sweep/b/tables/images.parquet").rename(runs / "sweep/b/tables/images_train.parquet")
     page.reload()
