@@ -105,8 +105,9 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
 def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "license": 'mit"\ntags: [forged]'}
     model, metadata = make(geometry())
+    names = ["{{ names }}", "a, <b>", *map(str, range(110))]
     for origin in ("no object", texts):
-        weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin})
+        weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin, "class_names": names})
         Card(weights, "safetensors", FORMATS["safetensors"], "model.safetensors").write(tmp_path)
     lines = (tmp_path / "README.md").read_text().splitlines()
     front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
@@ -114,6 +115,8 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     spellings = {"CC-BY-NC 4.0": "cc-by-nc-4.0", "Apache_2.0": "apache-2.0", "My Own 2.0": "My Own 2.0"}
     for stated, shown in spellings.items():
         assert licence_of({"origin": {"license": stated}}) == shown
+    (shown,) = (line for line in lines if line.startswith("112 classes: "))
+    assert shown.startswith("112 classes: `{{ names }}`, `a, <b>`, `0`, ") and shown.endswith(", `97` and 12 more.")
     assert r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
 
 
