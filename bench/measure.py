@@ -31,7 +31,6 @@ from engine.plan import Plan
 from engine.run.length import wait_for
 from engine.run.loop import Run
 from engine.task import Streams
-from engine.update.graphs import fuse_layers
 from engine.update.runtime import Runtime, choose_runtime
 from utils.config.entry_point import Job
 from utils.config.help import CONF, ROOT
@@ -251,7 +250,4 @@ def build_bench_run(
         evaluate_every_epochs=1e9,
     )
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
-    run = Run(task, Streams(None, {}, {}), plan, config, choose_runtime(config.runtime), folder)
-    if run.learner.graphs is not None and not config.runtime.compile:  # as runtime.compile=auto does in a long run
-        fuse_layers(task)
-    return run
+    return Run(task, Streams(None, {}, {}), plan, config, choose_runtime(config.runtime), folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.depthwise import DepthwiseConv2d
-from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm, Sites, compiled_activate
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm, Sites
 
 _GROUP_LAST = 12  # the last layer for layer decay of kind `group`
 
@@ -33,12 +33,8 @@ def init_weights(module: nn.Module) -> None:
 class Block(nn.Module):
     """Mix space by a depthwise 7x7 convolution, then channels by an MLP with GRN, and add the input.
 
-    is_fused: whether a compiler makes few passes of what lies between the pointwise layers, in training on a GPU.
-
     Source: Woo et al. 2023 (arXiv 2301.00808), figure 5; facebookresearch/ConvNeXt-V2:models/convnextv2.py.
     """
-
-    is_fused = False
 
     def __init__(self, dim: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -55,13 +51,7 @@ class Block(nn.Module):
             branch = self.dwconv(x).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
         else:  # GRN takes its norm over dimensions 1 and 2, which have only the visible sites
             branch = sites.from_map(self.dwconv(sites.to_map(x))).view(sites.batch, -1, 1, x.shape[-1])
-        branch = self.norm(branch)
-        if self.is_fused and branch.requires_grad:
-            wide = F.linear(branch, self.pwconv1.weight)
-            branch = compiled_activate()(wide, self.pwconv1.bias, self.grn.gamma, self.grn.beta)
-        else:
-            branch = self.grn(F.gelu(self.pwconv1(branch)))
-        branch = self.pwconv2(branch)
+        branch = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(branch)))))
         return self.drop_path(x, branch.permute(0, 3, 1, 2) if sites is None else branch.view(x.shape))
 
 

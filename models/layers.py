@@ -1,8 +1,6 @@
 """The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, visible sites, and patches."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -101,24 +99,6 @@ def respond(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Ten
     share = norms / (norms.mean(dim=-1, keepdim=True) + EPS)
     # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1.
     return x + torch.addcmul(beta.to(x.dtype), x, (gamma * share).to(x.dtype)), norms, share
-
-
-def activate(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Return GRN of GELU of x + bias, [B, H, W, C] in the dtype of `x`, computed in float32: for a compiler.
-
-    It makes 3 passes over a map of it, and 5 in the backward pass, where eager kernels make 8 and 14. The shifts are
-    expanded over the samples, so that their gradients are sums over the sites of a sample, which need no pass.
-    """
-    shape = (len(x), 1, 1, -1)
-    y = F.gelu(x.float() + bias.expand(shape))
-    return respond(y, gamma, beta.expand(shape))[0].to(x.dtype)
-
-
-@cache
-def compiled_activate() -> Callable:
-    """Return `activate`, compiled for each shape of `x`, which stages and image sizes have."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(activate, fullgraph=True, dynamic=False)
 
 
 class GRN(nn.Module):

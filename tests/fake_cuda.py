@@ -72,8 +72,6 @@ from engine.run.checkpoint import copy_to_host
 from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.update import runtime as runtime_module
-from models import convnextv2 as convnextv2_module
-from models.layers import activate
 from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
 from utils.config.help import ROOT
 from utils.errors import UserError
@@ -220,7 +218,6 @@ def fake_gpu():
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (runtime_module, "missing_for_compile", lambda _: []),
-        (convnextv2_module, "compiled_activate", lambda: activate),  # nothing is compiled
         (fake_tensor, "init_gpu_context", lambda _: None),  # torch 2.11 would make a real tensor
         (nn.Module, "_apply", _apply),
     ]
@@ -254,7 +251,7 @@ def run_steps(run, batches):
 
 def run_case(task, optim, precision):
     """Run steps, evaluations, copies, a reload and more steps; returns the host reads within the steps, and how often
-    they copied a map. FCMAE has the activations that a compiler would fuse.
+    they copied a map.
     """
     with fake_gpu() as device:
         kind, setup = make_setup(task)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.update.step import StepResult
@@ -152,13 +152,6 @@ class UpdateGraphs:
         if not torch.equal(before, torch.default_generator.get_state()):
             raise RuntimeError("the task draws random numbers on the CPU")
         return _Recorded(kept, values, found, replay, replay_step)
-
-
-def fuse_layers(task: nn.Module) -> None:
-    """Let the blocks that can do so compute in fewer passes over memory, by a compiler."""
-    for module in task.modules():
-        if hasattr(module, "is_fused"):
-            module.is_fused = True
 
 
 def record_graph(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:

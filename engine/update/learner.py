@@ -15,9 +15,9 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from engine.update.batch_size import MicroBatches
-from engine.update.graphs import Prepare, UpdateGraphs, fuse_layers
+from engine.update.graphs import Prepare, UpdateGraphs
 from engine.update.parallel import no_sync, wrap_task
-from engine.update.runtime import Runtime, choose_compile, choose_fused
+from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
@@ -69,8 +69,6 @@ class Learner:
         self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
         self.scale = first_scale(runtime)
         self.graphs = self.record_updates() if self._may_record() else None
-        if self.graphs is not None and not self.compiles and choose_fused(config, plan.total_steps):
-            fuse_layers(task)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
             self.averages = Averages(networks_of(task, task.averaged))

@@ -23,9 +23,6 @@ log = get_logger(__name__)
 # quarter of one of ResNet-18 at 128 px (1.0 ms). Both pay after 90 s of training. On a CPU it saves a third of a step
 # or costs a tenth, by network (docs/benchmarks.md).
 COMPILE_PAYS_FROM = {"steps": 6000, "minutes": 4.0}
-# A task that is not compiled, whose updates are recorded, compiles what lies between the pointwise layers of ConvNeXt
-# V2. That takes some seconds for each stage, and saves a third of a step's bytes (docs/benchmarks.md); not yet timed.
-FUSING_PAYS_AFTER_STEPS = 2000
 _EVALUATION_PREFETCH = 2  # batches per worker process
 _MOST_WORKERS = 24  # per rank; more only take memory
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,12 +68,6 @@ def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> boo
     if config.loop.minutes is not None:
         pays = config.loop.minutes >= COMPILE_PAYS_FROM["minutes"]
     return device == "cuda" and pays and not config.runtime.deterministic and not missing_for_compile(device)
-
-
-def choose_fused(config: TrainingConfig, total_steps: int) -> bool:
-    """Return whether to compile some layers of a task whose updates are recorded; runtime.compile=false forbids it."""
-    pays = config.loop.minutes is None and total_steps >= FUSING_PAYS_AFTER_STEPS
-    return config.runtime.compile and pays and not missing_for_compile("cuda")
 
 
 def chooses_threads(config: MachineConfig) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from engine.config import RuntimeConfig
 from engine.run.start import keep_threads
-from engine.update.runtime import COMPILE_PAYS_FROM, choose_compile, choose_fused, choose_runtime
+from engine.update.runtime import COMPILE_PAYS_FROM, choose_compile, choose_runtime
 from tests.support import refuses
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
@@ -73,9 +73,6 @@ def test_a_run_is_compiled_where_that_pays_and_what_is_missing_is_named(device, 
         assert not chooses_compile(device, least, **off)
     with refuses("^runtime.compile: true needs ") if missing else nullcontext():
         assert chooses_compile(device, 1, compile=True)
-    for compiles, steps, pays in (("auto", 9, False), ("auto", 10**6, True), (False, 10**6, False)):
-        unlimited = SimpleNamespace(loop=SimpleNamespace(minutes=None), runtime=SimpleNamespace(compile=compiles))
-        assert choose_fused(unlimited, steps) == (pays and not missing_for_compile("cuda"))
 
 
 @pytest.fixture
