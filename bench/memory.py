@@ -23,8 +23,8 @@ from engine.plan import plan_streams
 from engine.task import Report
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
-from sdxl.kind import DiffusionKind
 from sdxl.memory import LIBRARIES_GIB, LiveBytes, predict_memory
+from sdxl.settle import CHANGES
 
 LORA = ["runtime.grad_checkpointing=true", "task.samples.prompts=[a cat]"]
 UNET = [
@@ -66,7 +66,8 @@ def compare(name, words, device, quick):
     shutil.rmtree("latents", ignore_errors=True)  # of the setting before
     more = ["data.validation_fraction=0.3", *CACHED[:1], *words, *(SMALL if quick else [])]
     config = configure(*made, *more)
-    config = DiffusionKind().complete(config)
+    for change in CHANGES[:-1]:
+        config = change.apply(config, None)
     predicted = predict_memory(config, "bf16")
     runtime = choose_runtime(config.runtime)
     opened = []

@@ -79,13 +79,13 @@ class Plan:
         return multiple(step) > multiple(step - 1 if since is None else since) or step == self.total_steps
 
 
-def plan_streams(config: TrainingConfig, streams: Streams, world_size: int) -> Plan:
-    """Return the plan of a run on its streams."""
+def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, steps: int | None = None) -> Plan:
+    """Return the plan of a run on its streams. steps: of a run whose length is measured."""
     loop = config.loop
     size = loop.batch_size
     epoch_length = streams.train.epoch_length
     micro, accum = loop.split(world_size, streams.train.chunk)
-    total = _count_steps(config, epoch_length)
+    total = _count_steps(config, epoch_length) if steps is None else steps
     warmup = _count_warmup(config, epoch_length / size, total)
     reads = sum(loader.samples for loader in streams.evaluation.values())  # of an evaluation, with a probe's
     every = _evaluate_every(config, total, epoch_length / size, reads / epoch_length)

@@ -12,27 +12,21 @@ How a run begins. The order matters: what a later step reads is settled before i
 
 import shlex
 
-from data.load import load_collection
 from data.open import Data
 from engine.config import TrainingConfig
-from engine.recipe.batch import fit_batch
-from engine.recipe.pretrained import use_pretrained
-from engine.recipe.prodigy import use_factor
-from engine.recipe.rules import plan_recipe
+from engine.recipe.settle import settle
 from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
 from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
-from engine.run.start import build_task, describe_run, open_run, start_ranks
+from engine.run.start import build_task, describe_run, open_run
 from engine.tasks.opening import open_kind
-from engine.update.runtime import warming
-from utils.config.entry_point import Job
+from utils.config.command_line import Job
 from utils.io.files import output_errors, refuse_links_out
 from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.report import write_report
-from utils.record.run_folder import default_run_dir
 from utils.start import STARTED
 
 log = get_logger(__name__)
@@ -40,37 +34,33 @@ log = get_logger(__name__)
 
 def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
-    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
+    # ---------------------------------------------------------------------- 1. Ranks, machine, collection and recipe
     stages = Stages("imports", STARTED)
     kind = open_kind(config.task.name)
-    config = use_factor(config, job.overrides)
-    runtime = start_ranks(config)
-    config = kind.complete(use_pretrained(config, job.overrides), job.overrides)
-    if config.runtime.memory_gib is not None:
-        config = kind.fit_memory(config, job, runtime)
+    config, job, runtime, collection, path = settle(config, job, kind, stages)
+    stages.end("plan")
 
     # --------------------------------------------------------------------------------------------------- 2. The data
-    with warming(runtime.device):
-        collection = load_collection(config.data)
-    stages.end("collection")
-    if config.loop.minutes is not None:
-        config, job, runtime = plan_recipe(config, job, kind, collection, runtime)
-    stages.end("plan")
-    config = fit_batch(config, collection, job.overrides)
-    path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
     fill_batch = 4 if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
-    more = {"seed": config.seed, "batch_size": fill_batch, "run_path": path, "dry_run": config.dry_run}
-    data = Data(collection, source, runtime, **more)
+    data = Data(
+        collection,
+        source,
+        runtime,
+        seed=config.seed,
+        batch_size=fill_batch,
+        run_path=path,
+        dry_run=config.dry_run,
+    )
 
     # ------------------------------- 3. The task and its initial weights, before its streams, which may fill caches
     task = build_task(lambda: kind.build(setup), config)
     if not resumes:
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
     streams = kind.streams(data, setup, config)
-    plan = describe_run(task, streams, config, job, runtime)
+    plan = describe_run(task, streams, config, job, path, runtime)
     if config.dry_run:
         if distributed.is_main():
             refuse_links_out("run_dir", path)

@@ -9,7 +9,7 @@ Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
-from engine.tasks.kind import Setup
+from engine.tasks.change import Change
+from engine.tasks.kind import Kind, Setup
 from sdxl.caches.buckets import fitted_views
-from sdxl.config import SDXLConfig, VAETrainingConfig
-from sdxl.files.networks import describe, open_networks, settle_model
+from sdxl.config import SDXLConfig
+from sdxl.files.networks import describe, open_networks
 from sdxl.kind import BucketedKind, Reading, find_buckets
 from sdxl.perceptual import PatchDiscriminator, PerceptualNetwork, absolute_error, hinge, pyramid_distance
+from sdxl.settle import settle_vae
 from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
@@ -199,11 +201,8 @@ class AutoencoderKind(BucketedKind):
 
     model = SDXLConfig
     task = AutoencoderTask
+    changes = (Change(settle_vae, "the VAE has these values"), *Kind.changes)
     next_commands = ("python export.py format=vae run_dir={run}",)
-
-    def complete(self, config: VAETrainingConfig, words: Sequence[str] = ()) -> VAETrainingConfig:
-        """Return the configuration with the values of the VAE."""
-        return config.model_copy(update={"model": settle_model(config.model)})
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
         """Check the perceptual network and its files. There are no facts."""

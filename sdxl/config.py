@@ -106,7 +106,7 @@ class BucketConfig(Strict):
 
     def for_evaluation(self) -> "BucketConfig":
         """Return the same buckets without chance: no flip, and crops from the centre."""
-        return self.model_copy(update={"flip": 0.0, "crop": "centre"})
+        return self.changed({"flip": 0.0, "crop": "centre"})
 
     def sizes(self) -> list[ndarray]:
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
@@ -118,7 +118,7 @@ class BucketConfig(Strict):
     def of_areas(self, areas_px: list[int]) -> "BucketConfig":
         """Return the buckets of other areas, with sides in proportion."""
         least, most = self._limits_px(max(areas_px))
-        return self.model_copy(update={"areas_px": areas_px, "min_px": least, "max_px": most})
+        return self.changed({"areas_px": areas_px, "min_px": least, "max_px": most})
 
     def _limits_px(self, area: int) -> tuple[int, int]:
         """Return the least and the most pixels of a side for an area."""
@@ -380,7 +380,7 @@ class DiffusionTaskConfig(TaskConfig):
             key = f"data.concepts.{number}"
             if concept.mask and self.mask is None:
                 raise ValueError(f"{key}.mask: true, but task.mask is null; set task.mask to their source")
-            self.captions.changed(f"{key}.captions", concept.captions)
+            self.captions.for_concept(f"{key}.captions", concept.captions)
 
 
 class PerceptualConfig(Strict):

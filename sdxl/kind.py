@@ -26,24 +26,21 @@ from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
 from engine.tasks.kind import Kind, Setup
 from engine.update.batch_size import naming_memory
-from engine.update.runtime import Runtime
 from sdxl.caches.buckets import Buckets, choose_pairs, fitted_views, make_buckets
 from sdxl.caches.latent_cache import LatentCache
 from sdxl.caches.masks import Masked, find_masks
 from sdxl.caches.text_cache import TextCache, vary_caption
-from sdxl.complete import complete
-from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig, SDXLTrainingConfig
+from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig
 from sdxl.files.family import ENCODERS
 from sdxl.files.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
-from sdxl.memory import fit_memory
 from sdxl.pictures.novelty import trained_stream
 from sdxl.pictures.prompts import count_brackets
 from sdxl.pictures.texts import text_field
+from sdxl.settle import CHANGES
 from sdxl.step import encode_captions, encode_images
 from sdxl.task import DiffusionTask
 from sdxl.vae import unlike_sdxls
-from utils.config.entry_point import Job
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json
@@ -87,7 +84,7 @@ class BucketedKind(Kind):
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
         """Return `val`, in buckets, with centred crops and whole captions."""
-        still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
+        still = setup.task.changed({"buckets": setup.task.buckets.for_evaluation()})
         buckets, read, views, fields = self.read(data, replace(setup, task=still), rows, 1, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
@@ -102,20 +99,13 @@ class DiffusionKind(BucketedKind):
 
     model = SDXLConfig
     task = DiffusionTask
+    changes = CHANGES
     next_commands = ("python predict.py weights={run} prompts=FILE output=FOLDER",)
 
     def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the export that programs read, and the evaluation."""
         form = "single_file" if setup.task.lora is None else "kohya"
         return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, streams, collection)]
-
-    def complete(self, config: SDXLTrainingConfig, words: Sequence[str] = ()) -> SDXLTrainingConfig:
-        """Return the configuration with the values that files decide."""
-        return complete(config, words)
-
-    def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
-        """Return the configuration with the settings that make it fit."""
-        return fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
         """Check the base model and its VAE. There are no facts.

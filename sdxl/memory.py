@@ -8,11 +8,11 @@ the copy of the weights while their averages are evaluated.
 
 import math
 import weakref
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.config import TrainingConfig
 from engine.task import networks_of
+from engine.tasks.change import AnyConfig, Start
 from engine.tasks.kind import Setup
 from engine.update.parallel import recompute_blocks
 from optim.alone import step_each
@@ -28,8 +29,9 @@ from optim.config import OptimConfig
 from sdxl.config import CHANNELS
 from sdxl.files.tokenizer import LENGTH
 from sdxl.task import DiffusionTask
-from utils.config.messages import ConfigError, validate
+from utils.config.recipe import flatten
 from utils.errors import UserError
+from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -42,13 +44,13 @@ FORWARD = 225
 ENCODE = 2575
 DECODE = 3073
 # Settings from the cheapest to the dearest.
-_LADDER = (
-    ("runtime", "grad_checkpointing", True),
-    ("runtime", "offload", True),
-    ("optim", "fused_backward", True),
-    ("model", "frozen_dtype", "float8"),
-    ("optim", "bf16_weights", True),
-)
+_LADDER = {
+    "runtime.grad_checkpointing": True,
+    "runtime.offload": True,
+    "optim.fused_backward": True,
+    "model.frozen_dtype": "float8",
+    "optim.bf16_weights": True,
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -168,35 +170,34 @@ def _state_share(config: OptimConfig) -> float:
     return sum(tensor.nbytes for tensor in tensors) / parameter.nbytes
 
 
-def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str, world_size: int) -> TrainingConfig:
-    """Return the config with the settings that make it fit `runtime.memory_gib`, and log them with the prediction.
+def fit_memory(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the config with the settings that make it fit `runtime.memory_gib`, and log the prediction.
 
-    Keys among `overrides`, the words of the command, keep their values. Raises UserError if nothing suffices.
+    Stated keys keep their values. Raises UserError if nothing suffices.
     """
     limit = config.runtime.memory_gib
-    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    if limit is None:
+        return config
+    precision = start.runtime.precision
+    least = start.job.stated("runtime.memory_gib")
     parts = predict_memory(config, precision)
-    words = []
-    for group, name, value in _LADDER:
-        values = config.model_dump()
-        key = f"{group}.{name}"
-        if max(parts.values()) <= limit or key in given or values[group].get(name, value) == value:
+    for key, value in _LADDER.items():
+        before = flatten(config.model_dump()).get(key, value)
+        if max(parts.values()) <= limit or before == value or start.job.states(key, least):
             continue
-        if name == "bf16_weights" and precision != "bf16":
+        if key == "optim.bf16_weights" and precision != "bf16":
             continue
-        values[group][name] = value
         try:
-            changed = validate(values, type(config))
-            changed.check_fused(precision, world_size)
-        except (ConfigError, UserError):  # such as a fused pass with accumulation
+            changed = config.changed({key: value})
+            changed.check_fused(precision, distributed.planned_world_size())
+        except (ValidationError, UserError):  # such as a fused pass with accumulation
             continue
-        found = predict_memory(changed, precision)
-        if (needed := max(found.values())) < max(parts.values()):
+        needed = predict_memory(changed, precision)
+        if max(needed.values()) < max(parts.values()):
             config = changed
-            parts = found
-            words.append(f"{key}={value}: {needed:.1f}")
+            parts = needed
     sizes = [f"{name} {size:.2f} GiB" for name, size in parts.items()]
-    log.info("runtime.memory_gib=%g: %s", limit, ", ".join(sizes + words))
+    log.info("runtime.memory_gib=%g: %s", limit, ", ".join(sizes))
     greatest = max(parts, key=parts.get)
     if parts[greatest] > limit:
         raise UserError(

@@ -1,10 +1,13 @@
 """What the tests of SDXL share: tiny base models, and pictures of diffusers."""
 
+from functools import reduce
+
 import torch
 
 from sdxl.files.checkpoint_files import write_diffusers
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
+from sdxl.settle import CHANGES
 
 V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False}
@@ -15,6 +18,11 @@ def write_base(folder, networks=None, noise=V_ZTSNR):
     networks = networks or draw_networks()
     write_diffusers(folder, networks, build_tokenizer(), dtype=torch.float32, zeros_for_empty_prompt=False, **noise)
     return folder
+
+
+def complete(config):
+    """Return a configuration with what files decide, as before a run."""
+    return reduce(lambda config, change: change.apply(config, None), CHANGES[:-1], config)
 
 
 def paint(pipeline, text, negative="", height=64, guidance=5.0, seed=0):

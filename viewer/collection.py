@@ -294,7 +294,7 @@ class Browser:
 
     async def _undo(self) -> None:
         lines = self._done.pop() if self._done else []
-        await self._write([line.model_copy(update={"verdict": "undone", "now": line.was}) for line in lines])
+        await self._write([line.changed({"verdict": "undone", "now": line.was}) for line in lines])
 
     async def _write(self, lines: list[Decision]) -> None:
         """Write decisions, and show the collection with them."""

@@ -100,7 +100,7 @@ class StartPage(Page):
     async def _look_into(self, folder: Path) -> None:
         """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
         shelf = self.site.shelf
-        name = shelf.add(self.site.data.model_copy(update={"root": str(folder)}))
+        name = shelf.add(self.site.data.changed({"root": str(folder)}))
         status = ui.label("Reading the folder").classes("lines").props("role=status")
         await ui.context.client.connected()
         collection = await asyncio.to_thread(shelf.open, name, again=True)

@@ -56,7 +56,7 @@ class ConceptConfig(Strict):
     def without_trigger(self) -> Self:
         """Return the concept for a run whose captions have a trigger; priors get none."""
         change = {"captions": {**self.captions, "prefix": ""}} if self.is_prior else {"trigger": None}
-        return self.model_copy(update=change)
+        return self.changed(change)
 
 
 def find_repeats(root: str) -> list[ConceptConfig]:

@@ -85,7 +85,7 @@ class CaptionConfig(Strict):
     suffix: str
     emphasis: bool
 
-    def changed(self, key: str, values: Values) -> Self:
+    def for_concept(self, key: str, values: Values) -> Self:
         """Return the config with the values of a concept. Raises ValueError; key: where the values are."""
         for name in ("dropout_to", "emphasis"):
             if name in values:
@@ -200,7 +200,7 @@ class Captions:
 
     def __init__(self, config: CaptionConfig, collection: Collection) -> None:
         keyed = ((f"data.concepts.{number}.captions", each) for number, each in enumerate(collection.concepts))
-        self._configs = [config.changed(key, concept.captions) for key, concept in keyed] or [config]
+        self._configs = [config.for_concept(key, concept.captions) for key, concept in keyed] or [config]
         self._ids = collection.concept_ids()
 
     def of(self, row: int) -> CaptionConfig:

@@ -40,7 +40,7 @@ CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU
 
 def choose_cpu() -> Runtime:
     """Return the CPU, for a page: a GPU may be training."""
-    return choose_runtime(MACHINE.model_copy(update={"device": "cpu"}))
+    return choose_runtime(MACHINE.changed({"device": "cpu"}))
 
 
 def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen:

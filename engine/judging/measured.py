@@ -56,7 +56,7 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Image
     fraction = data.validation_fraction if split in ("train", "val") else 0.0
     if is_own:
         fraction = saved.data.validation_fraction
-    data = data.model_copy(update={"validation_fraction": fraction})
+    data = data.changed({"validation_fraction": fraction})
     return Images(data, 0 if saved is None else saved.seed, is_own)
 
 

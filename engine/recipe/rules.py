@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.collection.collection import Collection
 from engine.recipe.facts import CROPS, FINE_PX, MIRRORS, REFERENCE, UNIT_PX, UPDATE, Facts, Network, find_facts
-from engine.recipe.pretrained import use_pretrained
 from engine.run.minutes import read_minutes
+from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
-from engine.update.runtime import Runtime
-from utils.config.entry_point import Job, recompose
+from utils.config.entry_point import recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.record.figures import show_lines
@@ -48,7 +46,7 @@ _PASSES_SHARE = 0.3  # of the time is for two fits of a pretrained network's hea
 class Rule(NamedTuple):
     """Words for the command line, and why.
 
-    groups: if the command sets one of these keys, or a key below it, the rule is skipped.
+    groups: if the command states one of these keys, the rule is skipped.
     """
 
     groups: str
@@ -113,8 +111,6 @@ _MIX_EPOCHS = 150
 # Longer runs learn letters by heart without mixup and erasing.
 _LETTER_EPOCHS = 20
 _LETTERS_SEEN = 150_000
-_NO_WEIGHTS = "init_from=null"
-_PRETRAINED = "model.pretrained="
 
 
 def list_rules(facts: Facts) -> Iterator[Rule]:
@@ -124,7 +120,7 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     yield _choose_weights(facts, network)
     if facts.grey and facts.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
-        yield Rule("model init_from augment.mean augment.std", words, "no image has a colour")
+        yield Rule("model augment.mean augment.std", words, "no image has a colour")
     words = f"augment.image_size_hw=[{side},{side}]"
     yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px")
     if facts.side_px > _SHRINK * side:
@@ -202,48 +198,47 @@ def _choose_weights(facts: Facts, network: Network) -> Rule:
         return Rule("model init_from", f"{words} init_from=timm", why)
     why = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
     channels = ",".join(map(str, network.channels))
-    return Rule("model init_from", f"{words} model.channels=[{channels}]", why)
+    return Rule("model", f"{words} model.channels=[{channels}]", why)
 
 
-def plan_recipe(
-    config: ImageTrainingConfig, job: Job, kind: Kind, collection: Collection, runtime: Runtime
-) -> tuple[ImageTrainingConfig, Job, Runtime]:
-    """Return configuration, job and machine with the words of the rules, or those that the run's first start chose.
+def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
+    """Return the configuration with the words of the rules, or those that the run's first start chose.
 
-    Other scripts than train.py, and kinds without classes or tags, keep the recipe of the command.
+    The words and their machine become those of the start. Without `loop.minutes`, in other scripts than train.py, and
+    for kinds without classes or tags, the configuration of the command stays.
     """
-    if job.script != "train" or kind.output not in ("classes", "tags"):
-        return config, job, runtime
+    job = start.job
+    if config.loop.minutes is None or job.script != "train" or kind.output not in ("classes", "tags"):
+        return config
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
+        collection = start.collection(config.data)
         facts = kind.find_facts(config, collection) if kind.output == "classes" else None
         labels = None if facts is None else collection.class_ids(facts["class_names"])
-        words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
+        words = distributed.rank_zero_call(lambda: _choose_words(config, start, labels))
     else:
         words = before.words
-    planned = use_pretrained(recompose(job, words, type(config)), [*words, *job.overrides])
     if "runtime.precision=fp32" in words:
-        runtime = replace(runtime, precision="fp32", channels_last=True)
-    return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words)), runtime
+        start.runtime = replace(start.runtime, precision="fp32", channels_last=True)
+    start.job = replace(job, planned=tuple(words))
+    return recompose(job, words, type(config)).changed({"run_dir": str(path)})
 
 
-def _choose_words(
-    config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
-) -> list[str]:
-    """Find the facts, apply the rules and log the plan.
+def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray | None) -> list[str]:
+    """Measure, apply the rules and log the plan.
 
     labels: the class of each row of the collection, negative for none; None: it has tags.
     """
-    given = [word for word in job.overrides if word != _NO_WEIGHTS and not word.startswith(_PRETRAINED)]
+    job = start.job.without("model.pretrained")
     pretrained = None
-    if config.init_from is None and not any(_touches(word, "model") for word in given):
-        pretrained = "never" if _NO_WEIGHTS in job.overrides else config.model.pretrained
-    facts = find_facts(config, collection, labels, runtime, pretrained)
+    if config.init_from is None and not job.states("model"):
+        pretrained = "never" if job.states("init_from") else config.model.pretrained
+    facts = find_facts(config, start.collection(config.data), labels, start.runtime, pretrained)
     chosen = []
     lines = []
     for rule in list_rules(facts):
-        if kept := [word for word in given if any(_touches(word, group) for group in rule.groups.split())]:
+        if kept := [key for key in ("experiment", *rule.groups.split()) if job.states(key)]:
             lines.append((" ".join(kept), "as set"))
         else:
             chosen += rule.words.split()
@@ -251,9 +246,3 @@ def _choose_words(
     log.debug("plan: %s", facts)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen
-
-
-def _touches(word: str, group: str) -> bool:
-    """Return whether a word of the command sets the rule's group, a key below it, or everything."""
-    key = word.lstrip("+~").partition("=")[0]
-    return key == "experiment" or key == group or key.startswith(f"{group}.") or group.startswith(f"{key}.")

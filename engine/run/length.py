@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
-from engine.run.minutes import Found, Pace, Speed, of_length, read_minutes
+from engine.run.minutes import Found, Pace, Speed, read_minutes
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from utils.errors import UserError
@@ -59,7 +59,7 @@ def _find_steps(run: Run, minutes: float, speed: Speed, end_sec: float) -> Found
     """Time an evaluation, and return the number of steps that fits."""
 
     def plan_of(steps: int) -> Plan:
-        return plan_streams(of_length(run.config, steps), run.streams, run.plan.world_size)
+        return plan_streams(run.config, run.streams, run.plan.world_size, steps)
 
     run.evaluator.seconds = _time_evaluation(run)
     start_sec = monotonic() - STARTED

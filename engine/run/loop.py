@@ -17,7 +17,7 @@ from engine.plan import Plan, plan_streams
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.evaluation import Evaluator
 from engine.run.lr_finder import find_lr
-from engine.run.minutes import Pace, of_length
+from engine.run.minutes import Pace
 from engine.run.recorder import Recorder
 from engine.run.summary import report_end
 from engine.task import Streams, Task, fingerprint_helpers
@@ -204,7 +204,7 @@ class Run:
 
     def use_length(self, steps: int) -> None:
         """Plan the run anew, with so many steps in all."""
-        self.learner.use_length(plan_streams(of_length(self.config, steps), self.streams, self.plan.world_size))
+        self.learner.use_length(plan_streams(self.config, self.streams, self.plan.world_size, steps))
         self.recorder.bar.lengthen(steps)
         if self.found_lr is not None:
             self.use_lr(self.found_lr)

@@ -5,12 +5,10 @@ number holds from a step on. A resumed run repeats the corrections, and makes no
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.run.clock import Clock, Mark
 from utils.config.schema import Strict
@@ -44,23 +42,6 @@ class Found(Strict):
         return self.corrected[max(earlier)] if earlier else self.steps
 
 
-def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) -> TrainingConfig:
-    """Return the config with the number of steps that an earlier start of the run has found, if it has.
-
-    overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
-    minutes, or for a damaged file.
-    """
-    minutes = config.loop.minutes
-    if minutes is None:
-        return config
-    lengths = [word for word in overrides if word.startswith(("loop.total_steps=", "loop.total_epochs="))]
-    beside = [word for word in lengths if not word.endswith("=null")]
-    if beside:
-        raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
-    found = read_minutes(folder, minutes)
-    return of_length(config, None if found is None else found.steps_before(math.inf))
-
-
 def read_minutes(folder: Path, minutes: float) -> Found | None:
     """Return what an earlier start of the run has found; None without one.
 
@@ -79,11 +60,6 @@ def read_minutes(folder: Path, minutes: float) -> Found | None:
             f"loop.minutes={found.minutes:g}, or give another run_dir"
         )
     return found
-
-
-def of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
-    """Return the config of a run of so many steps."""
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"total_steps": steps})})
 
 
 class Speed(NamedTuple):

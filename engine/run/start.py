@@ -2,13 +2,14 @@
 
     runtime = start_ranks(config)
     task = build_task(make, config)
-    plan = describe_run(task, streams, config, job, runtime)
+    plan = describe_run(task, streams, config, job, path, runtime)
     with open_run(task, streams, plan, config, job, runtime) as run:
         run.fit()
 
 The run folder is opened last, so a configuration error creates no folder.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -24,7 +25,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import check_copy, choose_checkpoint
 from engine.run.loop import Run
-from engine.run.minutes import use_minutes
+from engine.run.minutes import read_minutes
 from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
@@ -32,7 +33,7 @@ from engine.update.runtime import Runtime, choose_compile, chooses_threads, star
 from optim.build import check_optimizer
 from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
-from utils.config.entry_point import Job
+from utils.config.command_line import Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.files import read_json
@@ -42,7 +43,7 @@ from utils.ranks.processes import count_cores
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.figures import show_lines
 from utils.record.logging import get_logger
-from utils.record.run_folder import ENVIRONMENT_FILE, default_run_dir, environment_state, open_run_folder, write_config
+from utils.record.run_folder import ENVIRONMENT_FILE, environment_state, open_run_folder, write_config
 
 log = get_logger(__name__)
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -83,21 +84,22 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     return task.train()
 
 
-def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
-    """Return the run's plan, and log the start screen."""
-    path = default_run_dir(config.model_dump(mode="json"), job)
-    config = use_minutes(config, path, job.overrides)
+def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, path: Path, runtime: Runtime) -> Plan:
+    """Return the run's plan, and log the start screen. path: its folder."""
+    known = None if config.loop.minutes is None else read_minutes(path, config.loop.minutes)
     if config.loop.early_stop_epochs is not None and streams.evaluation_samples == 0:
         raise UserError(
             f"loop.early_stop_epochs: {config.loop.early_stop_epochs:g}, but there are no validation images; set "
             "data.validation_fraction=0.1, or early_stop_epochs=null"
         )
-    plan = plan_streams(config, streams, distributed.planned_world_size())
+    steps = known and known.steps_before(math.inf)
+    plan = plan_streams(config, streams, distributed.planned_world_size(), steps)
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
-    screen = _start_screen(config, plan, runtime, networks, streams)
+    is_open = config.loop.minutes is not None and known is None
+    screen = _start_screen(config, plan, runtime, networks, streams, is_open)
     if 0 < streams.evaluation_samples < task.best_needs:
         log.warning(
             "%d validation images are too few to choose the best weights: the last are exported; loop.best=loss lets "
@@ -111,23 +113,28 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
 
 
 def _start_screen(
-    config: TrainingConfig, plan: Plan, runtime: Runtime, networks: Mapping[str, nn.Module], streams: Streams
+    config: TrainingConfig,
+    plan: Plan,
+    runtime: Runtime,
+    networks: Mapping[str, nn.Module],
+    streams: Streams,
+    is_open: bool,
 ) -> str:
-    """Return the start screen. networks: the trained networks."""
+    """Return the start screen. networks: the trained networks. is_open: the number of steps is not known yet."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
-    rows = [*streams.described.items(), ("training", _show_length(config, plan, streams))]
+    rows = [*streams.described.items(), ("training", _show_length(config, plan, streams, is_open))]
     rate = "found by a range test before the first update" if plan.range_test_steps else f"{plan.lr:.3g}"
     rows += [
-        ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}{_show_warmup(config, plan)}"),
+        ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}{_show_warmup(config, plan, is_open)}"),
         ("machine", _show_machine(plan, runtime)),
     ]
     return show_lines(f"{config.task.name}, {config.model.name}, {count:,} parameters{source}", rows)
 
 
-def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
+def _show_length(config: TrainingConfig, plan: Plan, streams: Streams, is_open: bool) -> str:
     epoch = f"{plan.epoch_length / plan.batch_size:.4g} steps"
-    if config.loop.minutes is not None and config.loop.total_steps is None:
+    if is_open:
         return f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
     steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.batch_size} images each"
     samples = f"{plan.total_steps * plan.batch_size:,} samples"
@@ -139,13 +146,13 @@ def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
     return f"{samples}: {plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
 
 
-def _show_warmup(config: TrainingConfig, plan: Plan) -> str:
+def _show_warmup(config: TrainingConfig, plan: Plan, is_open: bool) -> str:
     """Return the warm-up, and the one that the run is too short for."""
     schedule = config.schedule
     if isinstance(schedule, OneCycleConfig):
         return ""
     stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)
-    if config.loop.minutes is not None and config.loop.total_steps is None:
+    if is_open:
         return f", warm-up of at most {schedule.warmup_most:.0%} of the run"
     cut = f", not {stated:,}: schedule.warmup_most={schedule.warmup_most:g}" if stated > plan.warmup_steps else ""
     return f", warm-up {plan.warmup_steps:,} steps{cut}"

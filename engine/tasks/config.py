@@ -106,8 +106,6 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
                 "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
             )
-        if self.append_to and (config.init_from is not None or config.loop.total_steps):
-            raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
 
 
 class ProbeConfig(Strict):

@@ -29,15 +29,14 @@ from data.open import Data, open_images
 from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
-from engine.config import TrainingConfig
 from engine.task import Finish, Loaders, Streams, Task
+from engine.tasks.change import AnyConfig, Change, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
 from models.weights.initialise import initialise_from
-from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
@@ -88,6 +87,15 @@ class ImageTask(Task):
         self.origin = initialise_from(self.network, source, keep_head=self.keep_head, class_names=self.class_names)
 
 
+def _refuse_memory(config: AnyConfig, start: Start) -> AnyConfig:
+    if config.runtime.memory_gib is not None:
+        raise UserError(
+            f"runtime.memory_gib: {config.runtime.memory_gib:g}, but only task=diffusion predicts its memory; set it "
+            "to null"
+        )
+    return config
+
+
 class Kind:
     """One kind of training on the images of a collection. Subclasses override what differs."""
 
@@ -99,6 +107,7 @@ class Kind:
     network: str = "network"
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
     next_commands: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = (Change(_refuse_memory, "memory"),)  # of the configuration before a run
     evaluation_command: str = "python evaluate.py run_dir={run}"  # if there are validation images
 
     # --------------------------------------------------------------------------------------------------------- setup
@@ -112,17 +121,6 @@ class Kind:
         elif len(tests) and self.output is not None:
             commands.append(predict_command(collection, tests, "{run}"))
         return [*commands, *self.next_commands]
-
-    def complete(self, config: TrainingConfig, words: Sequence[str] = ()) -> TrainingConfig:
-        """Return the configuration of a run with the values that the task decides. words: of the command."""
-        return config
-
-    def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
-        """Return the configuration that fits `runtime.memory_gib`, for kinds that predict their memory."""
-        raise UserError(
-            f"runtime.memory_gib: {config.runtime.memory_gib:g}, but only task=diffusion predicts its memory; set it "
-            "to null"
-        )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""

@@ -1,6 +1,6 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
@@ -28,6 +28,7 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
+from engine.tasks.change import AnyConfig, Change, Start
 from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
@@ -301,32 +302,32 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
     return make_vocabulary(collection, rules, "task.")
 
 
+@about("task.append_to")
+def _append(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
+    if config.task.append_to is None:
+        return config
+    path = str(find_weights(config.task.append_to, "best"))
+    tagger = read_tagger(path)
+    stated = {
+        f"augment.{key}": value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields
+    }
+    run = {"init_from": path, "model": tagger.model, "data.background": None, "loop.total_steps": 0}
+    return config.changed(run | stated)
+
+
 class TaggingKind(Kind):
     """Images with at least one tag of the vocabulary."""
 
     task = TaggingTask
     names = FACTS
     output = "tags"
+    changes = (Change(_append, "new tags are fitted to a tagger without training", "task.append_to"), *Kind.changes)
     evaluation_command = "python evaluate.py run_dir={run} calibrate=true"
     next_commands = (
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
-
-    @about("task.append_to")
-    def complete(self, config: ImageTrainingConfig, words: Sequence[str] = ()) -> ImageTrainingConfig:
-        """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
-        if config.task.append_to is None:
-            return config
-        path = str(find_weights(config.task.append_to, "best"))
-        tagger = read_tagger(path)
-        stated = {key: value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields}
-        augment = config.augment.model_copy(update=stated)
-        data = config.data.model_copy(update={"background": None})
-        loop = config.loop.model_copy(update={"total_steps": 0})
-        return config.model_copy(
-            update={"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
-        )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""

@@ -140,7 +140,7 @@ def choose_trained(config: MachineConfig, precision: str | None) -> Runtime:
     """Return the settings for weights: `auto` takes the precision of their run, or fp32 for fp16 on a CPU."""
     if config.precision == "auto" and precision in _DTYPES:
         precision = "fp32" if precision == "fp16" and choose_device(config.device) == "cpu" else precision
-        config = config.model_copy(update={"precision": precision})
+        config = config.changed({"precision": precision})
     return choose_runtime(config)
 
 

@@ -71,7 +71,7 @@ def settle_model(model: SDXLConfig) -> SDXLConfig:
         values = settle_values(
             model.vae_values, model.vae or (model.path and local_base(model.path)), is_replaced=model.vae is not None
         )
-    return model.model_copy(update={"vae_values": values})
+    return model.changed({"vae_values": values})
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:

@@ -4,7 +4,7 @@ Layers of kohya's files have the names of SDXL's original U-Net or of diffusers'
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -119,12 +119,3 @@ def describe_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoRAConfig:
         usual, *_ = found.values()
         different = {name: settings for name, settings in found.items() if settings != usual}
         return LoRAConfig.model_validate({**usual, "targets": list(found), "layers": different})
-
-
-def refuse_other_values(found: LoRAConfig, given: LoRAConfig, words: Iterable[str]) -> None:
-    """Raise UserError (`task.lora`) if words of the command set other values than the LoRA of `init_from` has."""
-    typed = {word.partition("=")[0] for word in words}
-    for key, value in given:
-        own = getattr(found, key)
-        if f"task.lora.{key}" in typed and own != value:
-            raise UserError(f"task.lora.{key}: {value}, but init_from has {own!s:.99}; remove it: the file says it")

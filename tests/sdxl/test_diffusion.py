@@ -23,6 +23,7 @@ from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import encode_prompt
 from sdxl.pictures.texts import text_field
 from tests.in_process import check_resumption, configure, run
+from tests.small_sdxl import complete
 from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
 from utils import rng
 from utils.io.files import read_json
@@ -38,7 +39,7 @@ def build(*overrides):
     """Return a task as a run builds it."""
     config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *overrides])
     torch.manual_seed(0)
-    task = DiffusionKind().build(Setup(config.model, DiffusionKind().complete(config).task))
+    task = DiffusionKind().build(Setup(config.model, complete(config).task))
     task.load_helpers("training")
     return task.train()
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from sdxl.kind import DiffusionKind
-
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from data.collection.concepts import ConceptConfig
@@ -13,6 +11,7 @@ from tests.data.collection.test_collection import load, put
 from tests.in_process import check_resumption, configure, run, run_command, working_in
 from tests.sdxl.test_diffusion import FIVES, RESUMED, SHORT, build, losses, make_batch
 from tests.sdxl.test_diffusion_refusals import refused
+from tests.small_sdxl import complete
 from tests.support import refuses, rows
 from utils.record.run_reader import RunReader
 
@@ -108,7 +107,7 @@ def captions_of(place, cache, *words):
     """Return the complete caption of each image of a run, by path."""
     config, _ = configure("finetune_sdxl", [*SHORT, *words])
     with working_in(place):
-        config = DiffusionKind().complete(config)
+        config = complete(config)
         collection = load(config.data.root, cache, **config.data.index_settings())
     rules = Captions(config.task.captions, collection)
     return [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]

@@ -1,12 +1,11 @@
 """`runtime.memory_gib`: the prediction beside the allocator of real passes, what is chosen, and a full device."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from sdxl.kind import DiffusionKind
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
@@ -17,6 +16,7 @@ from sdxl.pictures.painter import Painter
 from sdxl.step import decode_latents, encode_images
 from tests.in_process import configure, run
 from tests.sdxl.test_diffusion import build, losses, make_batch
+from tests.small_sdxl import complete
 from tests.support import TINY, make_collection, refuses
 
 WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
@@ -25,7 +25,7 @@ WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 def configured(*words):
     words = [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *WHOLE_BATCH, *words]
     config, _ = configure("finetune_sdxl", words)
-    return DiffusionKind().complete(config)
+    return complete(config)
 
 
 def allocated(call):
@@ -83,13 +83,18 @@ def test_a_device_that_is_full_while_caches_are_filled_or_pictures_drawn_names_a
         call()
 
 
+def fitted_to(*words):
+    config, job = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *WHOLE_BATCH, *words])
+    return fit_memory(config, SimpleNamespace(job=job, runtime=SimpleNamespace(precision="bf16")))
+
+
 def test_settings_are_chosen_until_a_step_fits_and_given_ones_stay(monkeypatch):
     saved = {"grad_checkpointing": 4, "offload": 2}
     takes = lambda runtime: 12.0 - sum(gib * getattr(runtime, name) for name, gib in saved.items())  # noqa: E731
     monkeypatch.setattr("sdxl.memory.predict_memory", lambda config, _: {"step": takes(config.runtime)})
     words = ["optim=adafactor", "runtime.offload=false"]
-    fitted = fit_memory(configured("runtime.memory_gib=8"), words, "bf16", 1)
+    fitted = fitted_to("runtime.memory_gib=8", *words)
     assert fitted.runtime.grad_checkpointing and not fitted.runtime.offload
     with refuses(r"runtime\.memory_gib: 5, but step takes about 8\.0"):
-        fit_memory(configured("runtime.memory_gib=5"), words, "bf16", 1)
-    assert fit_memory(configured("runtime.memory_gib=6"), [], "bf16", 1).runtime.offload
+        fitted_to("runtime.memory_gib=5", *words)
+    assert fitted_to("runtime.memory_gib=6").runtime.offload

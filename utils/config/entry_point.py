@@ -17,21 +17,21 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Generic
+from typing import Generic
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config.help import CONF, list_options, read_defaults
+from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, literal, quote_paths
+from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
+from utils.config.recipe import flatten
 from utils.config.schema import path_keys
 from utils.config.sweep import FLAGS, parse_sweep, run_jobs
 from utils.errors import (
@@ -43,11 +43,9 @@ from utils.errors import (
     EXIT_USER_ERROR,
     DiskFull,
     UserError,
-    about,
     lost_worker,
     missing_package,
 )
-from utils.io.files import readable
 from utils.io.safe_text import Lines, hide_secrets, message_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
@@ -58,73 +56,26 @@ from utils.record.sweep_table import read_jobs, sweep_table
 log = get_logger(__name__)
 
 _SHOW = ("--cfg", "job")  # prints the configuration
-_INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it are escapes
 OmegaConf.clear_resolver("oc.env")  # a configuration is written to files, and variables are secrets
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
-
-
-@dataclass(frozen=True)
-class Job:
-    """The command line: script, chosen files of groups, overrides; and the words that `loop.minutes` adds."""
-
-    script: str
-    choices: dict[str, str]
-    overrides: list[str]
-    planned: Sequence[str] = ()
-
-
-def quote_paths(arguments: list[str], keys: Container[str]) -> list[str]:
-    """Quote the values of `keys`, which are paths, so that Hydra takes them literally.
-
-    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. Hydra reads lists of paths and,
-    in a multirun, several paths; if a file has that name, it is one path.
-    """
-    quoted = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key.lstrip("+") in keys:
-            is_list = value.startswith("[") and value.endswith("]")
-            if "," not in value or not (is_list or FLAGS & set(arguments)) or os.path.exists(value):
-                argument = f"{key}={_quote(value)}"
-        quoted.append(argument)
-    return quoted
-
-
-def _quote(value: str) -> str:
-    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if is_quoted or value in ("", "null", "???"):
-        return value
-    return QuotedString(_literal(value), Quote.single).with_quotes()
-
-
-def _literal(value: Any) -> Any:
-    """Return a text, or the values of a file, so that OmegaConf takes each text as it is."""
-    match value:
-        case str():
-            return _INTERPOLATION.sub(r"\1\1\\${", value)
-        case dict():
-            return {key: _literal(item) for key, item in value.items()}
-        case list():
-            return [_literal(item) for item in value]
-    return value
 
 
 def follow_init_from(values: DictConfig, job: Job) -> Job:
     """Copy `model` from the run that `init_from` names into `values`; return the job with that choice.
 
-    A model that the command line or an experiment chooses stays, and so do its keys from the command line.
+    A model that the command line or an experiment chooses stays, and so do the keys of a model that they state.
     """
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
-    keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides]
-    is_chosen = "model" in keys or job.choices.get("experiment", "None") != "None"
+    is_chosen = job.states("model.family")
     run = None if is_chosen or not source or "model" not in values else run_of(Path(source))
     model = {} if run is None else run.config.get("model")
     if not isinstance(model, dict) or "name" not in model:
         return job
-    kept = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}
-    values.model = _literal(model)
-    for key, value in kept.items():
-        OmegaConf.update(values, key, value)
+    before = flatten({"model": OmegaConf.to_container(values.model)})
+    values.model = literal(model)
+    for key, value in before.items():
+        if job.states(key):
+            OmegaConf.update(values, key, value)
     log.debug("model: %s, the network of init_from", model["name"])
     return replace(job, choices={**job.choices, "model": str(model["name"])})
 
@@ -141,20 +92,6 @@ def _check_word(word: str) -> None:
         raise ConfigError(f"{name}: {value} is not read; write the values, {name}=A,B, and add --multirun")
     if _NO_FILE.fullmatch(value) and (options := list_options(name)):
         raise ConfigError(f"{name}: {value} names no file; known: {', '.join(options)}")
-
-
-def _store_file(word: str) -> str:
-    """Let Hydra know the file of `experiment=FILE.yaml`, which is anywhere; return the word that chooses it.
-
-    Only conf/ and the command line may refer to other keys: FILE may come from a stranger.
-    """
-    key, _, file = word.partition("=")
-    if key != "experiment" or not file.endswith((".yaml", ".yml")):
-        return word
-    with about("experiment"), readable(Path(file), "YAML"):
-        node = _literal(OmegaConf.to_container(OmegaConf.load(file)))
-        ConfigStore.instance().store(name="of_file", node=node, group="experiment", package="_global_")
-    return "experiment=of_file"
 
 
 @dataclass(frozen=True)
@@ -222,32 +159,17 @@ class Command(Generic[Schema]):
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
-        words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
-        given = {word.partition("=")[0] for word in words}
-        usual = read_defaults(self.config_dir / f"{self.script}.yaml").get("data", "")
-        if "data.root" in given and not given & {"data", "experiment"} and usual in ("glyphs", None):
-            words = ["data=image_folder", *words]  # a folder is of the user's own images
+        script = Script(self.script, self.schema, self.config_dir)
+        for spelling in SPELLINGS:
+            words = spelling.spell(words, script)
         groups = f"hydra.searchpath=['file://{CONF}']"
+        read = [*FILE_SPELLING.spell(words, script), groups]
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
-            values = hydra.compose(self.script, [*map(_store_file, words), groups], return_hydra_config=True)
+            values = hydra.compose(self.script, read, return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
         with open_dict(values):
             del values["hydra"]
         return values, Job(self.script, choices, words)
-
-    def _spell_name(self, word: str) -> str:
-        """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name.
-
-        A key of a script with jobs that is none of its groups is the job's: `output=X` is `job.output=X`.
-        """
-        key, _, value = word.partition("=")
-        fields = self.schema.model_fields
-        group = re.fullmatch(r"([a-z_]+)(\.[a-z_]+)*", key)
-        if "job" in fields and group and group[1] not in fields:
-            return f"job.{word}"
-        field = fields.get(key)
-        has_name = "name" in getattr(field and field.annotation, "model_fields", ())
-        return f"{key}.name={value}" if has_name and not (self.config_dir / key).is_dir() else word
 
     def _run_sweep(self, arguments: list[str]) -> int:
         """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""

@@ -36,13 +36,13 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
     try:
         config = schema.model_validate(container)
     except ValidationError as error:
-        problems = _wrong_keys(error, container, schema) | problems
+        problems = wrong_keys(error, container, schema) | problems
     if problems:
-        raise ConfigError(*(f"{key}: {text}" for key, text in problems.items()))
+        raise ConfigError(*map(": ".join, problems.items()))
     return config
 
 
-def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> dict[str, str]:
+def wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> dict[str, str]:
     """Return {key: problem}. A union without tags (`auto` or a number) reports its key once.
 
     If a group has the wrong kind (`task=fcmae` in finetune.py), only its `name` is reported, not each of its keys.

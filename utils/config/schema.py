@@ -5,8 +5,9 @@ YAML holds the values, the models hold the types and limits (docs/configuration.
 """
 
 import typing
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -18,6 +19,14 @@ class Strict(BaseModel):
     """Refuse unknown keys, wrong types (a bool is not an int), NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return a checked copy with other values. changes: by key, dotted as on the command line."""
+        values = self.model_dump()
+        for key, value in changes.items():
+            *groups, name = key.split(".")
+            reduce(dict.__getitem__, groups, values)[name] = value
+        return type(self).model_validate(values)
 
 
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.config.entry_point import Job
+from utils.config.command_line import Job
 from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
 from utils.io.files import (

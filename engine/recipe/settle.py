@@ -1,0 +1,141 @@
+"""What changes the configuration before a run, in order; nothing else does.
+
+Each change is `(config, start) -> config`. The log says in a line which keys it changed, and why. What the command
+states is never replaced: a default leaves it alone, and a key that asks for another value is refused.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from data.collection.choose import training_rows
+from data.collection.collection import Collection
+from engine.config import TrainingConfig
+from engine.recipe.pretrained import take_preprocessing
+from engine.recipe.rules import plan_recipe
+from engine.run.clock import Stages
+from engine.run.start import start_ranks
+from engine.tasks.change import AnyConfig, Change, Start
+from engine.tasks.kind import Kind
+from engine.update.runtime import Runtime
+from utils.config.command_line import By, Job
+from utils.config.messages import ConfigError, wrong_keys
+from utils.config.recipe import flatten
+from utils.errors import UserError
+from utils.record.logging import get_logger
+from utils.record.run_folder import default_run_dir
+
+log = get_logger(__name__)
+
+_LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
+_LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
+_SHOWN = 6  # changed keys in a line
+_SHOWN_CHARACTERS = 40  # of a value
+
+
+class Settled(NamedTuple):
+    """A run before its first step: all that no later part of the start changes."""
+
+    config: Any
+    job: Job
+    runtime: Runtime
+    collection: Collection
+    path: Path
+
+
+def settle(config: TrainingConfig, job: Job, kind: Kind, stages: Stages) -> Settled:
+    """Start the ranks and make the changes, in order."""
+    start = Start(job, start_ranks(config), stages)
+    for change in list_changes(kind):
+        config = make(change, config, start)
+    collection = start.collection(config.data)
+    path = default_run_dir(config.model_dump(mode="json"), start.job)
+    return Settled(config, start.job, start.runtime, collection, path)
+
+
+def list_changes(kind: Kind) -> tuple[Change, ...]:
+    """Return the changes before a run of a kind, in order."""
+    return (
+        Change(_check_length, "the length"),
+        Change(partial(plan_recipe, kind=kind), "the plan of loop.minutes"),
+        FACTOR,
+        Change(take_preprocessing, "timm's weights were trained so", "init_from"),
+        *kind.changes,
+        Change(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
+        Change(_keep_warmup, "the warm-up is stated"),
+    )
+
+
+def make(change: Change, config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the changed configuration, and log what has changed. Raises UserError for a key that must stay."""
+    values = config.model_dump()
+    try:
+        changed = change.apply(config, start)
+    except ValidationError as error:
+        raise ConfigError(*map(": ".join, wrong_keys(error, values, type(config)).items())) from None
+    before = flatten(values)
+    after = flatten(changed.model_dump())
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        line = f"{key} {before.get(key)!s:.{_SHOWN_CHARACTERS}} -> {after.get(key)!s:.{_SHOWN_CHARACTERS}}"
+        if change.cause is not None and start.job.states(key, start.job.stated(change.cause)):
+            raise UserError(f"{key}: it is stated, but {change.cause} changes it ({change.why}: {line}); remove one")
+        lines.append(line)
+    if more := len(lines[_SHOWN:]):
+        lines[_SHOWN:] = [f"and {more} more"]
+    if lines:
+        log.info("%s: %s", change.why, ", ".join(lines))
+    return changed
+
+
+def _use_factor(config: AnyConfig, start: Start) -> AnyConfig:
+    """Set the factor in place of the rate of a script or recipe, which is AdamW's."""
+    optim = config.optim
+    if optim.name != "prodigy" or (optim.lr or 0.0) >= _LEAST_FACTOR:
+        return config
+    return config.changed({"optim.lr": optim.base_lr})
+
+
+def _fit_batch(config: AnyConfig, start: Start) -> AnyConfig:
+    """Lower the batch to the training images, in powers of two: a larger batch repeats images.
+
+    base_lr is scaled so that the rate stays that of the recipe's batch. Chunks of one shape keep their batch.
+    """
+    loop = config.loop
+    images = len(training_rows(start.collection(config.data), loop))
+    size = max(_LEAST_BATCH, 1 << images.bit_length() >> 1)
+    if start.job.states("loop.batch_size") or size >= loop.batch_size or hasattr(config.task, "chunk"):
+        return config
+    changes = {"loop.batch_size": size}
+    if not start.job.states("optim.base_lr", By.EXPERIMENT):
+        changes["optim.base_lr"] = config.optim.base_lr * loop.batch_size / size
+    return config.changed(changes)
+
+
+def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
+    """Allow a stated warm-up any share of the run."""
+    keys = ("schedule.warmup_steps", "schedule.warmup_epochs")
+    is_stated = any(start.job.states(key, By.EXPERIMENT) for key in keys)
+    if not is_stated or start.job.states("schedule.warmup_most", By.EXPERIMENT):
+        return config
+    return config.changed({"schedule.warmup_most": 1.0})
+
+
+def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
+    """Raise UserError (`loop.minutes`) for a length that is stated beside the minutes."""
+    loop = config.loop
+    lengths = {"loop.total_steps": loop.total_steps, "loop.total_epochs": loop.total_epochs}
+    for key, value in lengths.items():
+        is_given = value not in (None, "auto") and start.job.states(key, start.job.stated("loop.minutes"))
+        if loop.minutes is not None and is_given:
+            raise UserError(
+                f"loop.minutes: {loop.minutes:g} sets the length, and so does {key}={value}; give one of them"
+            )
+    return config
+
+
+FACTOR = Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim")

@@ -1,0 +1,112 @@
+"""What SDXL decides before a run: values of the VAE, noise, a continued LoRA, prompts, concepts and memory.
+
+They are recorded, and compared on resume.
+"""
+
+from pathlib import Path
+
+import torch
+
+from data.collection.concepts import find_repeats
+from engine.config import TrainingConfig
+from engine.tasks.change import AnyConfig, Change, Start
+from models.interop.metadata import dict_of
+from sdxl.config import LoRAConfig, NoiseConfig
+from sdxl.files.networks import describe, open_networks, settle_model
+from sdxl.lora.lora import ADAPTED
+from sdxl.lora.lora_files import describe_lora
+from sdxl.memory import fit_memory
+from sdxl.pictures.prompts import count_brackets, read_prompts
+from utils.errors import UserError, about
+from utils.io.files import Json
+from utils.io.weight_files import InitFrom
+from utils.record.logging import get_logger
+from utils.record.run_reader import run_of
+
+log = get_logger(__name__)
+
+
+def settle_vae(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the configuration with the values of the VAE."""
+    return config.changed({"model": settle_model(config.model)})
+
+
+def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
+    return config.changed({"task.noise": settle_noise(config.task.noise, config.model.path)})
+
+
+def settle_noise(noise: NoiseConfig, path: str | None) -> Json:
+    """Return the values of the noise, without auto. path: of the base model; None: a tiny one."""
+    values = noise.model_dump()
+    if "auto" not in (noise.prediction_type, noise.zero_terminal_snr):
+        return values
+    own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    base = own if path is None or noise.convert else describe(path)
+    kind = base["prediction_type"] if noise.prediction_type == "auto" else noise.prediction_type
+    if noise.zero_terminal_snr == "auto":
+        # A file that does not say it is sampled without.
+        values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
+    if base.get("is_stated"):
+        log.info("task.noise: %s predicts %s, which is trained", path, kind)
+    elif base is not own and noise.prediction_type == "auto":
+        log.warning(
+            "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
+            "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
+        )  # fmt: skip
+    return {**values, "prediction_type": kind}
+
+
+def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:
+    if config.task.lora is None or config.init_from is None:
+        return config
+    return config.changed({"task.lora": _find_lora(config)})
+
+
+def _find_lora(config: TrainingConfig) -> LoRAConfig:
+    """Return the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
+    begun = config.run_dir and run_of(Path(config.run_dir))
+    known = begun.config if begun else {}
+    if known.get("init_from") == config.init_from and dict_of(known, "task").get("lora"):
+        return LoRAConfig.model_validate(known["task"]["lora"])
+    with torch.device("meta"):
+        shapes = open_networks(config.model, ADAPTED)
+    with about("init_from"):
+        return describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
+
+
+def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:
+    samples = config.task.samples
+    key = "task.samples.prompts"
+    if isinstance(samples.prompts, str):
+        config = config.changed({key: read_prompts(samples.prompts, samples.image_size_hw, key)})
+    texts = [prompt.words for prompt in config.task.samples.complete_all()]
+    count_brackets(texts, config.task.captions.emphasis, f"{key} (task.captions.emphasis)")
+    return config
+
+
+def _find_concepts(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the configuration with folders `10_name` as concepts, and the trigger in captions."""
+    data = config.data
+    changes = {}
+    concepts = data.concepts
+    if concepts is None and data.name == "image_folder":
+        concepts = find_repeats(data.root) or None
+    if data.trigger is not None:
+        if data.concepts or config.task.captions.prefix:
+            raise UserError(
+                f"data.trigger: {data.trigger!r} is the trigger of all images; remove it where data.concepts or "
+                "task.captions.prefix states others"
+            )
+        changes["task.captions.prefix"] = data.trigger
+        concepts = concepts and [concept.without_trigger() for concept in concepts]
+    return config.changed({**changes, "data.concepts": concepts})
+
+
+CHANGES = (
+    Change(settle_vae, "the VAE has these values"),
+    Change(_settle_noise, "the base model was trained so"),
+    Change(_continue_lora, "the LoRA goes on", "init_from"),
+    Change(_read_prompts, "task.samples.prompts is a file"),
+    Change(_find_concepts, "data.root and data.trigger say so"),
+    Change(fit_memory, "runtime.memory_gib is to suffice"),
+)

@@ -1,0 +1,228 @@
+"""The words of a command line: what they state, and how they are read before Hydra sees them."""
+
+import os
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from utils.config.help import CONF, read_defaults
+from utils.config.recipe import flatten
+from utils.config.schema import path_keys
+from utils.config.sweep import FLAGS
+from utils.errors import about
+from utils.io.files import readable
+
+_EXPERIMENT = "experiment"
+_FILES = (".yaml", ".yml")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it are escapes
+
+
+class By(IntEnum):
+    """What states a key, from the least firm: the plan of `loop.minutes`, a chosen file, the experiment, a word."""
+
+    NOTHING = 0
+    PLAN = 1
+    FILE = 2
+    EXPERIMENT = 3
+    WORD = 4
+
+
+class _Stated(NamedTuple):
+    """A key that has a value, or with `is_file` a group of which a file is chosen."""
+
+    key: str
+    by: By
+    is_file: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """The command line: script, chosen files of groups, overrides; and the words that `loop.minutes` adds."""
+
+    script: str
+    choices: dict[str, str]
+    overrides: list[str]
+    planned: Sequence[str] = ()
+
+    def states(self, key: str, least: By = By.FILE) -> bool:
+        """Return whether the command states a key at least as firmly as `least`."""
+        return self.stated(key) >= max(least, By.PLAN)
+
+    def stated(self, key: str) -> By:
+        """Return what states a key, a key below it, or a mapping above it; a chosen file states all of its group."""
+        return max((_reach(stated, key) for stated in self._stated), default=By.NOTHING)
+
+    def without(self, key: str) -> "Job":
+        """Return the command without the words that state a key."""
+        return replace(self, overrides=[word for word in self.overrides if _key_of(word) != key])
+
+    @cached_property
+    def _stated(self) -> list[_Stated]:
+        stated = [*self._read(self.overrides, By.WORD), *self._read(self.planned, By.PLAN)]
+        for word in self.overrides:
+            key, _, name = word.partition("=")
+            if key.lstrip("+") == _EXPERIMENT and name != "null":
+                stated += _read_experiment(name)
+        return stated
+
+    def _read(self, words: Sequence[str], by: By) -> Iterator[_Stated]:
+        for word in words:
+            key = _key_of(word)
+            if word.partition("=")[2].startswith("{"):
+                values = OverridesParser.create().parse_override(word).value()
+                yield from (_Stated(inner, by, False) for inner in flatten({key: values}))
+            else:
+                yield _Stated(key, by, key in self.choices)
+
+
+def _key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _reach(stated: _Stated, key: str) -> By:
+    """Return how firmly a key is stated by what is stated."""
+    if stated.key == key or stated.key.startswith(f"{key}."):
+        return stated.by
+    if not key.startswith(f"{stated.key}."):
+        return By.NOTHING
+    if not stated.is_file:
+        return stated.by
+    return By.NOTHING if stated.by == By.PLAN else By.FILE
+
+
+def _read_experiment(name: str) -> Iterator[_Stated]:
+    """Yield what the file of an experiment states, and what the files state that it builds on."""
+    file = Path(name) if name.endswith(_FILES) else CONF / _EXPERIMENT / f"{name}.yaml"
+    with about(_EXPERIMENT), readable(file, "YAML"):
+        values = yaml.safe_load(file.read_text("utf-8")) or {}
+    for item in values.pop("defaults", ()):
+        if isinstance(item, dict):
+            yield from (_Stated(group.rpartition("/")[2], By.EXPERIMENT, True) for group in item)
+        elif item != "_self_":
+            yield from _read_experiment(item.removeprefix(f"/{_EXPERIMENT}/"))
+    yield from (_Stated(key, By.EXPERIMENT, False) for key in flatten(values))
+
+
+# ------------------------------------------------------------------------------------------------ before Hydra reads
+
+
+class Script(NamedTuple):
+    """What the reading of words depends on: the script's name, schema and folder of YAML files."""
+
+    name: str
+    schema: type[BaseModel]
+    config_dir: Path
+
+
+def quote_paths(words: list[str], keys: Container[str]) -> list[str]:
+    """Quote the values of `keys`, which are paths, so that Hydra takes them literally.
+
+    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. Hydra reads lists of paths and,
+    in a multirun, several paths; if a file has that name, it is one path.
+    """
+    quoted = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key.lstrip("+") in keys:
+            is_list = value.startswith("[") and value.endswith("]")
+            if "," not in value or not (is_list or FLAGS & set(words)) or os.path.exists(value):
+                word = f"{key}={_quote(value)}"
+        quoted.append(word)
+    return quoted
+
+
+def _quote_text(words: list[str], script: Script) -> list[str]:
+    return quote_paths(words, path_keys(script.schema))
+
+
+def _quote(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if is_quoted or value in ("", "null", "???"):
+        return value
+    return QuotedString(literal(value), Quote.single).with_quotes()
+
+
+def literal(value: Any) -> Any:
+    """Return a text, or the values of a file, so that OmegaConf takes each text as it is."""
+    match value:
+        case str():
+            return _INTERPOLATION.sub(r"\1\1\\${", value)
+        case dict():
+            return {key: literal(item) for key, item in value.items()}
+        case list():
+            return [literal(item) for item in value]
+    return value
+
+
+def _name_mapping(words: list[str], script: Script) -> list[str]:
+    def spell(word: str) -> str:
+        key, _, value = word.partition("=")
+        field = script.schema.model_fields.get(key)
+        has_name = "name" in getattr(field and field.annotation, "model_fields", ())
+        return f"{key}.name={value}" if has_name and not (script.config_dir / key).is_dir() else word
+
+    return list(map(spell, words))
+
+
+def _name_job(words: list[str], script: Script) -> list[str]:
+    fields = script.schema.model_fields
+
+    def spell(word: str) -> str:
+        group = re.fullmatch(r"([a-z_]+)(\.[a-z_]+)*", word.partition("=")[0])
+        return f"job.{word}" if group and group[1] not in fields else word
+
+    return list(map(spell, words)) if "job" in fields else words
+
+
+def _choose_folder(words: list[str], script: Script) -> list[str]:
+    given = {word.partition("=")[0] for word in words}
+    usual = read_defaults(script.config_dir / f"{script.name}.yaml").get("data", "")
+    is_folder = "data.root" in given and not given & {"data", _EXPERIMENT} and usual in ("glyphs", None)
+    return ["data=image_folder", *words] if is_folder else words
+
+
+def store_experiment(words: list[str], script: Script) -> list[str]:
+    """Let Hydra know a file that lies anywhere; return the words that choose it.
+
+    Only conf/ and the command line may refer to other keys: the file may come from a stranger.
+    """
+
+    def spell(word: str) -> str:
+        key, _, file = word.partition("=")
+        if key != _EXPERIMENT or not file.endswith(_FILES):
+            return word
+        with about(_EXPERIMENT), readable(Path(file), "YAML"):
+            node = literal(OmegaConf.to_container(OmegaConf.load(file)))
+        ConfigStore.instance().store(name="of_file", node=node, group=_EXPERIMENT, package="_global_")
+        return f"{_EXPERIMENT}=of_file"
+
+    return list(map(spell, words))
+
+
+class Spelling(NamedTuple):
+    """A word of the command line that Hydra gets in other words; docs/configuration.md has a line for each."""
+
+    typed: str
+    read: str
+    spell: Callable[[list[str], Script], list[str]]
+
+
+# In order. The run folder records the words after all spellings but the last one.
+SPELLINGS = (
+    Spelling("`hub=X`", "`hub.name=X`: the value of a mapping that is no group is its name", _name_mapping),
+    Spelling("`output=X`", "`job.output=X`, in scripts with jobs: keys of no group are those of the job", _name_job),
+    Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_text),
+    Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),
+)
+FILE_SPELLING = Spelling("`experiment=X.yaml`", "a file of the group `experiment`, wherever it lies", store_experiment)
