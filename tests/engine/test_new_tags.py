@@ -121,7 +121,8 @@ def test_old_tags_that_the_collection_does_not_label_are_unknown_and_keep_their_
     [
         (["task.append_to=more"], "task.append_to: it has all 8 tags"),
         (["task.append_to=absent"], "task.append_to: absent does not exist"),
-        (["init_from=run"], "task.append_to: .*remove init_from"),
+        (["init_from=run"], "^init_from: .*task.append_to"),
+        (["++model.drop_path_rate=0.5"], "^model.drop_path_rate: .*task.append_to"),
     ],
 )
 def test_what_cannot_be_appended_is_refused(words, message, place):

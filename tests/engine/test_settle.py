@@ -1,0 +1,111 @@
+"""What settles a configuration before a run: what is stated is never replaced, in whatever way it is stated."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from engine.recipe import settle
+from engine.tasks.kind import open_kind
+from tests.in_process import configure
+from tests.support import refuses
+from utils.config.command_line import By, Job
+from utils.config.recipe import flatten
+from utils.errors import UserError
+from utils.io.files import write_json
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "by"),
+    [
+        (["optim.lr=0.1"], "optim.lr", By.WORD),
+        (["+optim.lr=0.1"], "optim.lr", By.WORD),
+        (["++optim.lr=0.1"], "optim", By.WORD),
+        (["~optim.lr"], "optim.lr", By.WORD),
+        (["optim={lr: 0.1, extra: {d: 1}}"], "optim.lr", By.WORD),
+        (["optim={lr: 0.1, extra: {d: 1}}"], "optim.extra.d", By.WORD),
+        (["optim={lr: 0.1}"], "optim.weight_decay", By.NOTHING),
+        (["optim=adan"], "optim", By.WORD),
+        (["optim=adan"], "optim.lr", By.FILE),
+        (["optim.lr=0.1"], "optim.lr_scale", By.NOTHING),
+        (["experiment=tagger/adan"], "schedule.restarts", By.EXPERIMENT),
+        (["experiment=tagger/adan"], "optim.weight_decay", By.FILE),  # of the file that it chooses
+        (["experiment=tagger/adan"], "task.min_count", By.EXPERIMENT),  # of the recipe below it
+        (["experiment=tagger/adan"], "loop.early_stop_epochs", By.NOTHING),
+        (["experiment=tagger/adan", "optim.lr=1"], "optim", By.WORD),
+        (["experiment=null"], "optim", By.NOTHING),
+    ],
+)
+def test_a_key_is_stated_by_words_files_and_recipes(words, key, by):
+    assert Job("train", dict.fromkeys(("optim", "task", "model", "data"), ""), words).stated(key) == by
+
+
+def test_words_of_a_plan_are_the_least_firm():
+    job = Job("train", {"optim": "muon"}, ["model.name=x"], ("optim=muon", "init_from=timm"))
+    assert [job.stated(key) for key in ("init_from", "optim.lr", "model.name")] == [By.PLAN, By.NOTHING, By.WORD]
+    assert not job.states("init_from") and job.without("model.name").stated("model") == By.NOTHING
+
+
+FINETUNE = ["finetune", "data.root=in"]
+TIMM = [*FINETUNE, "model=timm", "model.name=resnet18", "init_from=timm"]
+SDXL = ["finetune_sdxl", "data.root=in", "data.concepts=[]", "model=sdxl_tiny"]
+# A command for which a key is changed, and another value of the key. is_default: no other key asks for the change.
+CHANGED = [
+    (FINETUNE, "loop.batch_size", 48, True),
+    (FINETUNE, "optim.base_lr", 0.7, True),
+    ([*FINETUNE, "schedule.warmup_steps=20"], "schedule.warmup_most", 0.3, True),
+    ([*FINETUNE, "optim=prodigy", "+optim.extra.d0=1.0"], "optim.lr", 0.01, False),
+    (TIMM, "augment.interpolation", "bilinear", False),
+    (TIMM, "augment.eval_crop", 0.5, False),
+    ([*FINETUNE, "loop.minutes=2"], "loop.total_steps", 3, False),
+    ([*SDXL, "runtime.memory_gib=1"], "runtime.offload", False, False),
+    ([*SDXL, "runtime.memory_gib=1"], "runtime.grad_checkpointing", False, False),
+]
+
+
+def settled(script, words):
+    """Return the values of a configuration after all changes."""
+    config, job = configure(script, words)
+    start = SimpleNamespace(job=job, runtime=SimpleNamespace(precision="bf16"), collection=lambda data: None)
+    for change in settle.list_changes(open_kind(config.task.name)):
+        config = settle.make(change, config, start)
+    return flatten(config.model_dump())
+
+
+def ways_of(key, value, folder, is_default):
+    """Return the words that state a key, in each way."""
+    group, name = key.split(".")
+    text = json.dumps(value).replace('"', "")
+    ways = [f"{key}={text}", f"++{key}={text}", f"{group}={{{name}: {text}}}"]
+    if is_default:
+        write_json(folder / "recipe.yaml", {group: {name: value}})
+        ways.append(f"experiment={folder / 'recipe.yaml'}")
+    return ways
+
+
+@pytest.mark.parametrize(("command", "key", "value", "is_default"), CHANGED)
+def test_what_is_stated_survives_or_ends_the_command(command, key, value, is_default, tmp_path, monkeypatch):
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    needed = lambda config, _: {"step": 2.0 - config.runtime.offload - config.runtime.grad_checkpointing}  # noqa: E731
+    monkeypatch.setattr("sdxl.memory.predict_memory", needed)
+    script, *words = command
+    for way in ways_of(key, value, tmp_path, is_default):
+        try:
+            assert settled(script, [*words, way])[key] == value
+        except UserError as refused:
+            assert key in str(refused)
+
+
+@pytest.mark.parametrize("words", [["++loop.total_steps=3"], ["loop={total_epochs: 3}"]])
+def test_two_lengths_are_refused(words):
+    with refuses("^loop.minutes: 1 sets the length, and so does loop.total_"):
+        settled("finetune", ["data.root=in", "loop.minutes=1", *words])
+
+
+def test_a_default_holds_where_nothing_is_stated(monkeypatch, log):
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    values = settled("finetune", ["data.root=in", "schedule=cosine"])
+    assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (16, 0.1)
+    assert "loop.batch_size 64 -> 16" in log.text
+    values = settled("finetune", ["data.root=in", "schedule.warmup_steps=20", "loop.batch_size=64"])
+    assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (64, 1.0)
