@@ -4,6 +4,7 @@ from functools import reduce
 
 import torch
 
+from engine.recipe.settle import make
 from sdxl.files.checkpoint_files import write_diffusers
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
@@ -22,7 +23,7 @@ def write_base(folder, networks=None, noise=V_ZTSNR):
 
 def complete(config):
     """Return a configuration with what files decide, as before a run."""
-    return reduce(lambda config, change: change.apply(config, None), CHANGES[:-1], config)
+    return reduce(lambda config, change: make(change, config, None), CHANGES[:-1], config)
 
 
 def paint(pipeline, text, negative="", height=64, guidance=5.0, seed=0):
