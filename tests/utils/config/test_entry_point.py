@@ -6,6 +6,7 @@ import pytest
 
 from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
+from utils.config.command_line import FILE_SPELLING, SPELLINGS
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
 from utils.io.files import read_json
@@ -141,3 +142,8 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
 def test_a_folder_is_of_the_users_own_images(words, data):
     values, job = compose("train", words)
     assert values.data.name == job.choices["data"] == data
+
+
+def test_each_word_that_is_read_as_another_has_its_line_on_the_page():
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert all(f"| {each.typed} | {each.read} |" in page for each in (*SPELLINGS, FILE_SPELLING))
