@@ -8,6 +8,7 @@ from tests.in_process import TINY, compose, configure, load_command, make_images
 from tests.in_process import run_command as run_in_process
 from utils.config.command_line import FILE_SPELLING, SPELLINGS
 from utils.config.entry_point import entry_point, quote_paths
+from utils.config.help import ROOT
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.run_folder import default_run_dir
