@@ -46,11 +46,11 @@ class DataConfig(Strict):
     max_pixels: Pixels
     background: Background | None
     cache: CacheConfig
-    concepts: list[ConceptConfig] | None = None  # a run from before this key has none
-    trigger: str | None = None  # the same
-    corrections: bool = True  # a run from before this key has no such file
-    table: Literal["auto", "none"] | PathText = "none"  # a run from before this key has read none
-    columns: dict[ColumnName, str] | None = None
+    concepts: list[ConceptConfig] | None
+    trigger: str | None
+    corrections: bool
+    table: Literal["auto", "none"] | PathText
+    columns: dict[ColumnName, str] | None
 
     def choice(self) -> TableChoice:
         """Return what `table` and `columns` say."""

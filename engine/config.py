@@ -51,7 +51,7 @@ class _LoopConfig(Strict):
     minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last one that was better
-    early_stop_least: Annotated[float, Field(ge=0)] = 0.0  # by more than this; a run from before this key has 0
+    early_stop_least: Annotated[float, Field(ge=0)]  # by more than this
     batch_size: Count
     micro_batch_size: Literal["auto"] | Count  # auto: all samples of a rank
     sampling: Literal["shuffled", "blocks", "balanced"]
@@ -66,7 +66,7 @@ class _LoopConfig(Strict):
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
-    checkpoint_mirror: PathText | None = None  # a run from before this key has none
+    checkpoint_mirror: PathText | None
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
     @property

@@ -54,9 +54,15 @@ class TimmConfig(Strict):
     name: str = Field(min_length=1)
     in_channels: Width
     drop_path_rate: BelowOne | None
-    image_size_hw: SizeHW | None = None
-    channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None = None
-    pretrained: Pretrained = "auto"
+    image_size_hw: SizeHW | None
+    channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None
+    pretrained: Pretrained
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]
+
+
+def timm_config(name: str, channels: list[int] | None = None) -> TimmConfig:
+    """Describe a network of timm for RGB images by its name. channels: others of a ResNet."""
+    values = {"in_channels": 3, "drop_path_rate": None, "image_size_hw": None, "pretrained": "auto"}
+    return TimmConfig(family="timm", name=name, channels=channels, **values)

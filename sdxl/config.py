@@ -177,7 +177,7 @@ class LoRAConfig(AdapterConfig):
 
     # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
     targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
-    layers: dict[str, AdapterConfig] = {}  # a run from before this key has none
+    layers: dict[str, AdapterConfig]
 
     @property
     def trains_text(self) -> bool:
@@ -330,7 +330,7 @@ class DiffusionTaskConfig(TaskConfig):
     text_cache: PathText | None  # a folder; null: encode captions at every step
     text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
-    preference_beta: Positive | None = None  # null: off; a run from before this key has none
+    preference_beta: Positive | None  # null: off
 
     @property
     def trains_text(self) -> bool:

@@ -14,7 +14,7 @@ from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
-from models.config import TimmConfig
+from models.config import timm_config
 from models.image_model import ImageModel, Normalise
 from models.predictor import torch_predictor
 from models.weights.offers import list_weights
@@ -72,7 +72,7 @@ def open_timm(name: str, runtime: Runtime) -> Frozen:
 
     Raises UserError if the weights, or what timm states for their images, cannot be used.
     """
-    stated = stated_preprocessing(TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None))
+    stated = stated_preprocessing(timm_config(name))
     if runtime.device.type == "cpu":
         stated["image_size_hw"] = [min(CPU_PX, side) for side in stated["image_size_hw"]]
     network = load_timm(name, num_classes=0)

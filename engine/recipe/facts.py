@@ -22,7 +22,7 @@ from engine.tasks.classification import count_head_images
 from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network
-from models.config import ModelConfig, Pretrained, TimmConfig
+from models.config import ModelConfig, Pretrained, timm_config
 from models.weights.offers import list_weights
 from optim.linear import count_right
 from utils.errors import UserError
@@ -171,7 +171,7 @@ def find_facts(
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     most_px = max(_MOST_PX, *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
-    step_sec = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
+    step_sec = time_network(timm_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
     mirrors = 1.0
     colours = True
     if labels is not None:
@@ -214,10 +214,6 @@ def find_facts(
     )
 
 
-def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
-    return TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None, channels=channels)
-
-
 def _most_telling(
     names: Iterable[str], sample: Sample, collection: Collection, config: ImageTrainingConfig, runtime: Runtime
 ) -> str | None:
@@ -255,10 +251,10 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    timed = {"": time_network(_config(name), FINE_PX, _FINE_BATCH, runtime)}
+    timed = {"": time_network(timm_config(name), FINE_PX, _FINE_BATCH, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(_config(name), FINE_PX, _FINE_BATCH, exact)
+        timed[_EXACT] = time_network(timm_config(name), FINE_PX, _FINE_BATCH, exact)
     words = min(timed, key=timed.__getitem__)
     return Network(name, 0, timed[words] / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True, runtime=words)
 

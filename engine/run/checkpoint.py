@@ -34,6 +34,7 @@ from engine.config import TrainingConfig
 from engine.run.remote_copy import RemoteCopy
 from engine.update.learner import Groups, Learner
 from utils.config.recipe import check_resumable
+from utils.config.versions import read_saved
 from utils.errors import UserError, about
 from utils.io.files import (
     Json,
@@ -349,7 +350,7 @@ def check_copy(config: TrainingConfig, saved: Values, place: str) -> None:
 def _check_recipe(config: TrainingConfig, saved: Values, path: Path) -> list[str]:
     """Return how a run's recipe differs from its checkpoint's, by `resume_allow`. Raises UserError for other keys."""
     values = hide_secrets_in(config.model_dump(mode="json"))
-    return check_resumable(saved, values, config.resume_allow, str(path))
+    return check_resumable(read_saved(saved), values, config.resume_allow, str(path))
 
 
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:

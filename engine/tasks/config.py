@@ -79,8 +79,8 @@ class TagLossConfig(Strict):
     name: Literal["bce", "asl", "focal"]  # binary cross-entropy, asymmetric or focal loss
     gamma_neg: Annotated[float, Field(ge=0, le=100)]
     clip: BelowOne
-    gamma: Annotated[float, Field(ge=1, le=100)] = 2.0  # a run from before these keys has no focal loss
-    alpha: BelowOne = 0.25
+    gamma: Annotated[float, Field(ge=1, le=100)]
+    alpha: BelowOne
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):

@@ -16,8 +16,9 @@ import yaml
 from engine.exports.card import Card
 from engine.exports.formats import FORMATS
 from engine.exports.weights import Weights
+from models import config as schemas
 from models.build import build_network
-from models.config import ConvNeXtV2Config, TimmConfig
+from models.config import ConvNeXtV2Config
 from models.image_model import ImageModel, Normalise
 from models.interop import libraries
 from models.interop.inference_form import to_inference_form
@@ -52,7 +53,7 @@ def geometry(size="small", stem_stride=4, stages=4, in_channels=3):
 
 
 def timm_config(name, in_channels=3, **more):
-    return TimmConfig(family="timm", name=name, in_channels=in_channels, drop_path_rate=None, **more)
+    return schemas.timm_config(name).model_copy(update={"in_channels": in_channels, **more})
 
 
 def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):

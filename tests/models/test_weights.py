@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.build import build_network
-from models.config import TimmConfig
+from models.config import timm_config
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights import fit, initialise
@@ -84,7 +84,7 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
 
 
 def build_timm(num_classes):
-    return build_network(TimmConfig(family="timm", name="test_resnet", in_channels=3, drop_path_rate=None), num_classes)
+    return build_network(timm_config("test_resnet"), num_classes)
 
 
 def save(path, network, classes=None):

@@ -8,7 +8,7 @@ import timm.optim
 import torch
 
 from models.build import build_network
-from models.config import TimmConfig
+from models.config import timm_config
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import translate_name
@@ -81,7 +81,7 @@ def test_timm_kind_equals_timms_own_groups():
 
 
 def test_networks_of_timm_are_numbered_by_timms_matcher():
-    config = TimmConfig(family="timm", name="vit_tiny_patch16_224", in_channels=3, drop_path_rate=None)
+    config = timm_config("vit_tiny_patch16_224")
     with torch.device("meta"):
         network = build_network(config, num_classes=5)
     found = layer_scales(network, "timm", 0.8)

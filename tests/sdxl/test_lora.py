@@ -51,7 +51,7 @@ def run(networks):
 
 
 def configure(**changes):
-    values = {"kind": "lora", "rank": 4, "alpha": 2.0, "factor": -1, "targets": ["unet.*.attn?.to_*"]}
+    values = {"kind": "lora", "rank": 4, "alpha": 2.0, "factor": -1, "targets": ["unet.*.attn?.to_*"], "layers": {}}
     return LoRAConfig(**values | changes)
 
 

@@ -7,6 +7,7 @@ determinism belong to the recipe), tracking, the probe, folders and cache sizes.
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
+from utils.config.versions import with_cut
 from utils.errors import UserError
 from utils.io.files import Json, Values, canonical_json, sha256_text
 
@@ -57,7 +58,7 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 
 def recipe_hash(config: Values) -> str:
     """Return 8 hexadecimal digits that identify the recipe."""
-    kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
+    kept = {key: value for key, value in flatten(with_cut(config)).items() if not is_free(key)}
     return sha256_text(canonical_json(kept))[:8]
 
 
@@ -70,7 +71,7 @@ def check_resumable(saved: Values, now: Values, allowed: Sequence[str], folder: 
     new = flatten(now)
     lines = {}
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not is_free(key):  # a key that a run of before did not have is null
+        if old.get(key) != new.get(key) and not is_free(key):
             lines[key] = f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
     refused = [key for key in lines if not is_free(key, allowed)]
     if refused:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.config.versions import read_saved
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, fsync_path, readable, write_atomically
@@ -113,7 +114,7 @@ def read_weights(
     else:
         tensors, texts = read_header(path)
         with readable(path, "safetensors"):
-            metadata = dict(json.loads(texts.get("atelier", "{}")))
+            metadata = read_saved(json.loads(texts.get("atelier", "{}")))
         if _TYPES in texts and texts[_TYPES] != _types(tensors):  # of a converted file, no checksum holds
             texts.pop(_CHECKSUM, None)
         if _CHECKSUM in texts:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from utils.config.versions import read_saved
 from utils.errors import UserError, about
 from utils.io.files import Json, canonical_json, ignore_write_errors, is_locked, read_json, readable, write_atomically
 from utils.io.safe_text import hide_secrets
@@ -46,7 +47,7 @@ class RunReader:
             canonical_json(config)  # refuses NaN: a configuration has none
             if not isinstance(config, dict):
                 raise ValueError("it has no keys")
-        return config
+        return read_saved(config)
 
     def part(self, schema: type[Section]) -> Section:
         """Return the part of the configuration that a schema describes. Raises UserError (`run_dir`)."""

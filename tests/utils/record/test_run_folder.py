@@ -42,7 +42,8 @@ def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch
     assert (tmp_path / "job/run_dir").read_text() == str(folder.path.absolute())
     get_logger("after").info("said after")
     run = RunReader(folder.path)
-    assert run.config == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)} and run.state == "stopped"
+    assert read_json(folder.path / "config.json") == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)}
+    assert run.state == "stopped"
     assert (folder.path / "overrides.txt").read_text() == "seed=1\noptim.lr=0.1\n"
     said = (folder.path / "log.txt").read_text()
     assert "INFO said before" in said and "WARNING said during" in said and "after" not in said
