@@ -59,13 +59,23 @@ class Card:
         if has_samples:
             shutil.copy(place / _SAMPLES, folder / "samples.png")
         rows = [asdict(row) for row in (self.thresholds.rows if self.thresholds else ()) if row.profile != PER_TAG]
-        card = ModelCard.from_template(
-            self._front_matter(results), _TEMPLATE, card=self, metadata=self.metadata, program=self._program(),
-            names=label_names(self.metadata), shown=_SHOWN_NAMES, trained_on=dict_of(self.metadata, "trained_on"),
-            results=results, thresholds=show_rows(rows) if rows else "", prompts=self._prompts(),
-            has_samples=has_samples, origin=dict_of(self.metadata, "origin"), licence=licence_of(self.metadata),
-            more=safe_lines(more).strip(), code=code_span, show_figure=show_figure,
-        )  # fmt: skip
+        facts = {
+            "card": self,
+            "metadata": self.metadata,
+            "names": label_names(self.metadata),
+            "shown": _SHOWN_NAMES,
+            "program": self._program(),
+            "trained_on": dict_of(self.metadata, "trained_on"),
+            "results": results,
+            "thresholds": show_rows(rows) if rows else "",
+            "prompts": self._prompts(),
+            "has_samples": has_samples,
+            "origin": dict_of(self.metadata, "origin"),
+            "licence": licence_of(self.metadata),
+            "more": safe_lines(more).strip(),
+        }
+        functions = {"code": code_span, "show_figure": show_figure}
+        card = ModelCard.from_template(self._front_matter(results), _TEMPLATE, **facts, **functions)
         card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
         card.save(folder / "README.md")
 

@@ -22,7 +22,7 @@ from engine.update.runtime import choose_runtime
 from sdxl.files.family import draw_networks
 from sdxl.files.names import from_single_file, part_state
 from sdxl.files.networks import load_vae
-from sdxl.perceptual import PatchDiscriminator, absolute_error, pyramid_distance
+from sdxl.perceptual import PatchDiscriminator, absolute_error, hinge, pyramid_distance
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base
@@ -137,6 +137,12 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
         )
         balances.append(float(task.balance))
     assert balances[0] > 0 and balances == pytest.approx([balances[0]] * 3, rel=1e-4)
+
+
+def test_the_discriminators_loss_is_half_the_sum_of_its_hinges():
+    """(mean of (0.5, 0) + mean of (0, 1.5)) / 2, from what is missing to 1 and to -1."""
+    real, fake = torch.tensor([[[[0.5, 2.0]]]]), torch.tensor([[[[-2.0, 0.5]]]])
+    assert hinge(real, fake).tolist() == [0.5]
 
 
 def test_the_distance_without_weights_sees_blur_and_the_discriminator_sees_patches():

@@ -237,6 +237,11 @@ def test_a_copy_has_no_novelty_and_names_its_original():
     assert find_nearest_images(images, []) == []
 
 
+def test_an_update_may_be_recorded_unless_its_loss_waits_for_the_device():
+    assert build().may_be_recorded
+    assert not build("task.loss.perceptual={weight: 1.0, min_snr: 3.0}").may_be_recorded
+
+
 def test_the_loss_alone_chooses_the_best_weights():
     task = build()
     task.choose_best("loss")
