@@ -43,7 +43,7 @@ from data.stream.batch import to_device
 from engine.run.start import build_task
 from engine.tasks.kinds import training_schema
 from engine.update.runtime import choose_runtime
-from sdxl.files.checkpoint_files import write_diffusers
+from sdxl.files.checkpoints import write_diffusers
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.kind import DiffusionKind

@@ -31,7 +31,7 @@ from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.stream.source import UnreadableImage
 from data.tools.predictions import find_images
-from sdxl.files.checkpoint_files import write_diffusers
+from sdxl.files.checkpoints import write_diffusers
 from sdxl.files.family import VAE_SCALING_FACTOR, draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 

@@ -27,11 +27,11 @@ from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
 from engine.tasks.change import Change
 from engine.tasks.kind import Kind, Setup
+from sdxl.autoencoder_losses import PatchDiscriminator, PerceptualNetwork, absolute_error, hinge, pyramid_distance
 from sdxl.caches.buckets import fitted_views
 from sdxl.config import SDXLConfig
-from sdxl.files.networks import describe, open_networks
 from sdxl.kind import BucketedKind, Reading, find_buckets
-from sdxl.perceptual import PatchDiscriminator, PerceptualNetwork, absolute_error, hinge, pyramid_distance
+from sdxl.networks import describe, open_networks
 from sdxl.settle import settle_vae
 from utils.contracts import Batch, State
 from utils.errors import UserError

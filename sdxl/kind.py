@@ -32,8 +32,8 @@ from sdxl.caches.masks import Masked, find_masks
 from sdxl.caches.text_cache import TextCache, vary_caption
 from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig
 from sdxl.files.family import ENCODERS
-from sdxl.files.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
+from sdxl.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.pictures.novelty import trained_stream
 from sdxl.pictures.prompts import count_brackets
 from sdxl.pictures.texts import text_field

@@ -12,10 +12,10 @@ from engine.config import TrainingConfig
 from engine.tasks.change import AnyConfig, Change, Start
 from models.interop.metadata import dict_of
 from sdxl.config import LoRAConfig, NoiseConfig
-from sdxl.files.networks import describe, open_networks, settle_model
+from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import ADAPTED
-from sdxl.lora.lora_files import describe_lora
 from sdxl.memory import fit_memory
+from sdxl.networks import describe, open_networks, settle_model
 from sdxl.pictures.prompts import count_brackets, read_prompts
 from utils.errors import UserError, about
 from utils.io.files import Json

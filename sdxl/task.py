@@ -40,19 +40,33 @@ from engine.tasks.kind import Setup
 from engine.update.batch_size import naming_memory
 from models.interop.metadata import dict_of
 from models.weights.fit import is_meta, refuse_misfits
-from sdxl import step as sdxl
 from sdxl.caches.masks import MASK
 from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
-from sdxl.files.networks import Networks, base_files, describe, freeze_unused, open_networks
 from sdxl.files.tokenizer import LENGTH
 from sdxl.latent_perceptual import perceptual_loss
+from sdxl.lora.files import adapter_state
 from sdxl.lora.lora import ADAPTED, LoRA
-from sdxl.lora.lora_files import adapter_state
+from sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
 from sdxl.pictures.texts import read_texts
+from sdxl.step import (
+    LATENT_DRAW,
+    NoiseLevel,
+    add_noise,
+    build_noise_table,
+    denoise,
+    draw_noise,
+    draw_times,
+    encode_images,
+    encode_text,
+    find_levels,
+    find_text,
+    loss_weight,
+    target,
+)
 from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, State
@@ -85,7 +99,7 @@ class DiffusionTask(Task):
         self._model = setup.model
         self.may_be_recorded = config.loss.perceptual is None  # which waits for the GPU
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
-        table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
+        table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
@@ -227,22 +241,22 @@ class DiffusionTask(Task):
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
         config = self._config.timesteps
-        times = sdxl.draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
-        level, timesteps = sdxl.find_levels(kind, times, sdxl.NoiseLevel(self.alphas, self.sigmas))
-        noise = sdxl.draw_noise(batch["key"], latents, self._config.noise.offset)
-        noisy = sdxl.add_noise(latents, noise, level)
+        times = draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
+        level, timesteps = find_levels(kind, times, NoiseLevel(self.alphas, self.sigmas))
+        noise = draw_noise(batch["key"], latents, self._config.noise.offset)
+        noisy = add_noise(latents, noise, level)
         pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
-        squared = (pred - sdxl.target(kind, latents, noise, level)).square()
+        squared = (pred - target(kind, latents, noise, level)).square()
         mask = self._config.mask
         if mask is not None:
             counts = self._find_counts(batch)
             mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
             squared = squared * (counts / mean)
         error = squared.mean(dim=(1, 2, 3))
-        weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
+        weight = loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
         if loss.perceptual is not None:
-            predicted = sdxl.denoise(kind, noisy, pred, level)
+            predicted = denoise(kind, noisy, pred, level)
             if mask is not None:
                 predicted = torch.lerp(latents, predicted, counts)
             figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
@@ -271,7 +285,7 @@ class DiffusionTask(Task):
         Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
         """
         dtype = self.unet.dtype
-        mask = None if prompts.shape[1] == LENGTH else sdxl.find_text(prompts)
+        mask = None if prompts.shape[1] == LENGTH else find_text(prompts)
         return self.unet(
             noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), encoder_attention_mask=mask,
             added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": ids},
@@ -281,11 +295,11 @@ class DiffusionTask(Task):
         """Return scaled latents, float32 [B, 4, h, w], sampled from the VAE's distribution for each image."""
         if "images" in batch:
             with visiting(self.alphas.device, self.vae):
-                mean, logvar = sdxl.encode_images(self.vae, batch["images"])
+                mean, logvar = encode_images(self.vae, batch["images"])
         else:
             mean = batch["latent_mean"].float()
             logvar = batch["latent_logvar"].float()
-        noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
+        noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
         return (mean + torch.exp(0.5 * logvar) * noise - self.latent_mean) * self.latent_factor
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -296,7 +310,7 @@ class DiffusionTask(Task):
             encoders = (self.text_encoder, self.text_encoder_2)
             learns = torch.is_grad_enabled() and self._config.trains_text
             with torch.set_grad_enabled(learns), visiting(self.alphas.device, *encoders):
-                prompts, pooled = sdxl.encode_text(*encoders, batch["token_ids"], batch.get("token_weights"))
+                prompts, pooled = encode_text(*encoders, batch["token_ids"], batch.get("token_weights"))
         if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
             dropped = batch["is_dropped"][:, None]
             prompts = prompts.masked_fill(dropped[..., None], 0)

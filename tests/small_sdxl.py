@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 
 from engine.recipe.settle import make
-from sdxl.files.checkpoint_files import write_diffusers
+from sdxl.files.checkpoints import write_diffusers
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.settle import CHANGES

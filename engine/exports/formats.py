@@ -24,14 +24,14 @@ from models.interop import libraries, page, tag_forms
 from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import refuse_difference
-from sdxl.files import checkpoint_files
+from sdxl.files import checkpoints
 from sdxl.files.facts import modelspec_facts
 from sdxl.files.family import PARTS
 from sdxl.files.names import part_state
-from sdxl.files.networks import Networks, describe, load_networks, load_vae, open_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.lora import lora
-from sdxl.lora.lora_files import adapter_state
+from sdxl.lora.files import adapter_state
+from sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from sdxl.step import decode_to_levels
 from sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive, Width
@@ -183,7 +183,7 @@ def whole_networks(weights: Weights) -> Networks:
 def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a folder of diffusers."""
     write = partial(
-        checkpoint_files.write_diffusers,
+        checkpoints.write_diffusers,
         tokenizer=build_tokenizer(),
         zeros_for_empty_prompt=weights.setup.task.captions.dropout_to == "zeros",
     )
@@ -192,7 +192,7 @@ def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> E
 
 def write_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a single file."""
-    write = partial(checkpoint_files.write_single_file, facts=modelspec_facts(weights, _given(weights, config)))
+    write = partial(checkpoints.write_single_file, facts=modelspec_facts(weights, _given(weights, config)))
     return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
 
 
@@ -210,7 +210,7 @@ def _write_whole(write: Any, weights: Weights, path: Path, config: "ExportConfig
     said = describe(path)
     read = load_networks(path)
     wrong = [name for name, value in noise.items() if (said[name] or False) != value]
-    for part, state in checkpoint_files.cast_states(networks, dtype, folds=path.is_file()).items():
+    for part, state in checkpoints.cast_states(networks, dtype, folds=path.is_file()).items():
         found = part_state(part, read[part])
         wrong += [f"{part}.{name}" for name, one in state.items() if not torch.equal(found[name], one.float())]
     if wrong:
@@ -232,16 +232,14 @@ def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a VAE for ComfyUI. It is read back, and its pictures are compared. A frozen encoder is the base model's."""
     path = folder / FORMATS["vae"].file
     vae = weights.task.vae
-    checkpoint_files.write_vae_file(
-        path, vae, DTYPES[config.precision], modelspec_facts(weights, _given(weights, config))
-    )
+    checkpoints.write_vae_file(path, vae, DTYPES[config.precision], modelspec_facts(weights, _given(weights, config)))
     return _compare_vae(vae, load_vae(path), config)
 
 
 def write_vae_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a VAE for diffusers."""
     vae = weights.task.vae
-    checkpoint_files.write_vae_folder(folder, vae, DTYPES[config.precision])
+    checkpoints.write_vae_folder(folder, vae, DTYPES[config.precision])
     return _compare_vae(vae, load_vae(folder), config)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from engine.exports.formats import DTYPES, ExportConfig
 from sdxl.files.family import draw_networks
-from sdxl.files.networks import load_networks
 from sdxl.lora.changes import Change
+from sdxl.lora.files import read_lora
 from sdxl.lora.lora import ADAPTED, find_layers, write_kohya
-from sdxl.lora.lora_files import read_lora
+from sdxl.networks import load_networks
 from sdxl.pictures.painter import read_strength
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically, write_json

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from sdxl.config import AdapterConfig, LoRAConfig
-from sdxl.files.checkpoint_files import GENERATIVE_MODELS, write_modelspec
+from sdxl.files.checkpoints import GENERATIVE_MODELS, write_modelspec
 from sdxl.files.family import ENCODERS, PARTS
 from sdxl.files.names import rename, text_prefix
-from sdxl.files.networks import unused_layer
 from sdxl.lora.changes import Change, draw_tensors, norm_like
+from sdxl.networks import unused_layer
 from utils.errors import UserError, close_names
 
 ADAPTED = ("unet", *ENCODERS)

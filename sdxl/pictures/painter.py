@@ -28,9 +28,9 @@ from engine.task import FILE_HASHES
 from engine.update.batch_size import naming_memory
 from sdxl.config import Prompt, SDXLConfig
 from sdxl.files.family import ENCODERS, SAMPLERS
-from sdxl.files.networks import Networks, base_files, describe, open_networks
+from sdxl.lora.files import read_lora
 from sdxl.lora.lora import add_changes
-from sdxl.lora.lora_files import read_lora
+from sdxl.networks import Networks, base_files, describe, open_networks
 from sdxl.pictures.prompts import count_brackets, spell_prompt
 from sdxl.pictures.sampling import encode_prompt, sample_pictures, scheduler_config
 from sdxl.task import DiffusionTask

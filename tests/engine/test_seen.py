@@ -53,7 +53,7 @@ def test_a_dry_run_shows_the_first_samples_and_writes_nothing_else(task, place):
 def test_what_a_dry_run_shows_is_what_a_run_with_caches_trains(place):
     """The crops, mirror images and texts of the caches, without the networks that fill them."""
     from sdxl.files.family import ENCODERS
-    from sdxl.files.networks import open_networks
+    from sdxl.networks import open_networks
     from sdxl.step import encode_captions, encode_images
 
     config, _ = configure(*SHOWN["diffusion"])

@@ -3,8 +3,8 @@
 import torch
 from torchvision.models import vgg16
 
+from sdxl.autoencoder_losses import PerceptualNetwork
 from sdxl.config import PerceptualConfig
-from sdxl.perceptual import PerceptualNetwork
 from tests.support import refuses
 
 

@@ -19,10 +19,10 @@ from engine.tasks.kind import Setup
 from engine.tasks.opening import open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
+from sdxl.autoencoder_losses import PatchDiscriminator, absolute_error, hinge, pyramid_distance
 from sdxl.files.family import draw_networks
 from sdxl.files.names import from_single_file, part_state
-from sdxl.files.networks import load_vae
-from sdxl.perceptual import PatchDiscriminator, absolute_error, hinge, pyramid_distance
+from sdxl.networks import load_vae
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base

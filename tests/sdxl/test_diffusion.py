@@ -14,7 +14,6 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.task import networks_of
 from engine.tasks.kind import Setup
-from sdxl import step as sdxl
 from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS
 from sdxl.files.tokenizer import tokenize
@@ -22,6 +21,7 @@ from sdxl.kind import DiffusionKind
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import encode_prompt
 from sdxl.pictures.texts import text_field
+from sdxl.step import NOISE_DRAW, OFFSET_DRAW, TIMESTEP_DRAW, decode_latents
 from tests.in_process import check_resumption, configure, run
 from tests.small_sdxl import complete
 from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
@@ -79,10 +79,10 @@ def test_the_loss_of_flow_is_that_of_its_definition():
     task, batch = build(*FLOW, "task.timesteps.shift=3.0", "task.noise.offset=0.1"), make_batch()
     with torch.no_grad():
         latents, (prompts, pooled) = task._latents(batch), task._texts(batch)
-        time = rng.uniform(batch["key"], (), sdxl.TIMESTEP_DRAW)
+        time = rng.uniform(batch["key"], (), TIMESTEP_DRAW)
         time = (3 * time / (1 + 2 * time))[:, None, None, None]
-        noise = rng.normal(batch["key"], (4, 8, 8), sdxl.NOISE_DRAW)
-        noise += 0.1 * rng.normal(batch["key"], (4, 1, 1), sdxl.OFFSET_DRAW)
+        noise = rng.normal(batch["key"], (4, 8, 8), NOISE_DRAW)
+        noise += 0.1 * rng.normal(batch["key"], (4, 1, 1), OFFSET_DRAW)
         added = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
         noisy, steps = (1 - time) * latents + time * noise, 1000 * time.flatten()
         found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=added).sample
@@ -301,7 +301,7 @@ def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
     picture = ["task.samples.prompts=[a cat]"]
     task, batch = build(*picture), make_batch()
     wanted = losses(task, batch), task.sample()[0]
-    decoded = sdxl.decode_latents(task.vae, torch.ones(1, 4, 8, 8))
+    decoded = decode_latents(task.vae, torch.ones(1, 4, 8, 8))
     networks = networks_of(task, task.offloaded).values()
 
     def scale(networks, factor):
@@ -316,7 +316,7 @@ def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
 
     monkeypatch.setattr("sdxl.task.visiting", visiting)
     scale(networks, 2.0)
-    assert not torch.equal(sdxl.decode_latents(task.vae, torch.ones(1, 4, 8, 8)), decoded)
+    assert not torch.equal(decode_latents(task.vae, torch.ones(1, 4, 8, 8)), decoded)
     assert set(task.offloaded) == {"vae", *ENCODERS}
     assert torch.equal(losses(task, batch), wanted[0]) and np.array_equal(task.sample()[0], wanted[1])
     learns = "task.lora.targets=[unet.*.to_q,text_encoder*.q_proj]"

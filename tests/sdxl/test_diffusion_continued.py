@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from sdxl.files.family import draw_networks
-from sdxl.lora.lora_files import read_lora
+from sdxl.lora.files import read_lora
 from tests.in_process import run
 from tests.support import TINY, make_collection, refuses
 from utils.io.weights import read_weights

@@ -199,7 +199,7 @@ def test_a_file_that_differs_from_the_network_is_not_kept(name, form, place, mon
         last = list(tensors)[-1] if form != "kohya" else next(name for name in tensors if "up" in name)
         write_tensors(path, {**tensors, last: tensors[last] + 1}, metadata)
 
-    monkeypatch.setattr("sdxl.files.checkpoint_files.write_tensors", write)
+    monkeypatch.setattr("sdxl.files.checkpoints.write_tensors", write)
     with refuses("tolerance|output: .*not written"):
         run("export", [f"run_dir={name}", f"format={form}", "output=differs"], place)
     assert not list((place / "differs").glob("*.safetensors")) and not (place / "differs/unet").exists()

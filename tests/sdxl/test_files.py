@@ -13,11 +13,11 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl.config import NoiseConfig, SDXLConfig
-from sdxl.files.checkpoint_files import write_single_file
+from sdxl.files.checkpoints import write_single_file
 from sdxl.files.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
 from sdxl.files.names import from_single_file, part_state, to_single_file
-from sdxl.files.networks import describe, load_networks, open_networks
 from sdxl.kind import check_noise
+from sdxl.networks import describe, load_networks, open_networks
 from sdxl.step import build_noise_table
 from sdxl.vae import AS_STATED
 from tests.small_sdxl import EPSILON, V_ZTSNR, write_base

@@ -18,8 +18,8 @@ from optim.groups import build_groups
 from sdxl.config import LoRAConfig
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import Change
+from sdxl.lora.files import adapter_state, describe_lora, read_lora
 from sdxl.lora.lora import LoRA, LoRALayer, add_changes, write_kohya
-from sdxl.lora.lora_files import adapter_state, describe_lora, read_lora
 from tests.support import refuses
 
 ALL = ["unet.*", "text_encoder*"]

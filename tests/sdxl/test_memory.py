@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from sdxl.files.family import draw_networks
-from sdxl.files.networks import open_networks
 from sdxl.memory import DECODE, ENCODE, LIBRARIES_GIB, LiveBytes, fit_memory, predict_memory
+from sdxl.networks import open_networks
 from sdxl.pictures.painter import Painter
 from sdxl.step import decode_latents, encode_images
 from tests.in_process import configure, run

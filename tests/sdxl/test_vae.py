@@ -12,10 +12,10 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl.config import SDXLConfig
-from sdxl.files.checkpoint_files import write_single_file
+from sdxl.files.checkpoints import write_single_file
 from sdxl.files.family import PREFIXES, draw_networks, list_configs
 from sdxl.files.names import part_state, to_single_file
-from sdxl.files.networks import load_networks, load_vae, settle_model
+from sdxl.networks import load_networks, load_vae, settle_model
 from sdxl.step import decode_latents, encode_images
 from sdxl.vae import latent_scale, unlike_sdxls
 from tests.small_sdxl import V_ZTSNR, write_base

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from models.interop.metadata import dict_of
 from sdxl.config import LoRAConfig
 from sdxl.files.family import PARTS
-from sdxl.files.networks import unused_layer
 from sdxl.lora.changes import Change
 from sdxl.lora.lora import find_layers, kohya_name
+from sdxl.networks import unused_layer
 from utils.contracts import State
 from utils.errors import UserError
 from utils.io.files import Values, readable
