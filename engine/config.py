@@ -189,14 +189,6 @@ class TrainingConfig(Strict):
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "
                 "lr_finder.enabled=false to train at this rate, or optim.base_lr as the fallback"
             )
-        if self.optim.name == "schedulefree":
-            wrong = {"schedule.name": self.schedule.name != "constant", "loop.ema_decay": self.loop.ema_decay}
-            key = next((key for key, is_wrong in wrong.items() if is_wrong), None)
-            if key is not None:
-                raise ValueError(
-                    f"{key}: optim=schedulefree averages the weights itself, over all steps; set schedule=constant "
-                    "(its warm-up counts) and loop.ema_decay=null"
-                )
         if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "

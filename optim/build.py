@@ -1,8 +1,5 @@
 """Build optimisers from the configuration."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from typing import assert_never
 
 import torch
@@ -11,12 +8,6 @@ from torch.optim import Optimizer
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from utils.errors import UserError, close_names
-
-_PACKAGES = {  # with the module and the class
-    "adamw8bit": ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
-    "prodigy": ("prodigyopt", "prodigyopt", "Prodigy"),
-    "schedulefree": ("schedulefree", "schedulefree", "AdamWScheduleFree"),
-}
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
@@ -43,17 +34,10 @@ def _build(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
     match config.name:
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), fused=True)
-        case "adamw8bit" | "prodigy" | "schedulefree":
-            package, module, name = _PACKAGES[config.name]
-            try:
-                chosen = getattr(import_module(module), name)
-            except ImportError as error:
-                raise UserError(
-                    f"optim.name: {config.name} needs the package {package}, which cannot be imported ({error}); run "
-                    f"`pip install {package}`, or set optim=adamw"
-                ) from error
-            extra = getattr(config, "extra", {})
-            return chosen(groups, lr=lr, betas=tuple(config.betas), **extra)
+        case "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(groups, lr=lr, betas=tuple(config.betas), **config.extra)
         case "sgd":
             optimizer = torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0, fused=True)
             # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.
@@ -92,10 +76,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
         optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
         runs_on_cpu = hasattr(config, "extra") and not getattr(config, "opt", "").startswith(("bnb", "fused"))
         if runs_on_cpu:
-            to_training_point(optimizer)
             optimizer.step()
-            with at_average(optimizer):
-                pass
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
@@ -107,26 +88,3 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
             f"schedule.cycle_momentum: true changes beta1, which timm's {config.opt} does not have; set "
             "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
         )
-
-
-@contextmanager
-def at_average(optimizer: Optimizer) -> Iterator[None]:
-    """Hold a schedule-free optimiser's average in the weights; its state then has `y`, the weights of training."""
-    if hasattr(optimizer, "eval"):
-        for parameter, state in optimizer.state.items():
-            state["y"] = parameter.detach().clone()
-        optimizer.eval()
-    try:
-        yield
-    finally:
-        to_training_point(optimizer)
-
-
-@torch.no_grad()
-def to_training_point(optimizer: Optimizer) -> None:
-    """Put the weights that a schedule-free optimiser trains back; also after loading its state."""
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-        for parameter, state in optimizer.state.items():
-            if "y" in state:
-                parameter.copy_(state.pop("y"))

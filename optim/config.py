@@ -1,6 +1,6 @@
 """The schema of `optim` and `schedule`. Defaults are in conf/optim/ and conf/schedule/."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -20,15 +20,19 @@ class RuleConfig(Strict):
 
 
 class _Optim(Strict):
-    """The keys of every optimiser. keeps_layout: it changes the values of parameters, never their memory."""
+    """The keys of every optimiser."""
 
-    keeps_layout: ClassVar[bool] = True
     lr: Factor | None  # takes precedence over base_lr
     base_lr: Factor  # for 256 samples per step
     weight_decay: Factor
     layer_decay: Share
     layer_decay_kind: Literal["single", "group", "timm"]
     rules: list[RuleConfig]
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether it never replaces the memory of parameters; bitsandbytes does, of those that are not contiguous."""
+        return not getattr(self, "opt", "").startswith("bnb")
 
 
 class _AdamW(_Optim):
@@ -43,27 +47,18 @@ class AdamWConfig(_AdamW):
     fused_backward: bool
 
 
-class AdamW8bitConfig(_AdamW):
-    """bitsandbytes' AdamW, whose averages have 8 bits. It replaces the memory of weights that are not contiguous."""
+class ProdigyConfig(_AdamW):
+    """Prodigy (arXiv 2306.06101), with one rate d for all parameters."""
 
-    keeps_layout: ClassVar[bool] = False
-    name: Literal["adamw8bit"]
-
-
-class LibraryConfig(_AdamW):
-    """Prodigy (arXiv 2306.06101), with one rate d for all parameters, or schedule-free AdamW (arXiv 2405.15682)."""
-
-    name: Literal["prodigy", "schedulefree"]
+    name: Literal["prodigy"]
     extra: dict[str, JsonValue]
 
     @model_validator(mode="after")
     def _treats_parameters_alike(self) -> Self:
-        field = "lr_scale" if self.name == "prodigy" else "freeze_steps"
-        values = {f"rules.{number}.{field}": getattr(rule, field) for number, rule in enumerate(self.rules)}
-        values |= {"layer_decay": self.layer_decay} if self.name == "prodigy" else {}
-        for key, value in values.items():
+        values = {f"rules.{number}.lr_scale": rule.lr_scale for number, rule in enumerate(self.rules)}
+        for key, value in {**values, "layer_decay": self.layer_decay}.items():
             if value not in (None, 1.0):
-                raise ValueError(f"optim.{key}: {value}, but optim={self.name} has it for all parameters; remove it")
+                raise ValueError(f"optim.{key}: {value}, but optim=prodigy has one rate for all parameters; remove it")
         return self
 
 
@@ -97,9 +92,7 @@ class TimmOptimConfig(_Optim):
         return self
 
 
-OptimConfig = Annotated[
-    AdamWConfig | AdamW8bitConfig | LibraryConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")
-]
+OptimConfig = Annotated[AdamWConfig | ProdigyConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")]
 
 
 class _Schedule(Strict):

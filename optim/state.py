@@ -10,8 +10,7 @@ from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
 
-# What Prodigy and schedule-free AdamW count in their groups.
-_COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
+_COUNTS = {"k", "d", "d_max", "d_numerator"}  # of Prodigy, in its groups
 # Keys of a group that optim/groups.py sets from the configuration.
 _SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 

@@ -158,7 +158,7 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig, compute: torch.dtyp
 
 def _state_share(config: OptimConfig) -> float:
     """Return the size of the optimiser's state as a multiple of the weights'."""
-    if config.name == "adamw8bit":  # for GPUs alone
+    if getattr(config, "opt", "").endswith("8bit"):  # for GPUs alone
         return 0.5
     dtype = torch.bfloat16 if getattr(config, "bf16_weights", False) else torch.float32
     parameter = nn.Parameter(torch.ones(256, 256, dtype=dtype))

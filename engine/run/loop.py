@@ -23,7 +23,6 @@ from engine.run.summary import report_end
 from engine.task import Streams, Task, fingerprint_helpers
 from engine.update.learner import Learner
 from engine.update.runtime import Runtime
-from optim.build import at_average
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable, recipe_hash
 from utils.contracts import Batch
@@ -223,17 +222,17 @@ class Run:
         recorder.enters(self.step, "saving")
         learner.sync_buffers()
         recorder.skips.read(self.step)
+        tensors, optimizer = learner.state()  # its state without tensors
         state = {
             "config": self.folder.config,
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
+            "optimizer": optimizer,
             **self.evaluator.state(),
             **recorder.state(),
         }
-        with at_average(learner.optimizer):  # last_weights.safetensors is a file of the checkpoint
-            tensors, optimizer = learner.state()  # its state without tensors
-            self.saver.save(learner, tensors, {**state, "optimizer": optimizer}, recorder.sync, last=last)
+        self.saver.save(learner, tensors, state, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
         """Resume from a checkpoint. Raises UserError if it does not fit this run."""

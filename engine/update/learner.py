@@ -20,7 +20,7 @@ from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
-from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
+from optim.build import build_optimizer, can_be_recorded
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
 from optim.schedules import GroupValues, Schedule
@@ -63,7 +63,6 @@ class Learner:
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
-        to_training_point(self.optimizer)
         self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
         may_halve = self.fused is None and not distributed.is_distributed()  # else other ranks wait in a collective
         self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
@@ -194,7 +193,7 @@ class Learner:
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """Hold the weights that are evaluated and exported inside the context: averages, if they are exported."""
-        with at_average(self.optimizer), self.averages.swapped() if self.exports_average else nullcontext():
+        with self.averages.swapped() if self.exports_average else nullcontext():
             yield
 
     def sync_buffers(self) -> None:
@@ -249,7 +248,6 @@ class Learner:
         for group, current in groups.items():
             for name, tensor in current.items():
                 tensor.copy_(tensors[group][name])
-        to_training_point(self.optimizer)
 
 
 class _Buffers:

@@ -169,7 +169,7 @@ CategoryThresholds: general artist copyright character meta rating     # tests/t
 MovedBase: path vae                                 # of every evaluation: tests/sdxl/test_diffusion_exports.py
 ExportConfig: author description trigger            # tests/sdxl/test_diffusion_exports.py
 HubConfig: dry_run private                          # after an export: tests/test_weights_commands.py
-LibraryConfig: name extra                           # tests/engine/test_resume.py
+ProdigyConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
 AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora.py
 PageConfig: host port open token start              # tests/viewer/test_pages.py, test_start.py

@@ -3,14 +3,12 @@ against its script's schema, and its task builds on the meta device.
 """
 
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import yaml
 
 from tests.in_process import SCRIPTS, TASKS, TRAINING, configure, draw_few_glyphs, run
-from tests.support import refuses
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError
 
@@ -37,7 +35,6 @@ TO = {
 SHARED = {"common", "optim/_every", "task/_buckets"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"]}
-SMALL["schedulefree"] = ["schedule=constant"]
 
 
 def list_yaml(folder):
@@ -120,10 +117,6 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
     if script in ("finetune_sdxl", "finetune_vae"):
         overrides += ["model.path=null"] if name == "sdxl" else ["model=sdxl_tiny"]
-    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
-        with refuses(r"^optim.name: adamw8bit .* `pip install bitsandbytes`"):
-            run(script, overrides, tmp_path)
-        return
     assert run(script, overrides, tmp_path).startswith("dry run: ")
     written = {file.name for script in TRAINING for file in tmp_path.glob(f"outputs/{script}/*/**/*.*")}
     buckets = {"buckets.csv"} if script in ("finetune_sdxl", "finetune_vae") else set()

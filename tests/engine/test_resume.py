@@ -182,15 +182,8 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
     assert left(place)[-1] == 3 and [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("words", [["optim=prodigy", "+optim.extra.d_coef=1e4"], ["optim=schedulefree"]])
-def test_the_rate_of_prodigy_is_logged_and_the_files_of_schedule_free_hold_its_average(words, place):
-    finetune(place, *words, "schedule=constant", "loop.total_steps=4", "loop.batch_size=8")
-    if words[0] == "optim=prodigy":
-        d = [row["d"] for row in rows(place / "run/metrics.jsonl", "train")]
-        assert d[-1] > d[0] == 1e-6
-        return
-    state = checkpoint_tensors(place / "run", 4)
-    for name, weights in load_file(place / "run/weights/last_weights.safetensors").items():
-        y, z = (state[f"optimizer/network.{name}/{key}"] for key in "yz")
-        torch.testing.assert_close(weights, (y - 0.1 * z) / 0.9, rtol=1e-4, atol=1e-6)  # y = 0.9 x + 0.1 z
-        assert not torch.equal(weights, y)
+def test_the_rate_of_prodigy_is_logged(place):
+    words = ["optim=prodigy", "+optim.extra.d_coef=1e4", "schedule=constant"]
+    finetune(place, *words, "loop.total_steps=4", "loop.batch_size=8")
+    d = [row["d"] for row in rows(place / "run/metrics.jsonl", "train")]
+    assert d[-1] > d[0] == 1e-6

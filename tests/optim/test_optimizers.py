@@ -4,15 +4,14 @@ import pytest
 import timm.optim
 import torch
 from pydantic import TypeAdapter
-from schedulefree import AdamWScheduleFree
 from torch import nn
 
 from bench.measure import read_values
 from optim.alone import round_stochastically, step_by_gradients, step_each
-from optim.build import at_average, build_optimizer, check_optimizer, to_training_point
+from optim.build import build_optimizer, check_optimizer
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
-from optim.schedules import GroupValues, Schedule
+from optim.schedules import GroupValues
 
 STEPS = 10
 CONSTANT, ONE_CYCLE = (
@@ -115,27 +114,8 @@ def test_the_optimisers_of_timm_that_a_fused_pass_takes_update_each_parameter_al
     assert wrong == [] and {"lamb", "adan"} <= set(refused) < {*refused, "adamw"}
 
 
-def test_a_warm_up_of_the_schedule_is_that_of_schedule_free_and_its_average_is_lent():
-    """Weights equal those of the package with warmup_steps=4, in training and at the average, bit for bit."""
-    ours, theirs = network(), network()
-    schedule = Schedule(CONSTANT, 0.05, 0.1, STEPS, 4)
-    optimizer = build("schedulefree", ours)
-    groups = build_groups(theirs, {}, config("schedulefree"))
-    reference = AdamWScheduleFree(groups, lr=0.05, warmup_steps=4)
-    set_group_values(reference, GroupValues(0.05, 0.1))
-    to_training_point(optimizer)
-    reference.train()
-    for step in range(STEPS):
-        set_group_values(optimizer, schedule.at(step))
-        for model, each in ((ours, optimizer), (theirs, reference)):
-            set_gradients(model, step)
-            each.step()
-    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    before = [parameter.clone() for parameter in ours.parameters()]
-    reference.eval()
-    with at_average(optimizer):
-        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    assert all(map(torch.equal, ours.parameters(), before)) and not torch.equal(before[0], next(theirs.parameters()))
+def test_only_the_optimisers_of_bitsandbytes_replace_the_memory_of_parameters():
+    assert config("timm").keeps_layout and not config("timm", opt="bnbadamw8bit").keeps_layout
 
 
 REFUSED = [
@@ -146,7 +126,6 @@ REFUSED = [
     ("timm", {"opt": "adafactor"}, "schedule.cycle_momentum: .* adafactor"),
     ("prodigy", {"layer_decay": 0.9}, "optim.layer_decay: 0.9"),
     ("prodigy", {"rules": [{"match": "2.*", "lr_scale": 0.1}]}, "optim.rules.0.lr_scale: 0.1"),
-    ("schedulefree", {"rules": [{"match": "2.*", "freeze_steps": 9}]}, "optim.rules.0.freeze_steps: 9"),
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ MESSAGES = [
     ("loop", [1], "must be a group of keys, found [1]"),
     ("loop.micro_batch_size", ABSENT, "missing; add loop.micro_batch_size=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
-    ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adamw8bit"),
+    ("optim.name", "adamm", "unknown 'adamm'; close: adamw"),
     ("optm", {"lr": 1.0}, "unknown key; close: optim, optim.lr, optim.opt"),
     ("runtime.workers", -1, "must be 'auto', or greater than or equal to 0, found -1"),
     ("optim.betas.1", 2, "must be less than 1, found 2"),
