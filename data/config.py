@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from data.collection.concepts import ConceptConfig
-from data.layouts.tables import TableChoice
+from data.layouts.scan import TableChoice
 from utils.config.bounds import BelowOne, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background

@@ -8,6 +8,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, refuse_faults
 from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, has_value, show_some
+from data.layouts.values import read_label
 from utils.errors import UserError
-from utils.io.names import to_nfc
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -104,7 +105,7 @@ class Collection:
 
     def class_ids(self, names: Sequence[str]) -> ndarray:
         """Return the position of each row's label in `names`, int64 [N]; -1 for other labels and rows without one."""
-        ids = pc.index_in(self.table["label"], value_set=pa.array(map(to_nfc, names), pa.string()))
+        ids = pc.index_in(self.table["label"], value_set=pa.array(map(_as_read, names), pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
     def weights(self) -> ndarray:
@@ -144,6 +145,13 @@ class Collection:
             return None
         sizes = np.stack([self.column(name) for name in ("height", "width")], axis=1)
         return np.nan_to_num(sizes).astype(np.int64)
+
+
+def _as_read(name: str) -> str:
+    """Return the name of a class of any run as labels are read today."""
+    with suppress(ValueError):
+        return read_label(name) or name
+    return name
 
 
 def describe_concepts(collection: Collection, rows: ndarray) -> str:

@@ -21,10 +21,12 @@ from data.layouts.corrections import Decisions, correct, read_corrections, settl
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
+from data.layouts.scan import TableChoice
 from data.layouts.sidecars import list_faults
 from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, hash_table, replace_column
-from data.layouts.tables import POSSIBLE, TableChoice
+from data.layouts.tables import POSSIBLE
 from data.layouts.unused import Unused, list_unused, say_unused
+from data.layouts.values import RULES
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
@@ -36,7 +38,7 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 18  # format version; increment it to rebuild every index
+_INDEX = 19  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def index_collection(
     parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = CONCEPT_LIST.dump_json([*concepts])
-    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, tables, stated.decode())
+    key = files_key(files, _INDEX, RULES, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, tables, stated.decode())
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])

@@ -23,8 +23,8 @@ from numpy import ndarray
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.collection.tag_rows import NamedTags
-from data.layouts.sidecars import FIELDS
 from data.layouts.table import TAG_LISTS, count_values
+from data.layouts.values import FIELDS
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, parse_tag
 

@@ -21,12 +21,13 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import find_encoding, refuse_link_out
 from data.layouts.table import TYPES, replace_column, take_rows
 from data.layouts.unused import Unused
+from data.layouts.values import read_label, read_tags
 from data.layouts.walk import COPY
 from utils.config.schema import Strict
 from utils.errors import UserError, about
@@ -54,6 +55,13 @@ class Decision(Strict):
     verdict: Literal["accepted", "rejected", "edited", "undone"]
     by: str
     at: str
+
+    @field_validator("was", "now")
+    @classmethod
+    def _as_read(cls, value: _Value) -> _Value:
+        if isinstance(value, str):
+            return read_label(value)
+        return [*read_tags(value)] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

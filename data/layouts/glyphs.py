@@ -95,7 +95,7 @@ def draw_glyph(face: str, code: int) -> Image.Image | None:
         ink = mask.crop(box)
         if max(ink.size) <= _SIDE_PX:
             break
-        size = min(size - 1, size * _SIDE_PX // max(ink.size))
+        size = size * _SIDE_PX // max(ink.size)
     left += _SIDE_PX // 2 - round(font.getlength(chr(code))) // 2 + box[0]
     top += _BASELINE_PX + box[1]
     corner = (min(max(left, 0), _SIDE_PX - ink.width), min(max(top, 0), _SIDE_PX - ink.height))

@@ -10,18 +10,20 @@ without an image, and images without a row, are counted and listed in a file; th
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from data.layouts.manifest import cast_columns, read_splits
-from data.layouts.names import is_image_name, is_table_of_user
+from data.layouts.names import is_image_name
 from data.layouts.places import read_split
-from data.layouts.table import SHOWN, TEST, TYPES, build_table
-from data.layouts.tables import TableChoice, list_labels, name_columns, read_columns
-from data.layouts.unused import ROWS, UNNAMED, UNREAD, Unused
+from data.layouts.scan import Folder
+from data.layouts.sidecars import Sidecar
+from data.layouts.table import SHOWN, TEST, TYPES
+from data.layouts.tables import list_labels, name_columns, read_columns
+from data.layouts.unused import ROWS, UNNAMED, is_form
 from utils.errors import UserError
 from utils.io.names import to_nfc
 
@@ -41,19 +43,16 @@ class _Listed(NamedTuple):
     paths: list[str | None]
 
 
-def read_listed_images(
-    root: Path, images: Mapping[str, int], splits: _Splits, choice: TableChoice, unused: Unused
-) -> pa.Table | None:
-    """Return the images that a table of the user names, with its columns; None without such a table.
+def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+    """Return what a table of the user says of the images that it names; nothing without such a table.
 
-    images: their sizes in bytes by path. splits: those of their folders. Images of a test folder that no row names
-    are kept without a label. Raises UserError (`data.table`, `data.columns`): a table that is absent or names no image;
-    several tables.
+    A table that `data.table` does not name is read if neither folders of two classes nor sidecars describe the images.
+    Images of a test folder that no row names are kept without a label. Raises UserError (`data.table`, `data.columns`):
+    a table that is absent or names no image; several tables.
     """
-    files = _find_files(root, choice, unused)
-    find = build_finder(splits if files else {})
-    tables = [_match(file, find, splits, choice, unused) for file in files]
-    tables = [each for each in tables if each is not None]
+    chosen = _choose_files(folder, files)
+    find = build_finder(folder.splits if chosen else {})
+    tables = [each for each in (_match(file, find, folder) for file in chosen) if each is not None]
     tables = [each for each in tables if each.split != TEST] or tables  # these have no label
     if len(tables) > 1:
         lines = [f"{each.file.name} ({', '.join(each.table.column_names[:SHOWN])})" for each in tables]
@@ -61,7 +60,9 @@ def read_listed_images(
             f"data.table: {len(tables)} tables name images: {'; '.join(lines)}; choose one, as in "
             f"data.table={tables[0].file.name}, or data.table=none to read none"
         )
-    return _read_rows(tables[0], images, splits, choice, unused) if tables else None
+    read = {each.file for each in tables}
+    folder.unused.add_files(*(name for name in files if folder.root / name not in read and name != folder.choice.table))
+    return _read_rows(tables[0], folder) if tables else {}
 
 
 def build_finder(splits: _Splits) -> _Find:
@@ -92,31 +93,34 @@ def _split_name(name: str) -> list[str]:
     return to_nfc(stem).casefold().strip().replace("\\", "/").split("/")[::-1]
 
 
-def _find_files(root: Path, choice: TableChoice, unused: Unused) -> list[Path]:
+def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
     """Return the stated table, or those at the root that may be one. Raises UserError (`data.table`)."""
-    if choice.table == "auto":
-        files = map(root.joinpath, sorted(filter(is_table_of_user, unused.get(UNREAD, ()))))
-        return [*filter(Path.is_file, files)]  # `unused` may have those of another concept
-    if choice.table == "none":
+    root = folder.root
+    stated = folder.choice.table
+    is_described = len({*folder.labels.values()} - {None}) > 1 or 2 * len(folder.sidecars) > len(folder.images)
+    if stated == "none" or (stated == "auto" and is_described):  # one folder tells no class
         return []
-    places = (root / choice.table, Path(choice.table).expanduser())
-    if (file := next(filter(Path.is_file, places), None)) is None:
-        raise UserError(f"data.table: {choice.table!r} is no file in {str(root)!r} or in {str(Path.cwd())!r}")
+    if stated == "auto":
+        return [root / name for name in files if "/" not in name and not is_form(name)]
+    file = next(filter(Path.is_file, (root / stated, Path(stated).expanduser())), None)
+    if file is None:
+        raise UserError(f"data.table: {stated!r} is no file in {str(root)!r} or in {str(Path.cwd())!r}")
     return [file]
 
 
-def _match(file: Path, find: _Find, splits: _Splits, choice: TableChoice, unused: Unused) -> _Listed | None:
+def _match(file: Path, find: _Find, folder: Folder) -> _Listed | None:
     """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
     Raises UserError (`data.table`) if it is the stated one, and cannot be read or names none.
     """
+    choice = folder.choice
     is_stated = choice.table != "auto"
     try:
         table = read_columns(file, "data.table")
     except UserError as error:
         if is_stated:
             raise
-        unused.add("tables that cannot be read", f"{file.name} ({error})")
+        folder.unused.add("tables that cannot be read", f"{file.name} ({error})")
         return None
     split = read_split(file.stem) or "train"
     table = pa.table({name: column for name, column in zip(table.column_names, table.columns) if name})
@@ -126,22 +130,23 @@ def _match(file: Path, find: _Find, splits: _Splits, choice: TableChoice, unused
             paths = [find(str(value), split) for value in table[name].to_pylist()]
             found.append((len({*paths} - {None}), name, paths))
     count, key, paths = max(found)
-    if count if is_stated else 2 * count > min(len(table), len(splits)):
+    if count if is_stated else 2 * count > min(len(table), len(folder.images)):
         is_prediction = {"path", "error"} <= {*table.column_names}  # of predict.py
         return None if is_prediction and not is_stated else _Listed(file, split, table, key, paths)
     if not is_stated:
         return None
     raise UserError(
-        f"data.table: no column of {str(file)!r} names one of the {len(splits):,} images, such as {min(splits)!r}; "
-        f"it has {', '.join(table.column_names)}; name the right one: data.columns={{path: NAME}}"
+        f"data.table: no column of {str(file)!r} names one of the {len(folder.images):,} images, such as "
+        f"{min(folder.images)!r}; it has {', '.join(table.column_names)}; name the right one: "
+        "data.columns={path: NAME}"
     )
 
 
-def _read_rows(
-    each: _Listed, images: Mapping[str, int], splits: _Splits, choice: TableChoice, unused: Unused
-) -> pa.Table:
+def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
     """Return the rows that name an image, one for each, and the test images that wait; say what is read as what."""
     name = each.file.name
+    unused = folder.unused
+    splits = folder.splits
     values = each.table[each.key].to_pylist()
     rows = {}
     for row, path in enumerate(each.paths):
@@ -149,36 +154,37 @@ def _read_rows(
             unused.add(f"{ROWS} {name} without an image", str(values[row]))
         elif rows.setdefault(path, row) != row:
             unused.add(f"{ROWS} {name} that name an image again", str(values[row]))
-    folder = os.path.join(os.path.commonpath([*map(os.path.dirname, rows)]), "")
-    count = sum(path.startswith(folder) for path in splits)
+    below = os.path.join(os.path.commonpath([*map(os.path.dirname, rows)]), "")
+    count = sum(path.startswith(below) for path in splits)
     endings = ", ".join({os.path.splitext(path)[1]: None for path in rows})
-    line = f"{name}: column {each.key} names {len(rows):,} of {count:,} files in {folder or './'}, with {endings}"
+    line = f"{name}: column {each.key} names {len(rows):,} of {count:,} files in {below or './'}, with {endings}"
     left = splits.keys() - rows
     waiting = [path for path in left if splits[path] == TEST]
     unused.add(f"{UNNAMED} {name} names", *left.difference(waiting))
-    for names in unused.values():
-        names[:] = [other for other in names if other != name]
-    rows |= dict.fromkeys(waiting)
-    table = each.table.take([*rows.values()]).drop_columns([each.key])
-    table, names = _choose_columns(table, choice, unused)
+    order = [*rows.values()]
+    table, names = _choose_columns(each.table.take(order).drop_columns([each.key]), folder)
     read = [f"{ours}: {theirs}" for theirs, ours in names.items() if ours in _MAPPED]
     unused.said += (f"{line}; {', '.join(read) or 'no label'}",)
-    columns = cast_columns(each.file, table, names, unused)
-    stated = read_splits(each.file, columns["split"], "")
-    columns["split"] = [ours or splits[path] or each.split for ours, path in zip(stated, rows)]
-    columns["path"] = [*rows]
-    return build_table(columns, size=[images[path] for path in rows])
+    columns = cast_columns(each.file, table, names, unused, order)
+    stated = read_splits(each.file, columns.pop("split"), "")
+    columns = {name: column.to_pylist() for name, column in columns.items() if column.null_count < len(column)}
+    sidecars = {path: Sidecar(split=TEST) for path in waiting}
+    for row, path in enumerate(rows):
+        values = {name: column[row] for name, column in columns.items()}
+        known = {name: values.pop(name) for name in Sidecar._fields if name in values}
+        sidecars[path] = Sidecar(**known, split=stated[row] or splits[path] or each.split, more=values)
+    return sidecars
 
 
-def _choose_columns(table: pa.Table, choice: TableChoice, unused: Unused) -> tuple[pa.Table, dict[str, str]]:
-    """Return the table, its flags as one column, and our name of each column.
+def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str, str]]:
+    """Return the table, its flags as columns of tags, and our name of each column.
 
     Without label, tags and caption, the only one that may be a label is one.
     """
-    stated = {ours: theirs for ours, theirs in choice.columns.items() if ours != "path"}
+    stated = {ours: theirs for ours, theirs in folder.choice.columns.items() if ours != "path"}
     names = name_columns(table, stated)
     odd = [name for name, ours in names.items() if ours in TYPES and ours not in (*_MAPPED, *stated)]
-    unused.add("columns of tables with a name of ours (data.columns={weight: NAME} takes one)", *odd)
+    folder.unused.add("columns of tables with a name of ours (data.columns={weight: NAME} takes one)", *odd)
     table, names = _join_flags(table, {name: ours for name, ours in names.items() if name not in odd})
     possible = list_labels(table, names)
     if len(possible) == 1 and not {"tags", "caption"} & {*names.values()}:
@@ -189,7 +195,8 @@ def _choose_columns(table: pa.Table, choice: TableChoice, unused: Unused) -> tup
 def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
     """Replace columns of yes and no by one of tags, or of the label if each image has one.
 
-    They stay beside a column that is a label or may be one, and beside tags and captions.
+    They stay beside a column that is a label or may be one, and beside tags and captions. Beside 0, -1 is uncertain and
+    becomes an unknown tag, as CheXpert has it; without any 0, it is no, as CelebA has it.
     """
     flags = [name for name, ours in names.items() if ours not in TYPES and _is_flag(table[name])]
     others = {theirs: ours for theirs, ours in names.items() if theirs not in flags}
@@ -197,14 +204,17 @@ def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[
     if len(flags) < 2 or is_described:
         return table, names
     rows = table.select(flags).to_pylist()
+    has_no = any(0 in row.values() for row in rows)
     tags = [[name for name in flags if (row[name] or 0) > 0] for row in rows]
+    unknown = [[name for name in flags if has_no and row[name] == -1] or None for row in rows]
     counts = {len(each) for each, row in zip(tags, rows) if row[flags[0]] is not None}  # test images wait without
-    field = "label" if counts == {1} else "tags"
-    if field == "label":
-        tags = [next(iter(each), None) for each in tags]
-    name = f"the {len(flags)} columns of 0 and 1"
-    table = table.drop_columns(flags).append_column(name, pa.array(tags))
-    return table, others | {name: field}
+    what = f"the {len(flags)} columns of 0 and 1"
+    table = table.drop_columns(flags)
+    if counts == {1} and not any(unknown):
+        return table.append_column(what, pa.array([next(iter(each), None) for each in tags])), others | {what: "label"}
+    uncertain = f"-1 in {what}"
+    table = table.append_column(what, pa.array(tags)).append_column(uncertain, pa.array(unknown, TYPES["tags"]))
+    return table, others | {what: "tags", uncertain: "unknown_tags"}
 
 
 def _is_flag(column: pa.ChunkedArray) -> bool:

@@ -22,32 +22,24 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar, is_table
-from data.layouts.sidecars import pair_sidecars
+from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar
+from data.layouts.readers import is_table
+from data.layouts.scan import Columns, TableChoice, scan_folder
 from data.layouts.table import (
     PLACES,
     SCHEMA,
     SIDECARS,
     SPLIT_NAMES,
-    TAG_LISTS,
     TYPES,
     build_table,
     replace_column,
     show_some,
 )
-from data.layouts.tables import (
-    POSSIBLE,
-    Columns,
-    find_one,
-    list_labels,
-    name_columns,
-    name_field,
-    read_columns,
-)
+from data.layouts.tables import POSSIBLE, find_one, list_labels, name_columns, name_field, read_columns
 from data.layouts.unused import LACKING, Unused
+from data.layouts.values import READ, read_column
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
-from utils.formats.spelling import split_tags
 from utils.io.files import output_errors, write_atomically
 from utils.io.memo import in_threads
 from utils.io.names import find_path, list_names
@@ -59,7 +51,7 @@ _OURS = ("id", "reason")  # columns of job=manifest beside TYPES
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
-_ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # refused if of a wrong type
+_ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
 _PART = 512  # files per task of a thread, and cached folders
 
 
@@ -130,26 +122,28 @@ def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({}
     if columns["path"].null_count:
         row = pc.index(columns["path"].is_null(), True).as_py()
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
-    for name in TAG_LISTS:
-        if name in columns and pc.list_flatten(columns[name]).null_count:
-            raise UserError(f"data.root: column {name!r} of {str(file)!r} holds lists with a null; remove the null")
     return pa.table(columns)
 
 
 def cast_columns(
-    file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused
+    file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused, rows: Sequence[int] | None = None
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     """Return columns by our names (`names`: ours by theirs), of our types; those of SCHEMA first, null if absent.
 
-    Raises UserError (`data.root`) for one of _ASKED that cannot be cast; others are added to `unused`.
+    rows: their numbers in the file, if not all are in the table.
+    Raises UserError (`data.root`) for one of _ASKED that cannot be read; others are added to `unused`.
     """
     columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
     unused.add(POSSIBLE, *list_labels(table, names).values())
+    numbers = range(len(table)) if rows is None else rows
     for name, field in names.items():
         try:
-            columns[field] = _cast(field, table[name])
-        except pa.ArrowException as error:
-            where = f"column {name!r} of {str(file)!r} is {table[name].type} ({error})"
+            columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
+        except (ValueError, pa.ArrowException) as error:
+            where = f"column {name!r} of {str(file)!r}"
+            if field in READ:
+                raise UserError(f"data.root: {where}: {error}") from error
+            where = f"{where} is {table[name].type} ({error})"
             if field in _ASKED:
                 raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
             unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
@@ -164,13 +158,6 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         other = pa.int64()
     elif pa.types.is_floating(source):
         other = pa.float64()
-    if name == "label" and other == pa.float64():
-        with suppress(pa.ArrowException):
-            column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
-    if name in TAG_LISTS and not pa.types.is_nested(source):  # at commas, else semicolons, bars or spaces
-        texts = column.cast(pa.string()).to_pylist()
-        mark = next((mark for mark in ",\n;|" if any(mark in (text or "") for text in texts)), " ")
-        column = pa.array([text and split_tags(text.replace(mark, ",")) for text in texts], TYPES["tags"])
     if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
         column = pc.index_in(column, value_set=pc.unique(column).drop_null())
     return column.cast(TYPES.get(name, other))
@@ -283,12 +270,10 @@ def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> 
 
 def find_sources(root: Path) -> dict[str, str]:
     """Return name, size and time of change of each table, and of the sidecars of each image, by path."""
-    found = {}
-    for folder, _, names in walk_folders(root, Unused()):
-        sources, _ = pair_sidecars(folder, filter(is_image_name, names), names)
-        sources |= {table: [table] for table in filter(is_table, map(folder.__add__, names))}
-        found |= {path: ", ".join(_describe(root / file) for file in files) for path, files in sources.items()}
-    return found
+    folder = scan_folder(root, Unused(), TableChoice())
+    tables = filter(is_table, itertools.chain(*folder.files.values()))
+    sources = {**folder.sidecars, **{table: [table] for table in tables}}
+    return {path: ", ".join(_describe(root / file) for file in files) for path, files in sources.items()}
 
 
 def _describe(file: Path) -> str:

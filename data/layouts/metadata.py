@@ -10,13 +10,14 @@ The last four are at the root. A key of kohya's is an image's path, with or with
 machine matches by its last parts.
 """
 
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from data.layouts.names import is_metadata
+from data.layouts.scan import Folder
 from data.layouts.sidecars import (
     Sidecar,
     decode,
@@ -27,57 +28,55 @@ from data.layouts.sidecars import (
     read_lines,
     refuse_link_out,
 )  # fmt: skip
-from data.layouts.tables import Columns, find_one, name_columns, read_columns, read_records
+from data.layouts.tables import find_one, name_columns, read_columns, read_records
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
-from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
+from utils.formats.spelling import Tag, parse_tag, read_list, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES
 from utils.io.files import Json, readable
 from utils.io.names import Names
 
+_Row = tuple[str, Sidecar]  # after the path that it states
 
-def read_metadata(
-    root: Path, tables: Iterable[str], images: Iterable[str], unused: Unused, stated: Columns
+
+def _find_images(
+    read: Callable[[Folder, Path], list[_Row]], folder: Folder, files: Sequence[str]
 ) -> dict[str, Sidecar]:
-    """Return metadata of images by path: that of imagefolder's tables, then that of kohya's. stated: `data.columns`.
-
-    Raises UserError (`data.root`) if a table cannot be read, or if a folder has two of one kind.
-    """
-    by_key = {key: path for path in images for key in (os.path.splitext(path)[0], path)}
+    """Return what tables say of images, by path. Raises UserError (`data.root`): a bad table, or two in a folder."""
+    by_key = {key: path for path in folder.images for key in (os.path.splitext(path)[0], path)}
     known = Names(by_key)
-    first = {}  # table of each folder and kind
+    first = {}  # table of each folder
     sidecars = {}
-    for name in sorted(tables, key=is_metadata):
-        refuse_link_out(root, root / name)
-        folder = os.path.dirname(name)
-        rows = _read_entries(root / name, unused) if is_metadata(name) else _read_table(root / name, unused, stated)
-        if rows:
-            find_one(root, {first.setdefault((folder, is_metadata(name)), name): None, name: None})
+    for name in sorted(files):
+        refuse_link_out(folder.root, folder.root / name)
+        beside = os.path.dirname(name)
+        if rows := read(folder, folder.root / name):
+            find_one(folder.root, {first.setdefault(beside, name): None, name: None})
         else:
-            unused.add("tables that name no image", name)
+            folder.unused.add("tables that name no image", name)
         for key, record in rows:
-            parts = os.path.normpath(f"{folder}/{key}".replace("\\", "/")).strip("/").split("/")
+            parts = os.path.normpath(f"{beside}/{key}".replace("\\", "/")).strip("/").split("/")
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             with about(f"data.root: {name}"):
                 end = next(filter(None, map(known.find, ends)), None)
-            if end is not None:
+            if end is None:
+                folder.unused.add("rows of tables without an image", f"{key} in {name}")
+            else:
                 path = by_key[end]
                 sidecars[path] = sidecars.get(path, Sidecar()).updated(record)
-            else:
-                unused.add("rows of tables without an image", f"{key} in {name}")
     return sidecars
 
 
-def _read_table(file: Path, unused: Unused, stated: Columns) -> list[tuple[str, Sidecar]]:
+def _read_table(folder: Folder, file: Path) -> list[_Row]:
     """Return the metadata in each row of a table, after its path; none without a column of paths."""
     table = read_columns(file)
-    names = name_columns(table, stated)
+    names = name_columns(table, folder.choice.columns)
     key = {ours: theirs for theirs, ours in names.items()}.get("path")
     paths = table[key].to_pylist() if names.pop(key, None) else ()
-    return [*zip(map(str, paths), read_records(str(file), table, unused, names))]
+    return [*zip(map(str, paths), read_records(str(file), table, folder.unused, names))]
 
 
-def _read_entries(file: Path, unused: Unused) -> list[tuple[str, Sidecar]]:
+def _read_entries(folder: Folder, file: Path) -> list[_Row]:
     """Return the entries of kohya's metadata, after their keys; none if the file holds something else."""
     if file.suffix == ".json":
         entries = load_json(decode(file.read_bytes()), repr(str(file)))
@@ -85,14 +84,14 @@ def _read_entries(file: Path, unused: Unused) -> list[tuple[str, Sidecar]]:
         entries = {str(row.get("path", row.get("image_path", "no path"))): row for _, row in read_lines(file)}
     if not isinstance(entries, dict) or not all(isinstance(record, dict) for record in entries.values()):
         return []
-    return [(key, _parse_entry(f"{str(file)!r}, {key!r}", record, unused)) for key, record in entries.items()]
+    return [(key, _parse_entry(f"{str(file)!r}, {key!r}", record, folder.unused)) for key, record in entries.items()]
 
 
 def _parse_entry(where: str, record: Json, unused: Unused) -> Sidecar:
     """Read an entry; without tags, its caption is a list of tags. `probs` of predict.py has the tags' categories."""
     tags = record.get("tags")
     if isinstance(tags, str):
-        tags = split_tags(tags)
+        tags = read_list(tags) or split_tags(tags)
         if isinstance(probs := record.get("probs"), dict):
             tags = [text for tag in tags for text in _add_category(tag, probs)]
     sidecar = parse_record(where, {**record, "tags": tags})
@@ -106,21 +105,26 @@ def _add_category(text: str, probs: Json) -> list[str]:
     return [write_tag(Tag(CATEGORIES.get(category), tag.name)) for category in found if tag.category is None] or [text]
 
 
-def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) -> dict[str, Sidecar]:
-    """Return the posts with an image, by its path. Raises UserError if no post has one."""
-    refuse_link_out(root, file)
-    images = sorted(images)
+read_imagefolder = functools.partial(_find_images, _read_table)
+read_kohya = functools.partial(_find_images, _read_entries)
+
+
+def read_posts(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+    """Return the posts with an image, all for training. Raises UserError (`data.root`) for two tables, or no image."""
+    file = find_one(folder.root, files)
+    refuse_link_out(folder.root, file)
+    images = sorted(folder.images)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in images}
     sidecars = {}
     for where, post in _iterate_posts(file):
         path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))
         if path and path not in sidecars:
-            sidecars[path] = parse_record(where, post)
+            sidecars[path] = parse_record(where, post)._replace(split="train")
     if not sidecars:
         raise UserError(
             f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
         )
-    unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
+    folder.unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
     return sidecars
 
 

@@ -29,17 +29,16 @@ CONDITION = "-condlabel"  # of OneTrainer's `x-condlabel.png`, a picture that co
 MASK_ENDINGS = (".mask", "-masklabel", CONDITION)  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
 SUFFIXES = (".caption", ".txt", ".json")  # of sidecars, files beside an image
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
-# Tables. Those of a manifest and of posts, the corrections and kohya's `meta_*` are at the root alone.
+# Of these, a manifest, posts and the corrections are at the root alone.
 PARQUET = "manifest.parquet"
 JSONL = "manifest.jsonl"
 CSV = "manifest.csv"
 MANIFESTS = (PARQUET, JSONL, CSV)
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's imagefolder has them in any folder
 POSTS = ("posts.parquet", "posts.jsonl")  # as Danbooru gives them
 CORRECTIONS = "corrections.jsonl"  # of the page of view.py
 UNDO = "corrections_undo.jsonl"  # of job=apply_corrections
 GLYPHS = "glyphs.json"  # of the embedded collection
-_OURS = (*MANIFESTS, CORRECTIONS, UNDO, GLYPHS)
+OURS = (*MANIFESTS, CORRECTIONS, UNDO, GLYPHS)
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
 _SYSTEM_NAMES = (
     "@eadir @__thumb @tmp @sharebin @recycle @recently-snapshot #recycle #snapshot __macosx $recycle.bin recycler "
@@ -77,27 +76,11 @@ def is_passed_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def is_metadata(path: str) -> bool:
-    """Return whether the name of a file at the root is that of kohya's metadata."""
-    return path.startswith("meta_") and path.endswith((".json", ".jsonl")) and "/" not in path
-
-
-def is_table(path: str) -> bool:
-    """Return whether a path below the root is that of a table which describes images of folders."""
-    return os.path.basename(path) in TABLES or path in POSTS or is_metadata(path)
-
-
-def is_table_of_user(path: str) -> bool:
-    """Return whether a file may be a table of the user, which is read if its rows name images."""
-    return "/" not in path and path.lower().endswith((".csv", ".tsv"))
-
-
 def is_sidecar(path: str) -> bool:
     """Return whether a path below the root has the ending of a sidecar, and is not ours."""
-    return path.lower().endswith(SUFFIXES) and path not in _OURS
+    return path.lower().endswith(SUFFIXES) and path not in OURS
 
 
-def has_reader(path: str) -> bool:
-    """Return whether some reader takes a file, by its path below the root."""
-    is_readable = path.lower().endswith((*IMAGE_SUFFIXES, *SUFFIXES, *SHARD_SUFFIXES))
-    return is_readable or is_table(path) or path in _OURS
+def is_data(path: str) -> bool:
+    """Return whether a file is an image, a mask, a shard or ours, by its path below the root."""
+    return path.lower().endswith((*IMAGE_SUFFIXES, *SHARD_SUFFIXES)) or path in OURS

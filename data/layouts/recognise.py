@@ -13,8 +13,8 @@ import pyarrow as pa
 from data.layouts.folders import read_folder
 from data.layouts.manifest import find_changed, find_manifest, read_listed, read_manifest
 from data.layouts.remote import fetch_manifest, is_remote
+from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.shards import find_shards, read_shards
-from data.layouts.tables import TableChoice
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 from utils.record.logging import get_logger
@@ -37,13 +37,15 @@ def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> La
     if is_remote(root):
         manifest = fetch_manifest(root, cache)
         return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
-    folder = check_root(root)
-    if (manifest := find_manifest(folder)) is not None:
+    path = check_root(root)
+    if (manifest := find_manifest(path)) is not None:
         if choice.table not in ("auto", "none"):
             what = "is not read, because the manifest goes first; move it away to read the table"
             log.warning("data.table: %s %s: %s", choice.table, what, manifest)
-        find_changed(folder, manifest)
-        return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
-    if files := find_shards(folder, cache, unused):
-        return Layout(list(files.values()), partial(read_shards, folder, files, unused, choice.columns))
-    return Layout([], partial(read_folder, folder, unused, choice))
+        find_changed(path, manifest)
+        return Layout([manifest], partial(read_listed, path, manifest, unused, choice.columns))
+    folder = scan_folder(path, unused, choice)
+    if folder.images or not folder.shards:
+        return Layout([], partial(read_folder, folder))
+    files = find_shards(folder, cache)
+    return Layout(list(files.values()), partial(read_shards, path, files, unused, choice.columns))

@@ -8,6 +8,7 @@ range of it. A Parquet file is compressed: it is unpacked once into an Arrow fil
 """
 
 import functools
+import itertools
 import os
 import re
 import tarfile  # noqa: TID251 (members are listed)
@@ -21,13 +22,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.layouts.manifest import OUTSIDE
-from data.layouts.names import IMAGE_SUFFIXES, POSTS, SHARD_SUFFIXES, is_image_name, is_mask_name, is_passed_over
+from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
 from data.layouts.places import place_images, read_split
-from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
+from data.layouts.readers import TABLES, is_table
+from data.layouts.scan import Columns, Folder
+from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, read_texts
 from data.layouts.table import TYPES, build_table, show_some
-from data.layouts.tables import POSSIBLE, Columns, list_labels, name_columns, read_records
+from data.layouts.tables import POSSIBLE, list_labels, name_columns, read_records
 from data.layouts.unused import Unused
-from data.layouts.walk import walk_folders
+from data.layouts.values import read_label
 from utils.errors import UserError, about
 from utils.io.files import Json, readable, write_atomically
 from utils.io.memo import files_key
@@ -44,25 +47,18 @@ _BATCH_ROWS = 64
 _MAX_TEXT_BYTES = 2**20
 
 
-def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
-    """Return the files of WebDataset or Hugging Face shards at any depth, by name; Parquet files unpacked into `cache`.
+def find_shards(folder: Folder, cache: Path) -> dict[str, Path]:
+    """Return the files of WebDataset or Hugging Face shards, by name; Parquet files unpacked into `cache`.
 
-    There is none if the folder has an image. Tables beside tar files are about them, as img2dataset writes them.
+    Tables beside tar files are about them, as img2dataset writes them.
     """
-    names = []
-    others = Unused()
-    for folder, _, files in walk_folders(root, others):
-        if any(map(is_image_name, files)):
-            return {}
-        names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
-        others.add("texts beside shards", *pair_sidecars(folder, (), files)[1])
-    tars = [name for name in names if name.endswith(_TAR)]
-    if tars:
-        others.add("tables beside tar files", *set(names).difference(tars))
+    folder.unused.add_files(*folder.files.get(TABLES, ()))
+    folder.unused.add("tables beside shards", *filter(is_table, itertools.chain(*folder.files.values())))
+    names = folder.shards
+    if tars := [name for name in names if name.endswith(_TAR)]:
+        folder.unused.add("tables beside tar files", *set(names).difference(tars))
         names = tars
-    if names:
-        unused.merge(others)
-    files = {name: root / name for name in sorted(names)}
+    files = {name: folder.root / name for name in sorted(names)}
     return files | {name: _unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
 
 
@@ -148,7 +144,8 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[Json]:
         columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
-            columns["split"], columns["label"] = places[path]
+            columns["split"], label = places[path]
+            columns["label"] = read_label(label)
         rows.append({"path": f"{name}/{path}", **columns})
     folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))

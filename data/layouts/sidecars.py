@@ -5,26 +5,26 @@ a prefix, such as `character:hatsune_miku`, read by utils/formats/spelling.py.
 """
 
 import codecs
-import functools
 import itertools
 import json
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.names import SUFFIXES, is_metadata, is_sidecar
+from data.layouts.names import SUFFIXES
+from data.layouts.scan import Folder
 from data.layouts.unused import Unused
+from data.layouts.values import FIELDS, READ, join_equal, read_caption, read_label, read_tags, refuse_value
 from utils.errors import UserError, about
-from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
+from utils.formats.spelling import PREFIXES, is_sentence, read_list, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.io.files import Json, readable
-from utils.io.names import Names
+from utils.io.memo import in_threads
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
@@ -39,7 +39,7 @@ class Sidecar(NamedTuple):
     """The metadata of an image; None for unknown fields.
 
     caption: several captions are on a line each. unknown_tags: see data/tags/tag_index.py. sidecar_fault: a line
-    `FIELD: REASON` for each field that cannot be read; the field `file` means all of them.
+    `FIELD: REASON` for each field that cannot be read; the field `file` means all of them. more: further columns.
     """
 
     tags: tuple[str, ...] | None = None
@@ -49,13 +49,16 @@ class Sidecar(NamedTuple):
     label: str | None = None
     unknown_tags: tuple[str, ...] | None = None
     sidecar_fault: str | None = None
+    split: str | None = None
+    more: Mapping[str, Any] | None = None
 
     def updated(self, newer: "Sidecar") -> "Sidecar":
         """Return a copy with the known fields of `newer`, and the faults of both."""
         if newer == Sidecar():  # most images have none
             return self
         known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
-        return known._replace(sidecar_fault="\n".join(filter(None, (self[-1], newer[-1]))) or None)
+        faults = filter(None, (self.sidecar_fault, newer.sidecar_fault))
+        return known._replace(sidecar_fault="\n".join(faults) or None)
 
 
 def decode(content: bytes) -> str:
@@ -77,22 +80,22 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
     """Split a text into tags at commas and lines; each line is also a caption, and sentences are no tags.
 
     where: the position of the text, for messages. one_per_line: if the text has several lines, each is one tag, commas
-    included, as written by Hydrus, and only sentences are captions.
+    included, as written by Hydrus, and only sentences are captions. The texts of a list are such lines.
     """
-    caption = clean(text)
+    caption = read_caption(text) or ""
     tags = []
     sentences = []
-    one_per_line = one_per_line and "\n" in caption
+    one_per_line = (one_per_line and "\n" in caption) or read_list(text) is not None
     for line in caption.split("\n"):
-        pieces = [line] * bool(line.strip()) if one_per_line else split_tags(line)
+        pieces = [line] * bool(line) if one_per_line else split_tags(line)
         if pieces and is_sentence(pieces):
-            sentences.append(line.strip())
+            sentences.append(line)
         else:
             tags += pieces
     if sentences and tags:
         unused.add("texts with sentences among tags, which are captions and no tags", where)
     caption = "\n".join(sentences) if one_per_line else caption
-    return Sidecar(_unique(tags) or None, None, caption or None)
+    return Sidecar(join_equal(tags) or None, None, caption or None)
 
 
 def parse_record(where: str, record: Json) -> Sidecar:
@@ -103,9 +106,9 @@ def parse_record(where: str, record: Json) -> Sidecar:
     number = record.get("id")
     values = {}
     faults = []
-    for field, read in _READERS.items():
+    for field, read in READ.items():
         try:
-            values[field] = read(record)
+            values[field] = _read_tags(record) if field == "tags" else read(record.get(field))
         except ValueError as error:
             faults.append(f"{field}: {where} has {error}")
     number = number if type(number) is int and abs(number) < 2**63 else None
@@ -125,62 +128,27 @@ def _read_tags(record: Json) -> tuple[str, ...] | None:
     if isinstance(record.get("tags"), dict):
         parts = [(category, "tags", value) for category, value in record["tags"].items()]
         whole = None
+        if not all(isinstance(value, str | list | None) for _, _, value in parts):
+            refuse_value("tags", record["tags"])
     words = {category: _words(name, value) for category, name, value in parts if value is not None}
     if whole is None and not words:
         return None
     named = [name for name in words if PREFIXES.get(name, GENERAL) not in (GENERAL, RATING)]  # others have no prefix
     prefixed = {word: f"{name}:{word}" for name in named for word in words[name]}
     every = itertools.chain(*words.values()) if whole is None else _words(whole, record[whole])
-    return _unique(prefixed.get(word, word) for word in every)
+    return join_equal(prefixed.get(word, word) for word in every)
 
 
-def _words(field: str, value: Any) -> list[str]:
-    """Return the tags of a list or a text.
-
-    Texts of boorus separate tags by spaces. A text with a comma, as written by hand, is split at commas.
-    """
-    if isinstance(value, str):
-        return split_tags(value) if field in ("tags", "unknown_tags") and "," in value else value.split()
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise ValueError(f"the tags {reprlib.repr(value)}; write a list of texts, or one text")
-    return value
+def _words(field: str, value: Any) -> tuple[str, ...]:
+    """Return the tags of a list or a text. Other fields than `tags` are those of boorus, with blanks between tags."""
+    return read_tags(value.split() if isinstance(value, str) and field != "tags" else value)
 
 
-def _read_value(field: str, largest: int, record: Json) -> str | None:
-    """Return a field of one text, or of a number; a negative one, as of Hugging Face, is none."""
-    value = record.get(field)
-    if value is None or isinstance(value, str):
-        return clean(value or "") or None
-    if type(value) is int and value <= largest:
-        return str(value) if value >= 0 else None
-    raise ValueError(f"the {field} {reprlib.repr(value)}; write a text, or a whole number of at most {largest}")
-
-
-def _read_caption(record: Json) -> str | None:
-    """Return the caption of a record; several ones of a list on a line each."""
-    caption = record.get("caption")
-    texts = caption if isinstance(caption, list) else [caption]
-    if not all(isinstance(text, str | None) for text in texts):
-        raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
-    lines = [clean(text or "") for text in texts]
-    if caption is texts:  # of a list, each is one line
-        lines = [" ".join(line.split()) for line in lines]
-    return "\n".join(filter(None, lines)) or None
-
-
-_READERS = {
-    "tags": _read_tags,
-    "caption": _read_caption,
-    "unknown_tags": lambda record: _unique(_words("unknown_tags", record.get("unknown_tags") or [])) or None,
-    "rating": functools.partial(_read_value, "rating", 3),
-    "label": functools.partial(_read_value, "label", 2**63),
-}
-FIELDS = tuple(_READERS)
-
-
-def _unique(tags: Iterable[str]) -> tuple[str, ...]:
-    """Clean tags and remove blank and repeated ones, keeping the order. Interned, because collections repeat tags."""
-    return tuple(dict.fromkeys(sys.intern(text) for tag in tags if (text := clean(tag))))
+def read_beside(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+    """Return what the sidecars of each image say."""
+    sidecars = folder.sidecars
+    read = in_threads(lambda path: read_sidecars(folder.root, path, sidecars[path], folder.unused), list(sidecars))
+    return dict(zip(sidecars, read))
 
 
 def read_sidecars(root: Path, image: str, files: Sequence[str], unused: Unused) -> Sidecar:
@@ -214,38 +182,16 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
                 else:
                     unused.add("JSON files without tags, rating, caption, label or id", name)
             elif suffix == ".cls":
-                found = Sidecar(label=text.strip() or None)
+                found = Sidecar(label=read_label(text))
             else:
                 found = parse_text(name, text, unused, one_per_line=f"{image}.txt".lower() == name.lower())
-                found = found._replace(caption=sidecar.caption or found.caption)
+                caption = read_caption(text) if suffix == ".caption" else found.caption
+                found = found._replace(caption=sidecar.caption or caption)
         except (OSError, ValueError) as error:  # UserError is one
             fault = str(error) if isinstance(error, UserError) else f"{name!r} cannot be read ({error})"
             found = Sidecar(sidecar_fault=f"file: {fault.removeprefix('data.root: ')}")
         sidecar = sidecar.updated(found)
     return sidecar
-
-
-def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the sidecars of each image of a folder, `x.jpg.txt` before `x.txt`, and those of none of them, by path.
-
-    folder: its path with a final slash. images, names: the names of its images, and of all its files.
-    """
-    pairs = {}
-    orphans = []
-    files = sorted((name for name in names if is_sidecar(folder + name)), key=lambda name: (-len(name), name))
-    owners = {}
-    for image in images if files else ():
-        for owner in (image, os.path.splitext(image)[0]):
-            owners.setdefault(owner, []).append(image)
-    known = Names(owners)
-    for name in files:
-        with about(f"data.root: {folder + name!r}"):
-            found = owners.get(known.find(os.path.splitext(name)[0]), ())
-        for image in found:
-            pairs.setdefault(folder + image, []).append(folder + name)
-        if not found and not is_metadata(folder + name):
-            orphans.append(folder + name)
-    return pairs, sorted(orphans)
 
 
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:

@@ -69,8 +69,6 @@ def build_table(columns: Mapping[str, Any] | Table, **changed: Any) -> Table:
             column = pa.array(column, TYPES.get(name))
         if name not in SCHEMA.names and column.null_count == len(column):
             continue
-        if name == "label":  # train/ and val/ may come from different systems
-            column = pc.utf8_normalize(column, form="NFC")
         if name in ("weight", "tags"):
             column = pc.coalesce(column, pa.scalar(1.0 if name == "weight" else [], TYPES[name]))
         complete[name] = column

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,9 +16,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import Table
 
+from data.layouts.scan import Columns
 from data.layouts.sidecars import Sidecar, decode, is_field, parse_record, read_lines
 from data.layouts.table import TYPES
 from data.layouts.unused import Unused
+from data.layouts.values import explain_column
 from utils.errors import UserError, about
 from utils.io.files import Json, readable
 from utils.record.logging import get_logger
@@ -45,14 +46,6 @@ _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _ORDER = {name: number for number, name in enumerate(_FIELDS)}
 POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
 _SEPARATORS = ",;\t|"
-Columns = Mapping[str, str]  # names of a table by ours, as `data.columns` has them
-
-
-class TableChoice(NamedTuple):
-    """What the settings say about tables: `data.table` (a file, auto or none), and `data.columns`."""
-
-    table: str = "auto"
-    columns: Columns = MappingProxyType({})
 
 
 def name_field(name: str) -> str:
@@ -102,21 +95,11 @@ def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, name
     columns = {}
     for name in filter(table.schema.names.__contains__, names):
         if is_field(field := names[name]):
-            columns[field] = _name_numbers(table, name)
+            columns[field] = map(explain_column(field, table, name), table.column(name).to_pylist())
         else:
             unused.add("columns of tables of unknown name, or second of their kind", name)
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
-    return [parse_record(f"a row of {where!r}", row) for row in rows]
-
-
-def _name_numbers(table: pa.RecordBatch | Table, name: str) -> list[Any]:
-    """Return the values of a column; numbers of classes by the names in the schema that `datasets` writes."""
-    values = table.column(name).to_pylist()
-    with suppress(KeyError, TypeError, ValueError):
-        names = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"][name]["names"]
-        known = dict(enumerate(map(str, names)))
-        return [known.get(value, value) for value in values]
-    return values
+    return [parse_record(f"row {number} of {where!r}", row) for number, row in enumerate(rows)]
 
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:
@@ -167,7 +150,13 @@ def _to_array(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        return pa.array([v if isinstance(v, str | None) else json.dumps(v) for v in values], pa.string())
+        return pa.array(map(_to_text, values), pa.string())
+
+
+def _to_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 def _read_csv(text: str) -> Table:

@@ -5,10 +5,11 @@ What cannot be read costs itself alone: it is added to what is not used, with th
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.layouts.names import RESOURCE_FORK, has_reader, is_image_name, is_passed_over, is_sidecar, is_table
+from data.layouts.names import RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
+from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -49,11 +50,13 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def walk_folders(root: Path, unused: Unused, *, follows_links: bool = True) -> Iterator[_Folder]:
+def walk_folders(
+    root: Path, unused: Unused, takes: Callable[[str], bool] = has_reader, *, follows_links: bool = True
+) -> Iterator[_Folder]:
     """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
 
-    Folders of the same depth are listed in parallel. Files that no reader takes, and what cannot be read, are added to
-    `unused`.
+    Folders of the same depth are listed in parallel. Files whose path nobody `takes`, and what cannot be read, are
+    added to `unused`.
     """
     level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
     while level:
@@ -74,7 +77,7 @@ def walk_folders(root: Path, unused: Unused, *, follows_links: bool = True) -> I
                 else:
                     below.append((f"{path}/", (*chain, os.path.realpath(entry.path))))
             names = {entry.name for entry in files}
-            unused.add_files(*(folder + name for name in names if not has_reader(folder + name)))
+            unused.add_files(*(folder + name for name in names if not takes(folder + name)))
             yield folder, files, names
         level = below
 

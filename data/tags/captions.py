@@ -36,6 +36,7 @@ log = get_logger(__name__)
 
 Vary = Callable[[str, "Generator"], str]  # from a text to a random caption
 _SEPARATOR = ", "  # between tags
+_COMMA = "\ue000"  # stands for a comma within emphasis; Unicode gives it no meaning
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
 
@@ -191,8 +192,8 @@ class CaptionConfig(Strict):
     def _split_marked(self, text: str) -> list[str]:
         """Split a text into tags, but not within the brackets of emphasis."""
         for start, end in read_emphasis(text).spans if self.emphasis else ():
-            text = text[:start] + text[start:end].replace(",", "\0") + text[end:]
-        return [piece.replace("\0", ",") for piece in split_tags(text)]
+            text = text[:start] + text[start:end].replace(",", _COMMA) + text[end:]
+        return [piece.replace(_COMMA, ",") for piece in split_tags(text)]
 
 
 class Captions:

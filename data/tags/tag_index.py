@@ -32,7 +32,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_VERSION = 6  # increment it when texts become other tags: every index is rebuilt
+_VERSION = 7  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
 

@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 
 from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
-from data.layouts.folders import read_folder, scan_folder
+from data.layouts.folders import read_folder
 from data.layouts.manifest import find_manifest, read_sources
 from data.layouts.names import CORRECTIONS, POSTS, UNDO
+from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
-from data.layouts.tables import TableChoice, find_one
+from data.layouts.tables import find_one
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
 from data.tools.config import ApplyCorrections
@@ -49,16 +50,16 @@ def _apply(root: Path, choice: TableChoice) -> str:
             f"data.root: sidecars are not read beside {file}; edit it, or leave {CORRECTIONS}, which is read"
         )
     table = _read_rows(root, decisions, choice)
-    images, sidecars, _ = scan_folder(root, Unused())
+    folder = scan_folder(root, Unused(), choice)
     pairs = zip(table.to_pylist(), correct(table, decisions, left).to_pylist())
     changes = [(row, now) for row, now in pairs if _find_changes(row, now)]
-    stems = Counter(os.path.splitext(path)[0] for path in images)
+    stems = Counter(os.path.splitext(path)[0] for path in folder.images)
     undo = AppendFile(root / UNDO)
     written = {}
     for row, now in changes:
         path = row["path"]
         stem = os.path.splitext(path)[0]
-        own = {os.path.splitext(name)[1].lower(): name for name in reversed(sidecars.get(path, ()))}
+        own = {os.path.splitext(name)[1].lower(): name for name in reversed(folder.sidecars.get(path, ()))}
         try:
             new = _rewrite({suffix: decode(_read(root, own[suffix])) for suffix in sorted(own)}, row, now)
         except (OSError, ValueError) as error:  # UserError is one
@@ -84,7 +85,7 @@ def _apply(root: Path, choice: TableChoice) -> str:
 
 def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
     unused = Unused()
-    table = read_folder(root, unused, choice)
+    table = read_folder(scan_folder(root, unused, choice))
     if unused.said:
         raise UserError(
             f"data.table: sidecars are not read beside a table ({unused.said[0]}); edit it, or leave {CORRECTIONS}, "

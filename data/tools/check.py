@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.layouts.folders import read_folder, scan_folder
+from data.layouts.folders import read_folder
 from data.layouts.manifest import find_manifest, read_table
 from data.layouts.remote import is_remote
+from data.layouts.scan import scan_folder
 from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, ROWS, UNNAMED, Unused
@@ -68,13 +69,12 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
     """
     unused = Unused()
     manifest = find_manifest(root)
+    folder = scan_folder(root, unused, data.choice())
     if manifest is None:
-        table = read_folder(root, unused, data.choice())
-        sizes, sidecars, _ = scan_folder(root, Unused())
+        table = read_folder(folder)
     else:
         table = read_table(manifest, unused, data.choice().columns)
-        sizes, sidecars, _ = scan_folder(root, unused)
-    images = sorted(sizes)
+    images = sorted(folder.images)
     for path, fact in zip(images, measure_files(root, images, data.max_pixels) if job.verify else ()):
         if odd := fact.reason or fact.remark:
             yield path, fact.kind or odd.partition(" (")[0], odd
@@ -87,13 +87,13 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
         bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
         yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
     else:
-        known = Names(sizes)
+        known = Names(folder.images)
         rows = {known.find(path) or path for path in table["path"].to_pylist()}
         lacking = [path for path in images if path not in rows]
         gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
         yield from _same_fault(lacking, "an image without a row in the manifest")
         yield from _same_fault(gone, "a row of the manifest without a file")
-    bare = [path for path in images if path not in sidecars]
+    bare = [path for path in images if path not in folder.sidecars]
     if len(bare) < len(images):
         yield from _same_fault(bare, "an image without a sidecar")
 

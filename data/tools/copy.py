@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from data.collection.search import find_rows
 from data.config import DataConfig
 from data.images.open import Unsupported, open_image, read_file
-from data.layouts.folders import list_descriptions
 from data.layouts.manifest import find_manifest, read_sources, read_table, save_manifest
 from data.layouts.names import PARQUET
+from data.layouts.scan import list_descriptions
 from data.layouts.table import MEASURED, SIDECARS
 from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused

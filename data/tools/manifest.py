@@ -9,7 +9,9 @@ from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import read_folder
 from data.layouts.manifest import find_manifest, find_sizes, find_sources, refuse_foreign, save_manifest
-from data.layouts.names import PARQUET, is_table
+from data.layouts.names import PARQUET
+from data.layouts.readers import is_table
+from data.layouts.scan import scan_folder
 from data.layouts.sidecars import list_faults
 from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
@@ -37,7 +39,7 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
         if (manifest := find_manifest(folder)) is not None:
             refuse_foreign(manifest)
         sources = find_sources(folder)
-        table = read_folder(folder, unused := Unused(), data.choice())
+        table = read_folder(scan_folder(folder, unused := Unused(), data.choice()))
         table = list_faults(table, unused, data.on_bad_sidecar)
         for line in unused.said:
             log.info("data.root: %s", line)

@@ -27,8 +27,8 @@ from data.images.bytes import TAR, member_key, open_contents
 from data.images.sizes import upright_size
 from data.layouts.manifest import save_manifest
 from data.layouts.names import IMAGE_SUFFIXES
-from data.layouts.sidecars import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
+from data.layouts.values import FIELDS
 from data.load import load_collection
 from data.stream.source import UnreadableImage
 from data.tools.config import Pack

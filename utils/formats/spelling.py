@@ -3,12 +3,16 @@
 `split_tags` and `parse_tag` read what `write_tag` and `join_tags` write. A comma in a tag is written `\\,`.
 """
 
+import ast
+import json
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from html import unescape
+from typing import Any, NamedTuple
 
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATINGS, category_name
+from utils.io.names import to_nfc
 
 # Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(
@@ -24,8 +28,11 @@ _RATINGS = {text: name for number, name in enumerate(RATINGS) for text in (name,
 _WEIGHTED = re.compile(r"\((.*[^\s(].*):\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)", re.DOTALL)  # not the kaomoji (:3)
 _SPECIAL = re.compile(r"[(),]")
 _ESCAPED = re.compile(r"\\([(),])")
-# Controls but white space, and characters without a width that editors and web pages leave behind.
-_INVISIBLE = re.compile("[\0-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff]")
+# Controls but white space, halves of characters, and those without a width that editors and web pages leave behind.
+_INVISIBLE = re.compile("[\0-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff\ud800-\udfff]")
+_ENTITY = re.compile(r"&(?:amp;)*(#?\w+;)")  # of HTML, escaped once or several times
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?"""
+_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})(?:[\s,]+|(?=\])))*\]")
 _LONG = 12  # words; a longer text is a sentence
 _WRITTEN = {*CATEGORIES.values()} - {GENERAL}  # categories that a text names
 
@@ -43,11 +50,11 @@ def parse_tag(text: str) -> Tag:
     Removes weights `(tag:1.2)`, escapes `\\(` and invisible characters, replaces spaces by underscores; lower case,
     Unicode form NFC.
     """
-    text = clean(text)
+    text = clean(text).replace("，", ",")
     if text[:1] == "(" and (weighted := _WEIGHTED.fullmatch(text)):
         text = weighted[1]
     text = _ESCAPED.sub(r"\1", text).lower() if "\\" in text else text.lower()
-    text = text if text.isascii() else unicodedata.normalize("NFC", text)
+    text = to_nfc(text)  # lower case may be another form
     prefix, colon, rest = text.partition(":")
     category = PREFIXES.get(prefix.strip()) if colon else None
     return Tag(category, "_".join((text if category is None else rest).split()))
@@ -66,7 +73,7 @@ def write_tag(tag: Tag, *, category: bool = True, spaces: bool = False, escape: 
     else:
         name = name.replace(",", r"\,")
     has_prefix = category and tag.category in _WRITTEN
-    if has_prefix or parse_tag(name).category is not None:
+    if has_prefix or parse_tag(name).category is not None or read_list(name) is not None:
         return f"{category_name(tag.category or GENERAL)}:{name}"
     return name
 
@@ -83,27 +90,49 @@ def join_tags(words: Iterable[str], separator: str) -> str:
 
 
 def split_tags(text: str) -> list[str]:
-    """Split a text into tags at lines and commas, but not at an escaped one (`\\,`)."""
-    return [piece.strip() for piece in re.split(r"(?<!\\),|\n", text) if piece.strip()]
+    """Split a text into clean tags: a list (`read_list`), or pieces at lines and commas, but not at escaped ones."""
+    pieces = read_list(text)
+    pieces = re.split(r"(?<!\\)[,，]|\n", text) if pieces is None else map(str, pieces)
+    return [*filter(None, map(clean, pieces))]
+
+
+def read_list(text: str) -> list[Any] | None:
+    """Return the texts and numbers of a list as Python, NumPy or JSON write it, `['red hat', 'sky']`; None without."""
+    text = text.strip()
+    if not _LIST.fullmatch(text):
+        return None
+    with suppress(ValueError):
+        return json.loads(text)
+    with suppress(SyntaxError):  # an escape that Python has not
+        return [*map(ast.literal_eval, re.findall(_ITEM, text))]
+    return None
 
 
 def is_sentence(pieces: Sequence[str]) -> bool:
     """Return whether the pieces of a text between commas are a sentence and not tags.
 
     A sentence ends with a full stop and has at least four words, on average three in a piece, or two if it begins with
-    a capital letter; or it has more than twelve words in a piece.
+    a capital letter; or it ends with `!` or `?` and has four in a piece; or it has more than twelve. Quotation marks
+    may stand behind its end.
     """
     words = sum(len(piece.split()) for piece in pieces)
     if words > _LONG * len(pieces):
         return True
-    ends = pieces[-1].endswith(".") and not pieces[-1].endswith("..")
-    least = 2 if pieces[0][0].isupper() else 3
-    return ends and words >= max(4, least * len(pieces))
+    end = pieces[-1].rstrip("\"'”’»)")
+    least = {".": 2 if pieces[0][0].isupper() else 3, "!": 4, "?": 4}.get(end[-1:], _LONG + 1)
+    return words >= max(4, least * len(pieces)) and not end.endswith("..")
 
 
 def clean(text: str) -> str:
-    """Remove invisible characters, and white space around a text."""
-    return (text if text.isascii() and text.isprintable() else _INVISIBLE.sub("", text)).strip()
+    """Return a text in the Unicode form NFC, without entities of HTML, invisible characters, and blanks around it."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text.strip()
+    before = None
+    while text != before:
+        before = text
+        text = _ENTITY.sub(lambda found: unescape(f"&{found[1]}"), text)
+        text = to_nfc(_INVISIBLE.sub("", text)).strip()
+    return text
 
 
 def parse_rating(text: str) -> str:

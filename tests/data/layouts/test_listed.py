@@ -64,9 +64,14 @@ def test_a_table_of_one_concept_is_not_looked_for_in_another(read, log):
     assert "1 tables that nobody has read" in log.text and "cannot be read" not in log.text
 
 
-def test_columns_of_yes_and_no_are_tags_unless_each_image_has_one(read):
-    text = "image,wet,cold\na,1,1\nb,1,-1\nc,0,0\n"
-    assert read("a.png b.png c.png", {"t.csv": text}) == ["a.png train  wet+cold", "b.png train  wet", "c.png train"]
+def test_columns_of_yes_and_no_are_tags_and_minus_one_is_unknown_beside_0(read, tmp_path, log):
+    text = "image,wet,cold\na,1,1\nb,1,-1\nc,{0},{0}\na,{0},1\n"
+    for no, unknown in ((0, [None, ["cold"], None]), (-1, None)):
+        tables = {"t.csv": text.format(no)}
+        assert read("a.png b.png c.png", tables) == ["a.png train  wet+cold", "b.png train  wet", "c.png train"]
+        columns = load(tmp_path / "root", tmp_path / "cache").table.to_pydict()
+        assert columns.get("unknown_tags") == unknown
+    assert "1 rows of t.csv that name an image again: a" in log.text
 
 
 def test_several_tables_are_named_with_the_key(read):

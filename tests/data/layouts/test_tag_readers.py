@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.layouts.sidecars import FIELDS
+from data.layouts.values import FIELDS
 from tests.data.collection.test_collection import load, put
 from tests.data.layouts.test_foreign import write_tar
 from tests.support import refuses, write_manifest
@@ -213,7 +213,7 @@ def test_a_table_of_posts(tmp_path, form, log):
     write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
     assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
     assert "not used: 1 images without a post" in log.text
-    assert "1 sidecars, because posts describe the images: 18.txt" in log.text
+    assert "1 sidecars beside posts: 18.txt" in log.text
     write_manifest(tmp_path)
     assert rows(tmp_path) == FOUND
 
@@ -240,11 +240,11 @@ def test_bad_tables_of_posts_are_refused_by_name(tmp_path, files, message):
 FAULTS = [  # files, the field that cannot be read, words of the fault, and the tags that are read
     ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (", ["a"]),
     ({"1.txt": b"caf\xe9"}, "file", "1.txt' cannot be read ('utf-8'", []),
-    ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags 0.9", ["a"]),
+    ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags {'blue'", ["a"]),
     ({"1.json": {"tags": ["a"], "label": ["b"]}}, "label", "1.json' has the label ['b']", ["a"]),
     ({"1.json": {"tags": ["a"], "rating": 4.5}}, "rating", "1.json' has the rating 4.5", ["a"]),
     ({"1.json": {"tags": ["a"], "caption": {"short": "b"}}}, "caption", "1.json' has the caption {", ["a"]),
-    ({"meta_a.json": {"1": {"tags": 5}}}, "tags", "meta_a.json', '1' has the tags 5", []),
+    ({"meta_a.json": {"1": {"tags": {"x": 5}}}}, "tags", "meta_a.json', '1' has the tags {'x'", []),
     ({"meta_a.jsonl": '{"path": "1"}\n{', "1.txt": "a"}, "file", "meta_a.jsonl', line 2, is broken JSON", ["a"]),
     ({"meta_a.json": {"a": {}}, "meta_b.json": {"a": {}}}, "file", "holds both meta_a.json and meta_b.json", []),
     ({"posts.jsonl": {"id": 1, "tag_string": "a", "rating": 7}}, "rating", "line 1, has the rating 7", ["a"]),

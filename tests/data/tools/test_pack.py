@@ -132,7 +132,7 @@ def test_a_killed_pack_goes_on(collections, place, tmp_path, pack):
 
 def test_a_bad_label_is_not_packed_as_none(tmp_path):
     make_collection(tmp_path / "files", per_class=1)
-    next((tmp_path / "files").rglob("*.png")).with_suffix(".json").write_text('{"label": 1.5}')
+    next((tmp_path / "files").rglob("*.png")).with_suffix(".json").write_text('{"label": [1]}')
     with refuses(r"^data\.on_bad_sidecar: .* label: "):
         run("prepare", ["job=pack", "job.output=packed", "data=image_folder", "data.root=files"], tmp_path)
 

@@ -1,0 +1,63 @@
+"""The files that describe the images of a folder: one form a line, in order of precedence.
+
+A form is a function of a `Folder` (data/layouts/scan.py) and of the paths of its files in it. It returns the `Sidecar`
+of each image that they describe, by path. What an earlier line says of an image goes before what a later one says; the
+names of folders come last. A file beside an image of its name is a sidecar, whatever its form.
+"""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from data.layouts.names import OURS, POSTS, SUFFIXES, is_data
+
+TABLES = "tables of the user"
+SIDECARS = "sidecars"
+
+
+class Reader(NamedTuple):
+    """A form. files: the paths below the root, a pattern for small and capital letters. place: `module:function`.
+
+    is_whole: the images that it describes are the collection, and no later form is read.
+    """
+
+    name: str
+    files: str
+    place: str
+    is_whole: bool = False
+
+    def open(self) -> Callable[..., Any]:
+        """Import the function and return it."""
+        module, _, name = self.place.partition(":")
+        return getattr(import_module(module), name)
+
+
+_POSTS = "|".join(map(re.escape, POSTS))
+_BESIDE = "|".join(map(re.escape, SUFFIXES))
+READERS = (
+    Reader("posts", _POSTS, "data.layouts.metadata:read_posts", is_whole=True),
+    Reader(
+        TABLES, r"(?!manifest\.|(.*/)?metadata\.).*\.[ct]sv", "data.layouts.listed:read_listed_images", is_whole=True
+    ),
+    Reader("metadata of kohya", r"meta_[^/]*\.jsonl?", "data.layouts.metadata:read_kohya"),
+    Reader("metadata of imagefolder", r"(.*/)?metadata\.(jsonl|csv|parquet)", "data.layouts.metadata:read_imagefolder"),
+    Reader(SIDECARS, rf".*({_BESIDE})", "data.layouts.sidecars:read_beside"),
+)
+_FORMS = re.compile("|".join(f"(?P<_{row}>{each.files})" for row, each in enumerate(READERS)), re.IGNORECASE)
+
+
+def find_form(path: str) -> str | None:
+    """Return the name of the form of a file, by its path below the root; None if it has none."""
+    found = None if path in OURS else _FORMS.fullmatch(path)
+    return None if found is None else READERS[int(found.lastgroup[1:])].name
+
+
+def is_table(path: str) -> bool:
+    """Return whether a file describes images, and is neither a table of the user nor a sidecar."""
+    return find_form(path) not in (None, TABLES, SIDECARS)
+
+
+def has_reader(path: str) -> bool:
+    """Return whether some reader takes a file. A table of the user is taken if its rows name images."""
+    return is_data(path) or find_form(path) not in (None, TABLES)

@@ -1,0 +1,129 @@
+"""What a folder has, for the readers of data/layouts/readers.py: images, sidecars, and the files of each form."""
+
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from data.layouts.names import (
+    CORRECTIONS,
+    OURS,
+    SHARD_SUFFIXES,
+    is_image_name,
+    is_mask_name,
+    is_raw,
+    is_sidecar,
+    masked_stem,
+)
+from data.layouts.places import place_images
+from data.layouts.readers import SIDECARS, TABLES, find_form, has_reader
+from data.layouts.unused import ORPHANS, Unused
+from data.layouts.walk import walk_folders
+from utils.errors import about
+from utils.io.names import Names
+
+_MASKS = "masks, which task.mask alone reads, and OneTrainer's conditioning images"
+Columns = Mapping[str, str]  # names of a table by ours, as `data.columns` has them
+
+
+class TableChoice(NamedTuple):
+    """What the settings say about tables: `data.table` (a file, auto or none), and `data.columns`."""
+
+    table: str = "auto"
+    columns: Columns = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder has. images: their sizes in bytes; sidecars: those of each image; files: by form (readers.py).
+
+    All paths are relative to the root.
+    """
+
+    root: Path
+    choice: TableChoice
+    unused: Unused
+    images: dict[str, int]
+    sidecars: dict[str, list[str]]
+    files: dict[str, list[str]]
+    masks: list[str]
+    shards: list[str]
+
+    @functools.cached_property
+    def splits(self) -> dict[str, str | None]:
+        """The split of each image by its folders."""
+        return dict(zip(self.images, self._places[0]))
+
+    @functools.cached_property
+    def labels(self) -> dict[str, str | None]:
+        """The label of each image by its folders."""
+        return dict(zip(self.images, self._places[1]))
+
+    @functools.cached_property
+    def _places(self) -> tuple[list[str | None], list[str | None]]:
+        return place_images([*self.images])
+
+
+def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
+    """Return what a folder has. Raises UserError (`data.root`): names of one look in several Unicode forms."""
+    files = {} if choice.table in ("auto", "none") else {TABLES: [choice.table]}
+    found = Folder(root, choice, unused, {}, {}, files, [], [])
+    for folder, entries, names in walk_folders(
+        root, unused, lambda path: has_reader(path) or find_form(path) == TABLES
+    ):
+        here = set(filter(is_image_name, names))
+        raw = set(filter(is_raw, names))
+        stems = {os.path.splitext(name)[0] for name in here - raw} if raw else ()
+        twins = {name for name in raw if os.path.splitext(name)[0] in stems}
+        unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
+        for entry in entries:
+            if entry.name in here and entry.name not in twins:
+                found.images[folder + entry.name] = entry.stat().st_size
+        others = sorted(names - here, key=lambda name: (-len(name), name))
+        beside = _pair_sidecars(folder, here, [*filter(is_sidecar, others)], found.sidecars)
+        for name in others:
+            path = folder + name
+            form = SIDECARS if name in beside else find_form(path)
+            if form == SIDECARS and name not in beside:
+                unused.add(ORPHANS, path)
+            elif form is not None:
+                files.setdefault(form, []).append(path)
+            elif is_mask_name(name):
+                found.masks.append(path)
+            elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
+                found.shards.append(path)
+    unused.add(_MASKS, *found.masks)
+    return found
+
+
+def _pair_sidecars(folder: str, images: Iterable[str], names: Sequence[str], pairs: dict[str, list[str]]) -> set[str]:
+    """Add the sidecars of each image of a folder, `x.jpg.txt` before `x.txt`, by path, and return their names.
+
+    folder: its path with a final slash. names: what may be sidecars, the longest first.
+    """
+    owners = {}
+    for image in images if names else ():
+        for owner in (image, os.path.splitext(image)[0]):
+            owners.setdefault(owner, []).append(image)
+    known = Names(owners)
+    beside = set()
+    for name in names:
+        with about(f"data.root: {folder + name!r}"):
+            found = owners.get(known.find(os.path.splitext(name)[0]), ())
+        for image in found:
+            pairs.setdefault(folder + image, []).append(folder + name)
+            beside.add(name)
+    return beside
+
+
+def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
+    """Return the files that describe images: sidecars, masks, and the tables of all folders."""
+    folder = scan_folder(root, Unused(), TableChoice())
+    stems = {os.path.splitext(path)[0] for path in images}
+    found = {mask for mask in folder.masks if masked_stem(mask) in stems}
+    found.update(*(folder.sidecars.get(path, ()) for path in images))
+    found.update(*(paths for form, paths in folder.files.items() if form != SIDECARS))
+    return sorted(found | ({CORRECTIONS} if (root / CORRECTIONS).is_file() else set()))

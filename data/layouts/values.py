@@ -1,0 +1,186 @@
+"""One rule for a value: a label, tags, a caption and a rating are the same texts, whichever reader has found them.
+
+    read_label(" cat\xa0")               "cat"
+    read_label(1.0), read_label(True)    "1", "True"
+    read_tags("['red hat', 'sky']")      ("red hat", "sky")
+
+Each function returns None for no value, and raises ValueError for one of another type.
+"""
+
+import json
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.layouts.table import TAG_LISTS, TYPES
+from utils.formats.spelling import clean, read_list, split_tags
+
+RULES = 1  # increment it when a value is read as another one: every index is made again
+_MARKS = ",，\n;|"  # between the tags of a text, the first that a column has; else blanks
+_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
+_WANTED = {
+    "label": "one text or one number (data.columns={tags: NAME} reads lists as tags)",
+    "tags": "a list of texts, or one text",
+    "caption": "a text, or a list of texts",
+    "rating": "a text, or a whole number of at most 3",
+}
+
+
+def read_label(value: Any) -> str | None:
+    """Return a text on one line; a whole number without a point, and a truth value as Python writes it.
+
+    -1 is none, as Hugging Face has it.
+    """
+    listed = read_list(value) if isinstance(value, str) else None
+    text = _without_point(" ".join(_write("label", value if listed is None else listed).split()))
+    return None if text in ("", "-1") else text
+
+
+def read_rating(value: Any) -> str | None:
+    """Return a text, or a number from 0 to 3."""
+    text = read_label(value)
+    return text if isinstance(value, str) or text in (None, *"0123") else refuse_value("rating", value)
+
+
+def read_tags(value: Any) -> tuple[str, ...] | None:
+    """Return the texts of a list, each once; those of one text are between commas or on lines, else between blanks."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = _split(value, next(filter(value.__contains__, ",，\n"), " "))
+    items = value if isinstance(value, list) else [value]
+    return join_equal(_write("tags", item) for item in items)
+
+
+def read_caption(value: Any) -> str | None:
+    """Return a text; several ones of a list on a line each."""
+    texts = read_list(value) if isinstance(value, str) else value
+    if isinstance(texts, list):
+        lines = [" ".join(_write("caption", text).split()) for text in texts]
+        return "\n".join(filter(None, lines)) or None
+    return "\n".join(map(str.strip, _write("caption", value).splitlines())) or None
+
+
+READ = {
+    "tags": read_tags,
+    "caption": read_caption,
+    "unknown_tags": lambda value: read_tags(value) or None,
+    "rating": read_rating,
+    "label": read_label,
+}
+FIELDS = tuple(READ)
+
+
+def join_equal(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return texts without blank and repeated ones, in their order; interned, because collections repeat tags."""
+    return tuple(dict.fromkeys(sys.intern(text) for text in map(clean, texts) if text))
+
+
+def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.ChunkedArray:
+    """Return a column of a table as a field of READ. Raises ValueError with the number of the row in `rows`."""
+    tell = explain_column(field, table, name)
+    chunks = []
+    first = 0
+    for chunk in table[name].chunks:
+        if field in TAG_LISTS and _is_tidy(chunk):
+            chunks.append(chunk.cast(TYPES[field]))
+        else:
+            values, places = _find_values(chunk)
+            read = []
+            for number, value in enumerate(values.to_pylist()):
+                try:
+                    read.append(READ[field](tell(value)))
+                except ValueError as error:
+                    row = rows[first + pc.index(places, number).as_py()]
+                    raise ValueError(f"row {row} has {error}") from None
+            chunks.append(pa.array(read, TYPES[field]).take(places))
+        first += len(chunk)
+    return pa.chunked_array(chunks, TYPES[field])
+
+
+def _find_values(chunk: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Return the values of an array, those that are no lists once, and the place of each row among them."""
+    if pa.types.is_nested(chunk.type):
+        return chunk, pa.array(np.arange(len(chunk)))
+    encoded = chunk.dictionary_encode()
+    return encoded.dictionary, encoded.indices
+
+
+def explain_column(field: str, table: pa.Table | pa.RecordBatch, name: str) -> Callable[[Any], Any]:
+    """Return a function that gives numbers of classes their names, and splits all texts of tags at one mark."""
+    names = _class_names(table.schema, name)
+    column = table.column(name)
+    mark = None if field not in TAG_LISTS or pa.types.is_nested(column.type) else _find_mark(column)
+
+    def tell(value: Any) -> Any:
+        if isinstance(value, str) and mark is not None:
+            return _split(value, mark)
+        if names and isinstance(value, list):
+            return [names.get(item, item) for item in value]
+        return names.get(value, value) if isinstance(value, int) else value
+
+    return tell
+
+
+def _class_names(schema: pa.Schema, name: str) -> dict[int, str]:
+    """Return the names of a column's classes, or of classes in lists, in the schema that `datasets` writes."""
+    with suppress(KeyError, TypeError, ValueError):
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][name]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        return dict(enumerate(map(str, feature["names"])))
+    return {}
+
+
+def _find_mark(column: pa.ChunkedArray | pa.Array) -> str:
+    """Return what is between the tags of a column's texts: the first of _MARKS that a text has, else blanks."""
+    texts = pc.replace_substring_regex(column.cast(pa.string()), r"&#?\w+;", "")
+    return next((mark for mark in _MARKS if pc.any(pc.match_substring(texts, mark)).as_py()), " ")
+
+
+def _split(text: str, mark: str) -> list[Any]:
+    text = clean(text)
+    listed = read_list(text)
+    if listed is not None:
+        return listed
+    return text.split() if mark == " " else split_tags(text.replace(mark, ","))
+
+
+def _is_tidy(chunk: pa.Array) -> bool:
+    """Return whether an array has lists of texts that the rule for tags does not change."""
+    is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+    if not is_list or not re.fullmatch("(large_)?string", str(chunk.type.value_type)):
+        return False
+    items = chunk.flatten().dictionary_encode()
+    texts = items.dictionary.to_pylist()
+    if items.null_count or not all(text and text == clean(text) for text in texts):
+        return False
+    places = pc.list_parent_indices(chunk).to_numpy() * len(texts) + items.indices.to_numpy()
+    return bool(np.diff(np.sort(places)).all())  # none is twice in a list
+
+
+def _write(field: str, value: Any) -> str:
+    """Return a text, number or truth value as a clean text; of nothing, blank."""
+    if isinstance(value, str):
+        return clean(value)
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, list | tuple | dict | bytes):
+        refuse_value(field, value)
+    return _without_point(str(value))
+
+
+def _without_point(text: str) -> str:
+    number = _WHOLE.fullmatch(text)
+    return text if number is None else number[1]
+
+
+def refuse_value(field: str, value: Any) -> NoReturn:
+    """Raise ValueError for a value of a wrong type."""
+    raise ValueError(f"the {field} {reprlib.repr(value)}; write {_WANTED[field]}")
