@@ -23,14 +23,17 @@ from engine.update.runtime import Runtime
 from utils.config.command_line import By, Job
 from utils.config.messages import ConfigError, wrong_keys
 from utils.config.recipe import flatten
+from utils.config.versions import LATER
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir
+from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
+_WARMUP = "schedule.warmup_most"
 _SHOWN = 6  # changed keys in a line
 _SHOWN_CHARACTERS = 40  # of a value
 
@@ -58,6 +61,7 @@ def settle(config: TrainingConfig, job: Job, kind: Kind, stages: Stages) -> Sett
 def list_changes(kind: Kind) -> tuple[Change, ...]:
     """Return the changes before a run of a kind, in order."""
     return (
+        EARLIER,
         Change(_check_length, "the length"),
         Change(partial(plan_recipe, kind=kind), "the plan of loop.minutes"),
         FACTOR,
@@ -65,6 +69,7 @@ def list_changes(kind: Kind) -> tuple[Change, ...]:
         *kind.changes,
         Change(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
         Change(_keep_warmup, "the warm-up is stated"),
+        EARLIER,  # again: after the changes that are younger than the run
     )
 
 
@@ -120,9 +125,21 @@ def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
     """Allow a stated warm-up any share of the run."""
     keys = ("schedule.warmup_steps", "schedule.warmup_epochs")
     is_stated = any(start.job.states(key, By.EXPERIMENT) for key in keys)
-    if not is_stated or start.job.states("schedule.warmup_most", By.EXPERIMENT):
+    if not is_stated or start.job.states(_WARMUP, By.EXPERIMENT):
         return config
-    return config.changed({"schedule.warmup_most": 1.0})
+    return config.changed({_WARMUP: 1.0})
+
+
+def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
+    """Keep what a run that goes on has of keys and changes that it is older than."""
+    run = run_of(default_run_dir(config.model_dump(mode="json"), start.job))
+    saved = {} if run is None else flatten(run.config)
+    earlier = {row.key: row.value for row in LATER} | {_WARMUP: saved.get(_WARMUP)}
+    now = flatten(config.model_dump(mode="json"))
+    kept = {
+        key: value for key, value in earlier.items() if key in now and saved.get(key, now[key]) == value != now[key]
+    }
+    return config.changed({key: value for key, value in kept.items() if not start.job.states(key, By.EXPERIMENT)})
 
 
 def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
@@ -138,4 +155,5 @@ def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
     return config
 
 
+EARLIER = Change(_keep_earlier, "the run that goes on began so")
 FACTOR = Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim")

@@ -96,6 +96,20 @@ def test_what_is_stated_survives_or_ends_the_command(command, key, value, is_def
             assert key in str(refused)
 
 
+def test_an_older_run_goes_on_with_what_held_before(tmp_path, monkeypatch):
+    """It read no table, and its stated warm-up was cut; what is stated now is compared with that."""
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    folder, words = tmp_path / "run", [*FINETUNE[1:], "schedule.warmup_steps=20", f"run_dir={tmp_path}/run"]
+    config, _ = configure("finetune", words)
+    values = config.model_dump(mode="json")
+    del values["data"]["table"]
+    folder.mkdir()
+    write_json(folder / "config.json", values)
+    keys = ("data.table", "schedule.warmup_most")
+    assert [settled("finetune", words)[key] for key in keys] == ["none", 0.1]
+    assert settled("finetune", [*words, "data.table=auto"])["data.table"] == "auto"
+
+
 @pytest.mark.parametrize("words", [["++loop.total_steps=3"], ["loop={total_epochs: 3}"]])
 def test_two_lengths_are_refused(words):
     with refuses("^loop.minutes: 1 sets the length, and so does loop.total_"):
