@@ -23,7 +23,7 @@ import torch
 import train
 from bench.measure import build_bench_run, read_group
 from data.augment.config import AugmentConfig
-from data.augment.views import training_views
+from data.augment.steps import training_views
 from data.load import load_collection
 from data.open import Data, open_images
 from engine.run.length import wait_for

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data.augment.steps import IMAGES, Windows
+from data.augment.steps import IMAGES, Windows, evaluation_views
 from data.augment.transforms import EvalTransform
-from data.augment.views import evaluation_views
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import Images

@@ -137,12 +137,8 @@ def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
     # Pixel centres, in coordinates from -1 to 1 over the image.
     indices = (torch.arange(count, device=images.device, dtype=torch.float32) for count in images.shape[-2:])
     ys, xs = ((index + 0.5) * (2.0 / len(index)) - 1.0 for index in indices)
-    xs = xs.view(1, 1, -1)
-    ys = ys.view(1, -1, 1)
-    rows = matrices.view(-1, 2, 3, 1, 1)
-    grid = images.new_empty(len(images), *images.shape[-2:], 2)
-    for row, into in zip(rows.unbind(1), grid.unbind(-1)):
-        torch.add(row[:, 0] * xs, row[:, 1] * ys + row[:, 2], out=into)
+    rows = matrices.view(-1, 2, 3, 1, 1).unbind(1)
+    grid = torch.stack([row[:, 0] * xs + (row[:, 1] * ys[:, None] + row[:, 2]) for row in rows], dim=-1)
     moved = F.grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.add_(fill)
 
@@ -203,10 +199,8 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Return masks [B, 1, H, W], True inside the rectangle of each sample; edges [B, 4]: top, left, height, width."""
-    inside = []
-    for axis, count in enumerate(size_hw):
-        indices = torch.arange(count, device=edges.device)
-        first = edges[:, axis, None]
-        inside.append((indices >= first) & (indices < first + edges[:, axis + 2, None]))
-    rows, columns = inside
-    return rows[:, None, :, None] & columns[:, None, None, :]
+    top, left, height, width = edges[:, :, None].unbind(1)  # [B, 1] each
+    rows, columns = (torch.arange(count, device=edges.device) for count in size_hw)
+    inside_rows = (rows >= top) & (rows < top + height)
+    inside_columns = (columns >= left) & (columns < left + width)
+    return inside_rows[:, None, :, None] & inside_columns[:, None, None, :]

@@ -13,12 +13,13 @@ from torchvision.transforms import v2
 from data.augment.config import AugmentConfig
 from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, DeviceStep
 from data.augment.transforms import (
+    EvalTransform,
     Mirror,
     NoiseErasing,
-    OnPillow,
     PolicyAugment,
     ResizedCrop,
     letterbox,
+    on_pillow,
     random_affine,
 )
 from data.images.caches import Pool
@@ -26,6 +27,7 @@ from data.stream.order import Draw, Views
 from utils.contracts import Batch
 from utils.cut import cut_images
 from utils.formats.background import DEFAULT
+from utils.io.files import Values
 
 IMAGES = "images"
 AUGMENT = "augment"
@@ -60,7 +62,7 @@ STEPS = (
     Step(_CROP, "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
     Step(_MIRROR, "mirror", Mirror, DeviceMirror),
     Step("color_jitter", "colours", _color_jitter, DeviceColours),
-    Step("rand_augment", "{0.rand_augment}", lambda config: OnPillow(PolicyAugment(config))),
+    Step("rand_augment", "{0.rand_augment}", lambda config: on_pillow(PolicyAugment(config))),
     Step("random_erasing", "erasing", NoiseErasing, DeviceErasing),
 )
 
@@ -160,3 +162,17 @@ class Windows:
         rest = {name: tensor for name, tensor in batch.items() if name != WINDOWS}
         images = cut_images(self.pool.copy, batch[WINDOWS], self.pool.most, crop.size, crop.interpolation)
         return {IMAGES: images, **rest}
+
+
+def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
+    """Return the views of a training image: `images`, and with `augment.on_device` the parameters of its changes.
+
+    background: the colour of the padding of `augment.pad`.
+    """
+    images = {IMAGES: TrainTransform(config, background)}
+    return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images
+
+
+def evaluation_views(preprocessing: Values) -> Views:
+    """Return the view of an evaluation image."""
+    return {IMAGES: EvalTransform(preprocessing)}

@@ -96,21 +96,15 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
-class OnPillow:
-    """A transform of a Pillow image as one of uint8 [C, H, W], C 1 or 3."""
-
-    def __init__(self, transform: Callable[[Image.Image], Image.Image]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Return the transformed image."""
-        return v2.functional.pil_to_tensor(self.transform(v2.functional.to_pil_image(image)))
+def on_pillow(transform: Callable[[Image.Image], Image.Image]) -> Callable[[Tensor], Tensor]:
+    """Return a transform of Pillow images as one of uint8 [C, H, W], C 1 or 3."""
+    return lambda image: v2.functional.pil_to_tensor(transform(v2.functional.to_pil_image(image)))
 
 
-def random_affine(config: AugmentConfig) -> OnPillow:
+def random_affine(config: AugmentConfig) -> Callable[[Tensor], Tensor]:
     """Return the random affine map of `augment.affine`."""
     affine = config.affine
-    return OnPillow(
+    return on_pillow(
         v2.RandomAffine(
             affine.degrees,
             translate=(affine.translate, affine.translate),

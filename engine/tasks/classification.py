@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.augment.views import evaluation_views
+from data.augment.steps import evaluation_views
 from data.collection.choose import spread, training_rows
 from data.collection.collection import Collection, check_classes
 from data.open import Data

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from data.augment.config import AugmentConfig
-from data.augment.steps import describe_augmentation
-from data.augment.views import training_views
+from data.augment.steps import describe_augmentation, training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.config import DataConfig

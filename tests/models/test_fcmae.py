@@ -1,9 +1,7 @@
-"""FCMAE. Reference equality (loss), round trips (patches), properties (mask counts), refusals. Leaks: test_sparse."""
+"""FCMAE. Round trips (patches), properties (mask counts), refusals. Loss: test_official.py. Leaks: test_sparse.py."""
 
-import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
@@ -64,19 +62,6 @@ def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site():
     pred = fcmae(images, mask)
     shown = sites.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
     assert torch.equal(pred + 0, patchify(shown, 16)[mask].view_as(pred))
-
-
-@pytest.mark.parametrize("patch_px", [16, 8])
-def test_loss_equals_the_formula(patch_px):
-    torch.manual_seed(0)
-    fcmae = build(patch_px=patch_px)
-    images, mask = 0.3 * torch.randn(3, 3, 32, 48) + 0.5, draw_masks(3, fcmae)
-    pred = torch.randn(3, int(mask[0].sum()), patch_px**2 * 3)
-    cells = F.unfold(images.double(), patch_px, stride=patch_px).transpose(1, 2).unflatten(2, (3, -1))
-    target = cells.transpose(2, 3).flatten(2)[mask].view(pred.shape)
-    std = (target.var(2, keepdim=True) + 1e-6).sqrt()
-    expected = (pred - (target - target.mean(2, keepdim=True)) / std).square().mean((1, 2))
-    torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_the_perfect_prediction_paints_the_image():

@@ -10,9 +10,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import transforms
 from data.augment.config import AugmentConfig
-from data.augment.steps import describe_augmentation
+from data.augment.steps import describe_augmentation, training_views
 from data.augment.transforms import EvalTransform, PolicyAugment, letterbox
-from data.augment.views import training_views
 from data.stream.order import Draw
 from tests.support import no_large_allocation
 from utils import rng

@@ -13,9 +13,8 @@ import yaml
 from PIL import Image
 
 from data.augment.config import AugmentConfig
-from data.augment.steps import TrainTransform
+from data.augment.steps import TrainTransform, training_views
 from data.augment.transforms import EvalTransform
-from data.augment.views import training_views
 from data.images import caches
 from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory, keep_on_disk
