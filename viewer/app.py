@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ _PAGES = (
 
 
 class Guard:
-    """Refuse requests that do not know the token, and those that another site's page sends.
+    """Refuse requests without the token, and requests that a page of another site sends.
 
     Without a token, only requests that name this machine as their host pass: a page of another site could let its own
     name point to 127.0.0.1. Web sockets are checked alike. No site may show the page in a frame.
@@ -91,6 +92,22 @@ class Guard:
         return self._token is not None and secrets.compare_digest(word.encode(), self._token.encode())
 
 
+def choose_port(host: str, port: int) -> int:
+    """Return a port, or else the next free one. Raises UserError (`view.port`) if the next ones are used, too.
+
+    NiceGUI's finder takes a port for used that a server left a moment ago: the tabs of that server would lose it.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        return port
+    except OSError:
+        last = port + _PORTS
+    try:
+        return native.find_open_port(port + 1, last)
+    except OSError:
+        raise UserError(f"view.port: {port} to {last} are in use or refused; set another of 1024 or more") from None
+
+
 def serve(
     roots: list[str],
     data: DataConfig,
@@ -112,13 +129,7 @@ def serve(
     for root in roots:
         if not Path(root).is_dir() and not data.root and root != "outputs":  # a fresh clone has none yet
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
-    last = view.port + _PORTS
-    try:
-        port = native.find_open_port(view.port, last)
-    except OSError:
-        raise UserError(
-            f"view.port: {view.port} to {last} are in use or refused; set another of 1024 or more"
-        ) from None
+    port = choose_port(host, view.port)
     index = LiveIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
     site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, read_prompts)

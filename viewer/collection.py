@@ -24,7 +24,7 @@ from utils.io.files import Json
 from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.map import MOST, place_images
+from viewer.map import MOST, map_images
 from viewer.parts import COLOURS, Part, Sheet, bind_address, bind_choice, run_name, show_share
 from viewer.review import find_review
 from viewer.select import HINT, decide_all, describe_image, take_images
@@ -46,13 +46,13 @@ def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
     every = np.arange(len(search.collection))
     usual = search.count(every, column)
     sign = "" if column == "tags" else f"{column}="
-    found = []
+    lines = []
     for value, images in itertools.islice(search.count(rows, column).items(), _COUNTED):
         share = images / len(rows)
         lift = round(share * len(every) / usual[value], 2)
         shown = {"term": sign + quote_value(value), "shown": escape_controls(value)}
-        found.append({**shown, "images": images, "share": f"{share:.1%}", "lift": lift})
-    return found
+        lines.append({**shown, "images": images, "share": f"{share:.1%}", "lift": lift})
+    return lines
 
 
 def show_folder(root: str) -> str:
@@ -118,12 +118,12 @@ class CollectionPage(Page):
             wait.delete()
 
 
-class Facts(Part, component="vue/facts.vue"):
+class FactList(Part, component="vue/facts.vue"):
     """Names and their values."""
 
 
 class Tiles(Part, component="vue/tiles.vue"):
-    """A grid of any number of a browser's images; the browser sees those in view."""
+    """A grid of any number of images of a collection. The server sends the images in view."""
 
     def __init__(self, browser: "Browser", rows: np.ndarray) -> None:
         super().__init__(turn=0)
@@ -155,14 +155,14 @@ class Tiles(Part, component="vue/tiles.vue"):
 class Browser:
     """The page of a collection in one tab: images that some terms find, and what is decided on the marked ones.
 
-    found: rows; marked: paths.
+    rows: of the images that are shown; marked: paths.
     """
 
     def __init__(self, shelf: Shelf, name: str, collection: Collection) -> None:
         self.shelf = shelf
         self.name = name
         self.collection = collection
-        self.found = np.empty(0, np.int64)
+        self.rows = np.empty(0, np.int64)
         self.marked = set[str]()
         self._is_chosen = False  # what is found, from outside, so that decisions leave it on the screen
         self._last = 0  # the row that was marked last
@@ -191,7 +191,7 @@ class Browser:
             with ui.element("div"):
                 with ui.row().classes("gap-2 actions"):
                     self._build_bar([*labels])
-                self._tiles = Tiles(self, self.found)
+                self._tiles = Tiles(self, self.rows)
             with ui.element("div"):
                 self._counts = Sheet("count", names, "term", self._count)
                 self._counts.on("pick", lambda event: self._go(f"{self._terms.value or ''} {event.args}".strip()))
@@ -216,7 +216,7 @@ class Browser:
         changes["Take tags away"] = "tags", lambda had: [tag for tag in had if tag not in words()]
         changes["Leave out"] = "weight", lambda was: 0.0
         changes["Take in"] = "weight", lambda was: was or 1.0
-        ui.button("Mark all found", on_click=lambda: self.mark(self.found))
+        ui.button("Mark all found", on_click=lambda: self.mark(self.rows))
         ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
         for title, change in changes.items():
             ui.button(title, on_click=functools.partial(self._decide, *change))
@@ -242,11 +242,11 @@ class Browser:
         self._say()
 
     def switch(self, row: int, is_shift: bool) -> None:
-        """Mark a row or take its mark away; with Shift, mark all from the last one to it."""
-        ends = np.flatnonzero(np.isin(self.found, [row, self._last]))
+        """Mark a row or take the mark away; with Shift, mark all rows from the last one to this one."""
+        ends = np.flatnonzero(np.isin(self.rows, [row, self._last]))
         self._last = row
         if is_shift and len(ends):
-            self.mark(self.found[ends[0] : ends[-1] + 1])
+            self.mark(self.rows[ends[0] : ends[-1] + 1])
         else:
             self.marked ^= {self.collection.row(row).path}
             self._say()
@@ -257,7 +257,7 @@ class Browser:
 
     async def show(self, rows: np.ndarray) -> None:
         """Show rows, from the first one on, and what is counted in them."""
-        self.found = rows
+        self.rows = rows
         self._is_chosen = True
         self._status.text = f"{len(rows):,} of {len(self.collection):,} images"
         self._tiles.show(rows)
@@ -267,18 +267,18 @@ class Browser:
         async with self._lock:  # the last search stays, also if one before it takes longer
             text = self._terms.value or ""
             try:
-                found = await asyncio.to_thread(search_of(self.collection).find, text)
+                rows = await asyncio.to_thread(search_of(self.collection).find, text)
             except UserError as error:
                 self._status.set_text(escape_controls(str(error)))
                 return
             self._tell(text)
-            await self.show(found)
+            await self.show(rows)
             self._is_chosen = False
-            if not len(found):
+            if not len(rows):
                 self._status.text += ": remove a term, or write -TERM for images without it"
 
     def _count(self, column: str) -> tuple[Json, list[Json]]:
-        rows = value_rows(search_of(self.collection), self.found, column)
+        rows = value_rows(search_of(self.collection), self.rows, column)
         return {"shown": column, "images": "count", "share": "share", "lift": "x usual"}, rows
 
     async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
@@ -306,7 +306,7 @@ class Browser:
             message = fault or f"{len(lines):,} decisions are in corrections.jsonl"
             self.collection = await asyncio.to_thread(self.shelf.open, self.name, again=True)
         ui.notify(escape_controls(message, keep="\n"))
-        await (self.show(self.found) if self._is_chosen else self._find())
+        await (self.show(self.rows) if self._is_chosen else self._find())
 
     async def _save(self) -> None:
         """Let the browser save a manifest of the marked images; `data.table=FILE` takes it."""
@@ -321,7 +321,7 @@ class Browser:
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
             shown = ui.image(image_address(self.name, self.collection, row, 1024))
             shown.style("height: min(60vh, 90vw)").props["alt"] = escape_controls(facts["path"])
-            Facts(facts={escape_controls(key): escape_controls(value) for key, value in facts.items()})
+            FactList(facts={escape_controls(key): escape_controls(value) for key, value in facts.items()})
         self._box.open()
         self._tell_image(str(row))
         leads = await asyncio.to_thread(search_of(self.collection).leads)
@@ -348,7 +348,7 @@ async def show_map(browser: Browser) -> None:
         config = browser.shelf.config(browser.name)
         points, says = await asyncio.to_thread(read_points, collection, config, rows, tell)
     status.text = "Placing the images"
-    places = await asyncio.to_thread(place_images, points.numpy())
+    places = await asyncio.to_thread(map_images, points.numpy())
     status.text = escape_controls(f"{len(rows):,} of {len(collection):,} images, by {says}")
 
     def draw() -> None:

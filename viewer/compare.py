@@ -20,7 +20,7 @@ from utils.record.run_reader import RunReader
 from utils.record.tables import find_images
 from viewer.curves import show_curves
 from viewer.parts import Sheet, run_name, show_command, show_heading
-from viewer.results import describe_image, show_images
+from viewer.results import describe_prediction, show_images
 from viewer.site import Page, Site
 
 _MOST = 20  # runs: each has a colour of its own
@@ -37,8 +37,8 @@ _EVALUATE = (
 )
 
 
-def read_facts(path: Path) -> Json:
-    """Return what the table says of a run: its newest figures, its data, and its settings."""
+def list_facts(path: Path) -> Json:
+    """Return what the table says of a run: the newest figures, the data, and the settings."""
     run = RunReader(path)
     facts = {f"best {run.result['metric']}": run.result["value"]} if run.result else {}
     for row in run.rows[-1:]:
@@ -49,7 +49,7 @@ def read_facts(path: Path) -> Json:
     return facts | flatten({**run.config, "run_dir": None})
 
 
-def make_rows(facts: Sequence[Json]) -> list[dict]:
+def list_differences(facts: Sequence[Json]) -> list[dict]:
     """Return the rows of the table, with a column for each run: what is not the same in all."""
     rows = []
     for key in dict.fromkeys(itertools.chain(*facts)):
@@ -99,7 +99,7 @@ class ComparePage(Page):
             await ui.context.client.connected()
             every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
             named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
-            rows = await asyncio.to_thread(lambda: make_rows([*map(read_facts, [*named.values()][:_MOST])]))
+            rows = await asyncio.to_thread(lambda: list_differences([*map(list_facts, [*named.values()][:_MOST])]))
             status.text = "" if named else "There is no such run."
             labels = {"key": "differs"} | {str(number): name for number, name in enumerate([*named][:_MOST])}
             await Sheet("differs", ["differs"], "key", lambda _: (labels, rows)).fill()
@@ -115,7 +115,7 @@ class ComparePage(Page):
 
 
 def gather(named: Mapping[str, Path]) -> list[list[str]]:
-    """Return names of runs: those that differ by their seed alone together."""
+    """Return names of runs in groups. The runs of a group differ by their seed alone."""
 
     def recipe(name: str) -> str:
         return str({**RunReader(named[name]).config, "run_dir": "", "seed": 0})
@@ -124,7 +124,7 @@ def gather(named: Mapping[str, Path]) -> list[list[str]]:
 
 
 async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
-    """Show the images that only one of two runs has right, and those that both have wrong; of tags, who errs less."""
+    """Show images that only one of two runs has right, and images that both have wrong; of tags, who errs less."""
     names = [*named]
     runs = [*named.values()]
     first, second = [await asyncio.to_thread(read_images, run) for run in runs]
@@ -146,7 +146,7 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
     for title, shown in groups.items():
         show_heading(f"{title}: {len(shown):,}", 2)
         rows = [
-            [one["path"], names[0], *describe_image(one)[1:], names[1], *describe_image(other)[1:]]
+            [one["path"], names[0], *describe_prediction(one)[1:], names[1], *describe_prediction(other)[1:]]
             for one, other in shown[:_IMAGES]
         ]
         await show_images(runs[0], site.shelf, rows)

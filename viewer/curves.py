@@ -20,11 +20,11 @@ _KINDS = ("train", "evaluate")
 
 
 class Chart(Part, component="vue/chart.vue"):
-    """A chart by ECharts; it is a part of other components."""
+    """A chart by ECharts. Other components contain it."""
 
 
-class Lines(Part, component="vue/lines.vue"):
-    """Lines in one chart; it is a part of other components."""
+class LineChart(Part, component="vue/lines.vue"):
+    """Lines in one chart. Other components contain it."""
 
 
 class CurveCharts(Part, component="vue/curves.vue"):
@@ -37,14 +37,14 @@ def read_figures(groups: Groups) -> list[Json]:
     figures = []
     for name in list_curves(names[1], names[0]):
         group = group_of(name)
-        lines = [*read_lines(groups, name)]
+        lines = [*make_lines(groups, name)]
         texts = {"title": escape_controls(title_curve(name)), "group": [*GROUPS][group]}
         if lines:
             figures.append({**texts, "smooth": group == 0, "lines": lines})  # a rate and a memory are read as they are
     return figures
 
 
-def read_lines(groups: Groups, figure: str) -> Iterator[Json]:
+def make_lines(groups: Groups, figure: str) -> Iterator[Json]:
     """Yield the lines of a figure: training and evaluation of each group that has it."""
     for (number, (name, runs)), kind in itertools.product(enumerate(groups.items()), _KINDS):
         every = [run.series(kind, figure) for run in runs]
@@ -70,7 +70,10 @@ def join(series: Sequence[Series]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 async def show_curves(read: Callable[[], Groups], nothing: str) -> None:
-    """Show a chart of each figure, and draw them anew as runs go on. read: the runs; nothing: said without figures."""
+    """Show a chart of each figure, and draw them anew as runs go on.
+
+    read: returns the runs; nothing: the text without figures.
+    """
     charts = CurveCharts(figures=[], colours=COLOURS, alone=True, nothing=nothing)
     sizes = []
 

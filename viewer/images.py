@@ -97,7 +97,7 @@ class Shelf:
             return opened
 
     def find(self, name: str, fingerprint: str) -> Collection:
-        """Return a collection as it was when a page showed it; a correction since does not end its addresses."""
+        """Return a collection as it was when a page showed it: a later correction does not end the addresses."""
         return self._shown.get((name, fingerprint)) or self.open(name)
 
     def read(self, name: str, collection: Collection, row: int) -> bytes:
@@ -122,10 +122,10 @@ def find_copies(shelf: Shelf, name: str, collection: Collection, content: bytes)
     return [row for row in rows.tolist() if shelf.read(name, collection, row) == content]
 
 
-def find_rows(collection: Collection, paths: Sequence[str]) -> np.ndarray:
+def rows_of_paths(collection: Collection, paths: Sequence[str]) -> np.ndarray:
     """Return the row of each path, int64 [n]; -1 for others."""
-    found = pc.index_in(pa.array(paths, pa.string()), value_set=collection.table["path"].combine_chunks())
-    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    rows = pc.index_in(pa.array(paths, pa.string()), value_set=collection.table["path"].combine_chunks())
+    return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`/label?collection=...`: labels from nothing. Keys give classes, and a closed form proposes those of other images.
+"""`/label?collection=...`: labels from nothing. Keys give classes; a closed form proposes classes of other images.
 
 With `&field=tags`, keys add tags and take them away.
 """
@@ -107,14 +107,14 @@ class Labelling(Review):
             labels = {number: self._show in tags for number, tags in labels.items()}
         order, classes, probs, self.quality = propose(self._points, labels)
         offers = zip(self.questions, classes, probs)
-        offered = [each._replace(by=1 - by, says=self._say(each.had, name)) for each, name, by in offers]
+        offered = [question._replace(by=1 - by, says=self._say(question.had, name)) for question, name, by in offers]
         if offered:
             for number in {self.here, *self.marked}:  # Enter takes what is shown
                 if says := self.questions[number].says:
                     offered[number] = offered[number]._replace(says=says)
             self.questions = offered
         if self._show:
-            new = [number for number, each in enumerate(offered) if each.says != each.had]
+            new = [number for number, question in enumerate(offered) if question.says != question.had]
             order = [number for number in new if self.field == "tags" or offered[number].says == self._show]
             order.sort(key=lambda number: offered[number].by)
         elif self.field == "tags":
@@ -125,11 +125,11 @@ class Labelling(Review):
         self.here = self.here if shown else order[0]
         self.order = order
 
-    def _say(self, had: Any, found: Any) -> Any:
-        """Return what is proposed. found: its class, or whether it has the tag that is shown."""
+    def _say(self, had: Any, answer: Any) -> Any:
+        """Return what is proposed. answer: the class of the image, or whether it has the tag that is shown."""
         if self.field == "label":
-            return had or found
-        return switch_tags(had, had, [self._show] if found != (self._show in had) else [])
+            return had or answer
+        return switch_tags(had, had, [self._show] if answer != (self._show in had) else [])
 
 
 class LabelPage(Page):
@@ -138,7 +138,7 @@ class LabelPage(Page):
     addresses = ["/label"]
 
     async def show(self, collection: str = "", field: Literal["label", "tags"] = "label", show: str = "") -> None:
-        """Show a collection, by its name. show: a class or a tag whose proposals are shown."""
+        """Show a collection, by its name. show: a class or a tag; the page shows the images that it is proposed for."""
         shelf = self.site.shelf
         shelf.config(collection)
         with self.site.page("Label"):

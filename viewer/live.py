@@ -11,7 +11,7 @@ from utils.record.run_reader import LOCK_FILE
 
 
 class LiveIndex(RunIndex):
-    """Runs, of which only those that have changed are read again. Threads may share it.
+    """An index that reads a run again only when it has changed. Threads may share it.
 
     total: the runs when they are read for the first time.
     """
@@ -23,20 +23,20 @@ class LiveIndex(RunIndex):
         self._known = dict[Path, tuple[list, RunState]]()
 
     def states(self) -> list[RunState]:
-        """Return all runs, those that changed last first."""
+        """Return all runs; the run that changed last is the first."""
         with self._lock:
             self.total = self.total or len([*find_runs(self.roots)])
             return super().states()
 
     def known(self) -> list[RunState]:
-        """Return the runs that are read so far, those that changed last first."""
+        """Return the runs that are read so far; the run that changed last is the first."""
         return sorted((state for _, state in [*self._known.values()]), key=lambda state: -state.changed)
 
     def read(self, path: Path) -> RunState:
-        """Return what one line says of a run, as it is known unless one of its files has changed, or its process."""
+        """Return what one line says of a run; it is read again if a file of the run or the process has changed."""
         with os.scandir(path) as entries:
             status = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-        files = sorted((name, its.st_mtime_ns, its.st_size) for name, its in status)
+        files = sorted((name, file.st_mtime_ns, file.st_size) for name, file in status)
         stamp = [is_locked(path / LOCK_FILE), *files]
         known = self._known.get(path, ([], None))
         if known[0] != stamp:

@@ -1,4 +1,4 @@
-"""The map of a collection: where its images are, by what a network sees in them, and how ECharts draws them."""
+"""The map of a collection: where the images are, by what a network sees in them."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from utils.io.memo import OURS, own_cache
 MOST = 10_000  # images on a map
 
 
-def place_images(points: np.ndarray) -> np.ndarray:
+def map_images(points: np.ndarray) -> np.ndarray:
     """Return the places of images on the map, float [N, 2], by t-SNE of their features; kept by these.
 
     points: features on their principal axes, float32 [N, C], the widest axis last. Few images are shown by two axes.

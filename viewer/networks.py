@@ -30,7 +30,7 @@ _SHOWN = 30  # classes or tags
 _NEAREST = 24  # images
 
 
-class Bar(NamedTuple):
+class Score(NamedTuple):
     """A class or a tag with its probability. least: its threshold, if it has one."""
 
     name: str
@@ -42,7 +42,7 @@ class Bar(NamedTuple):
 class Answer(NamedTuple):
     """What a network says of an image: bars by category, a caption, the image as it sees it, and a line of facts."""
 
-    bars: dict[str, list[Bar]]
+    bars: dict[str, list[Score]]
     caption: str
     seen: Image.Image
     facts: str
@@ -133,7 +133,7 @@ class Networks:
         rows = np.flatnonzero(collection.weights())
         features, rows = read_features(frozen, collection, config, rows, choose_cpu(), tell=tell)
         best = predictions.rank(rows.tolist(), features.numpy(), query, _NEAREST)
-        return {each["path"]: each["similarity"] for each in best}
+        return {row["path"]: row["similarity"] for row in best}
 
 
 def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
@@ -142,9 +142,11 @@ def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
     return prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
 
 
-def _make_bars(predictor: "Predictor", values: np.ndarray, row: Json, least: np.ndarray | None) -> dict[str, list[Bar]]:
+def _make_bars(
+    predictor: "Predictor", values: np.ndarray, row: Json, least: np.ndarray | None
+) -> dict[str, list[Score]]:
     """Return the bars of an answer by category. least: thresholds, if there are any."""
-    bars = dict[str, list[Bar]]()
+    bars = dict[str, list[Score]]()
     chosen = {
         "classes": [] if row.get("unsure") else [row.get("class")],
         "rating": [row.get("rating")],
@@ -157,5 +159,5 @@ def _make_bars(predictor: "Predictor", values: np.ndarray, row: Json, least: np.
         is_rating = kind == "rating"
         if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
             limit = None if is_rating or least is None else float(least[index])
-            bars.setdefault(kind, []).append(Bar(escape_controls(name), float(values[index]), is_chosen, limit))
+            bars.setdefault(kind, []).append(Score(escape_controls(name), float(values[index]), is_chosen, limit))
     return bars

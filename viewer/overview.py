@@ -18,7 +18,7 @@ from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
 from viewer.parts import REFRESH_SEC, show_command, show_heading
 from viewer.queue import Queue
-from viewer.results import describe_image, show_images
+from viewer.results import describe_prediction, show_images
 from viewer.runs import make_row
 from viewer.site import RunTab
 
@@ -34,7 +34,7 @@ _NOTHING = "No figures yet: the first are written at the first log step."
 _LOG_BYTES = 200_000  # of its beginning, with the plan, and of its end
 
 
-def describe_run(index: RunIndex, path: Path) -> str:
+def summarise_run(index: RunIndex, path: Path) -> str:
     """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
     row = make_row(index, index.read(path))
     best = row["shown"] and f"best {row['shown']}{show_interval((RunReader(path).result or {}).get('interval'))}"
@@ -94,7 +94,7 @@ class Overview(RunTab):
             show_heading("Next", 2)
         for command in commands:
             show_next(self.site.queue, self.path, command)
-        if images := await asyncio.to_thread(tables.worst_images, self.path, _WORST, (), describe_image):
+        if images := await asyncio.to_thread(tables.worst_images, self.path, _WORST, (), describe_prediction):
             show_heading("The worst images", 2)
             ui.link("all mistakes", f"/run/{quote(self.name)}?tab=Mistakes")
             await show_images(self.path, self.site.shelf, images)
@@ -102,4 +102,4 @@ class Overview(RunTab):
 
     async def _refresh(self) -> None:
         with suppress(OSError, ValueError):  # deleted meanwhile, which the page says
-            self._state.text = await asyncio.to_thread(describe_run, self.site.index, self.path)
+            self._state.text = await asyncio.to_thread(summarise_run, self.site.index, self.path)

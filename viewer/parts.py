@@ -30,7 +30,7 @@ STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", 
 
 
 def show_heading(text: str, level: int) -> ui.label:
-    """Show a heading of a level, 1 to 6; a page has one of level 1, its title."""
+    """Show a heading of a level, 1 to 6. The title of a page is the only heading of level 1."""
     heading = ui.label(text)
     heading.tag = f"h{level}"
     return heading
@@ -91,7 +91,7 @@ def make_columns(labels: Mapping[str, str]) -> list[Json]:
 
 
 class Part(ui.element):
-    """A component of viewer/vue/. Its file says what its properties show and which events it tells."""
+    """A component of viewer/vue/. The first lines of the .vue file state the properties and the events."""
 
     def __init__(self, **properties: Any) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def run_name(index: RunIndex, path: Path) -> str:
 
 
 def find_run(index: RunIndex, name: str) -> Path:
-    """Return a run's folder by its name. Raises HTTPException 404 for whatever is no run below the roots."""
+    """Return a run's folder by the run's name. Raises HTTPException 404 if no run below the roots has this name."""
     number, _, relative = name.partition("/")
     with suppress(OSError, ValueError, IndexError):  # no number, NUL, or too long
         root = index.roots[int(number)]

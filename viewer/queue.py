@@ -63,7 +63,7 @@ class Queue:
         return log.read_text(errors="replace").splitlines() if log.exists() else []
 
     def state(self, name: str, folder: Path) -> str:
-        """Return `waiting`, `running`, `stopping`, and then the state of its run, or `ended` without a run."""
+        """Return `waiting`, `running` or `stopping`; later the state of the run, or `ended` without a run."""
         log = self._log(name)
         if is_locked(log):
             return "stopping" if log.with_suffix(".stop").exists() else "running"

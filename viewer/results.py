@@ -12,7 +12,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
-from viewer.images import Shelf, find_rows, image_address
+from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import COLOURS, Cards, Part, Sheet, show_command
 from viewer.review import find_review
 from viewer.site import RunTab
@@ -94,7 +94,7 @@ class Mistakes(RunTab):
         matrix.on("choose", lambda event: self._pair.set_value((names[event.args[1]], names[event.args[0]])))
 
     async def _draw(self) -> None:
-        images = await asyncio.to_thread(tables.worst_images, self.path, _IMAGES, self._pair.value, describe_image)
+        images = await asyncio.to_thread(tables.worst_images, self.path, _IMAGES, self._pair.value, describe_prediction)
         self._part.clear()
         with self._part:
             await show_images(self.path, self.site.shelf, images)
@@ -114,16 +114,16 @@ async def show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) ->
 
 
 def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | None]:
-    """Return the addresses of images of the run's collection; None for those that it does not have."""
+    """Return the addresses of images of the run's collection; None for an image that the collection lacks."""
     with suppress(OSError, ValueError, HTTPException):
         collection = shelf.open(name := shelf.of_run(path))
         if str(collection.root) == tables.images_about(path, "root"):  # else evaluate.py measured other data
-            rows = find_rows(collection, images).tolist()
+            rows = rows_of_paths(collection, images).tolist()
             return [image_address(name, collection, row) if row >= 0 else None for row in rows]
     return [None] * len(images)
 
 
-def describe_image(row: Json) -> list[str]:
+def describe_prediction(row: Json) -> list[str]:
     """Return the path, and the lines under an image: label and prediction, or wrong (+) and missed (-) tags."""
     path = str(row["path"])
     if "missed" not in row:

@@ -23,7 +23,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 from utils.record.tables import LABELS, Difference, find_differences, find_images, images_about
-from viewer.images import Shelf, find_rows, image_address
+from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import REFRESH_SEC, Cards, Part, bind_address, find_run, run_name
 from viewer.site import Page
 
@@ -67,7 +67,7 @@ class Question(NamedTuple):
     near: Sequence[tuple[str, str]] = ()
 
 
-def ask(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Question:
+def make_question(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Question:
     """Return the question about a difference. Ratings are no tags; the network's tags are spelled like the others."""
     if isinstance(says, str):
         return Question(path, by, had, says, [name for name in (says, had) if name])
@@ -79,7 +79,7 @@ def ask(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Quest
 
 
 def switch_tags(had: Sequence[str], tags: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the tags with some added or taken away; those that the image had stay in its order."""
+    """Return the tags with some names added or taken away. Tags that the image had before stay in their order."""
     kept = {*tags}.symmetric_difference(names)
     return [tag for tag in dict.fromkeys([*had, *tags, *names]) if tag in kept]
 
@@ -133,12 +133,12 @@ class Review:
         """Return the next image without a decision, or the shown one if there is none."""
         at = self.order.index(self.here)
         further = itertools.chain(self.order[at:], self.order[:at])
-        return next((each for each in further if self.last(each) is None), self.here)
+        return next((number for number in further if self.last(number) is None), self.here)
 
     def progress(self) -> str:
         """Return how far the decisions are."""
         count = len(self.questions)
-        decided = sum(self.last(each) is not None for each in range(count))
+        decided = sum(self.last(number) is not None for number in range(count))
         return f"{decided:,} of {count:,} decided"
 
     def shown(self, number: int) -> Any:
@@ -186,10 +186,10 @@ class Review:
         elif key == "a":
             self.marked |= {*self.screen()}
         elif key == "Enter":
-            says = {each: self.questions[each].says for each in targets if self.last(each) is None}
-            return self._decide({each: value for each, value in says.items() if value is not None})
+            says = {number: self.questions[number].says for number in targets if self.last(number) is None}
+            return self._decide({number: value for number, value in says.items() if value is not None})
         elif key == "r":
-            return self._decide({each: self.questions[each].had for each in targets})
+            return self._decide({number: self.questions[number].had for number in targets})
         elif key == "u":
             return self._undo()
         elif name := self.keys().get(key):
@@ -202,8 +202,9 @@ class Review:
         if self.field == "label":
             return self._decide(dict.fromkeys(targets, name))
         had = name in self.shown(self.here)
-        alike = [each for each in targets if (name in self.shown(each)) == had]
-        return self._write({each: switch_tags(self.questions[each].had, self.shown(each), [name]) for each in alike})
+        alike = [number for number in targets if (name in self.shown(number)) == had]
+        tags = {number: switch_tags(self.questions[number].had, self.shown(number), [name]) for number in alike}
+        return self._write(tags)
 
     def pick(self, number: int, is_through: bool) -> None:
         """Show an image of the screen and mark it, or not any more; is_through: mark all from the shown one to it."""
@@ -249,23 +250,23 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     name = shelf.of_run(run)
     command = judge_command("PATH" if name is None else shelf.config(name).root)
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
-    found = find_differences(run, _MOST)
-    if name is None or not found:
+    differences = find_differences(run, _MOST)
+    if name is None or not differences:
         raise nothing
     collection = shelf.open(name, again=True, corrected=False)
     root = images_about(run, "root")
     desk = open_desk(collection)
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    field = "label" if isinstance(found[0].says, str) else "tags"
+    field = "label" if isinstance(differences[0].says, str) else "tags"
     decisions, _ = desk.sync()
     values = collection.table[field]
-    paths = [*{path: None for each in found for path in (each.path, *each.near)}]
-    rows = {path: row for path, row in zip(paths, find_rows(collection, paths).tolist()) if row >= 0}
+    paths = [*dict.fromkeys(itertools.chain.from_iterable((one.path, *one.near) for one in differences))]
+    rows = {path: row for path, row in zip(paths, rows_of_paths(collection, paths).tolist()) if row >= 0}
     given = {path: values[row].as_py() for path, row in rows.items()}
     near = {path: (image_address(name, collection, row, _NEAR_PX), str(given[path])) for path, row in rows.items()}
-    asked = [_explain(ask(*each[:3], given[each.path]), each, near) for each in found if each.path in rows]
-    asked = [each for each in asked if each.says != each.had or (each.path, field) in decisions]
+    asked = [_explain(make_question(*one[:3], given[one.path]), one, near) for one in differences if one.path in rows]
+    asked = [one for one in asked if one.says != one.had or (one.path, field) in decisions]
     if not asked:
         raise nothing
     review = Review(asked, sorted(count_values(values)) if field == "label" else [])
@@ -282,21 +283,21 @@ def open_desk(collection: Collection) -> Desk:
     return desk_of(collection.root)
 
 
-def _explain(question: Question, found: Difference, near: Mapping[str, tuple[str, str]]) -> Question:
-    """Return a question with its reason, if that is known. near: addresses and labels of images by path."""
-    if not found.guesses:
+def _explain(question: Question, difference: Difference, near: Mapping[str, tuple[str, str]]) -> Question:
+    """Return a question with the reason, if it is known. near: addresses and labels of images by path."""
+    if not difference.guesses:
         return question
-    guesses = ", ".join(f"{name} {prob:.1%}" for name, prob in found.guesses.items())
-    reason = f"given: {question.had} (right: {1 - found.by:.1%}) · guessed: {guesses}"
-    nearest = [near[path] for path in found.near if path in near]
-    return question._replace(names=[*found.guesses], reason=reason, near=nearest)
+    guesses = ", ".join(f"{name} {prob:.1%}" for name, prob in difference.guesses.items())
+    reason = f"given: {question.had} (right: {1 - difference.by:.1%}) · guessed: {guesses}"
+    nearest = [near[path] for path in difference.near if path in near]
+    return question._replace(names=[*difference.guesses], reason=reason, near=nearest)
 
 
 def describe_basis(run: Path, collection: Collection) -> str:
     """Return what the order of a review stands on, and how many images have no part in it."""
     if says := images_about(run, "says"):
         return f"All other images judge each one, by the features of {says}."
-    rows = find_rows(collection, pq.read_table(find_images(run))["path"].to_pylist())
+    rows = rows_of_paths(collection, pq.read_table(find_images(run))["path"].to_pylist())
     trained = np.isin(rows, collection.rows("train")).sum()
     others = np.count_nonzero(collection.weights()) - len(rows)
     return (
@@ -313,8 +314,9 @@ def judge_command(root: Path | str) -> str:
 
 def find_review(index: RunIndex, root: str) -> str | None:
     """Return the address of the review of a folder by job=labels, if that has looked at it."""
-    found = [file.parents[1] for parent in index.roots for file in parent.glob(f"*/labels/{LABELS}")]
-    names = [run_name(index, run) for run in found if is_own_run(run) and images_about(run, "root") == root]
+    files = itertools.chain.from_iterable(parent.glob(f"*/labels/{LABELS}") for parent in index.roots)
+    runs = [file.parents[1] for file in files]
+    names = [run_name(index, run) for run in runs if is_own_run(run) and images_about(run, "root") == root]
     return f"/review?run={quote(names[0])}" if names else None
 
 
@@ -349,7 +351,7 @@ class Reviewer:
         self._desk = desk
         self._newest = 0  # the number of the last request to the desk
         with ui.row():
-            Chips(chips=_BUTTONS).classes(remove="w-full").on("press", self._on_key)
+            Chips(chips=_BUTTONS).on("press", self._on_key)
             self._progress = ui.label()
         self._waiting = ui.label().classes("text-negative lines")
         ui.label(review.hint).classes("muted")
@@ -357,7 +359,9 @@ class Reviewer:
             with ui.column().classes("w-full"):
                 self._picture = Picture().on("key", self._on_key)
                 names = review.classes if len(review.classes) > _CHOICES else []
-                self._chips = Chips(names=[*names]).on("press", self._on_key).on("choose", self._choose)
+                self._chips = (
+                    Chips(names=[*names]).classes("w-full").on("press", self._on_key).on("choose", self._choose)
+                )
                 self._reason = ui.label().style("overflow-wrap: anywhere")
                 self._near = Cards(look="near")
             self._cards = Cards(look="choice").on("pick", self._pick)

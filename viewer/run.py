@@ -81,18 +81,18 @@ class RunPage(Page):
 
 def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
     """Return the paths of a run's pictures below it, by name and, of evaluations, step."""
-    found = {}
+    pictures = {}
     for file in sorted(file for folder in ("plots", "samples") for file in (run / folder).rglob("*")):
         if file.suffix in _PICTURES and is_inside(file, run) and file.name != "curves.png":  # they are live
             inside = file.relative_to(run).as_posix()
             if inside.startswith(f"{STEPS}/"):
-                found.setdefault(f"plots/{file.name}", {})[int(file.parent.name)] = inside
+                pictures.setdefault(f"plots/{file.name}", {})[int(file.parent.name)] = inside
             else:
-                found.setdefault(inside, {})[None] = inside
-    for by_step in found.values():  # the newest is also among the kept ones
+                pictures.setdefault(inside, {})[None] = inside
+    for by_step in pictures.values():  # the newest is also among the kept ones
         if len(by_step) > 1:
             by_step.pop(None, None)
-    return found
+    return pictures
 
 
 class Steps(Part, component="vue/steps.vue"):
@@ -177,8 +177,8 @@ class LogReader:
         self._end += len(whole)
         lines = []
         for line in whole.decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
-            if found := _LEVEL.match(line):  # a traceback has the level of its first line
-                self._level = {"WARNING": 1, "ERROR": 2}.get(found[1], 0)
+            if level := _LEVEL.match(line):  # a traceback has the level of its first line
+                self._level = {"WARNING": 1, "ERROR": 2}.get(level[1], 0)
             lines.append((self._level, line))
         return lines
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import mean
 from urllib.parse import quote
 
-import numpy as np
 from nicegui import app, ui
 from nicegui.events import GenericEventArguments
 
@@ -22,7 +21,6 @@ from utils.record.sweep_table import sweep_table
 from viewer.parts import REFRESH_SEC, STATE_COLOURS, Part, make_columns, run_name
 from viewer.site import Page
 
-_SPARK_PX = (96, 24)
 _NAMES = {
     "state": "State", "run": "Run", "task": "Task", "model": "Model", "share": "Steps", "best": "Best",
     "spark": "Training loss", "changed": "Changed",
@@ -37,7 +35,7 @@ def make_row(index: RunIndex, state: RunState) -> Json:
     row = {key: getattr(state, key) for key in ("state", "task", "model", "best")}
     row |= {"name": name, "path": str(state.path), "link": f"/run/{quote(name)}"}
     row["run"] = state.path.name if name.endswith("/.") else name.partition("/")[2]
-    row |= {"colour": STATE_COLOURS[state.state], "shown": shown, "spark": spark_points(state.spark)}
+    row |= {"colour": STATE_COLOURS[state.state], "shown": shown, "spark": state.spark}
     row["changed"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.changed))
     return row | _progress_of(state)
 
@@ -55,7 +53,7 @@ def _progress_of(state: RunState) -> Json:
 
 
 def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[Json]:
-    """Return rows, those with `pinned` paths first. A sweep is one row, with its best run's figures."""
+    """Return rows; rows with a `pinned` path come first. A sweep is one row, with the figures of the best run."""
     groups = {}
     for state in states:
         groups.setdefault(state.path.parent if state.job else state.path, []).append(state)
@@ -73,18 +71,8 @@ def _fold(index: RunIndex, path: Path, states: list[RunState]) -> Json:
     share = mean(job["share"] for job in jobs)
     steps = f"{sum(job['state'] == 'finished' for job in jobs)} of {len(jobs)} runs"
     ranking = safe_lines(sweep_table([state.job for state in states]))
-    first = make_row(index, replace(ranked[0], path=path, state=state, changed=max(each.changed for each in states)))
+    first = make_row(index, replace(ranked[0], path=path, state=state, changed=max(state.changed for state in states)))
     return first | {"link": "", "jobs": jobs, "ranking": ranking, "share": share, "steps": steps}
-
-
-def spark_points(values: tuple[float, ...]) -> str:
-    """Return the points of a curve in an SVG of _SPARK_PX."""
-    if not values:
-        return ""
-    width, height = _SPARK_PX
-    across = np.linspace(0, width, len(values))
-    down = np.interp(values, [min(values), max(values)], [height - 2, 2])
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
 
 
 class RunTable(Part, component="vue/runs.vue"):

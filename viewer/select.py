@@ -1,4 +1,4 @@
-"""What a page shows of a collection's images, and the decisions on those that are marked."""
+"""What a page shows of an image of a collection, and the decisions on the marked images."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from data.layouts.table import TAG_LISTS
 from data.stream.source import UnreadableImage
 from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import category_name
-from viewer.images import Shelf, find_rows
+from viewer.images import Shelf, rows_of_paths
 
 HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."
 
@@ -42,7 +42,7 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
 
 def take_images(collection: Collection, paths: Iterable[str]) -> pa.Table:
     """Return the rows of some images."""
-    rows = find_rows(collection, [*paths])
+    rows = rows_of_paths(collection, [*paths])
     return collection.table.take(np.sort(rows[rows >= 0]))
 
 

@@ -77,7 +77,7 @@ class Site:
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
-        """Frame a page: the way to the others, its heading, and how it looks."""
+        """Frame a page: links to the other pages, the heading, and the style."""
         ui.colors(**_COLOURS)
         ui.add_css(_STYLE)
         ui.page_title(f"{title} - Atelier")

@@ -58,7 +58,7 @@ class StartPage(Page):
     addresses = ["/start"]
 
     async def show(self, folder: str = "", browse: str = "") -> None:
-        """Show the queue, and a folder, or those below the one that is browsed."""
+        """Show the queue; and a folder, or the folders below `browse`."""
         queue = self.site.queue
         with self.site.page("Start"):
             self._fault = ui.label().classes("text-negative").props("role=status")

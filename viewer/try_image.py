@@ -133,7 +133,7 @@ class TryPage(Page):
             collection = await asyncio.to_thread(shelf.open, name, again=True)
             copies = await asyncio.to_thread(find_copies, shelf, name, collection, image[0])
             with show_share(self._message) as tell:
-                found = await asyncio.to_thread(
+                alike = await asyncio.to_thread(
                     nearest, self._weights.value[0], collection, shelf.config(name), image, tell
                 )
         except (UserError, UnreadableImage, HTTPException) as error:
@@ -143,10 +143,10 @@ class TryPage(Page):
             self._search.enable()
         if self._images[0] is not image or self._alike.is_deleted:
             return
-        best = max(found.values())
+        best = max(alike.values())
         self._message.text = f"Equal files: {len(copies)}, marked. The images most like it have up to {best:.3f}."
         browser = Browser(shelf, name, collection)
         with self._alike:
             await browser.build()
-        await browser.show(np.array([*dict.fromkeys([*copies, *found])]))
+        await browser.show(np.array([*dict.fromkeys([*copies, *alike])]))
         browser.mark(np.array(copies, int))

@@ -85,6 +85,12 @@ def address(words):
         yield address
 
 
+def sees(page, *texts):
+    """Wait until the page shows each text."""
+    for text in texts:
+        page.get_by_text(text).first.wait_for()
+
+
 def assert_fits(page):
     """Nothing is wider than the window, whatever its width."""
     for width in (360, 1280, 1600):

@@ -12,7 +12,7 @@ from PIL import Image
 from data.images.open import EMPTY
 from tests.data.collection.test_collection import load
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, sees
 
 NAME = HOSTILE.replace("/", "")
 
@@ -41,12 +41,12 @@ def test_a_collection_is_searched_and_shown(page, address):
     page.goto(f"{address}/collection")
     assert_accessible(page)
     page.locator("a[href^='/collection/']").first.click()
-    page.get_by_text("400 of 400 images").wait_for()
+    sees(page, "400 of 400 images")
     assert_accessible(page)
     assert 0 < page.locator(".tile").count() < 100, "those in view"
     assert_fits(page)
     page.locator(".tile").first.press("Enter")  # in one call: a late drawing after the resize takes the focus away
-    page.get_by_text("40 x 30", exact=False).wait_for()
+    sees(page, "40 x 30")
     assert_accessible(page)
     assert_fits(page)
     page.go_back()
@@ -62,19 +62,19 @@ def test_a_collection_is_searched_and_shown(page, address):
     for text, count in terms.items():
         find.fill(text)
         find.press("Enter")
-        page.get_by_text(f"{count} of 400 images").wait_for()
+        sees(page, f"{count} of 400 images")
     page.wait_for_url("**find=size*")
     page.reload()
-    page.get_by_text("1 of 400 images").wait_for()
+    sees(page, "1 of 400 images")
     assert find.input_value() == "size<1"
     find.fill("size>big")
     find.press("Enter")
-    page.get_by_text("size has numbers", exact=False).wait_for()
+    sees(page, "size has numbers")
     find.fill("")
     find.press("Enter")
-    page.get_by_text("50.0%").first.wait_for()  # the table is drawn anew
+    sees(page, "50.0%")  # the table is drawn anew
     page.locator(".term", has_text=f"{HOSTILE}1").press("Enter")
-    page.get_by_text("200 of 400 images").wait_for()
+    sees(page, "200 of 400 images")
     page.get_by_role("link", name="Map").click()
     canvas = page.get_by_label("map of the images").locator("canvas")
     canvas.wait_for(timeout=240_000)
@@ -93,13 +93,13 @@ def test_a_collection_is_searched_and_shown(page, address):
 def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     page.goto(f"{address}/collection")
     page.locator("a[href^='/collection/']").first.click()
-    page.get_by_text("400 of 400 images").wait_for()
+    sees(page, "400 of 400 images")
     root = Path(words[1].removeprefix("data.root="))
 
     def find(text, count):
         page.get_by_label("find").fill(text)
         page.get_by_label("find").press("Enter")
-        page.get_by_text(f"{count} of 400 images").wait_for()
+        sees(page, f"{count} of 400 images")
 
     def act(title, text=""):
         page.get_by_label("a label, or tags").fill(text)
@@ -109,11 +109,11 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
 
     page.locator(".pick input").nth(1).click()
     page.locator(".tile").nth(4).click(modifiers=["Shift"])
-    page.get_by_text("4 marked").wait_for()
+    sees(page, "4 marked")
     page.locator(".tile").nth(2).press("x")
-    page.get_by_text("3 marked").wait_for()
+    sees(page, "3 marked")
     page.keyboard.press("x")
-    page.get_by_text("4 marked").wait_for()  # a tile keeps the focus
+    sees(page, "4 marked")  # a tile keeps the focus
     assert_fits(page)
     page.get_by_role("button", name="Unmark all").click()
     find("path:/12", 10)
@@ -141,4 +141,4 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
 def test_a_collection_that_is_gone_says_so(page, address):
     page.goto(f"{address}/collection")
     page.get_by_role("link", name="gone").click()
-    page.get_by_text("does not exist", exact=False).wait_for()
+    sees(page, "does not exist")

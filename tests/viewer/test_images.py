@@ -45,7 +45,7 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
         f"/image/x/{collection.fingerprint}/0",
     ):
         assert client.get(path).status_code == 404
-    assert images.find_rows(collection, ["c.jpg", "x"]).tolist() == [2, -1]
+    assert images.rows_of_paths(collection, ["c.jpg", "x"]).tolist() == [2, -1]
 
 
 def test_collections_of_one_root_are_told_apart(shelf, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import make_collection
-from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits
+from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, sees
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,14 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
         page.get_by_role("link", name=f"Proposed: {name}").wait_for()
     page.keyboard.press("Escape")
     for number in range(20):
-        page.get_by_text(f"{number} of 23 labelled").wait_for()
+        sees(page, f"{number} of 23 labelled")
         page.keyboard.press("12"[number % 2])
-    page.get_by_text("the others recognise").wait_for()
+    sees(page, "the others recognise")
     other = page.context.new_page()
     other.goto(page.url)
     for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23)):
         page.keyboard.press(key)
-        other.get_by_text(f"{count} of 23 labelled; the others recognise").wait_for()
+        sees(other, f"{count} of 23 labelled; the others recognise")
     assert_fits(page)
     assert_accessible(page)
     page.bring_to_front()  # a menu needs the focus
@@ -41,7 +41,7 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.keyboard.press("Escape"), page.keyboard.press("u")
     other.get_by_text("1 a", exact=True).wait_for()
     page.reload()
-    page.get_by_text("23 of 23 labelled; the others recognise").wait_for()
+    sees(page, "23 of 23 labelled; the others recognise")
 
 
 def test_tags_are_switched_by_keys(page, address):

@@ -9,7 +9,7 @@ import pytest
 from tests.support import command
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import assert_accessible, assert_fits, serve
+from tests.viewer.conftest import assert_accessible, assert_fits, sees, serve
 
 LONG = "a" * 5_000
 TABS = ("Overview", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Log")
@@ -17,21 +17,21 @@ TABS = ("Overview", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", 
 
 def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
     page.goto(address)
-    page.get_by_text("dead").first.wait_for()
+    sees(page, "dead")
     assert page.locator("tbody tr").count() == 3 and page.get_by_text("29 of 20").count() == 3
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x", exact=False).count() >= 1
     page.get_by_label("filter").fill("TAGGING 0/c dead")
-    page.get_by_text("1-1 of 1").wait_for()
+    sees(page, "1-1 of 1")
     page.wait_for_url("**find=TAGGING*")
     page.get_by_role("button", name="dark or light").click()
     page.locator("body.body--dark").wait_for()
     page.reload()
-    page.get_by_text("1-1 of 1").wait_for()
+    sees(page, "1-1 of 1")
     page.locator("body.body--dark").wait_for()
     page.get_by_role("button", name="dark or light").click()
     page.locator("body.body--light").wait_for()
     page.get_by_label("filter").fill("no such run")
-    page.get_by_text("No run yet").wait_for()
+    sees(page, "No run yet")
 
 
 def test_every_tab_of_a_hostile_run(page, address):
@@ -61,12 +61,12 @@ def test_curves_and_the_log_move_while_the_run_goes_on(page, address, runs):
         log.write("a line that is new\n")
     page.wait_for_function(f"before => {read} != before", arg=before, timeout=240_000)
     page.get_by_role("tab", name="Log").click()
-    page.get_by_text("a line that is new").wait_for()
+    sees(page, "a line that is new")
 
 
 def test_two_runs_are_compared(page, address):
     page.goto(address)
-    page.get_by_text("dead").first.wait_for()
+    sees(page, "dead")
     boxes = page.locator("tbody .q-checkbox")
     boxes.nth(0).click(), boxes.nth(1).click()
     page.get_by_role("button", name="Compare").click()

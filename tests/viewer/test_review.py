@@ -10,9 +10,9 @@ from data.layouts.names import CORRECTIONS
 from tests.data.collection.test_collection import load
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, serve
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, sees
 from utils.record.tables import LABELS, find_differences, images_about
-from viewer.review import Review, ask
+from viewer.review import Review, make_question
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
 
@@ -75,7 +75,7 @@ def test_differences_are_ranked(tmp_path):
 
 def test_tags_are_toggled_and_undone():
     had = ["blue hair", "character:miku", "hat"]
-    review = Review([ask(path, 0.5, {"red_hair": True, "hat": False}, had) for path in ("a.png", "b.png")])
+    review = Review([make_question(path, 0.5, {"red_hair": True, "hat": False}, had) for path in ("a.png", "b.png")])
     review.by = "me"
     with_both = ["blue hair", "character:miku", "hat", "red hair"]
     (line,) = review.press("2")  # keeps the hat
@@ -90,7 +90,7 @@ def test_tags_are_toggled_and_undone():
 
 
 def test_undo_leaves_what_another_tab_decided():
-    mine, other = (Review([ask("a.png", 0.5, "dog", "cat")]) for _ in range(2))
+    mine, other = (Review([make_question("a.png", 0.5, "dog", "cat")]) for _ in range(2))
     mine.by, other.decisions = "me", mine.decisions
     other.press("r"), mine.choose("bird"), mine.press("u")
     assert mine.last(0).verdict == "rejected"  # "as before" is a decision
@@ -129,7 +129,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x").count() >= 1
     other = browser.new_page()
     other.goto(page.url)
-    other.get_by_text("3 of 6 decided").wait_for()
+    sees(other, "3 of 6 decided")
     (animals / CORRECTIONS).rename(animals / "held")
     (animals / CORRECTIONS).mkdir()  # cannot be written
     page.keyboard.press("Enter"), wait("1 decisions wait here and are tried again: data.corrections")
@@ -137,15 +137,10 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     wait("decided")
     (animals / CORRECTIONS).rmdir()
     (animals / "held").rename(animals / CORRECTIONS)
-    other.get_by_text("4 of 6 decided").wait_for()
+    sees(other, "4 of 6 decided")
     page.wait_for_timeout(2_500)
     assert saved()[-1] == ("0.png", "dog", "accepted")
     other.close()
-    with serve(f"runs={runs}") as again:
-        tab = browser.new_page()
-        tab.goto(f"{again}/review?run=0/a")
-        tab.get_by_text("4 of 6 decided").wait_for()
-        tab.close()
     labels = load(animals, tmp_path, 0.34).table["label"].to_pylist()  # as the next training does
     assert labels == ["cat", "dog", "dog", "dog", "cat", "cat", *["dog"] * 3]
 
@@ -161,7 +156,7 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
         assert [row["verdict"] for row in rows(file)] == verdicts
 
     page.goto(f"{address}/review?run=0/a&image=cat/2.png")
-    page.get_by_text("cat/2.png:").wait_for()
+    sees(page, "cat/2.png:")
     page.get_by_role("button", name="Reject").focus()
     page.keyboard.press("Enter"), wait_for("rejected")
     page.keyboard.press("1"), wait_for()  # the button has the focus
@@ -189,8 +184,11 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     pq.write_table(pa.table(columns, metadata={"root": str(animals), "says": "a network"}), folder / LABELS)
     page.goto(f"{address}/run/0/a?tab=Mistakes")
     page.get_by_role("link", name="Review").click()
-    page.get_by_text("All other images judge each one, by the features of a network").wait_for()
-    page.get_by_text("given: dog (right: 25.0%) · guessed: cat 75.0%, dog 12.5%").wait_for()
+    sees(
+        page,
+        "All other images judge each one, by the features of a network",
+        "given: dog (right: 25.0%) · guessed: cat 75.0%, dog 12.5%",
+    )
     page.locator(".near img").wait_for()
     assert_accessible(page)
     page.keyboard.press("c")
@@ -199,9 +197,9 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     page.get_by_role("option", name="class3").wait_for()
     page.wait_for_timeout(300)
     page.keyboard.press("Enter")
-    page.get_by_text("1 of 2 decided").wait_for()
+    sees(page, "1 of 2 decided")
     page.wait_for_function("document.activeElement == document.body")
     page.keyboard.press("2")
-    page.get_by_text("2 of 2 decided").wait_for()
+    sees(page, "2 of 2 decided")
     decided = [(row["path"], row["now"]) for row in rows(animals / CORRECTIONS)]
     assert decided[-2:] == [("dog/1.png", "class3"), ("dog/2.png", "dog")]

@@ -8,12 +8,12 @@ from PIL import Image
 
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, sees
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
-from viewer.curves import read_figures, read_lines
+from viewer.curves import make_lines, read_figures
 from viewer.images import Shelf
-from viewer.results import describe_image, find_addresses
+from viewer.results import describe_prediction, find_addresses
 from viewer.run import LogReader
 
 DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" + "".join(
@@ -70,8 +70,8 @@ def test_images_of_the_collection_and_what_is_said_of_them(runs):
         "wrong": ["a", "b"],
         "missed": ["d"],
     }
-    assert describe_image(tags)[1:] == ["+ b (0.90)", "+ a (0.40)", "− d"]
-    assert describe_image({"path": "p.png", "loss": 1.0})[:2] == ["p.png"] * 2
+    assert describe_prediction(tags)[1:] == ["+ b (0.90)", "+ a (0.40)", "− d"]
+    assert describe_prediction({"path": "p.png", "loss": 1.0})[:2] == ["p.png"] * 2
 
 
 def test_lines_of_the_log_have_levels(tmp_path):
@@ -92,13 +92,13 @@ def test_curves_of_runs(tmp_path):
     assert (evaluated["minutes"], evaluated["values"]) == ([1.25], [[3.0]])
     file.write_text(line(10, loss=4.0) + line(30, loss=5.0))
     (other := Curves(file)).read()
-    band, _ = read_lines({"a": [curves, other]}, "loss")
+    band, _ = make_lines({"a": [curves, other]}, "loss")
     assert band["values"] == [[3.0, 2.75, 3.0], [2.0, 1.0, 1.0], [2.0, 3.5, 4.0]]
 
 
 def test_one_visit(page, address, runs):
     page.goto(f"{address}/run/0/sweep/a")
-    page.get_by_text("Learning rate and steps").wait_for()
+    sees(page, "Learning rate and steps")
     said = page.locator(".lines").all_inner_texts()
     assert "best top-1 0.5 (95 % interval: 0.4 to 0.6)" in said[0] and said[0].startswith("finished, step 2")
     assert "optim=sgd because it is good\n" in said[2] and "more cats" in said[2]
@@ -109,7 +109,7 @@ def test_one_visit(page, address, runs):
     said = page.get_by_text("Threshold 0.50")
     assert "precision 0.800" in said.inner_text()
     page.locator("[aria-label=threshold] [tabindex]").press("ArrowRight")
-    page.get_by_text("Threshold 0.51: precision 0.796").wait_for()
+    sees(page, "Threshold 0.51: precision 0.796")
     page.get_by_role("tab", name="Mistakes").click()
     page.locator(".cards img").nth(1).wait_for()
     assert page.locator(".cards > div").count() == 3
@@ -117,22 +117,22 @@ def test_one_visit(page, address, runs):
     place = {"x": box["width"] * 0.8, "y": box["height"] * 0.2}
     page.locator("canvas").last.click(position=place, force=True)  # a layer for what is hovered may come above
     page.get_by_text("→ x (0.25)").wait_for(state="detached")
-    page.get_by_text("→ y (0.88)").wait_for()
+    sees(page, "→ y (0.88)")
     assert page.locator(".cards > div").count() == 1
     page.get_by_role("tab", name="Pictures").click()
-    page.get_by_text("step 20").wait_for()
+    sees(page, "step 20")
     page.locator("[aria-label=step] [tabindex]").press("ArrowLeft")
-    page.get_by_text("plots/predictions.png, step 10").wait_for()
+    sees(page, "plots/predictions.png, step 10")
     assert page.get_by_text("dry_run=true").count() == 1
     page.get_by_role("tab", name="Log").click()
-    page.get_by_text("about INFO").wait_for()
+    sees(page, "about INFO")
     page.get_by_role("button", name="warnings and errors").click()
     page.get_by_text("about INFO").wait_for(state="hidden")
     assert page.get_by_text("about ERROR").is_visible() and page.locator("img[onerror]").count() == 0
     page.goto(f"{address}/run/0/sweep/b")
-    page.get_by_text("finished, step 2").wait_for()
+    sees(page, "finished, step 2")
     (runs / "sweep/b").rename(runs / ".b")
-    page.get_by_text("This run is deleted").wait_for()
+    sees(page, "This run is deleted")
     (runs / ".b").rename(runs / "sweep/b")
     (runs / "sweep/b/tables").mkdir()
     table = pq.read_table(runs / "sweep/a/tables/images.parquet")
@@ -140,11 +140,10 @@ def test_one_visit(page, address, runs):
     pq.write_table(table, runs / "sweep/b/tables/images.parquet")
     page.goto(f"{address}/compare?run=0/sweep")
     page.locator("canvas").first.wait_for()
-    page.get_by_text("They saw other data: corrections.").wait_for()
-    page.get_by_text("a probability of 0.5 (McNemar's exact test): this may be chance").wait_for()
+    sees(page, "They saw other data: corrections.", "a probability of 0.5 (McNemar's exact test): this may be chance")
     page.get_by_role("heading", name="only 0/sweep/b right: 2").wait_for()
     assert page.locator(".cards > div").count() == 3
     assert_accessible(page)
     (runs / "sweep/b/tables/images.parquet").rename(runs / "sweep/b/tables/images_train.parquet")
     page.reload()
-    page.get_by_text("images_train.parquet").wait_for()
+    sees(page, "images_train.parquet")

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.utils.record.test_run_index import make_run, said
-from tests.viewer.conftest import HOSTILE
+from tests.viewer.conftest import HOSTILE, sees
 from utils.io.files import write_json
 
 
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
 
 def test_a_sweep_opens_and_pins_stay_first(page, address):
     page.goto(address)
-    page.get_by_text("3 of 3 runs").wait_for()
+    sees(page, "3 of 3 runs")
     assert page.locator("tbody tr").count() == 3 and not page.get_by_role("link", name="lr=2").is_visible()
     page.get_by_text("rates", exact=True).click()
     page.get_by_role("link", name="lr=2").wait_for()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits
+from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, sees
 from utils.io.files import read_json
 
 PROMPTS = ["black", {"text": HOSTILE, "seed": 7, "negative": "blurry", "image_size_hw": [16, 24]}]
@@ -44,11 +44,11 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     page.locator("[aria-pressed=true]", has_text=HOSTILE).wait_for()
     for key, count in {"2": 1, "0": 2, "1": 3}.items():
         group.press(key), group.press(key)  # once more is the same choice
-        page.get_by_text(f"choices to undo: {count}").wait_for()
+        sees(page, f"choices to undo: {count}")
     page.get_by_role("button", name="U undo").click()
-    page.get_by_text("choices to undo: 2").wait_for()
+    sees(page, "choices to undo: 2")
     group.press("u")
-    page.get_by_text("choices to undo: 1").wait_for()
+    sees(page, "choices to undo: 1")
     (right,) = rows(runs / "lora/preferences.jsonl")
     assert right.items() >= {"prompt": HOSTILE, "negative": "blurry", "seed": 7, "tie": False}.items()
     files = [runs / "lora" / right[name] for name in ("chosen", "rejected")]
@@ -58,6 +58,6 @@ def test_choices_are_kept_and_taken_back(page, address, runs):
     assert kept == {*files, files[0].with_suffix(".txt")}, "of the choice that counts alone"
     page.get_by_label("wipe").fill("80")
     assert "80%" in page.locator(".samples").get_attribute("style")
-    page.get_by_text("0/other is left out").wait_for()
+    sees(page, "0/other is left out")
     assert_fits(page)
     assert_accessible(page)

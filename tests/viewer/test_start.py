@@ -8,7 +8,7 @@ import pytest
 
 import viewer.queue
 from tests.support import command, make_collection
-from tests.viewer.conftest import assert_accessible, assert_fits
+from tests.viewer.conftest import assert_accessible, assert_fits, sees
 from utils.errors import UserError
 from utils.io.files import is_locked, write_json
 from viewer.queue import Queue
@@ -162,7 +162,7 @@ def words(runs):
 
 def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     page.goto(f"{address}/start?folder=/etc")
-    page.get_by_text("the page does not take").wait_for()
+    sees(page, "the page does not take")
     page.goto(f"{address}/start?browse={runs}/photos")
     page.get_by_label("Folder with images").press("Enter")
     page.get_by_text("an image without a sidecar: 1", exact=False).wait_for(timeout=240_000)

@@ -17,7 +17,7 @@ from tests.data.images.test_corpora import PNG_END, png_header
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
 from tests.support import data_config, encoded, make_collection, refuses, thresholds_of, turned
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, sees
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import read_json
@@ -85,19 +85,10 @@ def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
     assert [least for tag, _, _, least in bars["general"] if tag == "black_hair"] == [pytest.approx(limit)]
 
 
-BROKEN = {
-    "empty": (b"", "empty"),
-    "script": (b"<svg onload=alert(1)>", "known format"),
-    "cut": (encoded(noise(40, 60, 3), "PNG")[:2000], "cut off"),
-    "many": (png_header(11_000, 11_000) + PNG_END, "more than the 100,000,000 that max_pixels allows"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_images_say_why(runs, name):
-    content, word = BROKEN[name]
-    with pytest.raises(UnreadableImage, match=rf"^{name}\.png: .*{word}"):
-        open_networks(runs).ask(str(runs / "tagger"), "per_tag", content, f"{name}.png")
+def test_an_image_of_too_many_pixels_is_not_decoded(runs):
+    content = png_header(11_000, 11_000) + PNG_END
+    with pytest.raises(UnreadableImage, match=r"^a\.png: .*more than the 100,000,000 that max_pixels allows"):
+        open_networks(runs).ask(str(runs / "tagger"), "per_tag", content, "a.png")
 
 
 # --- paths
@@ -210,7 +201,7 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(f"{address}/try")
     page.get_by_role("button", name="Find its nearest images").click()
-    page.get_by_text("choose a network, an image and a collection").wait_for()
+    sees(page, "choose a network, an image and a collection")
     drop = page.locator("input[type=file]")
     drop.set_input_files({"name": f"{HOSTILE}.png", "mimeType": "image/png", "buffer": b"no image"})
     page.get_by_text("known format").wait_for(timeout=240_000)
@@ -222,29 +213,28 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
         }""",
         list(encoded(noise(40, 60, 3), "PNG")),
     )
-    page.get_by_text("pasted.png, as the network sees it").wait_for()
+    sees(page, "pasted.png, as the network sees it")
     dropped = {"1.png": (runs / "images/train/A/000.png").read_bytes(), "2.png": encoded(noise(40, 60, 3), "PNG")}
     drop.set_input_files(
         [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in dropped.items()]
     )
-    page.get_by_text("2.png, as the network sees it").wait_for()
-    page.get_by_text("1.png, as the network sees it").wait_for()
+    sees(page, "2.png, as the network sees it", "1.png, as the network sees it")
     assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 14
     page.get_by_role("button", name="Copy caption").first.click()
     page.wait_for_function("async () => await navigator.clipboard.readText() != ''")  # the server writes it
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").first.inner_text()
     page.get_by_role("button", name="Find its nearest images").click()
-    page.get_by_text("1 marked").wait_for()
+    sees(page, "1 marked")
     assert_accessible(page)
     page.get_by_label("a label, or tags").fill("B")
     page.get_by_role("button", name="Relabel").click()
-    page.get_by_text("1 decisions are in corrections.jsonl").wait_for()
+    sees(page, "1 decisions are in corrections.jsonl")
     assert (
         '"path":"train/A/000.png","field":"label","was":"A","now":"B"'
         in (runs / "images/corrections.jsonl").read_text()
     )
     box = page.get_by_label("weights")
     box.fill("/etc/passwd"), box.press("Enter")
-    page.get_by_text("file below").first.wait_for()
+    sees(page, "file below")
     page.reload()
-    page.get_by_text("No image yet").wait_for()
+    sees(page, "No image yet")
