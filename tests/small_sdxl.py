@@ -1,6 +1,7 @@
 """What the tests of SDXL share: tiny base models, and pictures of diffusers."""
 
 from functools import reduce
+from types import SimpleNamespace
 
 import torch
 
@@ -9,6 +10,7 @@ from sdxl.files.checkpoints import write_diffusers
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.settle import CHANGES
+from utils.config.command_line import Job
 
 V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False}
@@ -23,7 +25,8 @@ def write_base(folder, networks=None, noise=V_ZTSNR):
 
 def complete(config):
     """Return a configuration with what files decide, as before a run."""
-    return reduce(lambda config, change: make(change, config, None), CHANGES[:-1], config)
+    start = SimpleNamespace(job=Job("finetune_sdxl", {}, []))
+    return reduce(lambda config, change: make(change, config, start), CHANGES[:-1], config)
 
 
 def paint(pipeline, text, negative="", height=64, guidance=5.0, seed=0):

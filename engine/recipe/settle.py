@@ -4,6 +4,7 @@ Each change is `(config, start) -> config`. The log says in a line which keys it
 states is never replaced: a default leaves it alone, and a key that asks for another value is refused.
 """
 
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,7 @@ log = get_logger(__name__)
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
 _WARMUP = "schedule.warmup_most"
-_SHOWN = 6  # changed keys in a line
-_SHOWN_CHARACTERS = 40  # of a value
+_SHOWN = 300  # characters of what a change does
 
 
 class Settled(NamedTuple):
@@ -64,7 +64,7 @@ def list_changes(kind: Kind) -> tuple[Change, ...]:
         EARLIER,
         Change(_check_length, "the length"),
         Change(partial(plan_recipe, kind=kind), "the plan of loop.minutes"),
-        FACTOR,
+        Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
         Change(take_preprocessing, "timm's weights were trained so", "init_from"),
         *kind.changes,
         Change(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
@@ -84,16 +84,12 @@ def make(change: Change, config: AnyConfig, start: Start) -> AnyConfig:
     after = flatten(changed.model_dump())
     lines = []
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) == after.get(key):
-            continue
-        line = f"{key} {before.get(key)!s:.{_SHOWN_CHARACTERS}} -> {after.get(key)!s:.{_SHOWN_CHARACTERS}}"
-        if change.cause is not None and start.job.states(key, start.job.stated(change.cause)):
-            raise UserError(f"{key}: it is stated, but {change.cause} changes it ({change.why}: {line}); remove one")
-        lines.append(line)
-    if more := len(lines[_SHOWN:]):
-        lines[_SHOWN:] = [f"and {more} more"]
+        if before.get(key) != after.get(key):
+            lines.append(f"{key} {before.get(key)} -> {after.get(key)}")
+            if change.cause is not None and start.job.states(key, start.job.stated(change.cause)):
+                raise UserError(f"{key}: it is stated, but {change.cause} changes it ({lines[-1]}); remove one")
     if lines:
-        log.info("%s: %s", change.why, ", ".join(lines))
+        log.info("%s: %s", change.why, textwrap.shorten(", ".join(lines), _SHOWN, placeholder=" ..."))
     return changed
 
 
@@ -123,9 +119,9 @@ def _fit_batch(config: AnyConfig, start: Start) -> AnyConfig:
 
 def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
     """Allow a stated warm-up any share of the run."""
-    keys = ("schedule.warmup_steps", "schedule.warmup_epochs")
-    is_stated = any(start.job.states(key, By.EXPERIMENT) for key in keys)
-    if not is_stated or start.job.states(_WARMUP, By.EXPERIMENT):
+    states = partial(start.job.states, least=By.EXPERIMENT)
+    is_stated = states("schedule.warmup_steps") or states("schedule.warmup_epochs")
+    if not is_stated or states(_WARMUP):
         return config
     return config.changed({_WARMUP: 1.0})
 
@@ -145,10 +141,9 @@ def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
 def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
     """Raise UserError (`loop.minutes`) for a length that is stated beside the minutes."""
     loop = config.loop
-    lengths = {"loop.total_steps": loop.total_steps, "loop.total_epochs": loop.total_epochs}
-    for key, value in lengths.items():
-        is_given = value not in (None, "auto") and start.job.states(key, start.job.stated("loop.minutes"))
-        if loop.minutes is not None and is_given:
+    for key, value in {"loop.total_steps": loop.total_steps, "loop.total_epochs": loop.total_epochs}.items():
+        is_beside = loop.minutes is not None and value not in (None, "auto")
+        if is_beside and start.job.states(key, start.job.stated("loop.minutes")):
             raise UserError(
                 f"loop.minutes: {loop.minutes:g} sets the length, and so does {key}={value}; give one of them"
             )
@@ -156,4 +151,3 @@ def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 EARLIER = Change(_keep_earlier, "the run that goes on began so")
-FACTOR = Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim")

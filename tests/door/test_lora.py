@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.recipe import settle as recipe
+from sdxl.kind import DiffusionKind
 from tests.door.follow import follow
 from tests.in_process import configure, run
 from tests.sdxl.test_lora_combined import LAYER
@@ -95,7 +96,8 @@ def test_each_picture_is_seen_often_and_the_run_begins_with_a_tenth_of_warm_up(p
 
 def with_factor(words):
     config, job = configure("finetune_sdxl", words)
-    return recipe.make(recipe.FACTOR, config, SimpleNamespace(job=job))
+    (change,) = (each for each in recipe.list_changes(DiffusionKind()) if each.cause == "optim")
+    return recipe.make(change, config, SimpleNamespace(job=job))
 
 
 def test_prodigy_takes_its_own_rate_where_the_command_has_none():

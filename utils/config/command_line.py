@@ -38,12 +38,7 @@ class By(IntEnum):
     WORD = 4
 
 
-class _Stated(NamedTuple):
-    """A key that has a value, or with `is_file` a group of which a file is chosen."""
-
-    key: str
-    by: By
-    is_file: bool
+_Row = tuple[str, By, By]
 
 
 @dataclass(frozen=True)
@@ -61,57 +56,46 @@ class Job:
 
     def stated(self, key: str) -> By:
         """Return what states a key, a key below it, or a mapping above it; a chosen file states all of its group."""
-        return max((_reach(stated, key) for stated in self._stated), default=By.NOTHING)
+        found = By.NOTHING
+        for name, by, below in self._stated:
+            if f"{name}.".startswith(f"{key}."):
+                found = max(found, by)
+            elif key.startswith(f"{name}."):
+                found = max(found, below)
+        return found
 
     def without(self, key: str) -> "Job":
-        """Return the command without the words that state a key."""
-        return replace(self, overrides=[word for word in self.overrides if _key_of(word) != key])
+        """Return the command without the word that sets a key."""
+        return replace(self, overrides=[word for word in self.overrides if not word.startswith(f"{key}=")])
 
     @cached_property
-    def _stated(self) -> list[_Stated]:
-        stated = [*self._read(self.overrides, By.WORD), *self._read(self.planned, By.PLAN)]
-        for word in self.overrides:
-            key, _, name = word.partition("=")
-            if key.lstrip("+") == _EXPERIMENT and name != "null":
-                stated += _read_experiment(name)
-        return stated
-
-    def _read(self, words: Sequence[str], by: By) -> Iterator[_Stated]:
-        for word in words:
-            key = _key_of(word)
-            if word.partition("=")[2].startswith("{"):
-                values = OverridesParser.create().parse_override(word).value()
-                yield from (_Stated(inner, by, False) for inner in flatten({key: values}))
-            else:
-                yield _Stated(key, by, key in self.choices)
+    def _stated(self) -> list[_Row]:
+        parser = OverridesParser.create()
+        rows = []
+        for words, by in ((self.overrides, By.WORD), (self.planned, By.PLAN)):
+            for override in parser.parse_overrides([*words]):
+                values = {override.key_or_group: override.value()}
+                rows += [_row(key, by, key in self.choices) for key in flatten(values)]
+                if name := values.get(_EXPERIMENT):
+                    rows += _read_experiment(name)
+        return rows
 
 
-def _key_of(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
+def _row(key: str, by: By, is_file: bool) -> _Row:
+    """Return a key, what states it, and what thereby states the keys below it."""
+    return key, by, min(By.FILE, By(by - 1)) if is_file else by
 
 
-def _reach(stated: _Stated, key: str) -> By:
-    """Return how firmly a key is stated by what is stated."""
-    if stated.key == key or stated.key.startswith(f"{key}."):
-        return stated.by
-    if not key.startswith(f"{stated.key}."):
-        return By.NOTHING
-    if not stated.is_file:
-        return stated.by
-    return By.NOTHING if stated.by == By.PLAN else By.FILE
-
-
-def _read_experiment(name: str) -> Iterator[_Stated]:
+def _read_experiment(name: str) -> Iterator[_Row]:
     """Yield what the file of an experiment states, and what the files state that it builds on."""
     file = Path(name) if name.endswith(_FILES) else CONF / _EXPERIMENT / f"{name}.yaml"
-    with about(_EXPERIMENT), readable(file, "YAML"):
-        values = yaml.safe_load(file.read_text("utf-8")) or {}
+    values = yaml.safe_load(file.read_text("utf-8"))
     for item in values.pop("defaults", ()):
         if isinstance(item, dict):
-            yield from (_Stated(group.rpartition("/")[2], By.EXPERIMENT, True) for group in item)
+            yield from (_row(group.rpartition("/")[2], By.EXPERIMENT, True) for group in item)
         elif item != "_self_":
             yield from _read_experiment(item.removeprefix(f"/{_EXPERIMENT}/"))
-    yield from (_Stated(key, By.EXPERIMENT, False) for key in flatten(values))
+    yield from (_row(key, By.EXPERIMENT, False) for key in flatten(values))
 
 
 # ------------------------------------------------------------------------------------------------ before Hydra reads

@@ -208,7 +208,8 @@ class Command(Generic[Schema]):
 
 def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
     """Return the configuration of a job with more words, for keys that its own do not set."""
-    values, _ = Command(job.script, lambda config, job: None, schema).compose([*words, *job.overrides])
+    values, job = Command(job.script, lambda config, job: None, schema).compose([*words, *job.overrides])
+    follow_init_from(values, job)
     return validate(values, schema)
 
 
