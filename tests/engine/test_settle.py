@@ -10,6 +10,7 @@ from engine.tasks.opening import open_kind
 from tests.in_process import configure
 from tests.support import refuses
 from utils.config.command_line import By, Job
+from utils.config.entry_point import recompose
 from utils.config.recipe import flatten
 from utils.errors import UserError
 from utils.io.files import write_json
@@ -123,3 +124,21 @@ def test_a_default_holds_where_nothing_is_stated(monkeypatch, log):
     assert "loop.batch_size 64 -> 16" in log.text
     values = settled("finetune", ["data.root=in", "schedule.warmup_steps=20", "loop.batch_size=64"])
     assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (64, 1.0)
+
+
+def test_a_plan_and_a_recipe_without_a_network_keep_that_of_init_from(tmp_path):
+    model = {
+        "family": "timm",
+        "name": "resnet18d",
+        "in_channels": 3,
+        "drop_path_rate": 0.5,
+        "channels": None,
+        "image_size_hw": None,
+    }
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run/config.json", {"model": model | {"pretrained": "never"}})
+    write_json(tmp_path / "recipe.yaml", {"loop": {"batch_size": 48}})
+    words = [f"init_from={tmp_path / 'run'}", f"experiment={tmp_path / 'recipe.yaml'}", "++model.drop_path_rate=0.1"]
+    config, job = configure("train", words)
+    config = recompose(job, ["optim=muon"], type(config))
+    assert (config.optim.opt, config.model.name, config.model.drop_path_rate) == ("muon", "resnet18d", 0.1)
