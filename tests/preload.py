@@ -12,6 +12,13 @@ import torch
 import torchvision.transforms.v2
 from PIL import Image
 
+import engine.evaluate
+import engine.export
+import engine.predict
+import engine.tasks.classification
+import engine.tasks.fcmae
+import engine.tasks.tagging
+import engine.train
 import evaluate
 import export
 import finetune
@@ -20,6 +27,10 @@ import finetune_vae
 import predict
 import prepare
 import pretrain_fcmae
+import sdxl.autoencoder
+import sdxl.exports
+import sdxl.kind
+import sdxl.pictures.painter
 import submit.slurm
 import train
 import utils.record.plots

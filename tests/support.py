@@ -392,7 +392,8 @@ def assert_equal_runs(one, other, steps):
 
 def export(form, model, metadata, folder, whole=None, thresholds=None, **settings):
     """Write a model's files in a format, as export.py does; returns the report."""
-    from engine.exports.formats import ExportConfig, write_export
+    from engine.exports.config import ExportConfig
+    from engine.exports.formats import write_export
     from engine.exports.weights import Weights
 
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from engine.exports.format import Format
+from engine.exports.config import Format
 from engine.exports.results import read_results
 from engine.exports.weights import Weights
 from models.interop import snippets
 from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
-from sdxl.lora.changes import READERS
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import Json, Values, read_json, write_json
@@ -82,15 +82,11 @@ class Card:
     def _program(self) -> str | None:
         """Return the program as Markdown, or who reads a LoRA that diffusers does not. Our own format has a command."""
         metadata, form, file = self.metadata, self.form, self.file
+        if form.use is not None:
+            return resolve_name(form.use)(form, metadata, file)
         if form.template is None:
             return form.load or f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
-        if form.load:
-            task = metadata["task"]
-            if form.is_adapter and task["lora"]["kind"] != "lora":
-                return f"Read by {READERS[task['lora']['kind']]}."
-            text = snippets.sdxl_program(form.template, form.load, task, file, base_model(metadata))
-        else:
-            text = snippets.image_program(form.template, metadata, file)
+        text = snippets.image_program(form.template, metadata, file)
         return f"```python\n{text.rstrip()}\n```"
 
     def _prompts(self) -> list[str]:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from pydantic import model_validator
 from torch import nn
 
+from engine.exports.config import MovedBase
 from engine.task import Task, Use, fingerprint_helpers
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.opening import load_task, read_setup
 from models.image_model import ImageModel
 from models.interop.metadata import dict_of
 from models.predictor import Predictor, onnx_predictor, torch_predictor
-from utils.config.schema import PathText, Strict
-from utils.errors import UserError, about
+from utils.errors import UserError
 from utils.io.files import Json
-from utils.io.weight_files import WEIGHT_NAMES, choose_weights
 from utils.record.run_reader import RunReader, run_of
 
 
@@ -68,32 +66,6 @@ class Weights:
             raise UserError(
                 f"{self.path} was trained with another frozen {names}; restore it, or set model.path or model.vae"
             )
-
-
-class MovedBase(Strict):
-    """The present paths of the base model and of a separate VAE, if they have moved since training."""
-
-    path: PathText | None
-    vae: PathText | None
-
-
-class WeightsChoice(Strict):
-    """A weight file: `weights` is best, last, ema or a kept step of `run_dir`, or names a file."""
-
-    run_dir: PathText | None
-    weights: PathText
-    model: MovedBase
-
-    @model_validator(mode="after")
-    def _says_which(self) -> Self:
-        if self.run_dir is None and self.weights in WEIGHT_NAMES:
-            raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
-        return self
-
-    @about("weights")
-    def find(self) -> Path:
-        """Return the file."""
-        return choose_weights(self.run_dir or "", self.weights)
 
 
 def open_weights(

@@ -16,8 +16,9 @@ from data.config import DataConfig
 from data.load import load_collection
 from data.open import Data, open_images
 from data.tags.fields import read_targets, tag_fields
-from data.tags.rules import TagRulesConfig, read_rules
+from data.tags.rules import read_rules
 from data.tags.tag_index import index_tags
+from engine.judging.config import ArenaConfig
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
@@ -25,7 +26,6 @@ from engine.task import Report
 from engine.tasks.tagging import CACHE
 from engine.update.runtime import Runtime
 from models.predictor import Predictor, known_outputs
-from utils.config.bounds import Count
 from utils.errors import UserError, about
 from utils.formats.vocabulary import RATING, Vocabulary
 from utils.record.logging import get_logger
@@ -35,12 +35,6 @@ log = get_logger(__name__)
 
 _SLACK = 1e-3  # rounding in fp16 may move probabilities this far beyond 0 and 1
 _SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
-
-
-class ArenaConfig(TagRulesConfig):
-    """min_support: a tag is compared if it is on at least this many images."""
-
-    min_support: Count
 
 
 @dataclass

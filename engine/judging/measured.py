@@ -13,7 +13,8 @@ from data.layouts.table import count_values, show_some
 from data.load import describe_collection, load_collection
 from data.open import Data
 from engine.config import MachineConfig
-from engine.exports.weights import MovedBase, Weights, open_weights
+from engine.exports.config import MovedBase
+from engine.exports.weights import Weights, open_weights
 from engine.task import Loaders
 from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.exports.formats import DTYPES, ExportConfig
+from engine.exports.config import ExportConfig
+from sdxl.exports import DTYPES
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import Change
 from sdxl.lora.files import read_lora
 from sdxl.lora.lora import ADAPTED, find_layers, write_kohya
 from sdxl.networks import load_networks
 from sdxl.pictures.painter import read_strength
+from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.io.files import output_errors, write_atomically, write_json
 from utils.io.weight_files import find_weights
@@ -61,7 +63,7 @@ def factorise(difference: Tensor, rank: int) -> tuple[Change, float]:
     return change, float((matrix - change.matrix()).norm() / matrix.norm())
 
 
-def write_combined(config: ExportConfig) -> str:
+def write_combined(config: ExportConfig, job: Job) -> str:
     """Write the LoRA that is merged, made smaller or extracted, and errors.json, which has the error of each layer.
 
     Raises UserError for keys of other exports.

@@ -22,26 +22,31 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
-from engine.exports.formats import whole_networks
-from engine.exports.weights import MovedBase, open_weights
+from engine.exports.config import MovedBase
+from engine.exports.weights import open_weights
+from engine.judging.config import PredictConfig
 from engine.task import FILE_HASHES
 from engine.update.batch_size import naming_memory
 from sdxl.config import Prompt, SDXLConfig
+from sdxl.exports import whole_networks
 from sdxl.files.family import ENCODERS, SAMPLERS
 from sdxl.lora.files import read_lora
 from sdxl.lora.lora import add_changes
 from sdxl.networks import Networks, base_files, describe, open_networks
-from sdxl.pictures.prompts import count_brackets, spell_prompt
+from sdxl.pictures.prompts import count_brackets, read_prompts, spell_prompt
 from sdxl.pictures.sampling import encode_prompt, sample_pictures, scheduler_config
 from sdxl.task import DiffusionTask
 from sdxl.vae import AS_STATED
+from utils.config.entry_point import Job
 from utils.errors import UserError, about
-from utils.io.files import refuse_links_out, sha256_file, write_atomically
+from utils.hardware import choose_device
+from utils.io.files import output_errors, refuse_links_out, sha256_file, write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_weights
 from utils.io.weights import read_weights
 from utils.record.logging import get_logger
+from utils.record.pictures import draw_grid
 from utils.record.progress import track
 
 log = get_logger(__name__)
@@ -195,3 +200,31 @@ def to_png(pixels: np.ndarray, parameters: str) -> bytes:
     info.add_text("parameters", parameters)
     Image.fromarray(pixels).save(content, "PNG", pnginfo=info)
     return content.getvalue()
+
+
+def draw_prompts(config: PredictConfig, job: Job) -> str:
+    """Draw the pictures of `prompts`. Return the line of the result.
+
+    Those of several weights are in a folder for each, and on one page, grid.png.
+    """
+    device = torch.device(choose_device(config.device, "device"))
+    prompts = config.pictures.complete_all(read_prompts(config.prompts, config.pictures.image_size_hw))
+    folder = Path(config.output)
+    drawn = 0
+    tiles = []
+    for number, weights in enumerate(config.weights):
+        place = folder if len(config.weights) == 1 else folder / f"{number}-{Path(weights).stem}"
+        painter = open_painter(weights, config.model, config.lora, device, config.pictures.emphasis)
+        if not config.dry_run:
+            files, new = draw(painter, prompts, place, config.existing)
+            drawn += new
+            pictures = [np.asarray(Image.open(file)) for file in files]
+            tiles += [(picture, f"{place.name}: {each.text}") for picture, each in zip(pictures, prompts)]
+        del painter  # before the next one is opened
+    total = len(prompts) * len(config.weights)
+    if config.dry_run:
+        return f"dry run: {total} pictures, nothing is drawn"
+    if len(config.weights) > 1:
+        with output_errors("output", folder):
+            Image.fromarray(draw_grid(tiles, len(prompts), str(folder))).save(folder / "grid.png")
+    return f"wrote {folder}: {drawn} pictures, {total - drawn} there already"

@@ -17,15 +17,6 @@ from sdxl.files.tokenizer import count_chunks
 from sdxl.step import decode_latents, encode_captions
 from utils.contracts import State
 from utils.ranks.signals import check_stop
-from utils.record.figures import INK
-from utils.record.pictures import image_grid, wrap
-
-
-def draw_grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int, title: str) -> np.ndarray:
-    """Return a page of pictures, each with a text below it."""
-    pictures, texts = zip(*tiles)
-    captions = [[(line, INK) for line in wrap(text, 3)] for text in texts]
-    return image_grid(pictures, captions, title, columns=columns, tile_px=258)
 
 
 class EncodedPrompt(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from engine.exports.formats import FORMATS
+from engine.exports.config import FORMATS
 from tests.in_process import SHORT, make_images, run
 from tests.small_sdxl import write_base
 from tests.support import TINY

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.measure import read_group
-from engine.exports.formats import FORMATS
+from engine.exports.config import FORMATS
 from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.config import ClassificationTaskConfig

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from engine.exports.card import Card
-from engine.exports.formats import FORMATS
+from engine.exports.config import FORMATS
 from engine.exports.weights import Weights
 from models import config as schemas
 from models.build import build_network

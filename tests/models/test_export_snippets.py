@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.open import prepare_image
 from engine.exports.card import Card
-from engine.exports.formats import FORMATS
+from engine.exports.config import FORMATS
 from engine.exports.weights import Weights
 from models.interop.snippets import image_program
 from tests.models.test_export_formats import NAMES, geometry, make

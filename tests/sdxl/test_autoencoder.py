@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.exports.weights import MovedBase, open_weights
+from engine.exports.config import MovedBase
+from engine.exports.weights import open_weights
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
 from engine.tasks.kind import Setup

@@ -87,28 +87,5 @@ def resize_image(stated: Preprocessing) -> str:
     return Template(_SQUASH if stated.squashes else _CROP).substitute(values)
 
 
-def sdxl_program(template: str, load: str, task: Values, file: str, base: str | None) -> str:
-    """Return the program that draws the first prompt of a task, as its evaluation does, or decodes an image again.
-
-    load: the call that loads the file. base: the hub's name of the base model.
-    """
-    loaded = Template(load).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
-    if template == "vae":
-        return _read_template("vae").substitute(load=loaded)
-    from sdxl.config import SamplesConfig
-    from sdxl.files.family import SCHEDULE
-    from sdxl.pictures.sampling import scheduler_config
-
-    samples = SamplesConfig.model_validate(task["samples"])
-    noise = task["noise"]
-    values = samples.complete(samples.prompts[0] if samples.prompts else "...", 0).model_dump()
-    values |= {name: ascii(values[name]) for name in ("text", "negative")}
-    values["height"], values["width"] = values["image_size_hw"]
-    scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])
-    values["class"] = scheduler.pop("_class_name")
-    values["scheduler"] = {name: value for name, value in scheduler.items() if name not in SCHEDULE}
-    return _read_template("sdxl").substitute(values, load=loaded)
-
-
 def _read_template(name: str) -> Template:
     return Template((Path(__file__).parent / f"{name}.txt").read_text("utf-8"))

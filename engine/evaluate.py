@@ -1,0 +1,238 @@
+"""The jobs of evaluate.py."""
+
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.exports.results import read_results
+from engine.exports.weights import load_predictor
+from engine.judging.arena import Arena
+from engine.judging.config import Compare, Evaluate, EvaluateConfig, Grid
+from engine.judging.measured import Measured, choose_images, list_kept, open_measured
+from engine.judging.per_image import ImageRows
+from engine.task import Report
+from engine.update.runtime import Runtime, start_machine
+from utils.config.entry_point import Job
+from utils.errors import UserError, about
+from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds, thresholds_path, write_thresholds
+from utils.io.files import (
+    Values,
+    canonical_json,
+    output_errors,
+    refuse_links_out,
+    sha256_text,
+    write_json,
+)
+from utils.io.safe_text import Lines, hide_secrets
+from utils.io.weight_files import WEIGHT_NAMES, find_weights
+from utils.ranks import distributed
+from utils.record.figures import show_cell, show_figure, show_name, show_rows
+from utils.record.logging import get_logger
+from utils.record.pictures import draw_grid
+from utils.record.report import write_page, write_report
+from utils.record.run_reader import run_of
+
+log = get_logger(__name__)
+
+_RESULTS = Path("outputs/evaluate")  # results that belong to no run
+_IN_NAMES = ("last", "ema", "test", "train", "all")  # weights and splits whose results have names of their own
+_DRY_RUN = "dry run: nothing is evaluated"
+
+
+# -------------------------------------------------------------------------------------------------- 1. A weight file
+
+
+def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
+    """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
+    path = job.find()
+    images = choose_images(config.data, job.run_dir, job.split)
+    folder = Path(job.output or job.run_dir or "")
+    if job.output is None and (not images.is_own or job.weights not in WEIGHT_NAMES):
+        parent = _RESULTS if job.run_dir is None else folder / "evaluate"
+        name = f"{path.stem}-{Path(hide_secrets(images.data.root)).name}"
+        source = {"weights": str(path.resolve()), "data": images.data.model_dump(mode="json"), "split": job.split}
+        folder = result_folder(parent / name, source)
+    refuse_links_out("output", folder)
+    opened = open_measured(path, job.model, images, job.split, config.runtime, config.batch_size)
+    metadata = opened.weights.metadata
+    collection = opened.data.collection
+    output = opened.weights.kind.output
+    if job.calibrate and output not in ("tags", "classes"):
+        raise UserError(f"calibrate: true is for taggers and classifiers; {path} has no thresholds")
+    if (job.risk is None) == (job.calibrate and output == "classes"):
+        raise UserError(
+            f"risk: {job.risk}, but it is for calibrate=true of a classifier, which needs one, such as 0.05. "
+            "The tags of an image are not independent, and a missing label counts as a wrong tag: for these, set "
+            "calibration.precision, and predict with profile=high_precision"
+        )
+    if job.calibrate and opened.split != "val" and (images.is_own or opened.split == "test"):
+        raise UserError(
+            f"split: {opened.split} has images that were trained on, or are for tests; calibrate with split=val"
+        )
+    if config.dry_run:
+        return _DRY_RUN
+
+    started = time.perf_counter()
+    described = ImageRows(opened.weights.task.describe_images) if job.per_image else None
+    with torch.inference_mode(), opened.runtime.autocast():
+        report, thresholds = _measure(job, opened, described)
+    seconds = round(time.perf_counter() - started, 3)
+    other = "".join(f"_{part}" for part in (job.weights, job.split) if part in _IN_NAMES)
+    if described is not None:
+        root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
+        table = folder / f"tables/images{other}.parquet"
+        with output_errors("output", folder):
+            described.write(table, collection.table["path"], str(root))
+        log.info("wrote %s", table)
+    if not distributed.is_main():
+        return _show(report)
+
+    figures = {"weights": str(path), "weights_hash": metadata.get("weights_hash"), "split": opened.split}
+    place = "validation" if opened.split == "val" else opened.split
+    if not images.is_own:
+        figures["data"] = hide_secrets(str(collection.root))
+        place = f"{Path(figures['data']).name}, {place}"
+    measured = f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images"
+    figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
+    title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
+    write_results(folder / f"metrics{other}.json", title, figures, report, other)
+    if thresholds is not None:
+        beside = thresholds_path(path)
+        with output_errors("weights", beside):
+            write_thresholds(beside, thresholds, metadata["weights_hash"])
+        log.info("wrote %s, which predict.py and export.py read", beside)
+    return f"{measured}: {_show(report)}"
+
+
+def _measure(job: Evaluate, opened: Measured, described: ImageRows | None) -> tuple[Report, ThresholdTable | None]:
+    """Read the images once; only rows at thresholds that the same command fits need a second pass."""
+    weights = opened.weights
+    loaders = opened.loaders()
+    if job.calibrate:
+        leads = opened.data.collection.leads(opened.rows)
+        promises = (job.calibration.precision, job.calibration.recall) if opened.is_tagger else (job.risk,)
+        report, table = weights.task.calibrate(loaders["val"], leads, *promises)
+        report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
+        if described is not None:
+            deque(described.watch(opened.loaders()["val"]), maxlen=0)
+        return report, table
+    if described is not None:
+        loaders["val"] = described.watch(loaders["val"])
+        if opened.is_tagger:
+            weights.task.use_thresholds(find_thresholds(None, weights.path, weights.metadata.get("weights_hash")))
+    return weights.task.evaluate(loaders, weights.metadata["step"]), None
+
+
+def result_folder(place: Path, source: Values) -> Path:
+    """Return the folder of results that are not a run's own: `place`, with a hash of their source in its name."""
+    return place.with_name(f"{place.name}-{sha256_text(canonical_json(source))[:8]}")
+
+
+def write_results(file: Path, title: str, figures: Values, report: Report, other: str | None = None) -> None:
+    """Write figures into a file, and tables, pictures and a page beside it. other: suffix of an evaluation."""
+    folder = file.parent
+    with output_errors("output", file):
+        write_json(file, figures)
+    log.info("wrote %s", file)
+    if other is not None:
+        run = run_of(Path(figures["weights"]))
+        results = read_results(folder if run is None else run.path, figures["weights_hash"])
+        if len(results) > 1:
+            rows = []
+            for name in report.scalars:
+                shown = {measured: show_figure(name, one) for measured, one in results.items()}
+                rows.append({"figure": show_name(name), **shown})
+            report.tables = {"measured": rows, **report.tables}
+            log.info("%s", Lines(show_rows(rows)))
+    with output_errors("output", folder):
+        images = report.draw()
+        write_report(folder, report.tables, images, "" if other is None else f"evaluate{other}_")
+        if report.tables:
+            page = folder / f"report{other or ''}.html"
+            write_page(page, title, report.scalars, report.tables, images)
+            log.info("wrote %s", page)
+
+
+def _show(report: Report) -> str:
+    return "  ".join(f"{name}={show_cell(value)}" for name, value in report.scalars.items())
+
+
+# -------------------------------------------------------------------------------------------- 2. Taggers, compared
+
+
+def compare(job: Compare, config: EvaluateConfig, runtime: Runtime) -> str:
+    """Measure the models, and return the line of the best one."""
+    if config.data is None:
+        raise UserError("data: must be given for job=compare; add data.root=PATH")
+    models = {}
+    for name in job.models:
+        with about("models"):
+            models[name] = load_predictor(find_weights(name, "best", onnx_first=True), runtime.device)
+    arena = Arena(models, config.data, job, runtime, config.batch_size)
+    if config.dry_run:
+        return _DRY_RUN
+    with torch.inference_mode(), runtime.autocast():
+        report = arena.measure()
+    rows = report.tables["arena"]
+    if distributed.is_main():
+        source = config.model_dump(mode="json", include={"job", "data"})
+        folder = Path(job.output or result_folder(_RESULTS / "arena", source))
+        refuse_links_out("output", folder)
+        log.info("%s", Lines(show_rows(rows)))
+        figures = {**report.scalars, "models": rows}
+        write_results(folder / "arena.json", f"Arena: {config.data.root}", figures, report)
+    return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
+
+
+# ---------------------------------------------------------------------------------------- 3. The kept weights of runs
+
+
+def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
+    """Measure each file, and write a row for it, and its pictures of `task.samples`."""
+    source = config.model_dump(mode="json", include={"job": {"run_dir"}, "data": True})
+    folder = Path(job.output or result_folder(Path(job.run_dir[0], "evaluate/grid"), source))
+    refuse_links_out("output", folder)
+    rows = []
+    tiles = []
+    for run in job.run_dir:
+        images = choose_images(config.data, run, "auto")
+        kept = list_kept(run)
+        for step, path in [(0, min(kept.values())), *kept.items()]:
+            opened = open_measured(path, job.model, images, "auto", config.runtime, config.batch_size)
+            if config.dry_run:
+                return _DRY_RUN
+            weights = opened.weights
+            if step == 0 and not weights.task.use_base():
+                continue
+            epoch = weights.metadata.get("epoch") if step else 0.0
+            with torch.inference_mode(), opened.runtime.autocast():
+                if len(opened.rows) or weights.kind.output:
+                    report = weights.task.evaluate(opened.loaders(), step)
+                else:  # SDXL without validation images
+                    report = weights.task.to(opened.runtime.device).draw()
+            label = f"{run}, step {step}, epoch {epoch}" if step else f"{run}, its base"
+            log.info("%s: %s", label, _show(report))
+            rows.append({"run": run, "step": step, "epoch": epoch, **report.scalars})
+            if "samples" in report.images:
+                prompts = weights.setup.task.samples.complete_all()
+                rights = np.cumsum([each.image_size_hw[1] for each in prompts])
+                cut = np.split(report.images["samples"], rights[:-1], axis=1)
+                tiles += [(picture, f"{label}: {each.text}") for picture, each in zip(cut, prompts)]
+    if distributed.is_main():
+        title = f"The kept weights of {', '.join(job.run_dir)}"
+        pictures = {"grid": draw_grid(tiles, len(prompts), title)} if tiles else {}
+        report = Report({"weight_files": len(rows)}, {"grid": rows}, pictures)
+        write_results(folder / "grid.json", title, {"weights": rows}, report)
+    return f"evaluated {len(rows)} weights"
+
+
+_JOBS = {"evaluate": evaluate, "compare": compare, "grid": measure_kept}
+
+
+def run(config: EvaluateConfig, job: Job) -> str:
+    """Run the job."""
+    return _JOBS[config.job.name](config.job, config, start_machine(config.runtime))

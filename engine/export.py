@@ -1,0 +1,55 @@
+"""The main function of export.py."""
+
+from pathlib import Path
+
+from engine.exports.card import REPORT, add_report
+from engine.exports.config import ExportConfig
+from engine.exports.formats import find_format, write_export
+from engine.exports.weights import open_weights
+from models.interop.metadata import licence_entry, refuse_licence
+from utils.config.entry_point import Job
+from utils.errors import about
+from utils.io.files import refuse_links_out
+from utils.io.hub import upload
+from utils.io.journal import open_journal
+from utils.io.safe_text import Lines
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def export(config: ExportConfig, job: Job) -> str:
+    """Write, compare and perhaps upload the files of a format; return the line of the result."""
+    # ------------------------------------------------------------------------------------------------ 1. The weights
+    with about("weights"):
+        weights = open_weights(config.find(), base=config.model).for_export(config.license)
+    find_format(config.format, weights)
+    if config.hub.name is not None:
+        refuse_licence(weights.metadata)
+    if config.dry_run:
+        return "dry run: nothing is written"
+
+    # -------------------------------------------------------------------------------------------------- 2. The files
+    inside = "export" if config.format == "onnx" else f"export/{config.format}"
+    folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
+    inside_run = (Path(config.run_dir), Path(config.run_dir, "export")) if config.output is None else ()
+    for place in (*inside_run, folder):
+        refuse_links_out("output", place)
+    with open_journal("output", folder, is_folder=True):
+        report = write_export(weights, folder, config)
+        report |= {"format": config.format, "step": weights.metadata["step"], **licence_entry(weights.metadata)}
+        add_report(folder, report)
+    line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
+    licence = f" (licence of the source weights: {report['license']})" if "license" in report else ""
+    wrote = f"wrote {folder / report['file']}{licence}  {line}"
+
+    # ---------------------------------------------------------------------------------------------------- 3. The hub
+    if config.hub.name is None:
+        return wrote
+    files = {name: folder / name for name in (*report["files"], REPORT)}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    shown = "".join(f"\n  {name}  {size:,} bytes" for name, size in sizes.items())
+    log.info("hub: %s, %d files, %s bytes%s", config.hub.name, len(files), f"{sum(sizes.values()):,}", Lines(shown))
+    if config.hub.dry_run:
+        return f"{wrote}; hub.dry_run: nothing is uploaded"
+    return f"{wrote}; {config.hub.name} has commit {upload(files, config.hub.name, private=config.hub.private)}"

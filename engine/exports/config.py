@@ -1,0 +1,130 @@
+"""The keys of export.py and of all commands that read a weight file, and the table of the formats of export.py."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from utils.config.bounds import Positive, Width
+from utils.config.schema import PathList, PathText, Strict
+from utils.errors import about
+from utils.io.weight_files import WEIGHT_NAMES, choose_weights
+
+
+class MovedBase(Strict):
+    """The present paths of the base model and of a separate VAE, if they have moved since training."""
+
+    path: PathText | None
+    vae: PathText | None
+
+
+class WeightsChoice(Strict):
+    """A weight file: `weights` is best, last, ema or a kept step of `run_dir`, or names a file."""
+
+    run_dir: PathText | None
+    weights: PathText
+    model: MovedBase
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if self.run_dir is None and self.weights in WEIGHT_NAMES:
+            raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
+        return self
+
+    @about("weights")
+    def find(self) -> Path:
+        """Return the file."""
+        return choose_weights(self.run_dir or "", self.weights)
+
+
+class Format(NamedTuple):
+    """All that export.py knows of a format.
+
+    file: the file that names the export. write: the name `module:function` of what writes and compares the files: from
+    the weights, an empty folder and the settings (ExportConfig) to the report. of: what the format holds, outputs of
+    models/outputs.py or tasks without one. library: the hub's name of the library that loads it. template: the program
+    of the card, in models/interop/snippets. use: the name of what writes another program, with the call `load`. With
+    neither, `load` says how to use it, or the format is for Atelier's own commands.
+    """
+
+    file: str
+    write: str
+    of: tuple[str, ...] = ("classes", "tags", "features")
+    library: str | None = None
+    template: str | None = None
+    use: str | None = None
+    load: str = ""
+    fp16: bool = False  # takes precision=fp16
+    int8: bool = False
+    is_adapter: bool = False  # holds a change of the base model, and needs it
+
+
+_FILE = 'from_single_file("$file", config=$base)'
+_VAE_FILE = 'from_single_file("$file", config=$base, subfolder="vae")'
+_FOLDER = 'from_pretrained(".")'
+_ON_BASE = 'from_pretrained($base)\npipeline.load_lora_weights(".", weight_name="$file")'
+_OPEN = "Open page.html in a browser. It needs neither a server nor the network, and sends nothing."
+_tagger = partial(Format, of=("tags",), template="wd14", fp16=True)
+_sdxl = partial(Format, of=("diffusion",), library="diffusers", use="sdxl.exports:describe_use", fp16=True)
+_vae = partial(Format, of=("autoencoder",), library="diffusers", use="sdxl.exports:describe_use", fp16=True)
+
+FORMATS = {
+    "onnx": Format("model.onnx", "engine.exports.formats:write_onnx", template="onnx", fp16=True, int8=True),
+    "timm": Format("model.safetensors", "engine.exports.formats:write_timm", library="timm", template="timm"),
+    "transformers": Format(
+        "model.safetensors",
+        "engine.exports.formats:write_transformers",
+        library="transformers",
+        template="transformers",
+    ),
+    "safetensors": Format("model.safetensors", "engine.exports.formats:write_safetensors"),
+    "page": Format("page.html", "engine.exports.formats:write_page", of=("classes", "tags"), int8=True, load=_OPEN),
+    "wd14": _tagger("model.onnx", "engine.exports.formats:write_wd14"),
+    "wd_repository": _tagger("model.onnx", "engine.exports.formats:write_repository", library="timm"),
+    "kohya": _sdxl("lora.safetensors", "sdxl.exports:write_kohya", load=_ON_BASE, is_adapter=True),
+    "single_file": _sdxl("model.safetensors", "sdxl.exports:write_single_file", load=_FILE),
+    "diffusers": _sdxl("model_index.json", "sdxl.exports:write_diffusers", load=_FOLDER),
+    "vae": _vae("vae.safetensors", "sdxl.exports:write_vae", load=_VAE_FILE),
+    "vae_diffusers": _vae("config.json", "sdxl.exports:write_vae_diffusers", load=_FOLDER),
+}
+
+
+class HubConfig(Strict):
+    """An upload to the hub; name: OWNER/NAME."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None
+    private: bool
+    dry_run: bool
+
+
+class ExportConfig(WeightsChoice):
+    """conf/export.yaml, checked."""
+
+    format: Literal[tuple(FORMATS)]
+    output: PathText | None
+    precision: Literal["fp32", "fp16", "int8"]
+    tolerance: Positive | None
+    thresholds: PathText | None
+    license: str | None
+    author: str | None
+    description: str | None
+    trigger: str | None
+    card: PathText | None
+    lora: PathList
+    rank: Width | None
+    hub: HubConfig
+    dry_run: bool
+
+    @property
+    def accepted(self) -> float:
+        """Return the largest accepted difference. Measured, with random and varied weights: at most 1e-6 and 2e-3."""
+        return self.tolerance or {"fp16": 2e-2}.get(self.precision, 1e-3)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.output is None and (self.run_dir is None or self.lora or self.rank):
+            raise ValueError("output: must be given without a run_dir, and with lora or rank; add output=FOLDER")
+        if not getattr(FORMATS[self.format], self.precision, True):
+            raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
+        return self

@@ -1,0 +1,121 @@
+"""The keys of evaluate.py and, for images, of predict.py."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, create_model, model_validator
+
+from data.config import DataConfig
+from data.tags.rules import TagRulesConfig, TextConfig
+from engine.config import MachineConfig
+from engine.exports.config import MovedBase, WeightsChoice
+from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
+from utils.config.schema import PathList, PathText, Strict
+from utils.formats.thresholds import PER_TAG
+from utils.formats.vocabulary import CATEGORIES
+
+
+class _Targets(Strict):
+    """The precision and recall that the profiles high_precision and high_recall reach."""
+
+    precision: Annotated[float, Field(gt=0, lt=1)]
+    recall: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Evaluate(WeightsChoice):
+    """Measure one weight file.
+
+    output: a folder. split: auto is val; of other images val, else test, else all. per_image: also write a row for each
+    image. calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
+    that may be wrong.
+    """
+
+    name: Literal["evaluate"]
+    output: PathText | None
+    split: Literal["auto", "val", "test", "train", "all"]
+    per_image: bool
+    calibrate: bool
+    calibration: _Targets
+    risk: Annotated[float, Field(gt=0, lt=1)] | None
+
+
+class ArenaConfig(TagRulesConfig):
+    """min_support: a tag is compared if it is on at least this many images."""
+
+    min_support: Count
+
+
+class Compare(ArenaConfig):
+    """Compare taggers, `models`, on the tags that all of them know. output: a folder."""
+
+    name: Literal["compare"]
+    models: PathList
+    output: PathText | None
+
+
+class Grid(Strict):
+    """Measure all weights that runs have kept, and show what each draws. output: a folder."""
+
+    name: Literal["grid"]
+    run_dir: PathList
+    output: PathText | None
+    model: MovedBase
+
+
+class EvaluateConfig(Strict):
+    """conf/evaluate.yaml, checked. data: None means the data of the run."""
+
+    job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
+    data: DataConfig | None
+    batch_size: Count
+    dry_run: bool
+    runtime: MachineConfig
+
+
+CategoryThresholds = create_model(  # None: from `threshold` or by `profile`
+    "CategoryThresholds", __base__=Strict, **{name: (Fraction | None, ...) for name in CATEGORIES if name != "rating"}
+)
+
+
+class PredictConfig(Strict):
+    """conf/predict.yaml, checked."""
+
+    weights: Annotated[PathList, Field(min_length=1)]  # a run folder or a file; for prompts, several
+    input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
+    prompts: PathText | None
+    output: PathText  # a file, FOLDER/ or `beside`
+    form: PathText | None  # a CSV file, whose ids and columns the output has
+    existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
+    like: PathText | None
+    top: Count  # the number of classes, or with `like` of images
+    threshold: Fraction | None  # for every tag or class; None: from `thresholds`, of tags by `profile`
+    thresholds: Annotated[  # a table, or the threshold of each category
+        Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
+        Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
+    ]
+    profile: Literal["per_tag", "balanced", "high_precision", "high_recall"]
+    text: TextConfig
+    lora: PathList  # FILE or FILE:STRENGTH
+    model: MovedBase
+    batch_size: Count
+    max_pixels: Pixels
+    device: Literal["auto", "cpu", "cuda"]
+    workers: Literal["auto"] | CountOrZero
+    dry_run: bool
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.input is None) == (self.prompts is None):
+            raise ValueError("input: must be given, or prompts for pictures of SDXL, and not both; add input=PATH")
+        if self.prompts is None and len(self.weights) > 1:
+            raise ValueError("weights: several are for prompts=FILE; name one")
+        if self.prompts is not None and self.existing == "append":
+            raise ValueError("existing: append is for .txt files; set skip or overwrite")
+        if self.form is not None and (self.like or self.prompts or not self.output.endswith(".csv")):
+            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or like and prompts")
+        if self.prompts is None and self.lora:
+            raise ValueError("lora: is for pictures of SDXL; add prompts=FILE")
+        if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):
+            raise ValueError(
+                f"threshold: {self.threshold:g} applies to every tag; remove it, or thresholds=FILE and profile"
+            )
+        return self

@@ -1,0 +1,223 @@
+"""The main function of predict.py for images."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.open import load_files
+from data.tags.rules import TagRules, read_rules
+from data.tools.form import Form, read_form
+from data.tools.predictions import (
+    Destination,
+    Embeddings,
+    Images,
+    Predicted,
+    Row,
+    RowFile,
+    Sidecars,
+    embedding_rows,
+    find_excluded,
+    find_images,
+    rank,
+    read_embeddings,
+    spell_tags,
+    stack_rows,
+)
+from engine.config import MachineConfig
+from engine.exports.weights import load_predictor
+from engine.judging.config import PredictConfig
+from engine.update.runtime import choose_runtime
+from models.outputs import RowOptions
+from models.predictor import Predictor
+from utils.config.entry_point import Job
+from utils.errors import UserError, about
+from utils.formats.spelling import join_tags
+from utils.formats.vocabulary import CATEGORIES
+from utils.hardware import choose_device
+from utils.io.files import output_errors, sha256_file, sha256_text
+from utils.io.journal import open_journal
+from utils.io.weight_files import find_weights
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+Predict = Callable[[Tensor], Iterable[Row]]  # from images to a row for each
+
+
+def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
+    """Return the options for rows. An excluded tag has an infinite threshold."""
+    text = config.text
+    file, each = (config.thresholds, {}) if isinstance(config.thresholds, str) else (None, dict(config.thresholds))
+    least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
+    if predictor.output.has_tags:
+        least = np.broadcast_to(least, len(predictor.names))
+        for name, value in each.items():
+            if value is not None:
+                least = np.where(predictor.categories == CATEGORIES[name], value, least)
+        if text.exclude:
+            least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
+    return predictor.options(config.top, least, max_tags=text.max_tags, order=text.order)
+
+
+def choose_destination(
+    config: PredictConfig, predictor: Predictor, images: Images, weights: str, form: Form | None, options: RowOptions
+) -> Destination:
+    """Return the destination of the predictions. weights: the hash of the weights.
+
+    Raises UserError (`output`, `existing`, `like`) if the destination does not suit the weights.
+    """
+    output = Path(config.output)
+    columns = predictor.output.columns
+    if config.like is not None:
+        found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
+        query = stack_rows(chain.from_iterable(found), "like")[1][0]
+        most_like = lambda rows: rank(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
+        return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
+    if output.suffix == ".npz":
+        return Embeddings(output, weights)
+    if config.output == "beside" or config.output.endswith("/") or output.is_dir():
+        if not predictor.output.has_tags:
+            raise UserError(f"output: {output} is for tags, but {config.weights[0]} is no tagger; name a .jsonl file")
+        folder = None if config.output == "beside" else config.output
+        return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))
+    if config.existing == "append":
+        raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")
+    if output.suffix == ".csv" and columns is None:
+        raise UserError(f"output: {config.weights[0]} predicts vectors, which CSV cannot hold; name a .jsonl file")
+    if form is not None:
+        return RowFile(output, form.columns, keep=False, choose=form.fill)
+    unsure = ["unsure"] if options.thresholds.any() and not predictor.output.has_tags else []
+    return RowFile(output, ["path", *(columns or ()), *unsure, "error"], keep=config.existing == "skip")
+
+
+def choose_paths(
+    config: PredictConfig, images: Images, destination: Destination, known: Mapping[str, bool]
+) -> list[Path]:
+    """Return the images to predict. known: the paths of a killed call of this command, and whether each row counts.
+
+    Raises UserError (`existing`) if others have a result and `existing` is not set.
+    """
+    written = {path for path in images.paths if str(path) not in known and destination.has(str(path))}
+    if written and config.existing is None:
+        raise UserError(
+            f"existing: null, but {len(written):,} of {len(images.paths):,} images already have tags, such as "
+            f"{min(written)}; set skip, append or overwrite"
+        )
+    skipped = written if config.existing == "skip" else ()
+    return [path for path in images.paths if not known.get(str(path)) and path not in skipped]
+
+
+def predict_all(
+    predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Predict
+) -> Iterator[list[Row]]:
+    """Yield the rows of each batch: an image's path, and the result of `predict` or an error.
+
+    Rows are in the order of `paths`. Without the images of the first batches, the other batches are the same.
+    """
+    machine = MachineConfig(
+        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
+        deterministic=False, hang_timeout_sec=1800.0,
+    )  # fmt: skip
+    runtime = choose_runtime(machine)
+    if not paths:
+        return
+    loader, reasons = load_files(
+        paths, predictor.preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
+    )
+    for batch in track(loader, len(loader), "predicting"):
+        readable = batch["weight"] > 0
+        is_image = readable | (batch["key"] != 0)  # not padding
+        predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
+        rows = []
+        for index in batch["sample_id"][is_image].tolist():
+            path = str(paths[index])
+            if path in reasons:
+                log.warning("unreadable image %s: %s", path, reasons[path])
+                rows.append({"path": path, "error": reasons[path]})
+            else:
+                rows.append({"path": path, **next(predicted)})
+        yield rows
+
+
+def embed_with(predictor: Predictor) -> Predict:
+    """Return the function from images to rows with their embeddings."""
+    return lambda images: embedding_rows(predictor.embed(images))
+
+
+def name_probs(predictor: Predictor) -> Predict:
+    """Return the function from images to rows with all probabilities by name."""
+
+    def predict(images: Tensor) -> Iterator[Row]:
+        for values in predictor.predict(images).astype(float).round(6).tolist():
+            yield {"probs": dict(zip(predictor.names, values))}
+
+    return predict
+
+
+def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
+    """Return what the rows depend on beside the images. weights: the hash of the weights."""
+    settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
+    replaces = config.existing if config.existing in ("append", "overwrite") else None
+    values = sha256_text(repr(np.asarray(options.thresholds).tolist()))
+    return [weights, settings, values, rules.hash, replaces]
+
+
+def join_texts(
+    batches: Iterable[list[Row]], destination: Destination, config: PredictConfig, rules: TagRules
+) -> Iterator[list[Row]]:
+    """Yield rows with their tags joined to a text; existing=append puts them after the image's present tags."""
+    for rows in batches:
+        for row in rows:
+            if "tags" in row:
+                before = destination.tags(row["path"]) if config.existing == "append" else ()
+                row["tags"] = join_tags([*before, *spell_tags(row, config.text, rules)], config.text.separator)
+        yield rows
+
+
+def predict(config: PredictConfig, job: Job) -> str:
+    """Predict images; return the line of the result."""
+    # -------------------------------------------------------------------------------------------------- 1. The model
+    device = choose_device(config.device, "device")
+    with about("weights"):
+        weights = find_weights(config.weights[0], "best", onnx_first=True)
+        predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
+    is_search = config.like is not None or config.output.endswith(".npz")
+    if config.dry_run and is_search:
+        return "dry run: nothing is embedded"
+
+    # --------------------------------------------------------------------------- 2. The images and the destination
+    version = sha256_file(weights)
+    rules = read_rules(config.text, "text.")
+    is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
+    stored = read_embeddings(Path(config.input), version) if is_stored else {}
+    images = Images("", []) if is_stored else find_images(config.input, "input")
+    form = read_form(Path(config.form), images.paths, predictor.names) if config.form else None
+    options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
+    destination = choose_destination(config, predictor, images, version, form, options)
+    if config.dry_run:
+        return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
+    if is_stored:
+        with output_errors("output", Path(config.output)):
+            rows = zip(stored, embedding_rows(stored.values()))
+            destination.write_all({"path": path, **row} for path, row in rows)
+        return f"wrote {config.output}"
+
+    # --------------------------------------------------------------------------------------------- 3. The predictions
+    command = describe(config, options, version, rules)
+    folder = destination.folder
+    with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
+        predicted = Predicted(journal, images.paths)
+        paths = choose_paths(config, images, destination, predicted.known)
+        make_rows = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
+        if form is not None and form.has_probs:
+            make_rows = name_probs(predictor)
+        found = predict_all(predictor, paths, config, make_rows)
+        predicted.write(join_texts(found, destination, config, rules), destination)
+    written = "files beside the images" if config.output == "beside" else config.output
+    return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
