@@ -33,6 +33,7 @@ from sdxl.config import SDXLConfig
 from sdxl.kind import BucketedKind, Reading, find_buckets
 from sdxl.networks import describe, open_networks
 from sdxl.settle import settle_vae
+from sdxl.step import to_bytes, to_levels
 from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
@@ -97,7 +98,7 @@ class AutoencoderTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss, the discriminator's included."""
-        images = _to_levels(batch["images"])
+        images = to_levels(batch["images"])
         decoded = self._decode(self._encode(images))
         loss, parts = self._compare(images, decoded)
         if self.discriminator is not None and torch.is_grad_enabled():
@@ -166,24 +167,16 @@ class AutoencoderTask(Task):
             valid = batch["weight"] > 0
             means.add(figures, valid)
             kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
-            worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
+            worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": to_bytes(decoded)})
         return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
 
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each image [B], and the decoded images."""
-        images = _to_levels(batch["images"])
+        images = to_levels(batch["images"])
         decoded = self._decode(self._encode(images))
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
         return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded
-
-
-def _to_levels(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1.0
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:

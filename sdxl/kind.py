@@ -74,7 +74,8 @@ class BucketedKind(Kind):
         collection = data.collection
         rows = training_rows(collection, config.loop)
         buckets, read, views, fields = self.read(data, setup, rows, config.loop.batch_size, training=True)
-        buckets.refuse_none()
+        if len(buckets.rows) == 0:
+            raise UserError(f"task.buckets: {buckets.describe()}; set other limits")
         sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
         train = read.train(buckets.rows, fields, views, sampler=sampler)
         described = {"collection": describe_collection(collection), "images": buckets.describe()}

@@ -8,17 +8,14 @@ from pathlib import Path
 import torch
 
 from data.collection.concepts import find_repeats
-from engine.config import TrainingConfig
 from engine.tasks.change import AnyConfig, Change, Start
 from models.interop.metadata import dict_of
-from sdxl.config import LoRAConfig, NoiseConfig
 from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import ADAPTED
 from sdxl.memory import fit_memory
 from sdxl.networks import describe, open_networks, settle_model
 from sdxl.pictures.prompts import count_brackets, read_prompts
 from utils.errors import UserError, about
-from utils.io.files import Json
 from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
@@ -32,20 +29,19 @@ def settle_vae(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
-    return config.changed({"task.noise": settle_noise(config.task.noise, config.model.path)})
-
-
-def settle_noise(noise: NoiseConfig, path: str | None) -> Json:
-    """Return the values of the noise, without auto. path: of the base model; None: a tiny one."""
-    values = noise.model_dump()
+    """Return the configuration with the noise without auto."""
+    noise = config.task.noise
+    path = config.model.path
     if "auto" not in (noise.prediction_type, noise.zero_terminal_snr):
-        return values
+        return config
+    changes = {}
     own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
     base = own if path is None or noise.convert else describe(path)
     kind = base["prediction_type"] if noise.prediction_type == "auto" else noise.prediction_type
     if noise.zero_terminal_snr == "auto":
         # A file that does not say it is sampled without.
-        values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
+        is_zero = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
+        changes["task.noise.zero_terminal_snr"] = is_zero
     if base.get("is_stated"):
         log.info("task.noise: %s predicts %s, which is trained", path, kind)
     elif base is not own and noise.prediction_type == "auto":
@@ -53,25 +49,22 @@ def settle_noise(noise: NoiseConfig, path: str | None) -> Json:
             "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
             "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
         )  # fmt: skip
-    return {**values, "prediction_type": kind}
+    return config.changed({**changes, "task.noise.prediction_type": kind})
 
 
 def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the configuration with the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
     if config.task.lora is None or config.init_from is None:
         return config
-    return config.changed({"task.lora": _find_lora(config)})
-
-
-def _find_lora(config: TrainingConfig) -> LoRAConfig:
-    """Return the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
     begun = config.run_dir and run_of(Path(config.run_dir))
     known = begun.config if begun else {}
     if known.get("init_from") == config.init_from and dict_of(known, "task").get("lora"):
-        return LoRAConfig.model_validate(known["task"]["lora"])
+        return config.changed({"task.lora": known["task"]["lora"]})
     with torch.device("meta"):
         shapes = open_networks(config.model, ADAPTED)
     with about("init_from"):
-        return describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
+        found = describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
+    return config.changed({"task.lora": found})
 
 
 def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:

@@ -26,6 +26,16 @@ LATENT_DRAW = 3
 # ----------------------------------------------------------------------------------------------------- images and texts
 
 
+def to_levels(images: Tensor) -> Tensor:
+    """Return uint8 images as what a VAE takes, float32 from -1 to 1."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_bytes(levels: Tensor) -> Tensor:
+    """Return images of a VAE, from about -1 to 1, as uint8."""
+    return ((levels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 @torch.no_grad()
 def encode_images(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and log variance of the latents, float32 [B, 4, H / 8, W / 8], for images uint8 [B, 3, H, W].
@@ -33,14 +43,14 @@ def encode_images(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     The VAE computes in its own dtype, because SDXL's VAE overflows in float16.
     """
     with torch.autocast(images.device.type, enabled=False):
-        latents = vae.encode((images.float() / 127.5 - 1.0).to(vae.dtype)).latent_dist
+        latents = vae.encode(to_levels(images).to(vae.dtype)).latent_dist
     return latents.mean.float(), latents.logvar.float()
 
 
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Decode scaled latents [B, 4, h, w] to images, uint8 [B, 3, H, W], in the VAE's own dtype."""
-    return ((decode_to_levels(vae, latents) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(decode_to_levels(vae, latents))
 
 
 def decode_to_levels(vae: nn.Module, latents: Tensor) -> Tensor:

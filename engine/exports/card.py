@@ -110,9 +110,9 @@ class Card:
             "base_model_relation": base and relation,
             "library_name": self.form.library,
             "pipeline_tag": pipeline,
-            "tags": ["atelier", *([str(name)] if name else [])],
-            "widget": [{"text": prompt} for prompt in self._prompts()] or None,
         }
+        front["tags"] = ["atelier", *([str(name)] if name else [])]
+        front["widget"] = [{"text": prompt} for prompt in self._prompts()] or None
         if results and pipeline:
             front["model_name"] = self.weights.title
         return ModelCardData(**hide_secrets_in(front), eval_results=_list_results(results, pipeline))

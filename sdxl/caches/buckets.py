@@ -25,7 +25,6 @@ from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from sdxl.config import BucketConfig
 from utils import rng
-from utils.errors import UserError
 from utils.io.files import Json
 from utils.record.logging import get_logger
 
@@ -115,11 +114,6 @@ class Buckets:
         line += f"; cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst"
         line += f"; {np.count_nonzero(zoom > 1):,} enlarged, at most {max(zoom.max(), 1):.1f} times"
         return line + dropped
-
-    def refuse_none(self) -> None:
-        """Raise UserError if no image has a bucket."""
-        if len(self.rows) == 0:
-            raise UserError(f"task.buckets: {self.describe()}; set other limits")
 
     def count(self) -> list[list[int]]:
         """Return height, width and number of images of each bucket."""

@@ -23,6 +23,7 @@ from data.stream.loader import EvaluationStream, Example, Loader, UnreadableLog
 from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from sdxl.caches.buckets import Buckets, Fit, fit_into, place
+from sdxl.config import CHANNELS, STRIDE_PX
 from utils import rng
 from utils.contracts import Machine
 from utils.io.files import Json
@@ -30,8 +31,6 @@ from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
 _VERSION = 1  # version of decoding and `place`; increment it to encode everything again
-_CHANNELS = 4  # of SDXL's latents
-SHRINK = 8  # pixels for each of them
 _FLIP_DRAW = 4  # counter for a sample's key; the loader uses 1 and 2, buckets 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
@@ -156,7 +155,7 @@ class LatentCache(Source):
     def blank(self, group: int) -> Record:
         """Return zero latents in the shape of a bucket."""
         size = torch.from_numpy(self.buckets.sizes_hw[group])
-        latents = torch.zeros(_CHANNELS, *(size // SHRINK).tolist(), dtype=STORED)
+        latents = torch.zeros(CHANNELS, *(size // STRIDE_PX).tolist(), dtype=STORED)
         record = {
             "latent_mean": latents,
             "latent_logvar": latents,

@@ -25,7 +25,8 @@ from data.layouts.names import CONDITION, is_image_name, masked_stem
 from data.layouts.table import show_some
 from data.stream.source import Record, Source, UnreadableImage
 from sdxl.caches.buckets import Buckets, FindFit, place
-from sdxl.caches.latent_cache import SHRINK, STORED
+from sdxl.caches.latent_cache import STORED
+from sdxl.config import STRIDE_PX
 from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
@@ -128,7 +129,7 @@ class Masked(Source):
         return self.inner.blank(group) | self._whole(group)
 
     def _whole(self, group: int) -> Record:
-        return {MASK: torch.ones(1, *(self._buckets.sizes_hw[group] // SHRINK).tolist(), dtype=STORED)}
+        return {MASK: torch.ones(1, *(self._buckets.sizes_hw[group] // STRIDE_PX).tolist(), dtype=STORED)}
 
     def _read_mask(self, row: int, key: int, group: int) -> Record:
         path, _, is_alpha = self._masks[row]
@@ -136,4 +137,4 @@ class Masked(Source):
             image = load_upright(opened)
             pixels = convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
         placed = place(torch.from_numpy(pixels).permute(2, 0, 1), *self._find_fit(row, key, group))
-        return {MASK: functional.avg_pool2d(placed.float() / 255, SHRINK).to(STORED)}
+        return {MASK: functional.avg_pool2d(placed.float() / 255, STRIDE_PX).to(STORED)}
