@@ -25,7 +25,6 @@ from utils.record.figures import COUNTS, show_figure, show_rows
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 _SAMPLES = "plots/evaluate_samples.png"  # of a run
-_SHOWN_NAMES = 100  # classes or tags in a card
 _PIPELINES = {"diffusion": "text-to-image"}  # of tasks without outputs
 Results = Mapping[str, Mapping[str, float]]  # of `read_results`
 
@@ -59,23 +58,13 @@ class Card:
         if has_samples:
             shutil.copy(place / _SAMPLES, folder / "samples.png")
         rows = [asdict(row) for row in (self.thresholds.rows if self.thresholds else ()) if row.profile != PER_TAG]
-        facts = {
-            "card": self,
-            "metadata": self.metadata,
-            "names": label_names(self.metadata),
-            "shown": _SHOWN_NAMES,
-            "program": self._program(),
-            "trained_on": dict_of(self.metadata, "trained_on"),
-            "results": results,
-            "thresholds": show_rows(rows) if rows else "",
-            "prompts": self._prompts(),
-            "has_samples": has_samples,
-            "origin": dict_of(self.metadata, "origin"),
-            "licence": licence_of(self.metadata),
-            "more": safe_lines(more).strip(),
-        }
+        known = {name: dict_of(self.metadata, name) for name in ("trained_on", "origin")}
+        known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata)}
+        measured = {"results": results, "has_samples": has_samples, "thresholds": show_rows(rows) if rows else ""}
+        texts = {"program": self._program(), "prompts": self._prompts(), "more": safe_lines(more).strip()}
         functions = {"code": code_span, "show_figure": show_figure}
-        card = ModelCard.from_template(self._front_matter(results), _TEMPLATE, **facts, **functions)
+        facts = {"card": self, "metadata": self.metadata, **known, **measured, **texts, **functions}
+        card = ModelCard.from_template(self._front_matter(results), _TEMPLATE, **facts)
         card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
         card.save(folder / "README.md")
 

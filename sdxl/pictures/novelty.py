@@ -1,7 +1,7 @@
 """Whether pictures copy training images: the nearest image of each picture, by their pixels at 16 px."""
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from itertools import compress
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ def find_nearest_images(pictures: Sequence[np.ndarray], trained: Iterable[Batch]
     for batch in trained:
         embedded = zip(read_texts(batch), _SMALL.embed(batch["images"]))
         vectors |= compress(embedded, batch["weight"] > 0)
-    vectors = dict(chain.from_iterable(part.items() for part in distributed.gather_objects(vectors)))
+    for part in distributed.gather_objects(vectors):
+        vectors |= part
     if not vectors:
         return []
     small = EvalTransform(_SMALL.preprocessing)
