@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import find_encoding, refuse_link_out
@@ -39,7 +39,8 @@ from utils.io.names import Names
 _PATIENCE_SEC = 10  # for another process that appends a line
 _KINDS = {"label": (str, type(None)), "tags": (list,), "weight": (int, float), "group": (int, type(None))}
 _Number = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[float, Field(ge=0)]
-_Value = str | list[str] | _Number | None
+_Tags = Annotated[list[str], AfterValidator(lambda tags: [*read_tags(tags)])]
+_Value = Annotated[str, AfterValidator(read_label)] | _Tags | _Number | None
 
 
 class Decision(Strict):
@@ -55,13 +56,6 @@ class Decision(Strict):
     verdict: Literal["accepted", "rejected", "edited", "undone"]
     by: str
     at: str
-
-    @field_validator("was", "now")
-    @classmethod
-    def _as_read(cls, value: _Value) -> _Value:
-        if isinstance(value, str):
-            return read_label(value)
-        return [*read_tags(value)] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -1,9 +1,7 @@
 """What a folder has, for the readers of data/layouts/readers.py: images, sidecars, and the files of each form."""
 
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -36,41 +34,30 @@ class TableChoice(NamedTuple):
     columns: Columns = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Folder:
-    """What a folder has. images: their sizes in bytes; sidecars: those of each image; files: by form (readers.py).
+class Folder(NamedTuple):
+    """What a folder has, by paths relative to the root.
 
-    All paths are relative to the root.
+    images: their sizes in bytes; splits, labels: what their folders say; sidecars: the files beside each image; files:
+    those of each form (data/layouts/readers.py).
     """
 
     root: Path
     choice: TableChoice
     unused: Unused
     images: dict[str, int]
+    splits: dict[str, str | None]
+    labels: dict[str, str | None]
     sidecars: dict[str, list[str]]
     files: dict[str, list[str]]
     masks: list[str]
     shards: list[str]
 
-    @functools.cached_property
-    def splits(self) -> dict[str, str | None]:
-        """The split of each image by its folders."""
-        return dict(zip(self.images, self._places[0]))
-
-    @functools.cached_property
-    def labels(self) -> dict[str, str | None]:
-        """The label of each image by its folders."""
-        return dict(zip(self.images, self._places[1]))
-
-    @functools.cached_property
-    def _places(self) -> tuple[list[str | None], list[str | None]]:
-        return place_images([*self.images])
-
 
 def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
     """Return what a folder has. Raises UserError (`data.root`): names of one look in several Unicode forms."""
-    files = {} if choice.table in ("auto", "none") else {TABLES: [choice.table]}
-    found = Folder(root, choice, unused, {}, {}, files, [], [])
+    found = Folder(root, choice, unused, {}, {}, {}, {}, {}, [], [])
+    if choice.table not in ("auto", "none"):
+        found.files[TABLES] = [choice.table]
     for folder, entries, names in walk_folders(
         root, unused, lambda path: has_reader(path) or find_form(path) == TABLES
     ):
@@ -90,12 +77,15 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
             if form == SIDECARS and name not in beside:
                 unused.add(ORPHANS, path)
             elif form is not None:
-                files.setdefault(form, []).append(path)
+                found.files.setdefault(form, []).append(path)
             elif is_mask_name(name):
                 found.masks.append(path)
             elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
                 found.shards.append(path)
     unused.add(_MASKS, *found.masks)
+    splits, labels = place_images([*found.images])
+    found.splits.update(zip(found.images, splits))
+    found.labels.update(zip(found.images, labels))
     return found
 
 

@@ -190,13 +190,14 @@ def test_a_folder_with_images_is_read_as_it_was(tmp_path, load):
 def arrow_table(levels, kind="binary"):
     """Return a table as `datasets` writes it: images, their classes, captions and tags."""
     features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    features["tags"] = {"feature": {"names": ["a", "b"], "_type": "ClassLabel"}, "_type": "Sequence"}
     images = [None if level is None else {"bytes": png(level), "path": f"{level}.PNG"} for level in levels]
     table = pa.table(
         {
             "image": pa.array(images, pa.struct([("bytes", getattr(pa, kind)()), ("path", pa.string())])),
             "label": pa.array([number % 3 - 1 for number in range(len(levels))]),
             "text": [f"picture {number}" for number in range(len(levels))],
-            "tags": [["a", "b"]] * len(levels),
+            "tags": [[0, 1]] * len(levels),
         }
     )
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -214,28 +215,6 @@ def write_parquet(file, table):
 
 
 NAMED = "1 columns of tables of unknown name, or second of their kind: "
-
-
-@pytest.mark.parametrize(
-    ("columns", "caption", "tags", "named"),
-    [
-        ({"caption": ["one\ntwo", "three"]}, "one two\nthree", (), ""),
-        ({"captions": ["one", None]}, "one", (), ""),
-        ({"prompt": "one", "caption": [""]}, None, (), "prompt"),
-        ({"text": "one", "caption": "two"}, "two", (), "text"),
-        ({"tags": "long hair, hat"}, None, ("long hair", "hat"), ""),
-        ({"tags": "1girl solo"}, None, ("1girl", "solo"), ""),
-        ({"sentences": [{"raw": "one"}]}, None, (), "sentences"),
-    ],
-    ids=str,
-)
-def test_columns_of_a_table_are_read_or_named_once(columns, caption, tags, named, tmp_path, load, log):
-    table = pa.Table.from_pylist([{"image": {"bytes": png(n), "path": None}, **columns} for n in range(2)])
-    for name in ("0.parquet", "1.parquet"):
-        write_parquet(tmp_path / "root" / name, table)
-    row = load(tmp_path / "root").row(0)
-    assert (row.caption, row.tags) == (caption, tags)
-    assert NAMED + named + "\n" in log.text if named else "not used" not in log.text
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])

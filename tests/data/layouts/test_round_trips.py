@@ -102,9 +102,3 @@ def test_unknown_tags_come_back_from_every_form(tmp_path):
     check(tmp_path / "packed")
     (tmp_path / "packed/manifest.parquet").unlink()
     check(tmp_path / "packed")  # as WebDataset
-    write_manifest(root)
-    check(root)
-    put(tmp_path / "table", "a.png", "b.png")
-    rows = 'a.png,g,"character:*,a\\,b"\nb.png,g,hat\n'
-    (tmp_path / "table/manifest.csv").write_text(f"path,rating,unknown_tags\n{rows}")
-    check(tmp_path / "table")

@@ -5,15 +5,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.layouts.values import FIELDS
 from tests.data.collection.test_collection import load, put
-from tests.data.layouts.test_foreign import write_tar
+from tests.data.layouts.test_manifest import write_rows
 from tests.support import refuses, write_manifest
 from utils.errors import UserError
 from utils.formats.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
@@ -116,7 +114,6 @@ RECORDS = [
     ({"tags": [], "id": 2**70}, ([], None, None, None)),
     ({"tags_species": ["wolf"], "tags_general": ["a"], "tags_contributor": "c", "tags_count": 5},  # e621
      (["a", "wolf", "contributor:c"], None, None, None)),
-    ({"caption": ["a  cat\nsleeps", " ", "a dog"], "label": 7}, ([], None, "a cat sleeps\na dog", None)),
 ]  # fmt: skip
 
 
@@ -124,7 +121,6 @@ def test_json_sidecars(tmp_path):
     for number, (record, _) in enumerate(RECORDS):
         write(put(tmp_path, f"{number}.png"), f"{number}.png.json", record)
     assert list(rows(tmp_path).values()) == [row for _, row in RECORDS]
-    assert load(tmp_path, tmp_path / ".cache").class_names("train") == ["7"]
 
 
 SENTENCE = "A cat sleeps, deeply, on the red mat."
@@ -197,21 +193,12 @@ FOUND = {
 }
 
 
-def write_posts(root, form, posts=POSTS):
-    match form:
-        case "jsonl":
-            write(root, "posts.jsonl", b"\xef\xbb\xbf" + "\n".join(map(json.dumps, posts)).encode())
-        case "parquet":
-            columns = {name: [post.get(name) for post in posts] for name in posts[0] if name != "score"}
-            table = pa.table(columns).set_column(0, "id", pa.array(columns["id"], pa.int32()))
-            pq.write_table(table.append_column("score", pa.array([[1]] * len(posts))), root / "posts.parquet")
-    return root
-
-
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_table_of_posts(tmp_path, form, log):
     write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
-    assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
+    posts = [*POSTS, POSTS[0]]
+    write_rows(tmp_path / f"posts.{form}", {name: [post.get(name) for post in posts] for name in POSTS[0]})
+    assert rows(tmp_path) == FOUND
     assert "not used: 1 images without a post" in log.text
     assert "1 sidecars beside posts: 18.txt" in log.text
     write_manifest(tmp_path)
@@ -241,9 +228,7 @@ FAULTS = [  # files, the field that cannot be read, words of the fault, and the 
     ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (", ["a"]),
     ({"1.txt": b"caf\xe9"}, "file", "1.txt' cannot be read ('utf-8'", []),
     ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags {'blue'", ["a"]),
-    ({"1.json": {"tags": ["a"], "label": ["b"]}}, "label", "1.json' has the label ['b']", ["a"]),
     ({"1.json": {"tags": ["a"], "rating": 4.5}}, "rating", "1.json' has the rating 4.5", ["a"]),
-    ({"1.json": {"tags": ["a"], "caption": {"short": "b"}}}, "caption", "1.json' has the caption {", ["a"]),
     ({"meta_a.json": {"1": {"tags": {"x": 5}}}}, "tags", "meta_a.json', '1' has the tags {'x'", []),
     ({"meta_a.jsonl": '{"path": "1"}\n{', "1.txt": "a"}, "file", "meta_a.jsonl', line 2, is broken JSON", ["a"]),
     ({"meta_a.json": {"a": {}}, "meta_b.json": {"a": {}}}, "file", "holds both meta_a.json and meta_b.json", []),
@@ -266,15 +251,6 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
         write_manifest(tmp_path)
     write_manifest(tmp_path, on_bad_sidecar="skip")
     load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
-
-
-def test_a_bad_text_of_a_shard_is_skipped_where_that_is_set(tmp_path):
-    write_tar(tmp_path / "0.tar", {"a.png": b"x", "a.json": b'{"rating": 5, "tags": ["a"]}'})
-    with refuses(r"^data\.on_bad_sidecar: .*0\.tar/a\.json.* the rating 5"):
-        load(tmp_path, tmp_path / ".cache").refuse_faults("rating")
-    collection = load(tmp_path, tmp_path / ".cache", on_bad_sidecar="skip")
-    collection.refuse_faults("rating")
-    assert collection.row(0).tags == ("a",)
 
 
 def test_files_of_other_programs_are_named_and_not_read(tmp_path, log):

@@ -1,15 +1,12 @@
 """One table of values goes through every reader, and each gives the same answer."""
 
-import csv
-import io
 import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tests.data.collection.test_collection import load, put
-from tests.data.layouts.test_foreign import png, write_tar
+from tests.data.layouts.test_foreign import write_tar
+from tests.data.layouts.test_manifest import write_rows
 from tests.support import refuses
 
 # By field: values of one type, and what the table has of each.
@@ -23,113 +20,57 @@ VALUES = [
               '["caf\\u00e9", "b"]': ["café", "b"], "['a' 'b']": ["a", "b"], "[]": [], "[1, 2.0]": ["1", "2"],
               "a，b c": ["a", "b c"], "d&amp;d, &gt;_&lt;, it&#039;s": ["d&d", ">_<", "it's"]}),
     ("tags", {("red hat", "sky\xa0", "sky", ""): ["red hat", "sky"], (): []}),
+    ("unknown_tags", {("a,b", "hat "): ["a,b", "hat"], ("character:*",): ["character:*"]}),
     ("caption", {"a cat ": "a cat", "it&#039;s\r\ncafe\u0301 ": "it's\ncafé", "['one', 'two']": "one\ntwo", " ": None}),
     ("caption", {("one\n1", " ", "two"): "one 1\ntwo", ("a",): "a"}),
 ]  # fmt: skip
+NAMES = {"labels.csv": "file", "manifest.csv": "path", "metadata.csv": "file_name"}  # of the column of paths
+TYPED = {"manifest.jsonl": "path", "manifest.parquet": "path", "metadata.jsonl": "file_name", "0.parquet": "image"}
+OTHERS = ("meta_a.json", "beside json", "tar json")
+OF_TEXTS = {"label": ("folder", "tar cls"), "tags": ("beside txt", "tar txt"), "caption": ("beside caption",)}
 
 
-def write_csv(file, name, rows):
-    text = io.StringIO()
-    csv.writer(text).writerows([(name, *rows[0][1]), *((path, *row.values()) for path, row in rows)])
-    file.write_text(text.getvalue(), newline="")
-
-
-def write_lines(file, name, rows):
-    file.write_text("".join(json.dumps({name: path, **row}) + "\n" for path, row in rows))
-
-
-def write_parquet(file, name, rows):
-    pq.write_table(pa.Table.from_pylist([{name: path, **row} for path, row in rows]), file)
-
-
-def write_folders(root, rows):
-    for path, row in rows:
-        (root / path).unlink()
-        put(root, f"{row['label']}/{path}")
-
-
-def write_beside(root, rows, kind):
-    for path, row in rows:
-        text = json.dumps(row) if kind == "json" else next(iter(row.values()))
-        (root / path).with_suffix(f".{kind}").write_text(text, newline="")
-
-
-def write_shard(root, rows, kind):
-    """Write a tar file or a Parquet file of `datasets` in place of the images."""
-    members = {}
-    for path, row in rows:
-        (root / path).unlink()
-        text = json.dumps(row) if kind == "json" else str(*row.values())
-        members |= {path: png(1), f"{path[:-4]}.{kind}": text.encode()}
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist([{"image": png(1), **row} for _, row in rows]), root / "0.parquet")
+def write(root, reader, field, values):
+    """Write images with a value each, in the form of a reader."""
+    paths = [f"{number:02}.png" for number in range(len(values))]
+    content = [(put(root, path) / path).read_bytes() for path in paths]
+    form, _, ending = reader.partition(" ")
+    if reader in ("folder", "0.parquet") or form == "tar":
+        [(root / path).unlink() for path in paths]
+    if column := (NAMES | TYPED).get(reader):
+        write_rows(root / reader, {column: content if column == "image" else paths, field: values})
+    elif form == "folder":
+        put(root, *(f"{value}/{path}" for value, path in zip(values, paths)))
+    elif form == "meta_a.json":
+        (root / form).write_text(json.dumps({path: {field: value} for path, value in zip(paths, values)}))
     else:
-        write_tar(root / "0.tar", members)
-
-
-TYPED = {
-    "manifest.jsonl": lambda root, rows: write_lines(root / "manifest.jsonl", "path", rows),
-    "manifest.parquet": lambda root, rows: write_parquet(root / "manifest.parquet", "path", rows),
-    "metadata.jsonl": lambda root, rows: write_lines(root / "metadata.jsonl", "file_name", rows),
-    "kohya": lambda root, rows: (root / "meta_a.json").write_text(json.dumps(dict(rows))),
-    "json": lambda root, rows: write_beside(root, rows, "json"),
-    "tar json": lambda root, rows: write_shard(root, rows, "json"),
-    "datasets": lambda root, rows: write_shard(root, rows, "parquet"),
-}
-TEXTS = {
-    "labels.csv": lambda root, rows: write_csv(root / "labels.csv", "file", rows),
-    "manifest.csv": lambda root, rows: write_csv(root / "manifest.csv", "path", rows),
-    "metadata.csv": lambda root, rows: write_csv(root / "metadata.csv", "file_name", rows),
-}
-OF_ONE_FIELD = {
-    "folders": ("label", write_folders),
-    "tar cls": ("label", lambda root, rows: write_shard(root, rows, "cls")),
-    "txt": ("tags", lambda root, rows: write_beside(root, rows, "txt")),
-    "tar txt": ("tags", lambda root, rows: write_shard(root, rows, "txt")),
-    "caption": ("caption", lambda root, rows: write_beside(root, rows, "caption")),
-}
+        texts = [json.dumps({field: value}) if ending == "json" else value for value in values]
+        members = {f"{path[:-4]}.{ending}": text.encode() for path, text in zip(paths, texts)}
+        if form == "tar":
+            write_tar(root / "0.tar", members | dict(zip(paths, content)))
+        for name, text in members.items() if form == "beside" else ():
+            (root / name).write_bytes(text)
 
 
 def list_cases():
-    for number, (field, table) in enumerate(VALUES):
-        readers = TYPED | (TEXTS if tuple not in map(type, table) else {})
-        if all(isinstance(value, str) for value in table):
-            readers |= {name: write for name, (own, write) in OF_ONE_FIELD.items() if own == field}
-        yield from (pytest.param(field, table, write, id=f"{number} {name}") for name, write in readers.items())
+    for field, table in VALUES:
+        kinds = {*map(type, table)}
+        names = (*TYPED, *OTHERS, *(() if tuple in kinds else NAMES), *(OF_TEXTS[field] if kinds == {str} else ()))
+        yield from (pytest.param(field, table, name, id=f"{field} {min(map(repr, table))} {name}") for name in names)
 
 
-@pytest.mark.parametrize(("field", "table", "write"), list_cases())
-def test_every_reader_gives_the_same_answer(field, table, write, tmp_path):
-    values = [[*value] if isinstance(value, tuple) else value for value in table]
-    rows = [(f"{number:02}.png", {field: value}) for number, value in enumerate(values)]
-    root = put(tmp_path / "root", *(path for path, _ in rows))
-    write(root, rows)
-    found = load(root, tmp_path / "cache")
-    in_order = sorted(found.table.to_pylist(), key=lambda row: row["path"][-6:])
-    assert [row[field] for row in in_order] == [*table.values()]
+@pytest.mark.parametrize(("field", "table", "reader"), list_cases())
+def test_every_reader_gives_the_same_answer(field, table, reader, tmp_path):
+    write(tmp_path / "root", reader, field, [[*value] if isinstance(value, tuple) else value for value in table])
+    found = load(tmp_path / "root", tmp_path / "cache")
+    rows = sorted(found.table.to_pylist(), key=lambda row: row["path"][-6:])
+    assert [row[field] for row in rows] == [*table.values()]
     found.refuse_faults(field)
 
 
-NESTED = {"label": [["a", "b"]], "caption": [{"a": 1}], "tags": [[{"a": 1}]]}
-
-
-@pytest.mark.parametrize("name", TYPED)
-@pytest.mark.parametrize("field", NESTED)
-def test_a_value_of_another_type_is_named_with_its_row(field, name, tmp_path):
-    root = put(tmp_path / "root", "0.png", "1.png")
-    TYPED[name](root, [("0.png", {field: None}), ("1.png", {field: NESTED[field][0]})])
-    with refuses(rf"data\..*(row 1|1.json|'1.png').* has the {field} "):
-        load(root, tmp_path / "cache").refuse_faults(field)
-
-
-def test_numbers_of_classes_have_the_names_of_the_schema(tmp_path):
-    feature = {"names": ["cat", "dog"], "_type": "ClassLabel"}
-    for number, (kind, values) in enumerate({"one": [1, -1], "list": [[1, 0], []]}.items()):
-        features = {"label": feature} if kind == "one" else {"tags": {"feature": feature, "_type": "Sequence"}}
-        table = pa.table({"image": [png(1)] * 2, next(iter(features)): values})
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        (root := tmp_path / str(number)).mkdir()
-        pq.write_table(table, root / "0.parquet")
-        rows = load(root, tmp_path / "cache").table.to_pylist()
-        found = [(row["label"], row["tags"]) for row in rows]
-        assert found == ([("dog", []), (None, [])] if kind == "one" else [(None, ["dog", "cat"]), (None, [])])
+@pytest.mark.parametrize("reader", [*TYPED, *OTHERS])
+@pytest.mark.parametrize(("field", "value"), [("label", ["a"]), ("caption", {"a": 1}), ("tags", [{"a": 1}])])
+def test_a_value_of_another_type_is_named_with_its_row(field, value, reader, tmp_path):
+    write(tmp_path / "root", reader, field, [None, value])
+    with refuses(rf"data\..*(row 1|01.json|'01.png').* has the {field} "):
+        load(tmp_path / "root", tmp_path / "cache").refuse_faults(field)
