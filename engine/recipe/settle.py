@@ -24,7 +24,6 @@ from engine.update.runtime import Runtime
 from utils.config.command_line import By, Job
 from utils.config.messages import ConfigError, wrong_keys
 from utils.config.recipe import flatten
-from utils.config.versions import LATER
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir
@@ -35,6 +34,7 @@ log = get_logger(__name__)
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
 _WARMUP = "schedule.warmup_most"
+_EARLIER = {"data.table", _WARMUP}  # these had another value where nothing is stated
 _SHOWN = 300  # characters of what a change does
 
 
@@ -127,15 +127,12 @@ def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
-    """Keep what a run that goes on has of keys and changes that it is older than."""
-    run = run_of(default_run_dir(config.model_dump(mode="json"), start.job))
-    saved = {} if run is None else flatten(run.config)
-    earlier = {row.key: row.value for row in LATER} | {_WARMUP: saved.get(_WARMUP)}
-    now = flatten(config.model_dump(mode="json"))
-    kept = {
-        key: value for key, value in earlier.items() if key in now and saved.get(key, now[key]) == value != now[key]
-    }
-    return config.changed({key: value for key, value in kept.items() if not start.job.states(key, By.EXPERIMENT)})
+    """Keep the values of a run that goes on, which may be older than a key or a change."""
+    now = config.model_dump(mode="json")
+    run = run_of(default_run_dir(now, start.job))
+    saved = flatten(now if run is None else run.config)
+    keys = _EARLIER & saved.keys() & flatten(now).keys()
+    return config.changed({key: saved[key] for key in keys if not start.job.states(key, By.EXPERIMENT)})
 
 
 def _check_length(config: AnyConfig, start: Start) -> AnyConfig:

@@ -1,5 +1,6 @@
 """The words of a command line: what they state, and how they are read before Hydra sees them."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -139,14 +140,7 @@ def _quote(value: str) -> str:
 
 def literal(value: Any) -> Any:
     """Return a text, or the values of a file, so that OmegaConf takes each text as it is."""
-    match value:
-        case str():
-            return _INTERPOLATION.sub(r"\1\1\\${", value)
-        case dict():
-            return {key: literal(item) for key, item in value.items()}
-        case list():
-            return [literal(item) for item in value]
-    return value
+    return json.loads(_INTERPOLATION.sub(r"\1\1\\\\${", json.dumps(value)))
 
 
 def _name_mapping(words: list[str], script: Script) -> list[str]:

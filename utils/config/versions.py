@@ -4,39 +4,29 @@ The configuration of a run and the metadata of a weight file reach the schemas, 
 `read_saved`. A new key of conf/ needs a row in LATER, a key that goes one in CUT (tests/conf/test_versions.py).
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.io.files import Json, Values
 
-
-class Key(NamedTuple):
-    """A dotted key. value: what held before the key came, or means off. only: of a task's name or a model's family."""
-
-    key: str
-    value: Any
-    only: str | None = None
-
-
-LATER = (
-    Key("data.concepts", None),
-    Key("data.trigger", None),
-    Key("data.corrections", True),  # there was no such file
-    Key("data.table", "none"),
-    Key("data.columns", None),
-    Key("loop.early_stop_least", 0.0),
-    Key("loop.checkpoint_mirror", None),
-    Key("model.pretrained", "auto", "timm"),
-    Key("task.loss.gamma", 2.0, "tagging"),  # there was no focal loss
-    Key("task.loss.alpha", 0.25, "tagging"),
-    Key("task.lora.layers", {}, "diffusion"),
-    Key("task.preference_beta", None, "diffusion"),
-)
-CUT = (
-    Key("loop.audit_every", None),
-    Key("runtime.parallel", "ddp"),
-    Key("task.judge", None, "diffusion"),
-)
+# By key, the value that held before; task[tagging]: of a task of that name, model[timm]: of a model of that family.
+LATER = {
+    "data.concepts": None,
+    "data.trigger": None,
+    "data.corrections": True,  # there was no such file
+    "data.table": "none",
+    "data.columns": None,
+    "loop.early_stop_least": 0.0,
+    "loop.checkpoint_mirror": None,
+    "model[timm].pretrained": "auto",
+    "task[tagging].loss.gamma": 2.0,  # there was no focal loss
+    "task[tagging].loss.alpha": 0.25,
+    "task[diffusion].lora.layers": {},
+    "task[diffusion].preference_beta": None,
+}
+# By key, the value that means off.
+CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": None}
 
 
 def read_saved(values: Values) -> Json:
@@ -44,31 +34,29 @@ def read_saved(values: Values) -> Json:
 
     A key that was cut and is on stays: the schema of a weight file, or the comparison of a resumption, refuses it.
     """
-    saved = deepcopy(dict(values))
-    for row in LATER:
-        _group(saved, row).setdefault(row.key.rpartition(".")[2], deepcopy(row.value))
-    for row in CUT:
-        group = _group(saved, row)
-        name = row.key.rpartition(".")[2]
-        if name in group and group[name] == row.value:
-            del group[name]
+    saved = fill(values, LATER)
+    for key, off in CUT.items():
+        group, name = _find(saved, key)
+        if group.get(name, off) == off:
+            group.pop(name, None)
     return saved
 
 
-def with_cut(values: Values) -> Json:
-    """Return a copy of today's values with the keys that were cut, off: the names of run folders count them."""
-    earlier = deepcopy(dict(values))
-    for row in CUT:
-        _group(earlier, row).setdefault(row.key.rpartition(".")[2], row.value)
-    return earlier
+def fill(values: Values, rows: Mapping[str, Any]) -> Json:
+    """Return a copy of values with those of `rows` that it lacks."""
+    filled = deepcopy(dict(values))
+    for key, value in rows.items():
+        group, name = _find(filled, key)
+        group.setdefault(name, value)
+    return filled
 
 
-def _group(values: Json, row: Key) -> Json:
-    """Return the group that a key belongs to, or an empty one: none is there, or one of another kind."""
-    group: Any = values
-    for name in row.key.split(".")[:-1]:
-        group = group.get(name) if isinstance(group, dict) else None
-    top = values.get(row.key.partition(".")[0])
-    kinds = (top.get("name"), top.get("family")) if isinstance(top, dict) else ()
-    is_its = row.only is None or row.only in kinds
-    return group if isinstance(group, dict) and is_its else {}
+def _find(values: Any, key: str) -> tuple[Json, str]:
+    """Return the group of a key and its name there; without such a group, or in one of another kind, an empty group."""
+    *groups, name = key.replace("]", "").split(".")
+    for group in groups:
+        group, _, kind = group.partition("[")
+        values = values.get(group)
+        if not isinstance(values, dict) or kind not in ("", values.get("name"), values.get("family")):
+            return {}, name
+    return values, name
