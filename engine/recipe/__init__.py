@@ -1,1 +1,1 @@
-"""What is decided before a run begins: rules, facts of a collection, memory, weights to begin from."""
+"""What is decided before a run begins: the list of changes, rules, measurements."""

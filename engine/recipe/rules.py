@@ -1,4 +1,4 @@
-"""The recipe of `train.py loop.minutes=N`: a table of rules over facts of the collection, the machine and the time.
+"""The recipe of `train.py loop.minutes=N`: a table of rules over what was measured of collection, machine and time.
 
 A rule sets keys for which the command has no word. Each stands on a measurement (docs/results.md#by-minutes). The
 words that the rules choose are kept in minutes.json, so that a resumed run has the same recipe on any machine.
@@ -11,7 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.recipe.facts import CROPS, FINE_PX, MIRRORS, REFERENCE, UNIT_PX, UPDATE, Facts, Network, find_facts
+from engine.recipe.measurements import (
+    CROPS,
+    FINE_PX,
+    MIRRORS,
+    REFERENCE,
+    UNIT_PX,
+    UPDATE,
+    Measurements,
+    Network,
+    measure,
+)
 from engine.run.minutes import read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
@@ -54,49 +64,50 @@ class Rule(NamedTuple):
     why: str
 
 
-def cost_of(facts: Facts) -> float:
+def cost_of(measurements: Measurements) -> float:
     """Return what an image of a step should cost, relative to the reference: the square root of the time."""
-    return math.sqrt(facts.reference / _REFERENCE_IMAGES)
+    return math.sqrt(measurements.reference / _REFERENCE_IMAGES)
 
 
 def _cost_of_px(side: int) -> float:
     return (side / UNIT_PX) ** 2
 
 
-def choose_px(facts: Facts) -> int:
+def choose_px(measurements: Measurements) -> int:
     """Return the side of the images: up to their own, if the time allows its cost.
 
     A pretrained network sees things better if they are larger than they were: from 96 px on.
     """
-    network = facts.network
+    network = measurements.network
     least = UNIT_PX
-    most = facts.side_px
-    fitting = _SIZE_SHARE * cost_of(facts)  # the most that an image may cost
+    most = measurements.side_px
+    fitting = _SIZE_SHARE * cost_of(measurements)  # the most that an image may cost
     if network is not None and network.is_pretrained:
         least = FINE_PX
         most = _LARGER * most
-        fitting = _PASSES_SHARE / 2 * facts.reference / network.cost / (facts.images + facts.measured + 1) * UPDATE
-    sides = range(least, min(most + _STEP_PX // 2, facts.most_px) + 1, _STEP_PX)
+        images = measurements.images + measurements.validation + 1
+        fitting = _PASSES_SHARE / 2 * measurements.reference / network.cost / images * UPDATE
+    sides = range(least, min(most + _STEP_PX // 2, measurements.most_px) + 1, _STEP_PX)
     return max((side for side in sides if _cost_of_px(side) <= fitting), default=least)
 
 
-def choose_network(facts: Facts) -> Network:
+def choose_network(measurements: Measurements) -> Network:
     """Return the network: the user's, a pretrained one, or the one whose cost is nearest to the wanted one, by ratio.
 
     With few images it costs more: epochs beyond `_MOST_EPOCHS` gain less than a wider network.
     """
-    if facts.network is not None:
-        return facts.network
-    epochs = facts.reference / cost_of(facts) / max(facts.images, 1)
+    if measurements.network is not None:
+        return measurements.network
+    epochs = measurements.reference / cost_of(measurements) / max(measurements.images, 1)
     wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW)
-    wanted = wider * cost_of(facts) / _cost_of_px(choose_px(facts))
+    wanted = wider * cost_of(measurements) / _cost_of_px(choose_px(measurements))
     return min(_NETWORKS, key=lambda each: abs(math.log(each.cost / wanted)))
 
 
-def epochs_of(facts: Facts) -> float:
+def epochs_of(measurements: Measurements) -> float:
     """Return about how many epochs fit into the time."""
-    cost = choose_network(facts).cost * _cost_of_px(choose_px(facts))
-    return facts.reference / cost / max(facts.images, 1)
+    cost = choose_network(measurements).cost * _cost_of_px(choose_px(measurements))
+    return measurements.reference / cost / max(measurements.images, 1)
 
 
 _SMALL_CHANGES = (
@@ -113,32 +124,32 @@ _LETTER_EPOCHS = 20
 _LETTERS_SEEN = 150_000
 
 
-def list_rules(facts: Facts) -> Iterator[Rule]:
-    """Yield the rules that apply, with their words for these facts; docs/results.md#by-minutes has the measurements."""
-    network = choose_network(facts)
-    side = choose_px(facts)
-    yield _choose_weights(facts, network)
-    if facts.grey and facts.has_classes and not network.is_pretrained:  # programs give a tagger RGB
+def list_rules(measurements: Measurements) -> Iterator[Rule]:
+    """Yield the rules that apply, with their words; docs/results.md#by-minutes says what they rest on."""
+    network = choose_network(measurements)
+    side = choose_px(measurements)
+    yield _choose_weights(measurements, network)
+    if measurements.grey and measurements.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model augment.mean augment.std", words, "no image has a colour")
     words = f"augment.image_size_hw=[{side},{side}]"
-    yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px")
-    if facts.side_px > _SHRINK * side:
+    yield Rule("augment.image_size_hw", words, f"the images have {measurements.side_px} px")
+    if measurements.side_px > _SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
-    if _takes_policy(facts):
+    if _takes_policy(measurements):
         yield Rule(
             "augment.rand_augment augment.on_device",
             f"augment.rand_augment={_POLICY}",
-            f"the images show things, in about {epochs_of(facts):.0f} epochs",
+            f"the images show things, in about {epochs_of(measurements):.0f} epochs",
         )
-    if facts.has_classes:
-        yield from _rules_for_classes(facts, network)
+    if measurements.has_classes:
+        yield from _rules_for_classes(measurements, network)
     if network.is_pretrained:
         yield Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
         yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
-    elif facts.bf16:
+    elif measurements.bf16:
         words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
         yield Rule("optim", words, "it beats SGD")
     else:
@@ -147,56 +158,56 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     yield Rule("schedule", schedule, "it is good at any length")
 
 
-def _rules_for_classes(facts: Facts, network: Network) -> Iterator[Rule]:
+def _rules_for_classes(measurements: Measurements, network: Network) -> Iterator[Rule]:
     """Yield the rules that need the classes of images."""
-    epochs = f"about {epochs_of(facts):.0f} epochs"
+    epochs = f"about {epochs_of(measurements):.0f} epochs"
     if network.is_pretrained:
         words = "task.head=refitted task.label_smoothing=0.0"
         yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
-    mirrors = facts.mirrors >= MIRRORS
-    why = f"a mirrored image finds its class {facts.mirrors:.2f} times as often"
+    mirrors = measurements.mirrors >= MIRRORS
+    why = f"a mirrored image finds its class {measurements.mirrors:.2f} times as often"
     yield Rule("augment.horizontal_flip", f"augment.horizontal_flip={0.5 if mirrors else 0.0}", why)
     crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"
-    if _is_letters(facts):
-        crops = f"{_SMALL_CHANGES} augment.fill={facts.border}"
+    if _is_letters(measurements):
+        crops = f"{_SMALL_CHANGES} augment.fill={measurements.border}"
     yield Rule(
         "augment.crop_scale", crops, "the same share says how far the place and the size of a figure tell its class"
     )
-    if not facts.colours and epochs_of(facts) >= _MANY_EPOCHS:
+    if not measurements.colours and epochs_of(measurements) >= _MANY_EPOCHS:
         yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
-    if _mixes_letters(facts):
+    if _mixes_letters(measurements):
         yield Rule("task.cutmix_alpha task.mixup_alpha", "task.mixup_alpha=0.4", f"there are {epochs}")
         yield Rule("augment.random_erasing", "augment.random_erasing=0.25", f"letters are learned by heart in {epochs}")
-    elif not _is_letters(facts) and not _takes_policy(facts) and epochs_of(facts) >= _MIX_EPOCHS:
+    elif not _is_letters(measurements) and not _takes_policy(measurements) and epochs_of(measurements) >= _MIX_EPOCHS:
         words = "task.cutmix_alpha=1.0 task.mix_probability=0.5"
         yield Rule("task.cutmix_alpha task.mixup_alpha", words, f"there are {epochs}")
-    if not _takes_policy(facts):
+    if not _takes_policy(measurements):
         why = "whole batches are changed in less time"
         yield Rule("augment.on_device augment.rand_augment", "augment.on_device=true", why)
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
 
 
-def _takes_policy(facts: Facts) -> bool:
+def _takes_policy(measurements: Measurements) -> bool:
     """Return whether RandAugment pays: drawings or photographs, no letters or bare textures, in many epochs."""
     least, most = _POLICY_EPOCHS
-    return facts.colours and facts.mirrors >= MIRRORS and least <= epochs_of(facts) < most
+    return measurements.colours and measurements.mirrors >= MIRRORS and least <= epochs_of(measurements) < most
 
 
-def _is_letters(facts: Facts) -> bool:
-    return facts.mirrors < CROPS
+def _is_letters(measurements: Measurements) -> bool:
+    return measurements.mirrors < CROPS
 
 
-def _mixes_letters(facts: Facts) -> bool:
-    epochs = epochs_of(facts)
-    return _is_letters(facts) and epochs >= _LETTER_EPOCHS and epochs * facts.images >= _LETTERS_SEEN
+def _mixes_letters(measurements: Measurements) -> bool:
+    epochs = epochs_of(measurements)
+    return _is_letters(measurements) and epochs >= _LETTER_EPOCHS and epochs * measurements.images >= _LETTERS_SEEN
 
 
-def _choose_weights(facts: Facts, network: Network) -> Rule:
+def _choose_weights(measurements: Measurements, network: Network) -> Rule:
     words = f"model=timm model.name={network.name}"
     if network.is_pretrained:
         why = "features of its weights tell clearly more of the class than small pictures"
         return Rule("model init_from", f"{words} init_from=timm", why)
-    why = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
+    why = f"{measurements.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
     channels = ",".join(map(str, network.channels))
     return Rule("model", f"{words} model.channels=[{channels}]", why)
 
@@ -234,15 +245,15 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
     pretrained = None
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained
-    facts = find_facts(config, start.collection(config.data), labels, start.runtime, pretrained)
+    measurements = measure(config, start.collection(config.data), labels, start.runtime, pretrained)
     chosen = []
     lines = []
-    for rule in list_rules(facts):
+    for rule in list_rules(measurements):
         if kept := [key for key in ("experiment", *rule.groups.split()) if job.states(key)]:
             lines.append((" ".join(kept), "as set"))
         else:
             chosen += rule.words.split()
             lines.append((rule.words, f"because {rule.why}"))
-    log.debug("plan: %s", facts)
+    log.debug("plan: %s", measurements)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen

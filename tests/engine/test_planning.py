@@ -1,4 +1,4 @@
-"""The plan of `train.py loop.minutes`: rules over facts, kept by the run, never against a word of the command."""
+"""The plan of `train.py loop.minutes`: rules over measurements, kept by the run, never against a word of a command."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ import timm
 import torch
 from PIL import Image
 
-from engine.recipe import facts
+from engine.recipe import measurements
 from engine.recipe import rules as planning
-from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
+from engine.recipe.measurements import Measurements, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import length, minutes
 from engine.run.loop import Run
@@ -21,8 +21,8 @@ from utils.hardware import choose_precision
 from utils.io.files import read_json
 from utils.record.run_reader import RunReader
 
-FACTS = Facts(
-    images=1000, measured=100, side_px=100, most_px=224, has_classes=True, mirrors=1.0, border=255, colours=True,
+FACTS = Measurements(
+    images=1000, validation=100, side_px=100, most_px=224, has_classes=True, mirrors=1.0, border=255, colours=True,
     grey=False, reference=1e5, bf16=True,
 )  # fmt: skip
 
@@ -30,8 +30,8 @@ FACTS = Facts(
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
-    monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: 0.002)
-    monkeypatch.setattr(facts, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(measurements, "time_network", lambda config, side, batch, runtime: 0.002)
+    monkeypatch.setattr(measurements, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(length, "_time_steps", lambda run, seconds: Speed(20.0, 20.0, 2))
     monkeypatch.setattr(length, "_time_evaluation", lambda run: 1.0)
     monkeypatch.setattr(length, "monotonic", lambda: length.STARTED)
@@ -51,7 +51,7 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
     assert not config["augment"]["on_device"]  # as the policy is set
     kept = read_json(tmp_path / "run/minutes.json")["words"]
     assert "optim=muon" in kept and not any("image_size_hw" in word for word in kept)
-    monkeypatch.setattr(planning, "find_facts", None)  # it is not planned again
+    monkeypatch.setattr(planning, "measure", None)  # it is not planned again
     run("train", words, tmp_path)
     assert RunReader(tmp_path / "run").config == config
 
@@ -62,15 +62,15 @@ def chosen(facts, key):
 
 def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has_its_own(words, tmp_path, monkeypatch):
     fill_cache(monkeypatch, tmp_path, RESNET, timm.create_model("test_resnet"))
-    monkeypatch.setattr(facts, "_LEAST_FINE", 1)
+    monkeypatch.setattr(measurements, "_LEAST_FINE", 1)
     monkeypatch.setattr(Run, "fit", lambda *_: None)
     fetched = []
     monkeypatch.setattr(offers, "_fetch", lambda offer, seconds: fetched.append((offer, seconds)))
     # Regressions on features err rarely, on pictures often. In float32 the network trains in half the time.
     wrong = {2: 0.1, 4: 0.7}
-    monkeypatch.setattr(facts, "left_out_errors", lambda pictures, labels: wrong[pictures.ndim])
+    monkeypatch.setattr(measurements, "left_out_errors", lambda pictures, labels: wrong[pictures.ndim])
     seconds = {"bf16": 0.002, "fp32": 0.001}
-    monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: seconds[runtime.precision])
+    monkeypatch.setattr(measurements, "time_network", lambda config, side, batch, runtime: seconds[runtime.precision])
     words = [
         *words[:3],
         "loop.batch_size=4",
@@ -93,7 +93,7 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
     run("train", [*words, "model.pretrained=cached", "run_dir=cached"], tmp_path)
     assert RunReader(tmp_path / "cached").config["model"]["name"] == RESNET
-    monkeypatch.setattr(facts, "compare_mirrored", lambda small, labels: 0.3)  # letters
+    monkeypatch.setattr(measurements, "compare_mirrored", lambda small, labels: 0.3)  # letters
     run("train", [*words, "run_dir=letters"], tmp_path)
     assert RunReader(tmp_path / "letters").config["init_from"] is None
     assert len(fetched) == 1
@@ -172,7 +172,7 @@ def test_mirroring_is_judged_by_the_images(mirrors):
     for image, label in zip(images, labels):
         part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
         (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
-    assert (compare_mirrored(images.float(), labels) >= facts.MIRRORS) is mirrors
+    assert (compare_mirrored(images.float(), labels) >= measurements.MIRRORS) is mirrors
 
 
 def test_colours_that_tell_nothing_are_changed():

@@ -1,4 +1,4 @@
-"""The facts of a collection and a machine that the rules of `loop.minutes` need (engine/recipe/rules.py)."""
+"""Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import math
 import time
@@ -36,7 +36,7 @@ log = get_logger(__name__)
 UNIT_PX = 64  # of timing
 FINE_PX = 96  # of the features of weights
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
-_SAMPLE = 1000  # images that are decoded for the facts
+_SAMPLE = 1000  # images that are decoded for them
 _SAMPLE_SHARE = 0.025  # of the minutes, at most, is for that
 MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
 CROPS = 0.6  # below it, the place and the size of a figure tell its class, too
@@ -81,10 +81,10 @@ REFERENCE = Network("resnet10t", 32, 1.0)
 
 
 @dataclass(frozen=True)
-class Facts:
+class Measurements:
     """What the rules know.
 
-    images: of training; measured: of validation. side_px: the median of the longer sides of a sample, at most
+    images: of training; validation: of validation. side_px: the median of the longer sides of a sample, at most
     `most_px`, the largest that may train. has_classes: one for each image, not tags, for which mirrors, border and
     colours are unknown. mirrors: the share of the accuracy of nearest neighbours that mirrored images keep. border: the
     grey level of the images' upper borders. colours: whether the mean colour tells something of the class. grey:
@@ -98,7 +98,7 @@ class Facts:
     side_px: int
     most_px: int
     has_classes: bool
-    measured: int
+    validation: int
     border: int
     grey: bool
     reference: float
@@ -155,14 +155,14 @@ def _choose_rows(rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     return rows[:_SAMPLE]
 
 
-def find_facts(
+def measure(
     config: ImageTrainingConfig,
     collection: Collection,
     labels: np.ndarray | None,
     runtime: Runtime,
     pretrained: Pretrained | None,
-) -> Facts:
-    """Return the facts of a collection and a machine; takes a few seconds.
+) -> Measurements:
+    """Measure a collection and a machine; takes a few seconds.
 
     labels: the class of each row of the collection, negative for none; None: it has tags. pretrained: whose
     weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
@@ -197,10 +197,9 @@ def find_facts(
     reference = max(time_of_ranks / first_sec, after_first)
     border = round(sample.small[:, :, 0].median().item())
     is_grey = bool((sample.small == sample.small[:, :1]).all())
-    measured = len(collection.rows("val"))
-    return Facts(
+    return Measurements(
         images=len(rows),
-        measured=measured,
+        validation=len(collection.rows("val")),
         side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,
