@@ -84,10 +84,12 @@ def make(change: Change, config: AnyConfig, start: Start) -> AnyConfig:
     after = flatten(changed.model_dump())
     lines = []
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            lines.append(f"{key} {before.get(key)} -> {after.get(key)}")
-            if change.cause is not None and start.job.states(key, start.job.stated(change.cause)):
-                raise UserError(f"{key}: it is stated, but {change.cause} changes it ({lines[-1]}); remove one")
+        old = before.get(key)
+        new = after.get(key)
+        if old != new and change.cause and start.job.states(key, start.job.stated(change.cause)):
+            raise UserError(f"{key}: {old}, but {change.cause} asks for {new} ({change.why}); remove one of the keys")
+        if old != new:
+            lines.append(f"{key} {old} -> {new}")
     if lines:
         log.info("%s: %s", change.why, textwrap.shorten(", ".join(lines), _SHOWN, placeholder=" ..."))
     return changed
