@@ -38,12 +38,11 @@ def test_the_page_builds_a_kind_that_every_command_knows(tmp_path):
     for name in subprocess.check_output(["git", "ls-files", "*.py", "conf"], cwd=ROOT, text=True).split():
         (program / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, program / name)
-    task, kind, entry, output = blocks("python")
+    schema, task, kind, entry, output = blocks("python")
+    insert(program / "engine/tasks/config.py", "class ClassificationTaskConfig", f"{schema}\n\n")
     (program / "engine/tasks/score.py").write_text(f"{task}\n\n{kind}")
     (program / "conf/task/score.yaml").write_text(*blocks("yaml"))
-    kinds = program / "engine/tasks/kinds.py"
-    insert(kinds, "from engine.tasks.tagging import", "from engine.tasks.score import ScoreKind\n")
-    insert(kinds, '    "diffusion": DiffusionKind(),', entry)
+    insert(program / "engine/tasks/kinds.py", '    "diffusion": KindRow(', entry)
     insert(program / "models/outputs.py", '    "features": Output(', output)
 
     images = make_collection(program / "PATH")
