@@ -30,7 +30,7 @@ class Fit(NamedTuple):
 
     given: State  # the tensors to load, under the network's names
     left: list[str]  # the network's names that are not in `given`
-    unused: list[str]  # the state's names that are not in `given`
+    unused: list[str]  # the names of the fitted state that are not in `given`
 
 
 def is_meta(network: nn.Module) -> bool:
@@ -67,9 +67,7 @@ def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     ignored = {name for name in tensors if name in left or (name not in target and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     refuse_misfits(given, {name: tensor for name, tensor in target.items() if name not in left})
-    loaded = {name.removeprefix(_ENCODER) for name in given}
-    unused = [name for name in state if name.removeprefix(_ENCODER) not in loaded]
-    return Fit(given, [name for name in target if name in left], unused)
+    return Fit(given, [name for name in target if name in left], sorted(ignored))
 
 
 def fit_prefix(state: Tensors, target: Tensors) -> State:
@@ -77,10 +75,14 @@ def fit_prefix(state: Tensors, target: Tensors) -> State:
     has_encoder = any(name.startswith(_ENCODER) for name in state)
     needs_encoder = any(name.startswith(_ENCODER) for name in target)
     if has_encoder and not needs_encoder:
-        return {name.removeprefix(_ENCODER): state[name] for name in state if name.startswith(_ENCODER)}
-    if needs_encoder and not has_encoder:
-        return {_ENCODER + name: state[name] for name in state if not name.startswith(("head.", "norm."))}
-    return dict(state)
+        fitted = {name: name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)}
+    elif needs_encoder and not has_encoder:
+        fitted = {name: _ENCODER + name for name in state if not name.startswith(("head.", "norm."))}
+    else:
+        return dict(state)
+    if others := [name for name in state if name not in fitted]:
+        log.info("init_from: the encoder alone is loaded; not used: %s", ", ".join(others))
+    return {new: state[name] for name, new in fitted.items()}
 
 
 def _adapt_channels(name: str, weight: Tensor, target: Tensor) -> Tensor:

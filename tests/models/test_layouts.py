@@ -153,6 +153,7 @@ def test_the_encoder_of_any_pretraining_is_taken(make, tmp_path, log):
     write_weights(tmp_path / "w.safetensors", method.state_dict(), {"task": {"name": "simmim"}})
     start(target, tmp_path / "w.safetensors")
     assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    assert log.text.count("pixels.weight, pixels.bias") + log.text.count("pixels.bias, pixels.weight") == 1
 
 
 def test_the_weights_or_their_average_are_taken_as_asked(tmp_path):
