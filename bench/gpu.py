@@ -73,7 +73,6 @@ PARTS = {
     "a minute of Fashion-MNIST": Part(["bench/minute.py", "rows", "fashion"], 140),
     "fine-tuning, tiny": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, eager"], 100),
     "tests": Part(["-m", "pytest", "-n", "8", "-m", "gpu", "--timeout=90", "tests"], 130, read_tests),
-    "pretraining, tiny": Part(["bench/pretrain_step.py", "rows", "tiny"], 110),
     "fine-tuning, tiny, timm compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, timm compiled"], 240),
     "SDXL, step": Part(["bench/sdxl.py", "rows", "step"], 180),
     "SDXL, start": Part(["bench/sdxl.py", "rows", "start"], 200),
@@ -83,7 +82,6 @@ PARTS = {
     "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 240),
     "SDXL, caches": Part(["bench/sdxl.py", "rows", "caches"], 180),
     **{f"SDXL, memory, {gib} GB": Part(["bench/memory.py", "rows", f", {gib} GB"], 240) for gib in (8, 12, 16, 24)},
-    "pretraining, base": Part(["bench/pretrain_step.py", "rows", "base"], 110),
 }
 
 

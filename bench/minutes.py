@@ -3,7 +3,7 @@
     python bench/minutes.py [minutes=2] [collections=FOLDER] [names=glyphs,...] [seeds=3] [core=0] [journal=PATH]
         [timm_script=TIMM/train.py]
 
-collections: what bench/draw_collections.py drew: NAME and NAME_tenth. timm_script: `train.py` of a checkout of
+collections: what bench/draw_collections.py drew. timm_script: `train.py` of a checkout of
 huggingface/pytorch-image-models that fits the installed timm and has --train-batches-per-epoch; without it, only ours
 runs. For two cores, start two commands with names, cores and journals of their own.
 
@@ -49,7 +49,7 @@ from utils.record.run_reader import RunReader
 DEFAULTS = {
     "minutes": "2",
     "collections": str(OUT / "collections"),
-    "names": "glyphs,fashion,emoji",
+    "names": "glyphs,fashion",
     "seeds": "3",
     "core": str(min(os.sched_getaffinity(0))),
     "journal": str(OUT / "minutes.jsonl"),
@@ -77,7 +77,7 @@ AUGMENTATIONS = {
     "mild": ["--scale", 0.7, 1.0, "--color-jitter", 0],
     "strong": ["--scale", 0.35, 1.0, "--color-jitter", 0.2, "--reprob", 0.2],
 }
-NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
+NOT_MIRRORED = ["glyphs"]  # a user knows that a mirrored letter is another one
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
 COLUMNS = [
