@@ -2,7 +2,6 @@
 
     python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
     python tests/fake_cuda.py faults                            planted faults that must be found
-    python tests/fake_cuda.py PART ...          parts of bench/gpu.py, with tiny sizes, that read no files
 
 Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
 operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry
@@ -18,10 +17,8 @@ optimiser kernels, which have no fake form.
 import contextlib
 import ctypes
 import importlib.util
-import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -64,7 +61,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.gpu import PARTS
 from bench.measure import build_bench_run
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
@@ -73,7 +69,6 @@ from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.update import runtime as runtime_module
 from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
-from utils.config.help import ROOT
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda", 0)
@@ -290,15 +285,6 @@ def run_case(task, optim, precision):
         return device.waits, device.map_copies
 
 
-def rehearse(part):
-    """Run a part of bench/gpu.py with tiny sizes; returns how many rows it prints."""
-    words = part.shorten().words
-    printed = io.StringIO()
-    with fake_gpu(), mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    return sum(part.read(line) is not None for line in printed.getvalue().splitlines())
-
-
 def score_tags(counts, vocabulary):
     """Stand for TagScores: no tag has a positive where all arrays are zeros."""
     with contextlib.suppress(UserError):
@@ -357,8 +343,6 @@ def main():
         try:
             if case == "faults":
                 row["waits"] = [name for name, fault in FAULTS.items() if not find_fault(*fault)]  # those missed
-            elif case in PARTS:
-                row["rows"] = rehearse(PARTS[case])
             else:
                 row["waits"], row["map_copies"] = run_case(*case.split(":"))
         except Exception as error:

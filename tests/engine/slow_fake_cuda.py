@@ -1,4 +1,4 @@
-"""Other tasks, optimisers, precisions and benches on CUDA tensors that do not exist (tests/fake_cuda.py)."""
+"""Other tasks, optimisers and precisions on CUDA tensors that do not exist (tests/fake_cuda.py)."""
 
 import pytest
 
@@ -17,10 +17,3 @@ def test_every_task_every_optimiser_and_every_precision(cases):
     if "diffusion" in cases:
         pytest.importorskip("diffusers", reason="make install-sdxl")
     check(run_cases(*cases.split()))
-
-
-def test_benches_of_a_gpu_run():
-    parts = ["fine-tuning, tiny", "fine-tuning, tiny, compiled", "images cut on the device"]
-    rows = run_cases(*parts)
-    check(rows)
-    assert [row["rows"] for row in rows] == [1, 1, 1]

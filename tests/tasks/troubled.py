@@ -7,9 +7,6 @@ nan FIRST LAST [RANK]            the losses of the samples that these steps (fro
 kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
 little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
-skip_steps                       three steps are skipped: the fourth's losses are NaN on the last rank, the sixth has a
-                                 gradient that is NaN in one row, in the eighth no image weighs anything; no checkpoint
-                                 is removed
 hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
 """
 
@@ -116,27 +113,6 @@ def little_memory(*sizes):
         return forward(self, batch, progress)
 
     ClassificationTask.forward = limited
-
-
-def skip_steps():
-    forward, update, now = ClassificationTask.forward, Learner.update, {"step": -1}
-
-    def poisoned(self, batch, progress):
-        output = forward(self, batch, progress)
-        if self.training and now["step"] == 3 and distributed.rank() == distributed.world_size() - 1:
-            output.loss = output.loss * torch.nan
-        if self.training and now["step"] == 5:
-            output.loss = output.loss + (self.network.head.weight[-1, 0] * 0.0).sqrt()  # 0, of slope 0 / 0
-        return output
-
-    def weightless(learner, batches, *arguments, **named):
-        now["step"] = learner.step
-        for batch in batches if learner.step == 7 else ():
-            batch["weight"].zero_()
-        return update(learner, batches, *arguments, **named)
-
-    ClassificationTask.forward, Learner.update = poisoned, weightless
-    checkpoint.KEPT = 9
 
 
 def hang_reading(position):
