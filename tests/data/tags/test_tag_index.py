@@ -1,12 +1,10 @@
-"""Tags as outputs of a vocabulary, and vocabularies: literal cases, refusals, and rows of any texts (Hypothesis)."""
+"""Tags as outputs of a vocabulary, and vocabularies: literal cases and refusals."""
 
 import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.layouts.table import build_table
 from data.tags.rules import TagRules, TagRulesConfig, VocabularyConfig, read_rules
@@ -14,11 +12,9 @@ from data.tags.tag_index import index_tags, map_tags
 from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from tests.support import refuses
-from utils.formats.spelling import parse_rating, parse_tag
 from utils.formats.vocabulary import RATINGS, Vocabulary
 
 NO_RULES = TagRules(None, {}, {}, "task.")
-FUZZ = settings(max_examples=60, deadline=None, database=None)
 
 
 def vocabulary(*tags, ratings=True):
@@ -131,24 +127,6 @@ def test_what_s_means_is_stated():
         found = map_tags(table, vocabulary("a"), TagRules(meaning, {}, {}, "task."))
         assert rows_of(found) == [[column, 4], [column, 4], [column], [0, 4]]
     assert rows_of(map_tags(table, vocabulary("a", ratings=False), NO_RULES)) == [[0], [0], [], [0]]
-
-
-TEXTS = st.sampled_from(["a", "A ", "b c", "(b_c:2)", "character:a", "x", "", "rating:q", "meta:d", "d", 'q",\\('])
-ROWS = st.tuples(st.lists(TEXTS | st.text(max_size=3), max_size=6), st.sampled_from([None, "e", "?"]))
-
-
-@FUZZ
-@given(st.lists(ROWS, min_size=1))
-def test_any_rows_are_mapped_as_one_by_one(rows):
-    known = vocabulary("a", "b_c", (5, "d"), (4, "a"))
-    found = map_tags(of_rows([tags for tags, _ in rows], [rating for _, rating in rows]), known, NO_RULES)
-    for (tags, rating), outputs in zip(rows, rows_of(found)):
-        parsed = {parse_tag(text) for text in tags}
-        keys = {({"d": 5}.get(tag.name, 0) if tag.category is None else tag.category, tag.name) for tag in parsed}
-        ratings = {parse_rating(name) for number, name in keys if number == 9} & set(RATINGS)
-        ratings = {"explicit"} if rating == "e" else ratings if len(ratings) == 1 else set()
-        expected = {known.columns[key] for key in keys if key in known.columns and key[0] != 9}
-        assert outputs == sorted({known.columns[9, name] for name in ratings} | expected)
 
 
 # The index.
