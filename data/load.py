@@ -8,7 +8,6 @@ from data.collection.collection import Collection
 from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.open import allow_pixels, decoder_versions
-from data.layouts.glyphs import draw_glyphs
 from data.layouts.table import SPLITS
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -23,6 +22,8 @@ def load_collection(config: DataConfig) -> Collection:
 
     def index() -> str:
         if config.name == "glyphs":
+            from data.layouts.glyphs import draw_glyphs
+
             draw_glyphs(Path(config.root))
         return str(index_collection(config.root, cache=CACHE, **config.index_settings()))
 

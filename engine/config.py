@@ -21,7 +21,7 @@ from utils.config.bounds import (
 )
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
-from utils.config.sweep import SweepConfig
+from utils.config.sweep_config import SweepConfig
 from utils.errors import UserError
 from utils.record.config import TrackingConfig
 

@@ -20,7 +20,7 @@ from engine.run.clock import Stages
 from engine.run.length import fit_minutes
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import open_kind
 from utils.config.command_line import Job
 from utils.io.files import output_errors, refuse_links_out
 from utils.io.weight_files import InitFrom

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
-from models.convnextv2 import ConvNeXtV2
 from models.small_maps import use_small_maps
 from utils.errors import UserError, close_names
 from utils.io.files import Json
@@ -17,6 +16,8 @@ def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """
     if isinstance(config, TimmConfig):
         return _build_timm(config, num_classes)
+    from models.convnextv2 import ConvNeXtV2
+
     return ConvNeXtV2(**config.model_dump(exclude={"family", "name"}), num_classes=num_classes)
 
 

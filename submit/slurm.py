@@ -37,7 +37,8 @@ from submit.job import ScriptJob
 from utils.config.entry_point import Job, entry_point, quote_paths
 from utils.config.help import ROOT
 from utils.config.schema import Strict, path_keys
-from utils.config.sweep import FLAGS, parse_sweep
+from utils.config.sweep import parse_sweep
+from utils.config.sweep_config import FLAGS
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
 from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE

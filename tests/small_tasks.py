@@ -7,9 +7,8 @@ import torch
 from bench.measure import read_group
 from data.stream.batch import Ragged, collate
 from engine.tasks.fcmae import patch_count
-from engine.tasks.kind import Setup
+from engine.tasks.kind import Setup, open_kind
 from engine.tasks.kinds import KINDS
-from engine.tasks.opening import open_kind
 from models.config import ModelConfig
 from sdxl.files import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary

@@ -4,7 +4,6 @@ import numpy as np
 from numpy import ndarray
 
 from data.collection.collection import Collection
-from data.collection.search import find_rows
 from data.collection.split import hash_paths, rank_by_hash
 from utils.contracts import TrainChoice
 from utils.errors import UserError
@@ -28,6 +27,8 @@ def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarra
         )
     rows = every
     if choice.find is not None:
+        from data.collection.search import find_rows
+
         rows = np.intersect1d(every, find_rows(collection, choice.find, "loop.find"))
         if len(rows) == 0 < len(every):
             raise UserError(

@@ -14,7 +14,6 @@ from data.layouts.folders import read_folder
 from data.layouts.manifest import find_changed, find_manifest, read_listed, read_manifest
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.scan import TableChoice, scan_folder
-from data.layouts.shards import find_shards, read_shards
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 from utils.record.logging import get_logger
@@ -47,5 +46,7 @@ def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> La
     folder = scan_folder(path, unused, choice)
     if folder.images or not folder.shards:
         return Layout([], partial(read_folder, folder))
+    from data.layouts.shards import find_shards, read_shards
+
     files = find_shards(folder, cache)
     return Layout(list(files.values()), partial(read_shards, path, files, unused, choice.columns))

@@ -2,7 +2,6 @@
 
 from engine.tasks.change import AnyConfig, Start
 from models.config import TimmConfig
-from models.weights.timm_hub import stated_preprocessing
 from utils.errors import UserError, about
 from utils.record.logging import get_logger
 
@@ -22,6 +21,8 @@ def take_preprocessing(config: AnyConfig, start: Start) -> AnyConfig:
             f"init_from: timm has weights for its own networks, not for {model.name}; set model=timm "
             f"model.name={model.name}, or give a weight file"
         )
+    from models.weights.timm_hub import stated_preprocessing
+
     with about("model.name"):
         preprocessing = stated_preprocessing(model)
     size_hw = preprocessing.pop("image_size_hw")

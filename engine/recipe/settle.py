@@ -15,7 +15,6 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from engine.config import TrainingConfig
 from engine.recipe.pretrained import take_preprocessing
-from engine.recipe.rules import plan_recipe
 from engine.run.clock import Stages
 from engine.run.start import start_ranks
 from engine.tasks.change import AnyConfig, Change, Start
@@ -58,12 +57,20 @@ def settle(config: TrainingConfig, job: Job, kind: Kind, stages: Stages) -> Sett
     return Settled(config, start.job, start.runtime, collection, path)
 
 
+def _plan(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
+    if config.loop.minutes is None:
+        return config
+    from engine.recipe.rules import plan_recipe  # the rules, and the features that they look at
+
+    return plan_recipe(config, start, kind)
+
+
 def list_changes(kind: Kind) -> tuple[Change, ...]:
     """Return the changes before a run of a kind, in order."""
     return (
         EARLIER,
         Change(_check_length, "the length"),
-        Change(partial(plan_recipe, kind=kind), "the plan of loop.minutes"),
+        Change(partial(_plan, kind=kind), "the plan of loop.minutes"),
         Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
         Change(take_preprocessing, "timm's weights were trained so", "init_from"),
         *kind.changes,

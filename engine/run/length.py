@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
-from engine.run.lr_finder import undone
 from engine.run.minutes import Found, Pace, Speed, read_minutes
-from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -106,6 +104,8 @@ def _time_steps(run: Run, seconds: float) -> Speed:
 
 def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None) -> tuple[int, float]:
     """Return the number of updates of one stream that were timed, and their mean seconds. The updates are undone."""
+    from engine.run.lr_finder import undone
+
     learner = run.learner
 
     def time_updates(count: int) -> float:
@@ -160,6 +160,8 @@ def wait_for(device: torch.device) -> None:
 
 def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
     """Return the seconds of an update of a network by a batch of images, without reading them."""
+    from engine.update.graphs import record_graph
+
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
 
     def update() -> None:

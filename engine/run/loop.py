@@ -16,7 +16,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.evaluation import Evaluator
-from engine.run.lr_finder import find_lr
 from engine.run.minutes import Pace
 from engine.run.recorder import Recorder
 from engine.run.summary import report_end
@@ -106,6 +105,8 @@ class Run:
         if self.step == 0 and plan.total_steps > 0:
             self.evaluator.begin()
         if self.step == 0 and plan.range_test_steps:
+            from engine.run.lr_finder import find_lr
+
             with closing(self.read(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:

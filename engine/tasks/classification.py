@@ -21,13 +21,10 @@ from engine.config import TrainingConfig
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
-from engine.measures.promise import make_promise
-from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Finish, Loaders, Report, StepOutput, log_mean
 from engine.tasks.config import ImageTrainingConfig
-from engine.tasks.head import fit_head
 from engine.tasks.kind import Kind, Setup, label_fields
 from engine.tasks.mixing import MixingTask
 from engine.update.runtime import Runtime
@@ -102,11 +99,15 @@ class ClassificationTask(MixingTask):
 
         leads: `Collection.leads`; of near-duplicates, the first one counts. Raises UserError (`risk`).
         """
+        from engine.measures.promise import make_promise
+
         report, decided = self._measure(batches, leads)
         return report, make_promise(decided, risk)
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
         """Return the report, and the right and wrong answers by probability; with leads, those to leads alone."""
+        from engine.measures.tag_scores import decision_rows
+
         names = self.class_names
         most = min(5, len(names))
         means = Means()
@@ -200,6 +201,8 @@ class ClassificationKind(Kind):
         is_new: bool,
     ) -> Finish | None:
         """Fit the head of a new run, with `task.head=fitted` or `refitted`, which is fitted at the end, too."""
+        from engine.tasks.head import fit_head
+
         if task.head not in ("fitted", "refitted"):
             return None
         is_usable, fields = self.samples(data.collection, setup)

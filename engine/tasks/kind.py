@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,11 @@ from data.stream.source import Source
 from engine.task import Finish, Loaders, Streams, Task
 from engine.tasks.change import AnyConfig, Change, Start
 from engine.tasks.config import ImageTrainingConfig
+from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
-from models.weights.initialise import initialise_from
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
@@ -83,6 +84,8 @@ class ImageTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file, and its head or decoder if `keep_head`."""
+        from models.weights.initialise import initialise_from
+
         self.origin = initialise_from(self.network, source, keep_head=self.keep_head, class_names=self.class_names)
 
 
@@ -216,6 +219,11 @@ class Kind:
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
+
+
+def open_kind(name: str) -> Kind:
+    """Return the kind with a name in the table."""
+    return resolve_name(KINDS[name].kind)()
 
 
 def predict_command(collection: Collection, rows: np.ndarray, weights: str | Path) -> str:

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 
 from engine.task import Task, Use, join_exported, split_exported
-from engine.tasks.kind import Kind, Setup
+from engine.tasks.kind import Kind, Setup, open_kind
 from engine.tasks.kinds import KINDS
 from models.interop.metadata import dict_of
 from models.predictor import check_metadata
@@ -20,11 +20,6 @@ from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
-
-
-def open_kind(name: str) -> Kind:
-    """Return the kind with a name in the table."""
-    return resolve_name(KINDS[name].kind)()
 
 
 def read_setup(

@@ -12,8 +12,7 @@ import torch
 from pydantic import BaseModel
 
 from data.augment.transforms import EvalTransform
-from engine.tasks.kind import Setup
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import Setup, open_kind
 from tests.in_process import SCRIPTS, SMALL_MODEL, configure, load_command
 from utils.config.schema import Strict
 

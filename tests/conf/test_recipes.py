@@ -13,8 +13,7 @@ import pytest
 
 from engine.plan import plan_streams
 from engine.run.start import build_task
-from engine.tasks.kind import Setup
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import Setup, open_kind
 from models.fcmae import count_removed
 from optim.ema import ema_decay_at
 from optim.groups import build_groups

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from engine.plan import Plan
 from engine.run.start import start_ranks
-from engine.tasks.kind import Setup
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from engine.update.step import first_scale

@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.load import load_collection
 from data.open import Data
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import open_kind
 from engine.update.runtime import start_machine
 from tests.in_process import TINY, configure, make_images, run, working_in
 from tests.support import TINY as TINY_TASKS

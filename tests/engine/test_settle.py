@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.recipe import settle
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import open_kind
 from tests.in_process import configure
 from tests.support import refuses
 from utils.config.command_line import By, Job

@@ -16,8 +16,7 @@ from engine.exports.config import MovedBase
 from engine.exports.weights import open_weights
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
-from engine.tasks.kind import Setup
-from engine.tasks.opening import open_kind
+from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from sdxl.autoencoder_losses import PatchDiscriminator, absolute_error, hinge, pyramid_distance

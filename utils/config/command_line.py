@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from utils.config.help import CONF, read_defaults
 from utils.config.recipe import flatten
 from utils.config.schema import path_keys
-from utils.config.sweep import FLAGS
+from utils.config.sweep_config import FLAGS
 from utils.errors import about
 from utils.io.files import readable
 

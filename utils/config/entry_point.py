@@ -33,7 +33,7 @@ from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.recipe import flatten
 from utils.config.schema import path_keys
-from utils.config.sweep import FLAGS, parse_sweep, run_jobs
+from utils.config.sweep_config import FLAGS
 from utils.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -51,7 +51,6 @@ from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, own_place, setup_logging
 from utils.record.run_reader import run_of
-from utils.record.sweep_table import read_jobs, sweep_table
 
 log = get_logger(__name__)
 
@@ -175,6 +174,9 @@ class Command(Generic[Schema]):
         """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""
         if "sweep" not in self.schema.model_fields:
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
+        from utils.config.sweep import parse_sweep, run_jobs
+        from utils.record.sweep_table import read_jobs, sweep_table
+
         sweep = parse_sweep(arguments)
         statuses = run_jobs(sweep.jobs(), sweep.settings, sys.argv[0])
         jobs = read_jobs(Path(sweep.base))

@@ -20,17 +20,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
-from pydantic import Field
 
-from utils.config.bounds import Count, CountOrZero
 from utils.config.help import CONF
 from utils.config.messages import validate
-from utils.config.schema import PathText, Strict
+from utils.config.schema import Strict
+from utils.config.sweep_config import FLAGS, SweepConfig
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.io.files import Json, Values, output_errors, sha256_text
 from utils.ranks.distributed import detect_world
@@ -40,18 +39,9 @@ from utils.record.run_reader import RunReader, settings_of
 
 log = get_logger(__name__)
 
-FLAGS = {"--multirun", "-m"}
 _NAME_BYTES = 200  # of a job's folder; file systems allow 255
 _LOOK_SEC = 0.1
 _QUOTES = "'\""
-
-
-class SweepConfig(Strict):
-    """A sweep, with its run folders in outputs/sweeps/<name>/."""
-
-    name: PathText
-    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # a job at a time for each
-    trials: Count | None  # the number of jobs whose values Optuna chooses
 
 
 class _SweepWords(Strict):

@@ -169,7 +169,7 @@ def test_shards_are_scanned_again_only_where_a_file_changes(tmp_path, load, monk
         write_tar(tmp_path / f"root/{number}.tar", {"a.png": png(number)})
     before = load(tmp_path / "root")
     with monkeypatch.context() as patch:
-        patch.setattr("data.layouts.recognise.read_shards", lambda *_: pytest.fail("scanned again"))
+        patch.setattr("data.layouts.shards.read_shards", lambda *_: pytest.fail("scanned again"))
         again = load(tmp_path / "root")
     assert again.fingerprint == before.fingerprint
     assert [open_contents(again).read(row) for row in range(9)] == [png(number) for number in range(9)]
