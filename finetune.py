@@ -16,10 +16,9 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.tasks.kinds import training_schema
-from utils.config.entry_point import Command
+from engine.tasks.kinds import training_command
 
-main = Command("finetune", "engine.train:train", training_schema("finetune"))
+main = training_command("finetune")
 
 if __name__ == "__main__":
     main()

@@ -14,10 +14,9 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.tasks.kinds import training_schema
-from utils.config.entry_point import Command
+from engine.tasks.kinds import training_command
 
-main = Command("finetune_vae", "engine.train:train", training_schema("finetune_vae"))
+main = training_command("finetune_vae")
 
 if __name__ == "__main__":
     main()

@@ -13,10 +13,9 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.tasks.kinds import training_schema
-from utils.config.entry_point import Command
+from engine.tasks.kinds import training_command
 
-main = Command("train", "engine.train:train", training_schema("train"))
+main = training_command("train")
 
 if __name__ == "__main__":
     main()

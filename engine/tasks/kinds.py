@@ -16,7 +16,11 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, create_model
 
+from data.layouts.remote import is_remote
+from data.layouts.walk import check_root
 from engine.tasks.config import TaskTrainingConfig
+from utils.config.command_line import Job
+from utils.config.entry_point import Command
 
 
 class KindRow(NamedTuple):
@@ -59,3 +63,14 @@ def training_schema(script: str) -> type[TaskTrainingConfig]:
     if len(rows) > 1:
         task = Annotated[task, Field(discriminator="name")]
     return create_model(f"conf/{script}.yaml", __base__=resolve_name(rows[0].schema), task=(task, ...))
+
+
+def training_command(script: str) -> Command[TaskTrainingConfig]:
+    """Return the command of a root script that trains."""
+    return Command(script, _train, training_schema(script))
+
+
+def _train(config: TaskTrainingConfig, job: Job) -> str | None:
+    if config.data.name != "glyphs" and not is_remote(config.data.root):
+        check_root(config.data.root)  # as reading it does, but before torch is imported
+    return resolve_name("engine.train:train")(config, job)

@@ -1,0 +1,53 @@
+"""What a command does not import: a refusal needs the schemas alone, and jobs on files need no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.in_process import make_images
+from utils.config.help import ROOT
+
+_HEAVY = "{'torch', 'torchvision', 'timm', 'scipy', 'matplotlib', 'diffusers', 'transformers', 'wandb', 'onnx'}"
+
+
+def run_and_list(script, words, folder, shown=_HEAVY):
+    """Run a command in a process of its own; return its status and error, and which modules of `shown` it imported."""
+    code = (
+        "import atexit, runpy, sys; _, sys.path[0], *sys.argv = sys.argv; "
+        f"atexit.register(lambda: print(sorted({shown} & set(sys.modules)))); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [sys.executable, "-c", code, str(ROOT), str(ROOT / f"{script}.py"), *words]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stderr, done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "key"),
+    [
+        ("train", ["data.rot=PATH"], "data.rot"),
+        ("train", ["data.root=no/folder"], "data.root"),
+        ("finetune_sdxl", ["loop.batch_size=many", "data.root=x"], "loop.batch_size"),
+        ("prepare", ["data.root=no/folder", "dry_run=true"], "data.root"),
+        ("evaluate", ["weights=w", "risk=2"], "risk"),
+        ("predict", ["weights=w", "input=i", "output=o", "threshold=2"], "threshold"),
+        ("export", ["format=none"], "format"),
+    ],
+)
+def test_a_refusal_imports_the_schemas_alone(script, words, key, tmp_path):
+    status, error, imported = run_and_list(script, words, tmp_path)
+    assert (status, imported) == (2, "[]") and key in error
+
+
+COPY = ["job=copy", "job.to=copies"]
+VOCABULARY = ["job=vocabulary", "job.output=tags.csv", "job.min_count=1"]
+
+
+@pytest.mark.parametrize("words", [["job=check"], ["job=manifest"], ["job=filter", "job.find=tag_1"], COPY, VOCABULARY])
+def test_jobs_on_files_need_no_torch(words, tmp_path):
+    make_images(tmp_path / "images")
+    for number, image in enumerate(sorted((tmp_path / "images").rglob("*.png"))):
+        image.with_suffix(".txt").write_text(f"tag_{number % 2}")
+    status, error, imported = run_and_list("prepare", [*words, "data.root=images"], tmp_path)
+    assert status == 0 and "torch" not in imported, error
