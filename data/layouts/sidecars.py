@@ -145,24 +145,22 @@ def _words(field: str, value: Any) -> tuple[str, ...]:
 
 
 def read_beside(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
-    """Return what the sidecars of each image say."""
-    sidecars = folder.sidecars
-    read = in_threads(lambda path: read_sidecars(folder.root, path, sidecars[path], folder.unused), list(sidecars))
-    return dict(zip(sidecars, read))
+    """Return what the sidecars of each image say; of several with one suffix, the first counts."""
+    root = folder.root
+
+    def read(image: str) -> Sidecar:
+        texts = {os.path.splitext(file)[1].lower(): str(root / file) for file in reversed(folder.sidecars[image])}
+        target = os.path.dirname(os.path.realpath(root / image))
+        return read_texts(str(root / image), texts, lambda path: _read_file(root, Path(path), target), folder.unused)
+
+    return dict(zip(folder.sidecars, in_threads(read, list(folder.sidecars))))
 
 
-def read_sidecars(root: Path, image: str, files: Sequence[str], unused: Unused) -> Sidecar:
-    """Read the sidecars of an image; of several with one suffix, the first. All paths are relative to the root."""
-    texts = {os.path.splitext(file)[1].lower(): str(root / file) for file in reversed(files)}
-    beside = os.path.dirname(os.path.realpath(root / image))
-
-    def read(path: str) -> bytes:
-        refuse_link_out(root, file := Path(path), beside)
-        if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-            raise UserError(f"data.root: {path!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
-        return file.read_bytes()
-
-    return read_texts(str(root / image), texts, read, unused)
+def _read_file(root: Path, file: Path, beside: str) -> bytes:
+    refuse_link_out(root, file, beside)
+    if not file.is_file() or file.stat().st_size > _MAX_BYTES:
+        raise UserError(f"data.root: {str(file)!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
+    return file.read_bytes()
 
 
 def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes], unused: Unused) -> Sidecar:

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -150,13 +149,7 @@ def _to_array(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        return pa.array(map(_to_text, values), pa.string())
-
-
-def _to_text(value: Any) -> str | None:
-    if value is None:
-        return None
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 def _read_csv(text: str) -> Table:

@@ -24,6 +24,7 @@ from utils.formats.spelling import clean, read_list, split_tags
 
 RULES = 1  # increment it when a value is read as another one: every index is made again
 _MARKS = ",，\n;|"  # between the tags of a text, the first that a column has; else blanks
+_PLAIN = r"^[!-%'-Z\\^-~]([ -%'-~]*[!-%'-~])?$"  # of one line of ASCII, without an entity, and no list
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _WANTED = {
     "label": "one text or one number (data.columns={tags: NAME} reads lists as tags)",
@@ -89,7 +90,7 @@ def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> 
     chunks = []
     first = 0
     for chunk in table[name].chunks:
-        if field in TAG_LISTS and _is_tidy(chunk):
+        if _is_tidy(field, chunk):
             chunks.append(chunk.cast(TYPES[field]))
         else:
             values, places = _find_values(chunk)
@@ -152,10 +153,11 @@ def _split(text: str, mark: str) -> list[Any]:
     return text.split() if mark == " " else split_tags(text.replace(mark, ","))
 
 
-def _is_tidy(chunk: pa.Array) -> bool:
-    """Return whether an array has lists of texts that the rule for tags does not change."""
-    is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
-    if not is_list or not re.fullmatch("(large_)?string", str(chunk.type.value_type)):
+def _is_tidy(field: str, chunk: pa.Array) -> bool:
+    """Return whether the rules change nothing, found without a look at each of millions of captions and tags."""
+    if field == "caption" and pa.types.is_string(chunk.type):
+        return pc.all(pc.match_substring_regex(chunk, _PLAIN)).as_py() is not False
+    if field not in TAG_LISTS or not re.match(r"(large_)?list<\w+: (large_)?string( not null)?>", str(chunk.type)):
         return False
     items = chunk.flatten().dictionary_encode()
     texts = items.dictionary.to_pylist()
