@@ -26,7 +26,7 @@ from data.augment.config import AugmentConfig
 from data.augment.steps import training_views
 from data.load import load_collection
 from data.open import Data, open_images
-from engine.run.length import wait_for
+from engine.run.timing import wait_for
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
-from engine.run.length import wait_for
 from engine.run.loop import Run
+from engine.run.timing import wait_for
 from engine.task import Streams
 from engine.update.runtime import Runtime, choose_runtime
 from utils.config.entry_point import Job

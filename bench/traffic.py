@@ -58,7 +58,7 @@ def trace():
         total = sum(parameter.numel() for parameter in task.parameters())
         learner = build_bench_run(task, batch_size=2, accum_steps=2, runtime={"device": "cpu"}).learner
         sent = Sent()
-        learner.model.register_comm_hook(None, reduce_bucket)
+        learner.wrapped.register_comm_hook(None, reduce_bucket)
         first = next(task.parameters())
         first.register_post_accumulate_grad_hook(lambda parameter: sent.calls.append((LAST, 0)))
         batches = 2 * [make_batch(SIZE, 2, torch.device("cpu"))]

@@ -5,7 +5,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
     BelowOne,
@@ -24,6 +23,11 @@ from utils.config.schema import PathText, Strict, TermsText
 from utils.config.sweep_config import SweepConfig
 from utils.errors import UserError
 from utils.record.config import TrackingConfig
+
+
+def largest_divisor(count: int, most: int) -> int:
+    """Return the largest divisor of `count` up to `most`."""
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
 
 
 class PhaseConfig(Strict):
@@ -48,7 +52,7 @@ class _LoopConfig(Strict):
     total_epochs: Literal["auto"] | Duration
     auto: AutoLengthConfig
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
-    minutes: Positive | None  # in place of both (engine/run/length.py)
+    minutes: Positive | None  # in place of both (engine/run/timing.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last one that was better
     early_stop_least: Annotated[float, Field(ge=0)]  # by more than this
@@ -74,9 +78,20 @@ class _LoopConfig(Strict):
         """The most samples that a device takes at once."""
         return self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
 
-    def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
-        """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError."""
-        return split_batch(self.batch_size, world_size, self.at_once, chunk)
+    def micro_batches(self, world_size: int, chunk: int | None) -> tuple[int, int]:
+        """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share up to `at_once`.
+
+        chunk: samples of one shape that follow each other; a micro-batch is within one chunk. Raises UserError.
+        """
+        share, rest = divmod(self.batch_size, world_size)
+        if rest:
+            allowed = ", ".join(str(size) for size in (share * world_size, (share + 1) * world_size) if size)
+            raise UserError(
+                f"loop.batch_size: {self.batch_size} does not divide by the {world_size} ranks; set it to {allowed}, "
+                "or change the number of processes"
+            )
+        micro = largest_divisor(share if chunk is None else math.gcd(share, chunk), self.at_once)
+        return micro, share // micro
 
 
 class MachineConfig(Strict):
@@ -154,7 +169,7 @@ class TrainingConfig(Strict):
         """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
         if not getattr(self.optim, "fused_backward", False):
             return
-        micro, accum = self.loop.split(1, getattr(self.task, "chunk", None))
+        micro, accum = self.loop.micro_batches(1, getattr(self.task, "chunk", None))
         wrong = {
             f"{world_size} ranks: run one process": world_size > 1,
             f"{accum} micro-batches of {micro} (loop.micro_batch_size; task.chunk of SDXL and its VAE)": accum > 1,

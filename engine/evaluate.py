@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.exports.opened_task import load_predictor
 from engine.exports.results import read_results
-from engine.exports.weights import load_predictor
 from engine.judging.arena import Arena
 from engine.judging.config import Compare, Evaluate, EvaluateConfig, Grid
-from engine.judging.measured import Measured, choose_images, list_kept, open_measured
+from engine.judging.measured import Measured, choose_images, list_kept_weights, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
@@ -200,7 +200,7 @@ def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
     tiles = []
     for run in job.run_dir:
         images = choose_images(config.data, run, "auto")
-        kept = list_kept(run)
+        kept = list_kept_weights(run)
         for step, path in [(0, min(kept.values())), *kept.items()]:
             opened = open_measured(path, job.model, images, "auto", config.runtime, config.batch_size)
             if config.dry_run:

@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.exports.card import REPORT, add_report
 from engine.exports.config import ExportConfig
 from engine.exports.formats import find_format, write_export
-from engine.exports.weights import open_weights
+from engine.exports.opened_task import open_task
 from models.interop.metadata import licence_entry, refuse_licence
 from utils.config.entry_point import Job
 from utils.errors import about
@@ -22,7 +22,7 @@ def export(config: ExportConfig, job: Job) -> str:
     """Write, compare and perhaps upload the files of a format; return the line of the result."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
-        weights = open_weights(config.find(), base=config.model).for_export(config.license)
+        weights = open_task(config.find(), base=config.model).for_export(config.license)
     find_format(config.format, weights)
     if config.hub.name is not None:
         refuse_licence(weights.metadata)

@@ -84,7 +84,7 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
     loop = config.loop
     size = loop.batch_size
     epoch_length = streams.train.epoch_length
-    micro, accum = loop.split(world_size, streams.train.chunk)
+    micro, accum = loop.micro_batches(world_size, streams.train.chunk)
     total = _count_steps(config, epoch_length) if steps is None else steps
     warmup = _count_warmup(config, epoch_length / size, total)
     reads = sum(loader.samples for loader in streams.evaluation.values())  # of an evaluation, with a probe's

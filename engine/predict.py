@@ -29,7 +29,7 @@ from data.tools.predictions import (
     stack_rows,
 )
 from engine.config import MachineConfig
-from engine.exports.weights import load_predictor
+from engine.exports.opened_task import load_predictor
 from engine.judging.config import PredictConfig
 from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
@@ -160,7 +160,7 @@ def name_probs(predictor: Predictor) -> Predict:
     return predict
 
 
-def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
+def list_inputs(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
     """Return what the rows depend on beside the images. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
@@ -209,7 +209,7 @@ def predict(config: PredictConfig, job: Job) -> str:
         return f"wrote {config.output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    command = describe(config, options, version, rules)
+    command = list_inputs(config, options, version, rules)
     folder = destination.folder
     with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)

@@ -17,9 +17,9 @@ from engine.config import TrainingConfig
 from engine.recipe.settle import settle
 from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
-from engine.run.length import fit_minutes
-from engine.run.seen import draw_seen
+from engine.run.first_samples import draw_first_samples
 from engine.run.start import build_task, describe_run, open_run
+from engine.run.timing import fit_minutes
 from engine.tasks.kind import open_kind
 from utils.config.command_line import Job
 from utils.io.files import output_errors, refuse_links_out
@@ -66,7 +66,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
             refuse_links_out("run_dir", path)
             with output_errors("run_dir", path):
                 tables = {name: list_rows() for name, list_rows in streams.tables.items()}
-                write_report(path, tables, {"samples_seen": draw_seen(task, streams, plan, config)})
+                write_report(path, tables, {"samples_seen": draw_first_samples(task, streams, plan, config)})
         length = f"{plan.total_steps} steps" if config.loop.minutes is None else f"{config.loop.minutes:g} minutes"
         listed = "".join(f", tables/{name}.csv" for name in streams.tables)
         return f"dry run: {length}; wrote {path}/plots/samples_seen.png{listed} and nothing else"

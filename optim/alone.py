@@ -17,38 +17,40 @@ from utils import rng
 from utils.errors import UserError
 
 
-def step_by_gradients(optimizer: Optimizer, applied: Tensor) -> None:
-    """Update all parameters, unless `applied`, a device scalar, is 0.
+def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
+    """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
 
-    It waits for the device only if the optimiser cannot skip a step there.
+    Wait for the device only if the optimiser cannot skip a step there.
     """
     skip = 1.0 - applied
     skips = skips_on_device(optimizer)
     if not skips and skip:
         return
     if optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16:
-        step_each(optimizer, skip)
+        step_each(optimizer, skip, step)
         return
     if skips:
         optimizer.found_inf = skip
     optimizer.step()
 
 
-def step_each(optimizer: Optimizer, skip: Tensor) -> None:
-    """Update each parameter that has a gradient, one after another, unless `skip`, a device scalar, is 1."""
+def step_each(optimizer: Optimizer, skip: Tensor, step: int) -> None:
+    """Update the parameters that have a gradient one after another, unless `skip`, a device scalar, is 1."""
     pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     for number, (group, parameter) in enumerate(pairs):
         if parameter.grad is not None:
-            step_alone(optimizer, group, parameter, skip, number)
+            _step_alone(optimizer, group, parameter, skip, (step, number))
 
 
 @torch.no_grad()
-def step_alone(optimizer: Optimizer, group: dict, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
+def _step_alone(
+    optimizer: Optimizer, group: dict, parameter: nn.Parameter, skip: Tensor, numbers: tuple[int, int]
+) -> None:
     """Update one parameter of a group, unless `skip`, a device scalar, is 1.
 
-    The noise of rounding is seeded by `optimizer.update`, the update's number, and the parameter's `number`.
+    numbers: of the update and of the parameter; they seed the noise of rounding.
     """
-    every = optimizer.param_groups
+    groups = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": [parameter]}]
     skips = skips_on_device(optimizer)
     if skips:
@@ -57,12 +59,12 @@ def step_alone(optimizer: Optimizer, group: dict, parameter: nn.Parameter, skip:
         if skips and parameter.dtype != torch.bfloat16:
             optimizer.step()
         else:
-            _step_copy(optimizer, parameter, skip, number)
+            _step_copy(optimizer, parameter, skip, numbers)
     finally:
-        optimizer.param_groups = every
+        optimizer.param_groups = groups
 
 
-def _step_copy(optimizer: Optimizer, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
+def _step_copy(optimizer: Optimizer, parameter: nn.Parameter, skip: Tensor, numbers: tuple[int, int]) -> None:
     """Update a float32 copy of the only parameter of an optimiser, and store it.
 
     An optimiser that cannot skip on the device takes a skipped gradient as zero. torch's AdamW has its averages in the
@@ -79,7 +81,7 @@ def _step_copy(optimizer: Optimizer, parameter: nn.Parameter, skip: Tensor, numb
     state = optimizer.state.pop(copy)
     values = torch.where(skip > 0, parameter, copy)
     if is_bf16:
-        generator = torch.Generator(values.device).manual_seed(rng.hash_counters(optimizer.update, number))
+        generator = torch.Generator(values.device).manual_seed(rng.hash_counters(*numbers))
         values = round_stochastically(values, generator)
         state |= {key: round_stochastically(state[key], generator) for key in rounded}
     optimizer.state[parameter] = state
@@ -106,6 +108,7 @@ class FusedBackward:
         self._optimizer = optimizer
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._skip: Tensor | None = None
+        self._step = 0
         self._is_off = False
         groups = enumerate(optimizer.param_groups)  # `load_state_dict` replaces them, but keeps their order
         pairs = [(index, parameter) for index, group in groups for parameter in group["params"]]
@@ -113,8 +116,9 @@ class FusedBackward:
         for parameter in self._places:
             parameter.register_post_accumulate_grad_hook(self._update)
 
-    def begin(self, loss: Tensor, weight: Tensor) -> None:
-        """Update parameters from now on. loss: the weighted sum."""
+    def begin(self, step: int, loss: Tensor, weight: Tensor) -> None:
+        """Begin update number `step`: its backward pass updates the parameters. loss: the weighted sum."""
+        self._step = step
         self._skip = (~torch.isfinite(loss) | (weight == 0)).float()
         self._norms = {}
         # An optimiser that counts its steps on the host waits for the loss.
@@ -131,12 +135,12 @@ class FusedBackward:
         assert parameter not in self._norms, "the backward pass computes a gradient in two parts"
         index, number = self._places[parameter]
         group = self._optimizer.param_groups[index]
-        if not is_frozen(group, self._optimizer.update):
+        if not is_frozen(group, self._step):
             (norm,) = torch._foreach_norm([parameter.grad])
             self._norms[parameter] = norm
             if not self._is_off:
                 skip = torch.where(torch.isfinite(norm), self._skip, 1.0)
-                step_alone(self._optimizer, group, parameter, skip, number)
+                _step_alone(self._optimizer, group, parameter, skip, (self._step, number))
         parameter.grad = None
 
 

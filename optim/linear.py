@@ -9,8 +9,8 @@ from utils.ranks.signals import check_stop
 
 _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores of the regression are between 0 and 1
 _PENALTY = 2.0  # of squared weights, in units of the curvature of a tag's loss
-_RARE = 100  # images with a tag, from which the penalty weighs less
-_STEPS = 20
+_RARE_IMAGES = 100  # images with a tag, from which the penalty weighs less
+_SOLVER_STEPS = 20
 
 
 def fit_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
@@ -63,10 +63,10 @@ def fit_logits(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     share = targets.nanmean(dim=0).nan_to_num()
     # Of a tag's loss at the start. The penalty is in proportion, so it does not outweigh the few images of a rare tag.
     curvature = (share * (1 - share)).clamp(min=1e-6)
-    penalty = _PENALTY * _RARE / (targets == 1).sum(dim=0).clamp(min=_RARE)
+    penalty = _PENALTY * _RARE_IMAGES / (targets == 1).sum(dim=0).clamp(min=_RARE_IMAGES)
     weight = torch.zeros(targets.shape[1], rotated.shape[1], dtype=torch.float64, requires_grad=True)
     bias = share.logit(eps=1e-6).requires_grad_()
-    solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weight, bias], max_iter=_SOLVER_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()

@@ -13,7 +13,7 @@ from utils.ranks.signals import check_stop
 
 # Candidates for the penalty, per training image; the variance of features is near 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_AT_ONCE = 2_000  # images whose predictions are in memory
+_IMAGES_AT_ONCE = 2_000  # images whose predictions are in memory
 
 
 class Ridge:
@@ -34,7 +34,7 @@ class Ridge:
         self._moments = sum(part.T @ (known - self._intercept) for part, known in self._blocks())
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for features, targets in zip(self._rotated.split(_AT_ONCE), self._targets.split(_AT_ONCE)):
+        for features, targets in zip(self._rotated.split(_IMAGES_AT_ONCE), self._targets.split(_IMAGES_AT_ONCE)):
             check_stop(alone=True)
             yield features, targets.double()
 

@@ -15,11 +15,11 @@ from optim.config import ConstantConfig, CosineConfig, OneCycleConfig, ScheduleC
 Number = TypeVar("Number", float, Tensor)
 
 # One cycle, as torch's OneCycleLR has it.
-_PEAK = 0.3  # share of the run before the peak
-_RISE = 25  # the peak's rate over the first
-_FALL = 10_000  # the first rate over the last
-_HIGH = 0.95  # momentum at both ends
-_LOW = 0.85  # momentum at the peak
+_PEAK_SHARE = 0.3  # share of the run before the peak
+_RISE_FACTOR = 25  # the peak's rate over the first
+_FALL_FACTOR = 10_000  # the first rate over the last
+_HIGH_MOMENTUM = 0.95  # momentum at both ends
+_LOW_MOMENTUM = 0.85  # momentum at the peak
 
 
 def cosine(start: float, end: float, fraction: Number) -> Number:
@@ -86,14 +86,14 @@ class Schedule:
 
     def _one_cycle(self, step: int) -> GroupValues:
         curve = cosine if self.config.curve == "cosine" else linear
-        peak = _PEAK * self.total_steps - 1
-        first = self.lr / _RISE
+        peak = _PEAK_SHARE * self.total_steps - 1
+        first = self.lr / _RISE_FACTOR
         if step <= peak:
             fraction = step / peak if peak > 0 else 1.0
             rate = curve(first, self.lr, fraction)
-            momentum = curve(_HIGH, _LOW, fraction)
+            momentum = curve(_HIGH_MOMENTUM, _LOW_MOMENTUM, fraction)
         else:
             fraction = (step - peak) / (self.total_steps - 1 - peak)
-            rate = curve(self.lr, first / _FALL, fraction)
-            momentum = curve(_LOW, _HIGH, fraction)
+            rate = curve(self.lr, first / _FALL_FACTOR, fraction)
+            momentum = curve(_LOW_MOMENTUM, _HIGH_MOMENTUM, fraction)
         return GroupValues(rate, self.weight_decay, momentum if self.config.cycle_momentum else None)

@@ -25,7 +25,7 @@ from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput, Task, Use, log_mean
-from engine.tasks.change import Change
+from engine.tasks.change import ConfigChange
 from engine.tasks.kind import Kind, Setup
 from sdxl.autoencoder_losses import PatchDiscriminator, PerceptualNetwork, absolute_error, hinge, pyramid_distance
 from sdxl.caches.buckets import fitted_views
@@ -194,7 +194,7 @@ class AutoencoderKind(BucketedKind):
 
     model = SDXLConfig
     task = AutoencoderTask
-    changes = (Change(settle_vae, "the VAE has these values"), *Kind.changes)
+    changes = (ConfigChange(settle_vae, "the VAE has these values"), *Kind.changes)
     next_commands = ("python export.py format=vae run_dir={run}",)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:

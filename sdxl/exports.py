@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.exports.config import FORMATS, ExportConfig, Format
 from engine.exports.formats import given_facts
-from engine.exports.weights import Weights
+from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import base_model
 from models.interop.parity import refuse_difference
 from sdxl.config import SamplesConfig
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 Entry = Json  # of export.json
 
 
-def write_kohya(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_kohya(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write only the LoRA, read it again, and compare its tensors."""
     if weights.setup.task.lora is None:
         raise UserError(f"format: {config.format} is for a LoRA, but this run trained the U-Net; set single_file")
@@ -58,7 +58,7 @@ def write_kohya(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     return {"max_abs_diff": difference}
 
 
-def whole_networks(weights: Weights) -> Networks:
+def whole_networks(weights: OpenedTask) -> Networks:
     """Return all of a run's networks, with its LoRA merged. Raises UserError if the base model is not the run's."""
     task = weights.task
     networks = open_networks(weights.setup.model, [part for part in PARTS if part not in task.exported])
@@ -70,7 +70,7 @@ def whole_networks(weights: Weights) -> Networks:
     return networks
 
 
-def write_diffusers(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_diffusers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the whole model as a folder of diffusers."""
     write = partial(
         checkpoints.write_diffusers,
@@ -80,13 +80,13 @@ def write_diffusers(weights: Weights, folder: Path, config: ExportConfig) -> Ent
     return _write_whole(write, weights, folder, config)
 
 
-def write_single_file(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_single_file(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the whole model as a single file."""
     write = partial(checkpoints.write_single_file, facts=modelspec_facts(weights, given_facts(weights, config)))
     return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
 
 
-def _write_whole(write: Any, weights: Weights, path: Path, config: ExportConfig) -> Entry:
+def _write_whole(write: Any, weights: OpenedTask, path: Path, config: ExportConfig) -> Entry:
     """Write a file or folder, read it again, and compare its tensors, its noise schedule and what its VAE decodes.
 
     Raises UserError (`output`, `tolerance`) if something differs.
@@ -118,7 +118,7 @@ def _compare_vae(vae: nn.Module, read: nn.Module, config: ExportConfig) -> Entry
     return {"vae_max_abs_diff": difference}
 
 
-def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_vae(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a VAE for ComfyUI. It is read back, and its pictures are compared. A frozen encoder is the base model's."""
     path = folder / FORMATS["vae"].file
     vae = weights.task.vae
@@ -128,7 +128,7 @@ def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     return _compare_vae(vae, load_vae(path), config)
 
 
-def write_vae_diffusers(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_vae_diffusers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a VAE for diffusers."""
     vae = weights.task.vae
     checkpoints.write_vae_folder(folder, vae, DTYPES[config.precision])

@@ -164,8 +164,7 @@ def _state_share(config: OptimConfig) -> float:
     parameter = nn.Parameter(torch.ones(256, 256, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
-    optimizer.update = 0
-    step_each(optimizer, torch.zeros(()))
+    step_each(optimizer, torch.zeros(()), 0)
     tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
     return sum(tensor.nbytes for tensor in tensors) / parameter.nbytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.collection.concepts import find_repeats
-from engine.tasks.change import AnyConfig, Change, Start
+from engine.tasks.change import AnyConfig, ConfigChange, Start
 from models.interop.metadata import dict_of
 from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import ADAPTED
@@ -96,10 +96,10 @@ def _find_concepts(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 CHANGES = (
-    Change(settle_vae, "the VAE has these values"),
-    Change(_settle_noise, "the base model was trained so"),
-    Change(_continue_lora, "the LoRA goes on", "init_from"),
-    Change(_read_prompts, "task.samples.prompts is a file"),
-    Change(_find_concepts, "data.root and data.trigger say so"),
-    Change(fit_memory, "runtime.memory_gib is to suffice"),
+    ConfigChange(settle_vae, "the VAE has these values"),
+    ConfigChange(_settle_noise, "the base model was trained so"),
+    ConfigChange(_continue_lora, "the LoRA goes on", "init_from"),
+    ConfigChange(_read_prompts, "task.samples.prompts is a file"),
+    ConfigChange(_find_concepts, "data.root and data.trigger say so"),
+    ConfigChange(fit_memory, "runtime.memory_gib is to suffice"),
 )

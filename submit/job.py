@@ -25,7 +25,7 @@ from utils.record.logging import restart_count
 from utils.record.run_reader import NOTE_VARIABLE, write_progress
 
 _ANSWER_SEC = 60
-_AGAIN_SEC = 5.0
+_RETRY_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
 # Signals that end a script: a request before its handler was set, or a kill (by the kernel if memory is full).
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -143,7 +143,7 @@ def _requeue(job: str, note: Path) -> None:
                     write_progress(Path(note.read_text()), "requeued")
                 ask("scontrol", "requeue", job)
             return
-        time.sleep(_AGAIN_SEC)
+        time.sleep(_RETRY_SEC)
 
 
 def _meaning(status: int) -> int:

@@ -394,7 +394,7 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     """Write a model's files in a format, as export.py does; returns the report."""
     from engine.exports.config import ExportConfig
     from engine.exports.formats import write_export
-    from engine.exports.weights import Weights
+    from engine.exports.opened_task import OpenedTask
 
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
     values |= {
@@ -408,5 +408,5 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
         if thresholds is not None:
             write_thresholds(Path(scratch) / "thresholds.csv", thresholds, "hash")
             values["thresholds"] = f"{scratch}/thresholds.csv"
-        weights = Weights(Path("w"), model, whole or model.network, {**metadata, "weights_hash": "hash"})
+        weights = OpenedTask(Path("w"), model, whole or model.network, {**metadata, "weights_hash": "hash"})
         return write_export(weights, Path(folder), ExportConfig.model_validate(values))

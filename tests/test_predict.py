@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
-from engine.exports.weights import load_predictor, open_weights
+from engine.exports.opened_task import load_predictor, open_task
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import read_table, refuses, rows
 from utils.io.weights import read_weights
@@ -34,7 +34,7 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
         assert line == {name: str(row.get(name, "")) for name in ("path", "class", "prob", "error")}
     assert [row["path"] for row in found] == [f"images/val/{c}/{number:03}.png" for c in "ABC" for number in range(2)]
     assert found.pop(2).keys() == {"path", "error"}
-    weights = open_weights(place / "run/weights/best_weights.safetensors")
+    weights = open_task(place / "run/weights/best_weights.safetensors")
     transform, names = EvalTransform(weights.metadata["preprocessing"]), weights.metadata["class_names"]
     for row in found:
         pixels = torch.from_numpy(np.array(Image.open(place / row["path"]).convert("RGB"))).permute(2, 0, 1)

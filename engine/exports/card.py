@@ -11,8 +11,8 @@ from pkgutil import resolve_name
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.exports.config import Format
+from engine.exports.opened_task import OpenedTask
 from engine.exports.results import read_results
-from engine.exports.weights import Weights
 from models.interop import snippets
 from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
@@ -37,7 +37,7 @@ class Card:
     null: the run of the weights. about: facts that the user gives, by name.
     """
 
-    weights: Weights
+    weights: OpenedTask
     name: str
     form: Format
     file: str

@@ -70,18 +70,18 @@ _sdxl = partial(Format, of=("diffusion",), library="diffusers", use="sdxl.export
 _vae = partial(Format, of=("autoencoder",), library="diffusers", use="sdxl.exports:describe_use", fp16=True)
 
 FORMATS = {
-    "onnx": Format("model.onnx", "engine.exports.formats:write_onnx", template="onnx", fp16=True, int8=True),
-    "timm": Format("model.safetensors", "engine.exports.formats:write_timm", library="timm", template="timm"),
+    "onnx": Format("model.onnx", "engine.exports.formats:export_onnx", template="onnx", fp16=True, int8=True),
+    "timm": Format("model.safetensors", "engine.exports.formats:export_timm", library="timm", template="timm"),
     "transformers": Format(
         "model.safetensors",
-        "engine.exports.formats:write_transformers",
+        "engine.exports.formats:export_transformers",
         library="transformers",
         template="transformers",
     ),
-    "safetensors": Format("model.safetensors", "engine.exports.formats:write_safetensors"),
-    "page": Format("page.html", "engine.exports.formats:write_page", of=("classes", "tags"), int8=True, load=_OPEN),
-    "wd14": _tagger("model.onnx", "engine.exports.formats:write_wd14"),
-    "wd_repository": _tagger("model.onnx", "engine.exports.formats:write_repository", library="timm"),
+    "safetensors": Format("model.safetensors", "engine.exports.formats:export_safetensors"),
+    "page": Format("page.html", "engine.exports.formats:export_page", of=("classes", "tags"), int8=True, load=_OPEN),
+    "wd14": _tagger("model.onnx", "engine.exports.formats:export_wd14"),
+    "wd_repository": _tagger("model.onnx", "engine.exports.formats:export_repository", library="timm"),
     "kohya": _sdxl("lora.safetensors", "sdxl.exports:write_kohya", load=_ON_BASE, is_adapter=True),
     "single_file": _sdxl("model.safetensors", "sdxl.exports:write_single_file", load=_FILE),
     "diffusers": _sdxl("model_index.json", "sdxl.exports:write_diffusers", load=_FOLDER),

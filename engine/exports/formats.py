@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 from engine.exports.card import Card
 from engine.exports.config import FORMATS, ExportConfig, Format
-from engine.exports.weights import Weights
+from engine.exports.opened_task import OpenedTask
 from engine.judging.quantised import quantise
 from models.interop import libraries, page, tag_forms
 from models.interop.metadata import dict_of
-from models.interop.onnx_file import export_onnx
+from models.interop.onnx_file import write_onnx
 from utils.errors import UserError, about
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
@@ -34,26 +34,26 @@ Entry = Json  # of export.json
 # ------------------------------------------------------------------------------------------------ networks for images
 
 
-def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_onnx(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write an ONNX file. One in int8 is made from one in float32, which is compared with PyTorch."""
     precision = config.precision
     path = folder / ("model.onnx" if precision == "fp32" else f"model_{precision}.onnx")
-    difference = export_onnx(weights.model, weights.metadata, path, precision, config.accepted)
+    difference = write_onnx(weights.model, weights.metadata, path, precision, config.accepted)
     report = {"file": path.name, "onnx_max_abs_diff": difference}
     if precision == "int8":
         report["measured"] = quantise(config, path)
     return report
 
 
-def write_page(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_page(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write an HTML file that runs the network in a browser."""
     with TemporaryDirectory() as scratch:
-        report = write_onnx(weights, Path(scratch), config)
+        report = export_onnx(weights, Path(scratch), config)
         page.write_page(folder / "page.html", Path(scratch, report.pop("file")), weights.title)
     return report
 
 
-def write_timm(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_timm(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a folder of timm. A tagger has the outputs and selected_tags.csv of wd14.
 
     timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
@@ -74,7 +74,7 @@ def write_timm(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     return report
 
 
-def write_transformers(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_transformers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a folder of transformers."""
     difference = libraries.write_compared(
         libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config.accepted
@@ -82,13 +82,13 @@ def write_transformers(weights: Weights, folder: Path, config: ExportConfig) -> 
     return {"max_abs_diff": difference}
 
 
-def write_safetensors(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_safetensors(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a weight file of Atelier: the tensors, and the metadata needed to rebuild the network."""
     write_weights(folder / "model.safetensors", weights.whole.state_dict(), weights.metadata)
     return {}
 
 
-def write_wd14(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_wd14(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write an ONNX file in the WD form (models/interop/tag_forms.py), and the form's other files."""
     vocabulary = vocabulary_of(weights.metadata)
     stated = Preprocessing.model_validate(weights.metadata["preprocessing"])
@@ -100,22 +100,22 @@ def write_wd14(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     if thresholds is not None:
         metadata["thresholds"] = thresholds.of_tags(kept, PER_TAG)
     path = folder / FORMATS["wd14"].file
-    difference = export_onnx(graph, metadata, path, config.precision, config.accepted)
+    difference = write_onnx(graph, metadata, path, config.precision, config.accepted)
     tag_forms.write_tags(folder, kept, thresholds)
     tag_forms.write_head(folder, graph.network)
     return {"onnx_max_abs_diff": difference, **tag_forms.describe_changes(vocabulary, kept)}
 
 
-def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def export_repository(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv."""
-    return {**write_timm(weights, folder, config), **write_wd14(weights, folder, config)}
+    return {**export_timm(weights, folder, config), **export_wd14(weights, folder, config)}
 
 
-def _thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None:
+def _thresholds(weights: OpenedTask, config: ExportConfig) -> ThresholdTable | None:
     return find_thresholds(config.thresholds, weights.path, weights.metadata.get("weights_hash"))
 
 
-def given_facts(weights: Weights, config: ExportConfig) -> dict[str, str | None]:
+def given_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str | None]:
     """Return the user's facts. Without `trigger`, it is that of the run."""
     return {
         "author": config.author,
@@ -124,7 +124,7 @@ def given_facts(weights: Weights, config: ExportConfig) -> dict[str, str | None]
     }
 
 
-def find_format(name: str, weights: Weights) -> Format:
+def find_format(name: str, weights: OpenedTask) -> Format:
     """Return the row of a format. Raises UserError (`format`) if the weights do not support it."""
     fitting = [other for other, row in FORMATS.items() if weights.subject in row.of]
     if name not in fitting:
@@ -132,7 +132,7 @@ def find_format(name: str, weights: Weights) -> Format:
     return FORMATS[name]
 
 
-def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
+def write_export(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the files of `config.format` into a folder, and return the report.
 
     Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.

@@ -11,7 +11,7 @@ import torch
 
 from data.collection.collection import Collection
 from engine.config import MachineConfig
-from engine.exports.weights import load_predictor
+from engine.exports.opened_task import load_predictor
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
 from models.config import timm_config
@@ -56,7 +56,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
     for name in cached_names() or list_weights("auto", math.inf, math.inf) if frozen is None else ():
         try:
-            frozen = open_timm(name, runtime)
+            frozen = open_frozen_timm(name, runtime)
             break
         except UserError as error:  # a damaged file, or a preprocessing that cannot be stated
             log.info("features: %s is left out: %s", name, error)
@@ -67,7 +67,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     return frozen
 
 
-def open_timm(name: str, runtime: Runtime) -> Frozen:
+def open_frozen_timm(name: str, runtime: Runtime) -> Frozen:
     """Return a network of timm with its weights. On a CPU its images have `CPU_PX`, if they are not smaller anyway.
 
     Raises UserError if the weights, or what timm states for their images, cannot be used.

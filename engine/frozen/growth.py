@@ -18,7 +18,7 @@ _SLOPE = 0.35
 _SLOPE_STD = 0.2
 _MISFIT = 0.04
 _DRIFT = 0.008
-_NORMAL = 1.645  # standard deviations on each side of 90 %
+_STDS_OF_90 = 1.645  # standard deviations on each side of 90 %
 
 
 def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
@@ -33,12 +33,12 @@ def extrapolate(features: Tensor, labels: Tensor) -> dict[str, list]:
     sample = (2 + 2 * math.cosh(whole)) / count  # variance of the logit of a share of so many images
     span = math.log(4)
     known = _SLOPE_STD**-2
-    found = 1 / ((sample + 2 * _MISFIT**2) / span**2 + _DRIFT * span)
-    slope = ((whole - quarter) / span * found + _SLOPE * known) / (found + known)
+    measured = 1 / ((sample + 2 * _MISFIT**2) / span**2 + _DRIFT * span)
+    slope = ((whole - quarter) / span * measured + _SLOPE * known) / (measured + known)
     further = _TIMES.log()
     logit = whole + slope * further
-    wanders = _DRIFT * further**3 + further**2 / (found + known)
-    margin = _NORMAL * (sample * (1 - 1 / _TIMES) + wanders).sqrt()
+    wanders = _DRIFT * further**3 + further**2 / (measured + known)
+    margin = _STDS_OF_90 * (sample * (1 - 1 / _TIMES) + wanders).sqrt()
     return {
         "images": (_TIMES * count).int().tolist(),
         "accuracy": logit.sigmoid().tolist(),

@@ -17,16 +17,16 @@ from torch.nn import functional as F
 
 from utils.ranks.signals import check_stop
 
-_LANDMARKS = 2_000  # images that others are compared with; all of a smaller collection
+_MOST_LANDMARKS = 2_000  # images that others are compared with; all of a smaller collection
 _PENALTIES = (0.1, 0.3, 1.0, 3.0)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
-_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
-_ROUNDS = 15
-_PAIRS = 0.1  # errors that each pair of classes has from the start, relative to the mean of those found
-_ANY = 1e3  # all pairs are alike
-_SURE = 0.99  # at most, of what other images say of a tag
-_TAGS = 0.1  # of an image's tags are taken to be missing, and as many too many
-_GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain half of the labels better
+_WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
+_EM_ROUNDS = 15
+_PAIR_ERRORS = 0.1  # errors that each pair of classes has from the start, relative to the mean of those found
+_EQUAL_PAIRS = 1e3  # all pairs are alike
+_MOST_PROBABLE = 0.99  # at most, of what other images say of a tag
+_MISSING_SHARE = 0.1  # of an image's tags are taken to be missing, and as many too many
+_LEAST_GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain half of the labels better
 
 
 def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
@@ -37,7 +37,7 @@ def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
     Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
     """
     points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
-    marks = torch.linspace(0, len(points) - 1, min(len(points), _LANDMARKS)).long()
+    marks = torch.linspace(0, len(points) - 1, min(len(points), _MOST_LANDMARKS)).long()
     distances = torch.cdist(points[marks], points).square()
     near = (-2 * distances / distances.mean().clamp(min=1e-9)).exp() + 1  # 1: the intercept
     factor = torch.linalg.cholesky(near[:, marks] + 1e-8 * torch.eye(len(marks)))
@@ -61,13 +61,13 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
     half = torch.arange(len(labels))[:, None] % 2  # the errors learnt from it foretell the other
-    by_pairs, by_any = (_explain(logits, labels, each, half)[1] for each in (_PAIRS, _ANY))
-    right, _ = _explain(logits, labels, _PAIRS)
-    if ((by_pairs / by_any).log() * (1 - half)).mean() < _GAIN * (1 - right.mean()):
-        right, _ = _explain(logits, labels, _ANY)
+    by_pairs, by_any = (_explain(logits, labels, each, half)[1] for each in (_PAIR_ERRORS, _EQUAL_PAIRS))
+    right, _ = _explain(logits, labels, _PAIR_ERRORS)
+    if ((by_pairs / by_any).log() * (1 - half)).mean() < _LEAST_GAIN * (1 - right.mean()):
+        right, _ = _explain(logits, labels, _EQUAL_PAIRS)
         further = _calibrate([_discriminate(logits, labels, right)], labels)
         logits = _calibrate([logits, further, logits + further], labels)
-        right, _ = _explain(logits, labels, _ANY)
+        right, _ = _explain(logits, labels, _EQUAL_PAIRS)
     return right, logits.softmax(dim=1)
 
 
@@ -78,9 +78,9 @@ def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
     """
     given = targets.double()
     found = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
-    odds = found.logit(eps=1 - _SURE)
-    usual = given.mean(dim=0).logit(eps=1 - _SURE)
-    return (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_TAGS)).sigmoid()
+    odds = found.logit(eps=1 - _MOST_PROBABLE)
+    usual = given.mean(dim=0).logit(eps=1 - _MOST_PROBABLE)
+    return (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
 
     def loss(logits: Tensor) -> float:
         right = logits.softmax(dim=1).gather(1, labels[:, None])
-        return -((1 - _SHARES) * right + _SHARES / logits.shape[1]).log().mean(dim=0).max().item()
+        return -((1 - _WRONG_SHARES) * right + _WRONG_SHARES / logits.shape[1]).log().mean(dim=0).max().item()
 
     return min(starmap(torch.mul, product(candidates, _SCALES)), key=loss)
 
@@ -120,7 +120,7 @@ def _explain(logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | f
     others = 1 - torch.eye(logits.shape[1]).double()
     share = 0.1
     swaps = F.normalize(others, p=1, dim=1)
-    for _ in range(_ROUNDS):
+    for _ in range(_EM_ROUNDS):
         causes = beliefs * ((1 - share) * (1 - others) + share * swaps)[:, labels].T
         likely = causes.sum(dim=1, keepdim=True)
         causes = causes / likely

@@ -24,7 +24,7 @@ from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.labels import judge_classes, judge_tags
-from engine.frozen.order import order_next, predict
+from engine.frozen.order import order_next, predict_classes
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
 from utils.errors import UserError
@@ -35,14 +35,14 @@ from utils.record.report import TableRow
 from utils.record.run_reader import CONFIG_FILE
 from utils.record.tables import LABELS
 
-_LEAST = 2  # images of a class: the others say nothing of what one alone has
+_LEAST_IMAGES = 2  # images of a class: the others say nothing of what one alone has
 _LEAST_TAGGED = 5  # images of a tag
-_CELLS = 2**24  # images times tags: of more, the most frequent tags are judged
-_SHOWN = 2  # rows of tags, as a multiple of those that are probably wrong
+_MOST_CELLS = 2**24  # images times tags: of more, the most frequent tags are judged
+_ROWS_PER_ERROR = 2  # rows of tags, as a multiple of those that are probably wrong
 _GUESSES = 3
-_NEAREST = 6  # images around one, itself left out
-_NEXT = 200  # images to label next
-_MOST = 10_000  # rows of the table, as many as the page shows
+_NEIGHBOURS = 6  # images around one, itself left out
+_NEXT_IMAGES = 200  # images to label next
+_MOST_ROWS = 10_000  # rows of the table, as many as the page shows
 
 _Read = Callable[[np.ndarray], tuple[Tensor, np.ndarray]]
 
@@ -55,7 +55,7 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
     collection = load_collection(data)
     used = collection.weights() > 0
     counts = count_values(collection.table["label"].filter(pa.array(used)))
-    ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST])
+    ids = collection.class_ids([name for name, count in counts.items() if count >= _LEAST_IMAGES])
     rows = np.flatnonzero((ids >= 0) & used)
     tagged, tags, has = mark_tags(collection)
     judges = {}
@@ -65,7 +65,7 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
         judges[partial(_judge_tags, tags, has)] = tagged
     if not judges:
         raise UserError(
-            f"data.root: {str(collection.root)!r} has neither two classes of {_LEAST} images nor a tag on "
+            f"data.root: {str(collection.root)!r} has neither two classes of {_LEAST_IMAGES} images nor a tag on "
             f"{_LEAST_TAGGED}; give them, since other images judge a label"
         )
     runtime = choose_runtime(MACHINE)
@@ -88,7 +88,7 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
     return "; ".join(said)
 
 
-class _Found(NamedTuple):
+class _Suspects(NamedTuple):
     """What is found of labels or tags. files: tables by their names; line: for the log."""
 
     files: dict[str, pa.Table]
@@ -110,21 +110,21 @@ def mark_tags(collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarra
     texts = table["tags"].take(rows)
     parsed = {text: parse_tag(text) for text, count in count_values(texts).items() if count >= _LEAST_TAGGED}
     common = [text for text, tag in parsed.items() if tag.name and tag.category != RATING]
-    places = {text: place for place, text in enumerate(common[: _CELLS // max(len(rows), 1)])}
+    places = {text: place for place, text in enumerate(common[: _MOST_CELLS // max(len(rows), 1)])}
     has = np.zeros((len(rows), len(places)), bool)
     for row, tags in enumerate(texts.to_pylist()):
         has[row, [places[text] for text in tags if text in places]] = True
     return rows, np.array([parsed[text].name for text in places]), has
 
 
-def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Found:
+def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
     """Rank the labels of rows, and the images without one; measure how far more labels would take a classifier."""
     features, rows = read(rows)
     labels = np.array(collection.table["label"].take(rows).to_pylist())
     names, given = np.unique(labels, return_inverse=True)
     given = torch.from_numpy(given)
     right, probs = judge_classes(features, given)
-    order = right.argsort(stable=True)[:_MOST]
+    order = right.argsort(stable=True)[:_MOST_ROWS]
     best, guesses = probs[order].topk(min(_GUESSES, len(names)))
     columns = {
         "given": labels[order],
@@ -142,28 +142,28 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Fou
         both = torch.cat([features, more])
         both = F.normalize(both - both.mean(dim=0), dim=1)
         known = torch.arange(len(rows))
-        chosen = order_next(both, known, predict(both, known, given)[0], _NEXT)
+        chosen = order_next(both, known, predict_classes(both, known, given)[0], _NEXT_IMAGES)
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
     line = f"about {wrong:,} of {len(rows):,} labels are probably wrong{_describe(growth)}"
-    return _Found(files, {"labels": len(rows), "probably wrong": wrong}, line, growth)
+    return _Suspects(files, {"labels": len(rows), "probably wrong": wrong}, line, growth)
 
 
-def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Found:
+def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
     """Rank which tags the images of rows lack, or have too many."""
     features, found = read(rows)
     has = has[np.isin(rows, found)]
     right = judge_tags(features, torch.from_numpy(has))
     wrong = round((1 - right).sum().item())
-    order = right.flatten().argsort(stable=True)[: min(_SHOWN * wrong, _MOST)].numpy()
+    order = right.flatten().argsort(stable=True)[: min(_ROWS_PER_ERROR * wrong, _MOST_ROWS)].numpy()
     images, tags = np.divmod(order, len(names))
     columns = {"tag": names[tags], "given": has[images, tags]}
     paths = collection.table["path"].take(found)
     files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
     count = int(has.sum())
     line = f"about {wrong:,} tags are probably missing or too many, of {count:,}"
-    return _Found(files, {"tags": count, "probably wrong": wrong}, line)
+    return _Suspects(files, {"tags": count, "probably wrong": wrong}, line)
 
 
 def _rank(
@@ -171,7 +171,7 @@ def _rank(
 ) -> pa.Table:
     """Return the table of labels of images, the most suspicious first, with the images most like each."""
     names = np.array(paths.to_pylist())
-    near = find_nearest(features[images], features, min(_NEAREST + 1, len(features)))[1]
+    near = find_nearest(features[images], features, min(_NEIGHBOURS + 1, len(features)))[1]
     neighbours = [names[each[each != image].numpy()].tolist() for each, image in zip(near, images)]
     shared = {"path": names[images.numpy()], "probability": right.numpy(), "rank": range(1, len(images) + 1)}
     return pa.table({**shared, **columns, "neighbours": neighbours})

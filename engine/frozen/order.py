@@ -1,6 +1,6 @@
 """Which images to label next: those from which a classifier on frozen features learns most about all others.
 
-rows = order_next(features, labelled, predict(features, labelled, labels)[0], 20)
+rows = order_next(features, labelled, predict_classes(features, labelled, labels)[0], 20)
 """
 
 import torch
@@ -11,9 +11,9 @@ from optim.linear import fit_classes
 from utils.ranks.signals import check_stop
 
 _AXES = 64  # principal axes of the features; more cost time and change little
-_NOISE = 0.1  # variance of a label, where the features of an image have length 1
-_COPY = 0.9  # cosine similarity from which two images count as copies, such as one saved again as a JPEG
-_AT_ONCE = 2_000  # images
+_LABEL_VARIANCE = 0.1  # variance of a label, where the features of an image have length 1
+_COPY_SIMILARITY = 0.9  # cosine similarity from which two images count as copies, such as one saved again as a JPEG
+_IMAGES_AT_ONCE = 2_000  # images
 
 
 @torch.no_grad()
@@ -32,11 +32,11 @@ def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) ->
     best = probs.topk(2, dim=1).values
     doubts = 1 - best[:, 0] + best[:, 1]
     known = points[labelled]
-    spread = torch.linalg.inv(known.T @ known + _NOISE * torch.eye(points.shape[1]))
+    spread = torch.linalg.inv(known.T @ known + _LABEL_VARIANCE * torch.eye(points.shape[1]))
     moments = (doubts * points.T) @ points
     late = torch.zeros(len(points))  # copies that are taken; infinite for images that are taken themselves
-    for part in features[labelled].split(_AT_ONCE):
-        late += (features @ part.T > _COPY).sum(dim=1)
+    for part in features[labelled].split(_IMAGES_AT_ONCE):
+        late += (features @ part.T > _COPY_SIMILARITY).sum(dim=1)
     late[labelled] = torch.inf
     rows = []
     for _ in range(min(count, len(points) - len(labelled))):
@@ -45,13 +45,13 @@ def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) ->
         gain = ((moved @ moments) * moved).sum(dim=1) / (1 + (moved * points).sum(dim=1))
         row = (gain / gain.max() - late).argmax().item()
         rows.append(row)
-        late += features @ features[row] > _COPY
+        late += features @ features[row] > _COPY_SIMILARITY
         late[row] = torch.inf
         spread -= torch.outer(moved[row], moved[row]) / (1 + moved[row] @ points[row])
     return rows
 
 
-def predict(features: Tensor, labelled: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+def predict_classes(features: Tensor, labelled: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Return the probabilities of the classes for each image [N, K], and the share of labels that the others foretell.
 
     labels: classes [L] of the rows `labelled`. Of fewer than two classes, all images are alike.

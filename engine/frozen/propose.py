@@ -17,13 +17,13 @@ from data.config import DataConfig
 from engine.frozen.choose import choose_cpu, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
-from engine.frozen.order import order_next, predict, reduce_features
+from engine.frozen.order import order_next, predict_classes, reduce_features
 from optim.ridge import standardise
 from utils.record.figures import interval, show_interval
 
 _AXES = 256  # of the features; they propose as well as all
-_LEAST = 20  # images with labels
-_NEXT = 96  # images to label next
+_LEAST_LABELS = 20  # images with labels
+_NEXT_IMAGES = 96  # images to label next
 
 
 def read_points(
@@ -62,9 +62,9 @@ def propose(points: Tensor, labels: Mapping[int, Any]) -> tuple[list[int], list,
     known = torch.tensor([*labels], dtype=torch.long)
     names, given = np.unique([*labels.values()], return_inverse=True)
     given = torch.from_numpy(given)
-    probs, share = predict(points, known, given)
-    order = order_next(points, known, probs, _NEXT)
-    if len(known) < _LEAST or len(names) < 2:
+    probs, share = predict_classes(points, known, given)
+    order = order_next(points, known, probs, _NEXT_IMAGES)
+    if len(known) < _LEAST_LABELS or len(names) < 2:
         return order, [], [], ""
     probs, best = probs.max(dim=1)
     ends = interval("top1", {"top1": share, "samples": len(known)})

@@ -34,7 +34,7 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _SLACK = 1e-3  # rounding in fp16 may move probabilities this far beyond 0 and 1
-_SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
+_SHOWN_FIGURES = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Arena:
             tables = scores.tables()
             wholes[name] = scores.groups["all"]
             groups += [{"model": name, **row} for row in tables["tag_groups"]]
-            shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN}
+            shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN_FIGURES}
             rows.append({"model": name, **shown, "images": images})
             for row in tables["tags"]:
                 kept = {column: row[column] for column in ("tag", "category", "support")}

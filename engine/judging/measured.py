@@ -14,7 +14,7 @@ from data.load import describe_collection, load_collection
 from data.open import Data
 from engine.config import MachineConfig
 from engine.exports.config import MovedBase
-from engine.exports.weights import Weights, open_weights
+from engine.exports.opened_task import OpenedTask, open_task
 from engine.task import Loaders
 from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained
@@ -35,7 +35,7 @@ class _RunData(BaseModel):
     seed: int
 
 
-class Images(NamedTuple):
+class EvaluationImages(NamedTuple):
     """Images to measure weights on. is_own: they are those of the weights' run."""
 
     data: DataConfig
@@ -43,7 +43,7 @@ class Images(NamedTuple):
     is_own: bool
 
 
-def choose_images(data: DataConfig | None, run: str | None, split: str) -> Images:
+def choose_images(data: DataConfig | None, run: str | None, split: str) -> EvaluationImages:
     """Return the images of `data`, or of a run. Those of a run are split as in training.
 
     split: other images have no split but their own, unless it names one of training.
@@ -52,16 +52,16 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Image
     if saved is None and data is None:
         raise UserError("data: must be given without run_dir; add run_dir=RUN, or to evaluate.py data.root=PATH")
     if data is None:
-        return Images(saved.data, saved.seed, True)
+        return EvaluationImages(saved.data, saved.seed, True)
     is_own = saved is not None and Path(data.root).resolve() == Path(saved.data.root).resolve()
     fraction = data.validation_fraction if split in ("train", "val") else 0.0
     if is_own:
         fraction = saved.data.validation_fraction
     data = data.changed({"validation_fraction": fraction})
-    return Images(data, 0 if saved is None else saved.seed, is_own)
+    return EvaluationImages(data, 0 if saved is None else saved.seed, is_own)
 
 
-def list_kept(run: str) -> dict[int, Path]:
+def list_kept_weights(run: str) -> dict[int, Path]:
     """Return the weights that a run has kept, by step. Raises UserError (`run_dir`) without any."""
     kept = RunReader(Path(run)).kept
     if not kept:
@@ -76,7 +76,7 @@ def list_kept(run: str) -> dict[int, Path]:
 class Measured:
     """Weights, with a split of images to measure them on."""
 
-    weights: Weights
+    weights: OpenedTask
     data: Data
     rows: np.ndarray  # of the split
     split: str
@@ -113,11 +113,11 @@ class Measured:
 
 
 def open_measured(
-    path: Path, base: MovedBase, images: Images, split: str, machine: MachineConfig, batch_size: int
+    path: Path, base: MovedBase, images: EvaluationImages, split: str, machine: MachineConfig, batch_size: int
 ) -> Measured:
     """Open weights and images. split: auto is val; of other images than the run's, val, else test, else all."""
     with about("weights"):
-        weights = open_weights(path, "evaluation", base)
+        weights = open_task(path, "evaluation", base)
     runtime = choose_trained(machine, weights.metadata.get("precision"))
     collection = load_collection(images.data)
     source = weights.kind.source(collection, images.data, weights.setup, repeats=False)

@@ -23,15 +23,15 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_SURE = 0.95
-_FIRST = 0.25  # share of the images that the first threshold answers
-_MOST = 100  # times the images that there are
+_CONFIDENCE = 0.95
+_FIRST_SHARE = 0.25  # share of the images that the first threshold answers
+_MOST_TIMES_IMAGES = 100  # times the images that there are
 _NO_ADVICE = "no number of such images in reach would do, but better weights might"
 
 
 def bound(wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the share of wrong answers that is not exceeded with 95 % confidence."""
-    return betaincinv(wrong + 1, np.maximum(right, 1e-9), _SURE)
+    return betaincinv(wrong + 1, np.maximum(right, 1e-9), _CONFIDENCE)
 
 
 def find_edge(wrong: np.ndarray, right: np.ndarray, risk: float) -> int:
@@ -42,9 +42,9 @@ def find_edge(wrong: np.ndarray, right: np.ndarray, risk: float) -> int:
     """
     answered = wrong + right
     images = answered[0]
-    times = np.geomspace(1, _MOST, 50)  # as many images; the first are those that there are
-    least = math.log(1 - _SURE) / math.log1p(-risk)  # answers that prove it if all are right
-    starts = (answered >= np.clip(least / times, _FIRST * images, images)[:, None]).sum(1) - 1
+    times = np.geomspace(1, _MOST_TIMES_IMAGES, 50)  # as many images; the first are those that there are
+    least = math.log(1 - _CONFIDENCE) / math.log1p(-risk)  # answers that prove it if all are right
+    starts = (answered >= np.clip(least / times, _FIRST_SHARE * images, images)[:, None]).sum(1) - 1
     first = starts[0]
     fails = np.flatnonzero(bound(wrong, right)[: first + 1] > risk)
     if first not in fails:

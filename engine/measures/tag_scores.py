@@ -24,12 +24,12 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
-_FIXED = int(edge_below(DEFAULT_LOGIT))
-_LEVELS = edge_below(logit(np.arange(100) / 100))
-_PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
+_DEFAULT_EDGE = int(edge_below(DEFAULT_LOGIT))
+_PERCENT_EDGES = edge_below(logit(np.arange(100) / 100))
+_PRIOR_POSITIVES = 50  # weight of a category's threshold in a tag's, in positives of the tag
 _Z = 1.645  # of the normal distribution at 95 %
-_KNOWN = 0.1  # how precisely `balanced` knows a recall of 0.5
-_HARDEST = 100  # rows of the table
+_RECALL_MARGIN = 0.1  # how precisely `balanced` knows a recall of 0.5
+_HARDEST_TAGS = 100  # rows of the table
 _HARDEST_SUPPORT = 10  # the least positives of a tag in it
 Rates = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall and F1
 
@@ -44,7 +44,7 @@ def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positi
     """Return a row for each of 100 thresholds: decisions of at least this probability, and the correct ones, [BINS]."""
     names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
     columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
-    rows = zip(*(column[_LEVELS].tolist() for column in columns))
+    rows = zip(*(column[_PERCENT_EDGES].tolist() for column in columns))
     return [{"group": group, "positives": positives, **dict(zip(names, row))} for row in rows]
 
 
@@ -87,8 +87,8 @@ class Group:
             "macro_pr_threshold": PROBS[macro],
             "micro_f1": f1[micro],
             "micro_pr_threshold": PROBS[micro],
-            "macro_f1_at_0.35": mean_f1[_FIXED],
-            "micro_f1_at_0.35": f1[_FIXED],
+            "macro_f1_at_0.35": mean_f1[_DEFAULT_EDGE],
+            "micro_f1_at_0.35": f1[_DEFAULT_EDGE],
         }
         return {name: float(value) for name, value in figures.items()} | {
             "tags": self.num_tags,
@@ -164,7 +164,7 @@ class TagScores:
         decisions = (decision_rows(name, group.predicted, group.tp, group.support) for name, group in held.items())
         groups = [{"group": name, **group.row()} for name, group in held.items()]
         rows = [*chain.from_iterable(decisions)]
-        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST], "decisions": rows}
+        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST_TAGS], "decisions": rows}
 
 
 def is_fitted(leads: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
             if note:
                 log.warning("thresholds: %s of %s: %s", profile, name, note)
     balanced = np.array([chosen.get(number, overall)[0][0] for number in vocabulary.categories])
-    weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
-    edges = edge_below(weighted / (fitted.support + _PRIOR))
+    weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR_POSITIVES * EDGES[balanced]
+    edges = edge_below(weighted / (fitted.support + _PRIOR_POSITIVES))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
     rows += [
         measured_row(PER_TAG, *row) for row in zip(vocabulary.categories, vocabulary.names, edges.tolist(), counts)
@@ -236,9 +236,9 @@ def _choose_edges(
     if not len(complete):
         complete = np.flatnonzero(recall >= least_recall)
     edges = [equal_point(precision, recall), int(precise.argmax() if precise.any() else sure.argmax()), complete[-1]]
-    aims = [f"a recall known to {_KNOWN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"]
+    aims = [f"a recall known to {_RECALL_MARGIN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"]
     most = lower_bound(1.0, positives)  # that can be promised
-    is_few = [0.5 - lower_bound(0.5, positives) > _KNOWN, most < least_precision, most < least_recall]
+    is_few = [0.5 - lower_bound(0.5, positives) > _RECALL_MARGIN, most < least_precision, most < least_recall]
     choices = []
     for index, edge in enumerate(edges):
         note = None

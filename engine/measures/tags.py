@@ -31,8 +31,8 @@ _COARSE = 8
 _UNITS = np.r_[_LOWEST:_FINE_FROM:_COARSE, _FINE_FROM:_FINE_TO, _FINE_TO:_HIGHEST:_COARSE]
 EDGES = _UNITS * _UNIT  # [BINS] ascending logits; the outer bins also hold all logits beyond them
 BINS = len(EDGES)
-_KEPT = 256  # unbinned logits per tag
-_TAGS = 1024  # tags per pass
+_UNBINNED = 256  # unbinned logits per tag
+_TAGS_AT_ONCE = 1024  # tags per pass
 
 
 def edge_below(logits: np.ndarray) -> np.ndarray:
@@ -62,9 +62,9 @@ class TagCounts:
         return TagCounts(self.histograms + other.histograms, *highest)
 
     def tails(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield, for _TAGS tags at a time, their slice, and true positives and predictions at each edge [C, BINS]."""
-        for start in range(0, len(self.histograms), _TAGS):
-            tags = slice(start, start + _TAGS)
+        """Yield the slice of some tags, and their true positives and predictions at each edge, [C, BINS]."""
+        for start in range(0, len(self.histograms), _TAGS_AT_ONCE):
+            tags = slice(start, start + _TAGS_AT_ONCE)
             tails = self.histograms[tags].flip(2).cumsum(2).flip(2)
             yield tags, tails[:, 1], tails.sum(1)
 
@@ -76,14 +76,14 @@ class TagCounts:
 
     def average_precision(self) -> np.ndarray:
         """Return each tag's AP [T], as scikit-learn defines it; NaN for a tag without positives."""
-        parts = zip(*(tensor.split(_TAGS) for tensor in (self.histograms, self.scores, self.hits)))
+        parts = zip(*(tensor.split(_TAGS_AT_ONCE) for tensor in (self.histograms, self.scores, self.hits)))
         return torch.cat([_average_precision(*part) for part in parts]).cpu().numpy()
 
 
 def _keep_highest(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the highest scores of all parts, and their hits. parts: scores and hits [C, N]."""
     scores, hits = (torch.cat(column, dim=1) for column in zip(*parts))
-    scores, order = scores.topk(_KEPT, dim=1)
+    scores, order = scores.topk(_UNBINNED, dim=1)
     return scores, hits.gather(1, order)
 
 
@@ -93,9 +93,9 @@ def _average_precision(histograms: Tensor, scores: Tensor, hits: Tensor) -> Tens
     Below it, positives and negatives in one bin count as evenly mixed.
     """
     exact = scores > scores[:, -1:]  # logits equal to the lowest may not have been kept
-    ranks = torch.arange(_KEPT, device=scores.device)
+    ranks = torch.arange(_UNBINNED, device=scores.device)
     last = F.pad(scores[:, 1:] != scores[:, :-1], (0, 1), value=True)  # equal scores are one point of the curve
-    last = torch.where(last, ranks, _KEPT - 1).flip(1).cummin(1).values.flip(1)
+    last = torch.where(last, ranks, _UNBINNED - 1).flip(1).cummin(1).values.flip(1)
     precision = (hits.cumsum(1).double() / (ranks + 1)).gather(1, last)
     area = (precision * (hits & exact)).sum(1)
 
@@ -114,16 +114,16 @@ class TagHistograms:
     def __init__(self, num_tags: int) -> None:
         self.num_tags = num_tags
         self._counts: Tensor | None = None  # [T, 2 * BINS]
-        self._scores = self._hits = torch.empty(0)  # [T, _KEPT]
+        self._scores = self._hits = torch.empty(0)  # [T, _UNBINNED]
 
     def add(self, logits: Tensor, targets: Tensor, valid: Tensor) -> None:
         """Add a batch: logits [B, T] (NaN counts as the lowest); targets [B, T], NaN if unknown; valid [B] bool."""
         if self._counts is None:
             self._counts = torch.zeros(self.num_tags, 2 * BINS, dtype=torch.int32, device=logits.device)
-            self._scores = logits.new_full((self.num_tags, _KEPT), -torch.inf, dtype=torch.float32)
+            self._scores = logits.new_full((self.num_tags, _UNBINNED), -torch.inf, dtype=torch.float32)
             self._hits = torch.zeros_like(self._scores, dtype=torch.bool)
-        for start in range(0, self.num_tags, _TAGS):
-            tags = slice(start, start + _TAGS)
+        for start in range(0, self.num_tags, _TAGS_AT_ONCE):
+            tags = slice(start, start + _TAGS_AT_ONCE)
             # [C, B], so that a row's bins stay in the processor's cache.
             scores, known = (tensor[:, tags].T.float().contiguous() for tensor in (logits, targets))
             used = valid & ~known.isnan()
@@ -138,7 +138,7 @@ class TagHistograms:
         assert self._counts is not None, "no batch was added"
         counts = distributed.all_reduce_sum(self._counts).view(self.num_tags, 2, BINS)
         parts = []
-        for pair in zip(self._scores.split(_TAGS), self._hits.split(_TAGS)):
+        for pair in zip(self._scores.split(_TAGS_AT_ONCE), self._hits.split(_TAGS_AT_ONCE)):
             gathered = (distributed.gather_rows(kept).view(-1, *kept.shape) for kept in pair)  # [ranks, C, 256]
             parts.append(_keep_highest(zip(*gathered)))
         return TagCounts(counts, *(torch.cat(column) for column in zip(*parts)))

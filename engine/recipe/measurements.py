@@ -15,9 +15,9 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.frozen.choose import open_timm
+from engine.frozen.choose import open_frozen_timm
 from engine.frozen.features import read_features
-from engine.run.length import time_update
+from engine.run.timing import time_update
 from engine.tasks.classification import count_head_images
 from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
@@ -226,7 +226,7 @@ def _most_telling(
     deadline = time.monotonic() + _PROBE_SHARE * 60 * config.loop.minutes
     for name in names:
         try:
-            frozen = open_timm(name, runtime)
+            frozen = open_frozen_timm(name, runtime)
         except UserError as error:
             log.info("the plan leaves out %s: %s", name, error)
             continue

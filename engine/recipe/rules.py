@@ -22,7 +22,7 @@ from engine.recipe.measurements import (
     Network,
     measure,
 )
-from engine.run.minutes import read_minutes
+from engine.run.pace import read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind

@@ -17,7 +17,7 @@ from engine.config import TrainingConfig
 from engine.recipe.pretrained import take_preprocessing
 from engine.run.clock import Stages
 from engine.run.start import start_ranks
-from engine.tasks.change import AnyConfig, Change, Start
+from engine.tasks.change import AnyConfig, ConfigChange, Start
 from engine.tasks.kind import Kind
 from engine.update.runtime import Runtime
 from utils.config.command_line import By, Job
@@ -65,22 +65,22 @@ def _plan(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     return plan_recipe(config, start, kind)
 
 
-def list_changes(kind: Kind) -> tuple[Change, ...]:
+def list_changes(kind: Kind) -> tuple[ConfigChange, ...]:
     """Return the changes before a run of a kind, in order."""
     return (
         EARLIER,
-        Change(_check_length, "the length"),
-        Change(partial(_plan, kind=kind), "the plan of loop.minutes"),
-        Change(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
-        Change(take_preprocessing, "timm's weights were trained so", "init_from"),
+        ConfigChange(_check_length, "the length"),
+        ConfigChange(partial(_plan, kind=kind), "the plan of loop.minutes"),
+        ConfigChange(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
+        ConfigChange(take_preprocessing, "timm's weights were trained so", "init_from"),
         *kind.changes,
-        Change(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
-        Change(_keep_warmup, "the warm-up is stated"),
+        ConfigChange(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
+        ConfigChange(_keep_warmup, "the warm-up is stated"),
         EARLIER,  # again: after the changes that are younger than the run
     )
 
 
-def make(change: Change, config: AnyConfig, start: Start) -> AnyConfig:
+def make(change: ConfigChange, config: AnyConfig, start: Start) -> AnyConfig:
     """Return the changed configuration, and log what has changed. Raises UserError for a key that must stay."""
     values = config.model_dump()
     try:
@@ -156,4 +156,4 @@ def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
     return config
 
 
-EARLIER = Change(_keep_earlier, "the run that goes on began so")
+EARLIER = ConfigChange(_keep_earlier, "the run that goes on began so")

@@ -7,7 +7,7 @@ import numpy as np
 from utils.io.files import Values
 from utils.record.figures import interval
 
-_SHOWN = 3  # classes
+_SHOWN_CLASSES = 3  # classes
 
 Table = Sequence[Values]
 
@@ -31,7 +31,7 @@ def advise(tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str
     lines = []
     if worst:
         shown = []
-        for number in worst[:_SHOWN]:
+        for number in worst[:_SHOWN_CLASSES]:
             row = classes[number]
             share = wrong[number] / sum(wrong)
             shown.append(f"{row['class']} {share:.0%} (accuracy {row['recall']:.2g}, {class_images[number]:,} images)")

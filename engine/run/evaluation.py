@@ -24,7 +24,7 @@ from utils.record.run_reader import RESULT_FILE
 
 log = get_logger(__name__)
 
-_SHOWN = 3  # figures of an evaluation in the log line
+_SHOWN_FIGURES = 3  # figures of an evaluation in the log line
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Evaluator:
         self.write_result()
         if self.report:
             recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.report})
-        names = [name for name in report.scalars if name not in COUNTS][:_SHOWN]
+        names = [name for name in report.scalars if name not in COUNTS][:_SHOWN_FIGURES]
         shown = [f"{show_evaluated(prefix + name)} {report.scalars[name]:.4g}" for name in names]
         if self.best.value is not None:
             shown.append(f"best {self.name_best()}")

@@ -16,7 +16,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.evaluation import Evaluator
-from engine.run.minutes import Pace
+from engine.run.pace import Pace
 from engine.run.recorder import Recorder
 from engine.run.summary import report_end
 from engine.task import Streams, Task, fingerprint_helpers

@@ -37,9 +37,9 @@ log = get_logger(__name__)
 
 _LOWEST_RATE = 1e-5
 _HIGHEST_RATE = 10.0
-_WIDTH = 9  # losses per mean
-_RISE = 0.25  # as a share of the fall before
-_NOISE = 3.0  # least fall and rise, in standard deviations of a mean
+_SMOOTHED_LOSSES = 9  # losses per mean
+_RISE_SHARE = 0.25  # as a share of the fall before
+_NOISE_STDS = 3.0  # least fall and rise, in standard deviations of a mean
 _ADAPTIVE_SHARE = 0.1
 _MOST_SKIPPED = 4  # in a row, because the loss scale of fp16 may be too high at times; blank updates do not count
 
@@ -54,8 +54,8 @@ class _Curve:
 
     @property
     def smoothed(self) -> np.ndarray:
-        """The moving average of the losses, over _WIDTH losses or fewer at the ends."""
-        half = _WIDTH // 2
+        """The moving average of the losses, over _SMOOTHED_LOSSES losses or fewer at the ends."""
+        half = _SMOOTHED_LOSSES // 2
         windows = [self.losses[max(0, index - half) : index + half + 1] for index in range(len(self.losses))]
         return np.array([np.mean(window) for window in windows])
 
@@ -63,17 +63,21 @@ class _Curve:
 def suggest(curve: _Curve, *, adaptive: bool) -> tuple[float | None, str]:
     """Return the suggested learning rate, or None, and the reason."""
     count = len(curve.losses)
-    if count < 2 * _WIDTH:
+    if count < 2 * _SMOOTHED_LOSSES:
         return None, f"the loss diverged after {count} updates"
     # Estimate the noise of a mean from the differences of successive losses at low rates.
-    noise = _NOISE * float(np.std(np.diff(curve.losses[: max(_WIDTH, count // 3)]))) / math.sqrt(2 * _WIDTH)
-    first = float(np.median(curve.losses[: 2 * _WIDTH]))
+    noise = (
+        _NOISE_STDS
+        * float(np.std(np.diff(curve.losses[: max(_SMOOTHED_LOSSES, count // 3)])))
+        / math.sqrt(2 * _SMOOTHED_LOSSES)
+    )
+    first = float(np.median(curve.losses[: 2 * _SMOOTHED_LOSSES]))
     lowest = np.minimum.accumulate(curve.smoothed)
     falls = first - lowest
     rises = curve.smoothed - lowest
     if falls[-1] <= noise:
         return None, f"the loss does not fall by more than its noise (from {first:.4g} to {lowest[-1]:.4g})"
-    edges = np.flatnonzero((falls > noise) & (rises > np.maximum(_RISE * falls, noise)))
+    edges = np.flatnonzero((falls > noise) & (rises > np.maximum(_RISE_SHARE * falls, noise)))
     if not len(edges) and not curve.diverged:
         return None, f"the loss still falls at a rate of {curve.rates[-1]:.3g}"
     rate = curve.rates[edges[0] if len(edges) else -1]
@@ -134,7 +138,7 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
         elif result.weight > 0 and curve.losses:  # the first loss scale of fp16 may be far too high
             skipped += 1
         first = curve.losses[0] if curve.losses else math.inf
-        if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
+        if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_SMOOTHED_LOSSES:] or 0.0) > first + abs(first):
             curve.diverged = True
             break
     return curve

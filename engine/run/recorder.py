@@ -36,7 +36,7 @@ from utils.record.trackers import Tracker, start_tracker
 log = get_logger(__name__)
 
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
-_TELL_SEC = 5.0  # between two writes of the progress
+_PROGRESS_PAUSE_SEC = 5.0  # between two writes of the progress
 _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
 
 
@@ -138,7 +138,7 @@ class Recorder:
         self._logged = Mark()  # the last log
         self._epoch = Mark()  # the epoch's start
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
-        self._next_tell = -math.inf
+        self._next_progress = -math.inf
         self.best: float | None = None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
@@ -162,7 +162,7 @@ class Recorder:
             if run_config is not None:  # first, because W&B reads the rows dropped below
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
-            self._tell("running")
+            self._write_progress("running")
             is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)
             limits = {} if run_config is None or is_whole else {"epoch": step - 1}
             if evaluates:  # a kill after the evaluation may have left its rows
@@ -189,7 +189,7 @@ class Recorder:
             if completed_step is not None:
                 mark_complete(self.folder, completed_step)
                 state = "finished"
-            self._tell(state)
+            self._write_progress(state)
         for file in self._files:
             file.close()
         if self._tracker is not None:
@@ -206,8 +206,8 @@ class Recorder:
             self.samples = show_samples(batch)
         self.clock.enter(name)
         self._step = step
-        if self._metrics is not None and time.perf_counter() >= self._next_tell:
-            self._tell("running")
+        if self._metrics is not None and time.perf_counter() >= self._next_progress:
+            self._write_progress("running")
 
     def _speed(self, since: Mark, step: int) -> dict[str, float]:
         """Return the images per second since a moment, the peak memory and the seconds of the run."""
@@ -232,9 +232,9 @@ class Recorder:
         self.bar.advance(step)
         self.clock.end_step()
 
-    def _tell(self, state: str) -> None:
+    def _write_progress(self, state: str) -> None:
         """Write what the run is doing, for the page."""
-        self._next_tell = time.perf_counter() + _TELL_SEC
+        self._next_progress = time.perf_counter() + _PROGRESS_PAUSE_SEC
         left = self.bar.left_sec if state == "running" else None
         figures = {"step": self._step, "total_steps": self._plan.total_steps, "left_sec": left, "best": self.best}
         figures["metric"] = self._learner.task.best_metric

@@ -28,7 +28,7 @@ log = get_logger(__name__)
 WINDOW_STEPS = 100
 MOST_SKIPPED = 50  # of the last WINDOW_STEPS; more end the run
 EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run
-_SHOWN = 8  # steps and paths in the log; the file has all
+_MOST_LOGGED = 8  # steps and paths in the log; the file has all
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
     "gradient": "its gradient was not finite (every loss was)",
@@ -49,7 +49,7 @@ class SkipWatch:
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, str]] = []
-        self._unread: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
+        self._pending: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
         self._path_of: Callable[[int], str] = str
         self._path: Path | None = None
 
@@ -64,15 +64,15 @@ class SkipWatch:
         """Add update number `step`, from 1."""
         # Copies: a view of a packed batch would keep all of the batch's images.
         kept = [{name: batch[name].clone() for name in ("sample_id", "weight")} for batch in batches]
-        self._unread.append((step, kept, result))
+        self._pending.append((step, kept, result))
 
     def read(self, step: int) -> None:
         """Report the skipped steps since the last call, on all ranks. A host synchronisation."""
-        if not self._unread:
+        if not self._pending:
             return
-        applied = torch.stack([result.applied for _, _, result in self._unread]).tolist()
-        skipped = [each for each, is_applied in zip(self._unread, applied) if not is_applied]
-        self._unread.clear()
+        applied = torch.stack([result.applied for _, _, result in self._pending]).tolist()
+        skipped = [each for each, is_applied in zip(self._pending, applied) if not is_applied]
+        self._pending.clear()
         self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
         if not skipped:
             return
@@ -81,9 +81,11 @@ class SkipWatch:
         self.steps += [(row["step"], row["what"]) for row in rows]
         if self._path is None:
             return
-        for row in rows[:_SHOWN]:
+        for row in rows[:_MOST_LOGGED]:
             reason = _REASONS[row["what"]].format(", ".join(map(str, row["ranks"])))
-            log.warning("step %d was skipped: %s; samples: %s", row["step"], reason, ", ".join(row["paths"][:_SHOWN]))
+            log.warning(
+                "step %d was skipped: %s; samples: %s", row["step"], reason, ", ".join(row["paths"][:_MOST_LOGGED])
+            )
         with ignore_write_errors(self._path), closing(AppendFile(self._path)) as file:
             file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
             file.sync()

@@ -25,7 +25,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import check_copy, choose_checkpoint
 from engine.run.loop import Run
-from engine.run.minutes import read_minutes
+from engine.run.pace import read_minutes
 from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
@@ -56,7 +56,7 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     """
     runtime = start_machine(config.runtime)
     world_size = distributed.planned_world_size()
-    config.loop.split(world_size, None)
+    config.loop.micro_batches(world_size, None)
     check_optimizer(config.optim, config.schedule)
     config.check_fused(runtime.precision, world_size)
     if not config.optim.keeps_layout:  # averages would miss replaced memory

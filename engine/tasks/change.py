@@ -32,7 +32,7 @@ class Start:
         return self._opened[1]
 
 
-class Change(NamedTuple):
+class ConfigChange(NamedTuple):
     """One change. why: for the log, before the keys.
 
     cause: the key that asks for the change; other keys are refused if they are stated as firmly. A change without a

@@ -33,8 +33,8 @@ from utils.formats.thresholds import ThresholdTable
 from utils.io.files import Json
 from utils.ranks import distributed
 
-_MISTAKES = 48  # images in a picture
-_PAIRS = 1000  # rows of the table of confusions
+_SHOWN_MISTAKES = 48  # images in a picture
+_MOST_PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 _HEAD_IMAGES_A_MINUTE = 2000  # with loop.minutes: 3 to 6 ms each, on one core, and they are read twice
 
@@ -113,7 +113,7 @@ class ClassificationTask(MixingTask):
         means = Means()
         counts = ConfusionCounts(len(names))
         decisions = TagHistograms(1)
-        mistakes = TopSamples(_MISTAKES)
+        mistakes = TopSamples(_SHOWN_MISTAKES)
         for batch in batches:
             labels = batch["labels"]
             valid = batch["weight"] > 0
@@ -146,7 +146,10 @@ class ClassificationTask(MixingTask):
         wrong = mistakes.reduce()
         decided = decisions.reduce()
         if distributed.is_main():
-            report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
+            report.tables = {
+                "classes": confusion.class_rows(names),
+                "confusions": confusion.pair_rows(names, _MOST_PAIRS),
+            }
             ((_, correct, predicted),) = decided.tails()
             counts = (side[0].cpu().numpy() for side in (predicted, correct))
             report.tables["decisions"] = decision_rows("all", *counts, int(scalars["samples"]))

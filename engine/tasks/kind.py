@@ -30,7 +30,7 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.task import Finish, Loaders, Streams, Task
-from engine.tasks.change import AnyConfig, Change, Start
+from engine.tasks.change import AnyConfig, ConfigChange, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
@@ -109,7 +109,7 @@ class Kind:
     network: str = "network"
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
     next_commands: tuple[str, ...] = ()
-    changes: tuple[Change, ...] = (Change(_refuse_memory, "memory"),)  # of the configuration before a run
+    changes: tuple[ConfigChange, ...] = (ConfigChange(_refuse_memory, "memory"),)  # of the configuration before a run
     evaluation_command: str = "python evaluate.py run_dir={run}"  # if there are validation images
 
     # --------------------------------------------------------------------------------------------------------- setup

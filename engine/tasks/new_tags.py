@@ -28,7 +28,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
 
     Raises UserError (`task.append_to`) if there are not enough images.
     """
-    features, found = read_features(task, data, rows, setup)
+    features, found = embed_rows(task, data, rows, setup)
     first = setup.facts["known_tags"]
     rows = found.numpy()
     if len(rows) < 2:
@@ -46,7 +46,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     log.info("task.append_to: %d new tags, fitted to %s images", len(weight), f"{len(rows):,}")
 
 
-def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> tuple[Tensor, Tensor]:
+def embed_rows(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> tuple[Tensor, Tensor]:
     """Return the head's input, float64 [N, C], for those of `rows` whose image can be read, and these rows [N]."""
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
     found = gather_features(

@@ -28,7 +28,7 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
-from engine.tasks.change import AnyConfig, Change, Start
+from engine.tasks.change import AnyConfig, ConfigChange, Start
 from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
@@ -51,9 +51,9 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
-_MISTAKES = 24  # images in the picture
-_LINES = 3  # tags of each kind of mistake under an image
-_LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
+_SHOWN_MISTAKES = 24  # images in the picture
+_SHOWN_TAGS = 3  # tags of each kind of mistake under an image
+_LOWEST_BIAS = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
 
 
@@ -146,7 +146,7 @@ class TaggingTask(MixingTask):
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None) -> tuple[Report, list[TagCounts]]:
         """Return the report, and the counts of samples to fit thresholds to and of others; without leads, of all."""
         means = Means()
-        worst = TopSamples(_MISTAKES)
+        worst = TopSamples(_SHOWN_MISTAKES)
         parts = [TagHistograms(len(self.vocabulary)) for _ in range(1 if leads is None else 2)]
         for batch in batches:
             logits, targets, loss = self._predict(batch)
@@ -235,13 +235,13 @@ def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> State:
     found = {name: batch[name] for name in ("sample_id", "images")}
     errors = {"wrong": probs * (targets == 0), "missed": (1 - probs) * (targets == 1)}
     for name, error in errors.items():
-        found[f"{name}_prob"], found[name] = error.topk(min(_LINES, error.shape[1]))
+        found[f"{name}_prob"], found[name] = error.topk(min(_SHOWN_TAGS, error.shape[1]))
     return found
 
 
 def prior_bias(priors: Tensor) -> Tensor:
     """Return biases with which an untrained head predicts each tag's frequency; priors: [T], shares of images."""
-    return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
+    return priors.logit(eps=1e-6).clamp(_LOWEST_BIAS, 0.0)
 
 
 @about("init_from")
@@ -322,7 +322,10 @@ class TaggingKind(Kind):
     task = TaggingTask
     names = FACTS
     output = "tags"
-    changes = (Change(_append, "new tags are fitted to a tagger without training", "task.append_to"), *Kind.changes)
+    changes = (
+        ConfigChange(_append, "new tags are fitted to a tagger without training", "task.append_to"),
+        *Kind.changes,
+    )
     evaluation_command = "python evaluate.py run_dir={run} calibrate=true"
     next_commands = (
         "python export.py format=wd14 run_dir={run}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.split import largest_divisor
+from engine.config import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.record.logging import get_logger

@@ -23,20 +23,20 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
+_EAGER_UPDATES = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
 _MOST_GRAPHS = 16  # one for each bucket of SDXL's
-_MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
+_MOST_KEYS = 100  # a momentum or weight decay that changes with every update is not recorded
 Prepare = Callable[[Batch], Batch]  # of `Learner`
 _MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
 
 
 @dataclass
 class _Recorded:
-    """A recorded update. values: the progress, and the rate of each group. found: has the newest replay's result."""
+    """A recorded update. values: the progress, and the rate of each group. results: the newest replay's result."""
 
     batch: Batch
     values: Tensor
-    found: list[StepResult]
+    results: list[StepResult]
     replay_gradients: Callable[[], None]
     replay_step: Callable[[], None] | None  # None: it is part of the gradients' graph
 
@@ -62,17 +62,19 @@ class UpdateGraphs:
 
     def _reset(self) -> None:
         self._groups = self.optimizer.param_groups
-        self._seen: Counter[Any] = Counter()
+        self._counts: Counter[Any] = Counter()
         self._pool = None  # the memory of the graphs, which they share, because one is replayed after another
         self.recorded: dict[Any, _Recorded] = {}
 
-    def update(self, batch: Batch, progress: float, values: GroupValues, prepare: Prepare) -> StepResult | None:
-        """Make an update by a graph; None if it has to be made without one."""
+    def update(
+        self, step: int, batch: Batch, progress: float, values: GroupValues, prepare: Prepare
+    ) -> StepResult | None:
+        """Make update number `step` by a graph. Return None if no graph can make it."""
         if self._groups is not self.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
             self._reset()
         if self.is_off:
             return None
-        recorded = self._find(batch, values, prepare)
+        recorded = self._find(step, batch, values, prepare)
         if recorded is None:
             return None
         recorded.values.copy_(self._values(progress), non_blocking=True)
@@ -80,22 +82,22 @@ class UpdateGraphs:
             recorded.batch[name].copy_(tensor, non_blocking=True)
         self.seed()
         recorded.replay_gradients()
-        result = recorded.found[-1].clone()
+        result = recorded.results[-1].clone()
         if recorded.replay_step is not None:
             if result.applied:  # a host synchronisation
                 recorded.replay_step()
             self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _find(self, batch: Batch, values: GroupValues, prepare: Prepare) -> _Recorded | None:
+    def _find(self, step: int, batch: Batch, values: GroupValues, prepare: Prepare) -> _Recorded | None:
         """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        frozen = tuple(is_frozen(group, self.optimizer.update) for group in self._groups)
+        frozen = tuple(is_frozen(group, step) for group in self._groups)
         key = (prepare, shapes, frozen, values.weight_decay, values.momentum)
         if key not in self.recorded:
-            self._seen[key] += 1
-            self.is_off = len(self._seen) > _MOST_SEEN
-            if self._seen[key] > _EAGER and len(self.recorded) < _MOST_GRAPHS:
+            self._counts[key] += 1
+            self.is_off = len(self._counts) > _MOST_KEYS
+            if self._counts[key] > _EAGER_UPDATES and len(self.recorded) < _MOST_GRAPHS:
                 self._record(key, batch)
         return self.recorded.get(key)
 
@@ -126,14 +128,14 @@ class UpdateGraphs:
 
     def _capture(self, batch: Batch) -> _Recorded:
         optimizer = self.optimizer
-        kept = {name: tensor.clone() for name, tensor in batch.items()}
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
         values = self._values(0.0).to(self.device)
-        found = []
+        results = []
 
         def compute() -> None:
-            found[:] = [self.gradients(kept, values[0])]
+            results[:] = [self.gradients(inputs, values[0])]
             if skips_on_device(optimizer):
-                self.apply(*found)
+                self.apply(*results)
 
         self.seed()
         before = torch.default_generator.get_state()
@@ -151,7 +153,7 @@ class UpdateGraphs:
         optimizer.zero_grad(set_to_none=True)
         if not torch.equal(before, torch.default_generator.get_state()):
             raise RuntimeError("the task draws random numbers on the CPU")
-        return _Recorded(kept, values, found, replay, replay_step)
+        return _Recorded(inputs, values, results, replay, replay_step)
 
 
 def record_graph(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:

@@ -6,6 +6,7 @@ result = learner.update(batches)
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class Learner:
     """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
 
     `update` is the only forward pass, backward pass and optimiser step (its parts: engine/update/step.py).
-    model: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
+    wrapped: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
     exported. prepare: makes of a batch of the stream what the task reads.
     """
 
@@ -56,7 +57,7 @@ class Learner:
         if getattr(config.optim, "bf16_weights", False):
             store_in_bf16(task.parameters(), runtime.precision)
         self.compiles = choose_compile(config, runtime.device.type, plan.total_steps)
-        self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
+        self.wrapped = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
             _offload(task)
         self.prepare: Prepare = dict
@@ -89,10 +90,9 @@ class Learner:
         share = 0.0 if values is not None else self.schedule.progress_at(self.step)
         values = values or self.schedule.at(self.step)
         set_group_values(self.optimizer, values)
-        self.optimizer.update = self.step
         result = None
         if self.graphs is not None and len(batches) == 1 and len(batches[0]["weight"]) <= self.micro_batches.size:
-            result = self.graphs.update(batches[0], share, values, self.prepare)
+            result = self.graphs.update(self.step, batches[0], share, values, self.prepare)
         progress = torch.full((), share, device=self.runtime.device)
         if result is None:
             before = self._buffers.copy()
@@ -134,14 +134,14 @@ class Learner:
         weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
         # DDP averages over ranks; the world size turns the average back into the sum.
         factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
-        begin = None if self.fused is None else self.fused.begin
+        begin = None if self.fused is None else partial(self.fused.begin, self.step)
         passes = []
         for number, part in enumerate(parts):
             if seeds:
                 self._seed_pass(number)
-            with no_sync(self.model, last=number == len(parts) - 1):
+            with no_sync(self.wrapped, last=number == len(parts) - 1):
                 with self.runtime.autocast():
-                    output = self.model(self.prepare(part), progress)
+                    output = self.wrapped(self.prepare(part), progress)
                 passes.append(backward(output, part["weight"], factor, begin))
             del output  # its tensors end before the next pass
         figures, names, losses = zip(*passes)
@@ -167,7 +167,7 @@ class Learner:
     def _apply(self, result: StepResult) -> None:
         """Step by the gradients, unless the update is to be skipped."""
         if self.fused is None:
-            step_by_gradients(self.optimizer, result.applied)
+            step_by_gradients(self.optimizer, result.applied, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.runtime.precision == "fp16":
             self.scale = next_scale(self.scale, result.applied, result.weight)

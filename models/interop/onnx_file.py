@@ -38,7 +38,7 @@ _GRAPH_TOLERANCE = 1e-3  # for the float32 graph with varied weights, when expor
 _LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
-def export_onnx(model: ImageModel, metadata: Values, path: Path, precision: str, accepted: float) -> float:
+def write_onnx(model: ImageModel, metadata: Values, path: Path, precision: str, accepted: float) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 
     accepted: the largest difference, relative to the largest output.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from engine.exports.weights import Weights
+from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
 from utils.io.files import Json, Values
@@ -21,7 +21,7 @@ _TRAINED_ON = {
 }
 
 
-def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
+def modelspec_facts(weights: OpenedTask, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
     task = weights.setup.task
     metadata = weights.metadata

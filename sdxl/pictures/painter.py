@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from engine.exports.config import MovedBase
-from engine.exports.weights import open_weights
+from engine.exports.opened_task import open_task
 from engine.judging.config import PredictConfig
 from engine.task import FILE_HASHES
 from engine.update.batch_size import naming_memory
@@ -127,7 +127,7 @@ def open_painter(
             scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]), facts["shift"])
             encoding = {"zeros_for_empty_prompt": facts["zeros_for_empty_prompt"], "emphasis": False}
         else:
-            opened = open_weights(path, base=moved)
+            opened = open_task(path, base=moved)
             if not isinstance(opened.task, DiffusionTask):
                 raise UserError(f"{path} draws no pictures: prompts is for SDXL; set input for this one")
             networks = whole_networks(opened)

@@ -77,8 +77,8 @@ def script_of(experiment):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    """Draw no samples, which takes a second: tests/engine/test_seen.py."""
-    monkeypatch.setattr("engine.train.draw_seen", lambda *arguments: np.zeros((1, 1, 3), np.uint8))
+    """Draw no samples, which takes a second: tests/engine/test_first_samples.py."""
+    monkeypatch.setattr("engine.train.draw_first_samples", lambda *arguments: np.zeros((1, 1, 3), np.uint8))
 
 
 def test_each_kind_is_listed_by_the_help_of_its_scripts():

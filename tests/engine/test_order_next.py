@@ -3,13 +3,13 @@
 import torch
 from torch.nn import functional as F
 
-from engine.frozen.order import order_next, predict
+from engine.frozen.order import order_next, predict_classes
 
 NONE = torch.zeros(0, dtype=torch.long)
 
 
 def find_next(features: torch.Tensor, labelled: torch.Tensor, labels: torch.Tensor, count: int) -> list[int]:
-    return order_next(features, labelled, predict(features, labelled, labels)[0], count)
+    return order_next(features, labelled, predict_classes(features, labelled, labels)[0], count)
 
 
 def draw_groups(sizes: list[int], apart: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:

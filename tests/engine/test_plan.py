@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 from bench.measure import read_values
 from engine.config import _LoopConfig
 from engine.plan import Plan, plan_streams
-from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from tests.support import refuses
 
@@ -36,10 +35,15 @@ def plan(*, epoch_length, world_size=1, reads=0, finder=None, optim=None, warmup
 # --- splitting a batch
 
 
+def split(batch_size, world, cap, chunk):
+    loop = _LoopConfig.model_construct(batch_size=batch_size, micro_batch_size=cap)
+    return loop.micro_batches(world, chunk)
+
+
 def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a_chunk():
     shares, caps, chunks = (1, 2, 7, 12, 36, 60, 97), (1, 2, 5, 8, 35, 200), (None, 1, 2, 4, 5, 6, 12, 16)
     for world, share, cap, chunk in itertools.product((1, 2, 3, 5, 8), shares, caps, chunks):
-        micro, accum = split_batch(share * world, world, cap, chunk)
+        micro, accum = split(share * world, world, cap, chunk)
         assert micro * accum == share and micro <= cap
         within = share if chunk is None else math.gcd(share, chunk)
         assert micro == max(size for size in range(1, cap + 1) if within % size == 0)
@@ -48,7 +52,7 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a
 @pytest.mark.parametrize("global_size, world", [(4096, 24), (3, 8)])
 def test_a_batch_that_does_not_divide_is_refused(global_size, world):
     with refuses("^loop.batch_size: "):
-        split_batch(global_size, world, 64, None)
+        split(global_size, world, 64, None)
 
 
 # --- steps, warm-up, rate

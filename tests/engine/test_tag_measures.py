@@ -67,7 +67,7 @@ def test_average_precision_is_scikit_learns(split):
 def test_average_precision_of_equal_logits_is_that_of_one_threshold(monkeypatch):
     coarse = (LOGITS / 4).round()  # all that is kept is a run of equal logits, partly kept
     kept = fill(logits=torch.where(LOGITS > 1e9, LOGITS, coarse)).reduce().average_precision()
-    monkeypatch.setattr(tags, "_KEPT", 1000)  # more than there are images: exact
+    monkeypatch.setattr(tags, "_UNBINNED", 1000)  # more than there are images: exact
     whole = fill(logits=coarse).reduce().average_precision()
     exact = [metrics.average_precision_score(truth, (logits / 4).round()) for truth, logits in columns() if truth.any()]
     assert whole[SCORED] == pytest.approx(exact, abs=1e-9)

@@ -11,7 +11,7 @@ from data.stream.batch import Ragged, collate
 from data.tags.fields import read_targets
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
-from engine.exports.weights import open_weights
+from engine.exports.opened_task import open_task
 from engine.tasks.config import TaggingTaskConfig
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind, prior_bias
@@ -179,7 +179,7 @@ def test_a_run_learns_and_is_judged_by_its_map(place):
 def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     path = place / "run/weights/best_weights.safetensors"
     tensors, metadata = read_weights(path)
-    vocabulary = open_weights(path).task.vocabulary
+    vocabulary = open_task(path).task.vocabulary
     assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
     assert read_vocabulary(place / "run") == vocabulary
     assert "dry run" in run("finetune", [*RUN, "task.vocabulary=run", "dry_run=true", "run_dir=x"], place)
@@ -187,7 +187,7 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     # Orientation is the run's own, whatever a file says.
     forged = place / "forged.safetensors"
     write_weights(forged, tensors, {**metadata, "orientation": {"pairs": [[0, 999]]}, "tag_priors": [9.0]})
-    assert open_weights(forged).task.mirror is None
+    assert open_task(forged).task.mirror is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("tag_categories", [0]), ("tag_ids", [2**63] * 7)])
@@ -196,7 +196,7 @@ def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     path = place / "stranger.safetensors"
     write_weights(path, tensors, {**metadata, name: value})
     with refuses(rf"^{path}.*{name}"):
-        open_weights(path)
+        open_task(path)
 
 
 def test_what_is_wrong_is_named_by_its_key(place):

@@ -9,12 +9,12 @@ import torch
 
 from bench.measure import read_group
 from engine.exports.config import FORMATS
-from engine.exports.weights import load_predictor, open_weights
+from engine.exports.opened_task import load_predictor, open_task
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
-from models.interop.onnx_file import export_onnx
+from models.interop.onnx_file import write_onnx
 from tests.support import ROOT, export, no_large_allocation, refuses
 from utils.io.weights import read_weights, write_weights
 
@@ -28,7 +28,7 @@ HUGE = CONVNEXT.model_dump() | {"dims": [8192, 8192]}
 
 
 def load_image_model(path):
-    weights = open_weights(path)
+    weights = open_task(path)
     return weights.model, weights.metadata
 
 
@@ -51,7 +51,7 @@ def exported(tmp_path_factory):
     """Return a folder with a classifier as w.safetensors and as model.onnx, and its task."""
     folder = tmp_path_factory.mktemp("exported")
     task = write_classifier(folder / "w.safetensors")
-    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
+    assert write_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
     return folder, task
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from engine.exports.card import Card
 from engine.exports.config import FORMATS
-from engine.exports.weights import Weights
+from engine.exports.opened_task import OpenedTask
 from models import config as schemas
 from models.build import build_network
 from models.config import ConvNeXtV2Config
@@ -23,7 +23,7 @@ from models.image_model import ImageModel, Normalise
 from models.interop import libraries
 from models.interop.inference_form import to_inference_form
 from models.interop.metadata import licence_of
-from models.interop.onnx_file import export_onnx
+from models.interop.onnx_file import write_onnx
 from models.interop.parity import vary_weights
 from models.layers import GRN
 from models.predictor import open_session
@@ -108,7 +108,7 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     model, metadata = make(geometry())
     names = ["{{ names }}", "a, <b>", *map(str, range(110))]
     for origin in ("no object", texts):
-        weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin, "class_names": names})
+        weights = OpenedTask(Path("w"), model, model.network, {**metadata, "origin": origin, "class_names": names})
         Card(weights, "safetensors", FORMATS["safetensors"], "model.safetensors").write(tmp_path)
     lines = (tmp_path / "README.md").read_text().splitlines()
     front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
@@ -171,7 +171,7 @@ def test_timm_loads_any_network_of_its_own(tmp_path):
 
 def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3):
     path = tmp_path / "model.onnx"
-    return export_onnx(model, metadata, path, precision, accepted), onnx.load(path), path
+    return write_onnx(model, metadata, path, precision, accepted), onnx.load(path), path
 
 
 def test_fp16_sums_in_float32(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from data.open import prepare_image
 from engine.exports.card import Card
 from engine.exports.config import FORMATS
-from engine.exports.weights import Weights
+from engine.exports.opened_task import OpenedTask
 from models.interop.snippets import image_program
 from tests.models.test_export_formats import NAMES, geometry, make
 from tests.support import export
@@ -99,7 +99,7 @@ class Session:
 def write_program(form, model, metadata, folder, monkeypatch):
     if form == "onnx":
         monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: Session(model, metadata))
-        Card(Weights(Path("w"), model, model.network, metadata), form, FORMATS[form], "model.onnx").write(folder)
+        Card(OpenedTask(Path("w"), model, model.network, metadata), form, FORMATS[form], "model.onnx").write(folder)
     else:
         export(form, model, metadata, folder)
 

@@ -62,11 +62,10 @@ def test_bf16_weights_follow_torchs_adamw_in_float32():
     start = [parameter.detach().clone() for parameter in theirs]
     optimizer, reference = build("bf16", ours, lr=1e-3), build("adamw", theirs, lr=1e-3)
     for step in range(30):
-        optimizer.update = step
         set_gradients(ours, step)
         for mine, other in zip(ours, theirs):
             other.grad = torch.empty_like(other).copy_(mine.grad)  # in its layout
-        step_by_gradients(optimizer, 1 - ZERO)
+        step_by_gradients(optimizer, 1 - ZERO, step)
         reference.step()
     for mine, other, before in zip(ours, theirs, start):
         moved, wanted = (mine.float() - before).flatten(), (other - before).flatten()
@@ -104,7 +103,7 @@ def test_the_optimisers_of_timm_that_a_fused_pass_takes_update_each_parameter_al
             continue
         models = [network(), network()]
         for model, step in zip(
-            models, (lambda optimizer: optimizer.step(), lambda optimizer: step_each(optimizer, ZERO))
+            models, (lambda optimizer: optimizer.step(), lambda optimizer: step_each(optimizer, ZERO, 0))
         ):
             optimizer = build_optimizer(settings, build_groups(model, {}, settings), 0.05)
             for number in range(3):

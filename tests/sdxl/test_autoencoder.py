@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.exports.config import MovedBase
-from engine.exports.weights import open_weights
+from engine.exports.opened_task import open_task
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
 from engine.tasks.kind import Setup, open_kind
@@ -70,7 +70,7 @@ def exported(place):
     for form in ("vae", "vae_diffusers"):
         run("export", ["run_dir=run", f"format={form}", "precision=fp16"], place)
     base = MovedBase(path=str(place / "base"), vae=None)
-    return open_weights(place / "run/weights/best_weights.safetensors", "export", base).task.vae
+    return open_task(place / "run/weights/best_weights.safetensors", "export", base).task.vae
 
 
 def test_exports_are_what_diffusers_and_comfyui_load(place, exported):

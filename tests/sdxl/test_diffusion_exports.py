@@ -16,7 +16,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from engine.exports.weights import open_weights
+from engine.exports.opened_task import open_task
 from tests.in_process import run, working_in
 from tests.small_sdxl import paint, write_base
 from tests.support import TINY, make_collection, refuses
@@ -51,7 +51,7 @@ def wanted(place):
     """The pictures of each run's task, as its weight file rebuilds it."""
     with working_in(place):
         weights = {name: f"{name}/weights/last_weights.safetensors" for name in ("lora", "whole")}
-        return {name: open_weights(Path(file), "evaluation").task.sample() for name, file in weights.items()}
+        return {name: open_task(Path(file), "evaluation").task.sample() for name, file in weights.items()}
 
 
 def export(place, name, form):
@@ -124,7 +124,7 @@ def test_a_flow_is_drawn_as_diffusers_draws_its_folder(place):
     words += ["task.loss.weighting=none", "task.lora=null", "model.vae=vae", "run_dir=flow"]
     run("finetune_sdxl", [*SHORT, *words, "task.noise.convert=true"], place)
     with working_in(place):
-        wanted = open_weights(Path("flow/weights/last_weights.safetensors"), "evaluation").task.sample()
+        wanted = open_task(Path("flow/weights/last_weights.safetensors"), "evaluation").task.sample()
     folder, file = export(place, "flow", "diffusers"), export(place, "flow", "single_file") / "model.safetensors"
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     assert differ(make_pictures(pipeline), wanted) <= 1 and differ(run_program(folder, None), wanted[0]) <= 1

@@ -1,7 +1,7 @@
 """`loop.minutes`: as many steps as fit into a time, measured at the start of a run.
 
 Updates and parts of evaluations are timed on the run's own machine and data, and undone. The minutes include the start
-of the script, evaluations, and the files at the end. engine/run/minutes.py keeps the number, and corrects it later.
+of the script, evaluations, and the files at the end. engine/run/pace.py keeps the number, and corrects it later.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
-from engine.run.minutes import Found, Pace, Speed, read_minutes
+from engine.run.pace import Length, Pace, Speed, read_minutes
 from engine.update.runtime import Runtime
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -24,14 +24,14 @@ from utils.start import STARTED
 
 log = get_logger(__name__)
 
-_WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
-_MOST_UPDATES = 50  # of a timing
-_SLOW = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
-_DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
-_BATCHES = 8  # of an evaluation
+_WARM_UP_UPDATES = 3  # updates, and evaluations of a batch: the first are slow
+_TIMING_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
+_MOST_TIMED_UPDATES = 50  # of a timing
+_FEW_UPDATES = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
+_DRAIN_FACTOR = 2  # times the batches read ahead are used up first: the timing then waits for data as the run will
+_TIMED_BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
-_TIMED_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; a GPU that does nothing else takes equal times
+_NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; a GPU that does nothing else takes equal times
 
 
 def fit_minutes(run: Run) -> None:
@@ -47,13 +47,13 @@ def fit_minutes(run: Run) -> None:
     finish = run.evaluator.finish
     end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
     if found is None:
-        speed = _time_steps(run, _SHARE * 60 * minutes)
-        found = _find_steps(run, minutes, speed, end_sec)
+        speed = _time_steps(run, _TIMING_SHARE * 60 * minutes)
+        found = _measure_length(run, minutes, speed, end_sec)
     run.pace = Pace(run.folder.path, found, run.recorder.clock.mark(run.step), speed, end_sec)
     run.use_length(found.steps_before(run.step))
 
 
-def _find_steps(run: Run, minutes: float, speed: Speed, end_sec: float) -> Found:
+def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> Length:
     """Time an evaluation, and return the number of steps that fits."""
 
     def plan_of(steps: int) -> Plan:
@@ -72,7 +72,7 @@ def _find_steps(run: Run, minutes: float, speed: Speed, end_sec: float) -> Found
     warmup = f", {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
     length = f"{steps:,} steps, {plan.epoch_at(steps):.3g} epochs{warmup}"
     log.info("loop.minutes=%g: %s; %s", minutes, length, measured)
-    return Found(minutes=minutes, steps=steps, words=list(run.folder.job.planned))
+    return Length(minutes=minutes, steps=steps, words=list(run.folder.job.planned))
 
 
 def _count_steps(left: float, speed: Speed, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
@@ -119,17 +119,17 @@ def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None)
 
     with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
         time_updates(1)  # may compile
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP_UPDATES):
             about = time_updates(1)
-            if about > seconds / _SLOW:
+            if about > seconds / _FEW_UPDATES:
                 break
         if count is None:
-            count = min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))
+            count = min(_MOST_TIMED_UPDATES, int(seconds / max(about, 1e-6)))
         if count < 1:
             return 0, about
         ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
         if ahead:
-            time_updates(min(_DRAIN * ahead, count))
+            time_updates(min(_DRAIN_FACTOR * ahead, count))
         return count, time_updates(count)
 
 
@@ -147,7 +147,7 @@ def _time_evaluation(run: Run) -> float:
 
     seconds(1)
     first = seconds(1)
-    most = min(batches, _BATCHES)
+    most = min(batches, _TIMED_BATCHES)
     rest = (seconds(most) - first) / (most - 1) if most > 1 else 0.0
     return first + max(0.0, rest) * (batches - 1)
 
@@ -171,7 +171,7 @@ def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(_WARM_UP):
+    for _ in range(_WARM_UP_UPDATES):
         update()
     try:
         repeat, _ = record_graph(update, runtime.device)
@@ -179,7 +179,7 @@ def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
         repeat = update
     started = monotonic()
     count = 0
-    while monotonic() < started + _TIMED_SEC[runtime.device.type]:
+    while monotonic() < started + _NETWORK_SEC[runtime.device.type]:
         repeat()
         wait_for(runtime.device)
         count += 1

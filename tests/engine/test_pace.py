@@ -3,9 +3,9 @@
 import pytest
 
 import engine.run.summary
-from engine.run import length, minutes
+from engine.run import pace, timing
 from engine.run.clock import Clock, Mark
-from engine.run.minutes import Speed
+from engine.run.pace import Speed
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import assert_equal_runs, refuses
 from utils.io.files import read_json
@@ -17,17 +17,17 @@ MORE = ["loop.evaluate_every_epochs=2", "loop.ema_decay=0.9", "loop.checkpoint_e
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A command of 10 minutes: 20 s of start, steps of 60 s in the first epoch, then of 39 s, evaluations of 15 s."""
-    monkeypatch.setattr(length, "monotonic", lambda: length.STARTED + 20)
-    monkeypatch.setattr(length, "_MOST_UPDATES", 1)
-    monkeypatch.setattr(length, "_END_SEC", 2.5)
-    monkeypatch.setattr(length, "_time_steps", timed := timing(length._time_steps, Speed(60.0, 39.0, 2)))
-    monkeypatch.setattr(length, "_time_evaluation", timing(length._time_evaluation, 15.0))
-    monkeypatch.setattr(minutes, "_FIRST_SHARE", 2.0)  # nothing is corrected
+    monkeypatch.setattr(timing, "monotonic", lambda: timing.STARTED + 20)
+    monkeypatch.setattr(timing, "_MOST_TIMED_UPDATES", 1)
+    monkeypatch.setattr(timing, "_END_SEC", 2.5)
+    monkeypatch.setattr(timing, "_time_steps", timed := count_calls(timing._time_steps, Speed(60.0, 39.0, 2)))
+    monkeypatch.setattr(timing, "_time_evaluation", count_calls(timing._time_evaluation, 15.0))
+    monkeypatch.setattr(pace, "_FIRST_SHARE", 2.0)  # nothing is corrected
     root, given = make_images(tmp_path / "images"), [word for word in TINY if word != LENGTH]
     return [*given, *MORE, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=10"], timed
 
 
-def timing(function, seconds):
+def count_calls(function, seconds):
     """Return the function with its real work, timed by a clock that stands still, and then other seconds."""
 
     def call(run, *arguments):
@@ -63,8 +63,8 @@ def test_a_run_whose_steps_take_half_as_long_makes_more_and_a_resumed_one_repeat
         return Mark(step, marks[-1])
 
     monkeypatch.setattr(Clock, "mark", mark)
-    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20 + marks[-1])
-    monkeypatch.setattr(minutes, "_FIRST_SHARE", 0.15)
+    monkeypatch.setattr(pace, "monotonic", lambda: pace.STARTED + 20 + marks[-1])
+    monkeypatch.setattr(pace, "_FIRST_SHARE", 0.15)
     run_until_killed("finetune", words, tmp_path, step=10)  # its last checkpoint has 9 steps
     file = tmp_path / "run/minutes.json"
     found = read_json(file)

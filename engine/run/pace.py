@@ -1,6 +1,6 @@
 """`loop.minutes`: the number of steps of a run that has a time, in minutes.json of its folder.
 
-engine/run/length.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
+engine/run/timing.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
 number holds from a step on. A resumed run repeats the corrections, and makes no others.
 """
 
@@ -22,10 +22,10 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _FIRST_SHARE = 0.15  # of the steps, before the first correction; then half of the rest, and half of that
-_LEAST_SHARE = 0.02  # of the steps: with less left, nothing is corrected
+_LAST_SHARE = 0.02  # of the steps: with less left, nothing is corrected
 
 
-class Found(Strict):
+class Length(Strict):
     """What a run has found. words: the recipe that `loop.minutes` planned. steps: at the start.
 
     corrected: the number of steps, by the step after which it holds.
@@ -42,7 +42,7 @@ class Found(Strict):
         return self.corrected[max(earlier)] if earlier else self.steps
 
 
-def read_minutes(folder: Path, minutes: float) -> Found | None:
+def read_minutes(folder: Path, minutes: float) -> Length | None:
     """Return what an earlier start of the run has found; None without one.
 
     Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
@@ -51,7 +51,7 @@ def read_minutes(folder: Path, minutes: float) -> Found | None:
     if not file.exists():
         return None
     try:
-        found = Found.model_validate_json(file.read_bytes())
+        found = Length.model_validate_json(file.read_bytes())
     except ValueError as error:
         raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
     if found.minutes != minutes:
@@ -86,7 +86,7 @@ class Pace:
     corrections. end_sec: what follows the last evaluation, and its preparation.
     """
 
-    def __init__(self, folder: Path, found: Found, start: Mark, speed: Speed | None, end_sec: float) -> None:
+    def __init__(self, folder: Path, found: Length, start: Mark, speed: Speed | None, end_sec: float) -> None:
         self._file = folder / _FILE
         self._found = found
         self._next = -1  # step of the next correction
@@ -112,7 +112,7 @@ class Pace:
             steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
             log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
             corrected[step] = steps
-            self._next = step + (steps - step) // 2 if steps - step > _LEAST_SHARE * steps else -1
+            self._next = step + (steps - step) // 2 if steps - step > _LAST_SHARE * steps else -1
             self._write()
         return corrected.get(step, plan.total_steps)
 

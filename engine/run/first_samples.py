@@ -11,10 +11,10 @@ from utils.record.figures import INK
 from utils.record.pictures import Line, image_grid, wrap
 
 _SAMPLES = 24
-_LINES = 12  # of a text
+_MOST_LINES = 12  # of a text
 
 
-def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
+def draw_first_samples(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
     """Draw the first positions of the first rank: cropped, augmented, mixed, masked, with their texts."""
     train = streams.in_order[0]
     micro = plan.micro_batch_size
@@ -27,7 +27,7 @@ def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) 
         for image, text, sample, weight in zip(images, texts, batch["sample_id"].tolist(), batch["weight"].tolist()):
             size = f"{image.shape[0]} x {image.shape[1]} px" + ("" if weight == 1 else f", weight {weight:.3g}")
             parts = [*wrap(f"{len(tiles)}: {train.path_of(sample)}", 2), size, *text.split("\n")]
-            tiles.append((image, [(line, INK) for part in parts for line in wrap(part, _LINES)]))
+            tiles.append((image, [(line, INK) for part in parts for line in wrap(part, _MOST_LINES)]))
         if len(tiles) >= _SAMPLES:
             break
     images, captions = zip(*tiles[:_SAMPLES])

@@ -24,7 +24,7 @@ from utils.record.run_reader import RunReader, run_of
 
 
 @dataclass(frozen=True)
-class Weights:
+class OpenedTask:
     """The contents of a weight file. Without a file, of a network alone, there is no task, kind or setup."""
 
     path: Path
@@ -68,9 +68,9 @@ class Weights:
             )
 
 
-def open_weights(
+def open_task(
     path: Path, use: Use = "export", base: MovedBase | None = None, *, needs_output: bool = False
-) -> Weights:
+) -> OpenedTask:
     """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces paths of its base model.
 
     needs_output: refuse a task without an output for a single image, before anything large is read. Raises UserError
@@ -89,7 +89,7 @@ def open_weights(
     if kind.output is not None:
         model = ImageModel(task.get_submodule(kind.network), setup.normalise(), kind.output).eval()
         whole = task.get_submodule(task.exported[0])
-    weights = Weights(path, model, whole, metadata, kind, task, setup)
+    weights = OpenedTask(path, model, whole, metadata, kind, task, setup)
     weights.check_helpers()
     return weights
 
@@ -98,5 +98,5 @@ def load_predictor(path: Path, device: torch.device) -> Predictor:
     """Return the predictor of a weight file or, by its suffix, an ONNX file. Raises UserError."""
     if path.suffix == ".onnx":
         return onnx_predictor(path, device)
-    weights = open_weights(path, needs_output=True)
+    weights = open_task(path, needs_output=True)
     return torch_predictor(weights.model, weights.metadata, device)
