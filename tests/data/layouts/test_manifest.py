@@ -161,8 +161,6 @@ def test_broken_and_double_manifests_are_refused(refuse, root):
         ([True, False], [1, 0]),
         ([3, "x"], ["3", "x"]),
         ([2**70, 1], [str(2**70), "1"]),
-        ([["a"], ["b", "c"]], "column 'more' of"),
-        ([{"a": 1}, None], "column 'more' of"),
         ([None, None], None),
     ],
     ids=str,
@@ -173,11 +171,8 @@ def test_a_column_that_nobody_asked_for_stops_nothing(values, kept, opened, root
     columns = {"path": ["a.png", "b.png"], "more": values, **labels}
     collection = opened(jsonl(root, [dict(zip(columns, row)) for row in zip(*columns.values())]))
     assert columns_of(collection, "label") == ["2024-01-01", "3"] and columns_of(collection, "group") == [None, 0]
-    assert "not used: 2 columns" in log.text.replace("3 columns", "2 columns") and "column 'length'" in log.text
-    if isinstance(kept, list):
-        assert columns_of(collection, "more") == kept
-    else:
-        assert "more" not in collection.table.column_names and (kept or "") in log.text
+    assert "not used: 2 columns" in log.text and "column 'length'" in log.text
+    assert collection.table.to_pydict().get("more") == kept
 
 
 def test_dates_are_texts_and_bytes_are_named(opened, root):

@@ -81,15 +81,6 @@ def test_kaomoji_and_ratings():
     assert [parse_rating(text) for text in texts] == [*names, "other", ""]
 
 
-@FUZZ
-@given(st.text(max_size=40))
-def test_a_spelt_name_is_spelt_as_itself(text):
-    tag = parse_tag(text)
-    assert not any(letter.isspace() for letter in tag.name)
-    if "\\" not in tag.name and not tag.name.startswith("("):
-        assert parse_tag(f"general:{tag.name}") == Tag(0, tag.name)
-
-
 # Sidecars.
 
 RECORDS = [
