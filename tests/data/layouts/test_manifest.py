@@ -68,12 +68,6 @@ def test_a_jsonl_manifest_wins_over_the_layout(opened, root, log):
     assert "3 sidecars beside a manifest: one/a.txt, three/c.txt, two/b, ü.txt" in log.text
 
 
-def test_images_that_a_manifest_does_not_list_are_counted(opened, root, log):
-    put(root, "x/a.png", "x/b.png", "x/._c.png", "elsewhere/d.png")
-    opened(jsonl(root, [{"path": "x/a.png"}]))
-    assert "not used: 2 images that the manifest does not list: elsewhere/d.png, x/b.png\n" in log.text
-
-
 def test_a_parquet_manifest_of_other_types(opened, root):
     put(root, "b.png", "a.png")
     parquet(
