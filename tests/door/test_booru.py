@@ -2,15 +2,16 @@
 (docs/booru.md)."""
 
 import json
+import random
 
 import numpy as np
 import onnxruntime
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from tests.door.follow import follow
 from tests.in_process import run
-from tests.support import read_table, refuses
+from tests.support import draw_shape, read_table, refuses
 
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1"]
 SHORT = [
@@ -18,24 +19,14 @@ SHORT = [
     "loop.minutes=null", "loop.total_steps=6", "loop.batch_size=16", "loop.micro_batch_size=16",
     "augment.image_size_hw=[32,32]",
 ]  # fmt: skip
-HAIR = {"blue hair": (60, 90, 220), "red hair": (220, 60, 60), "green hair": (60, 170, 80)}
 NAMES = {"blue hair": "hatsune miku", "red hair": "kasane teto", "green hair": "gumi (vocaloid)"}
 
 
 def draw_post(number):
-    """Return a drawing, and its tags as words: the hair tells the character."""
-    draw = np.random.default_rng(number)
-    hair = list(HAIR)[number % 3]
-    image = Image.new("RGB", (160, 200), tuple(draw.integers(150, 256, 3).tolist()))
-    pen = ImageDraw.Draw(image)
-    x, y = draw.integers(50, 110, 2).tolist()
-    pen.ellipse((x - 45, y - 45, x + 45, y + 60), HAIR[hair])
-    pen.ellipse((x - 25, y - 20, x + 25, y + 40), "bisque")
-    tags = ["1girl", hair, NAMES[hair]]
-    if number % 2:
-        pen.polygon([(x - 40, y - 25), (x, y - 80), (x + 40, y - 25)], "black")
-        tags.append("witch hat")
-    return image, tags
+    """Return a drawing, and its tags as words: the shape tells the hair, which tells the character."""
+    hair = list(NAMES)[number % 3]
+    image = Image.fromarray(draw_shape("ABC"[number % 3], random.Random(number))).resize((160, 200))
+    return image, ["1girl", hair, NAMES[hair], *["witch hat"] * (number % 2)]
 
 
 def write_post(folder, number):

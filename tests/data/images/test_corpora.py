@@ -49,16 +49,6 @@ def test_every_png_has_the_pixels_of_the_specification(path):
     assert np.abs(grey[..., 0] - pixels @ [0.299, 0.587, 0.114]).max() <= 1
 
 
-JPEGS = ["testorig", "testimgint", "testimgari", "testorig12"]
-
-
-def test_arithmetic_coding_gives_the_pixels_of_huffman_coding():
-    original, baseline, arithmetic = (read(CORPORA / "jpeg" / f"{name}.jpg") for name in JPEGS[:3])
-    assert original.shape == (149, 227, 3) and original.std() > 50
-    assert np.array_equal(baseline, arithmetic)
-    assert np.abs(original.astype(int) - baseline).mean() < 0.5
-
-
 def refusal(path, max_pixels=10_000_000):
     with pytest.raises(UnreadableImage) as caught:
         read(path, max_pixels=max_pixels)

@@ -1,13 +1,13 @@
-"""The progress bar: what a terminal shows (a pseudo-terminal), and that nothing is shown elsewhere."""
+"""The progress bar: what a terminal shows, and that nothing is shown elsewhere."""
 
 import io
 import logging
 import multiprocessing
 import os
-import pty
 import re
 import sys
-import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,59 +17,43 @@ from utils.record.logging import get_logger, setup_logging
 from utils.record.progress import Bar, track
 
 
-class Terminal:
-    """A pseudo-terminal in place of stderr; `text` is what reached it."""
+class Terminal(io.TextIOWrapper):
+    """A file that passes for a terminal, in place of stderr."""
 
-    def __init__(self):
-        self._master, slave = pty.openpty()
-        self.stream, self._seen = os.fdopen(slave, "w"), []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        try:
-            while data := os.read(self._master, 65536):
-                self._seen.append(data)
-        except OSError:  # the other end is closed
-            return
-
-    def __enter__(self):
-        # In the test's body, not in a fixture: pytest puts its own stderr in place between the two.
-        logger = logging.getLogger("atelier")
-        self._before = sys.stderr, list(logger.handlers), logger.propagate
-        sys.stderr, logger.handlers[:] = self.stream, []
-        progress._console = Console(stderr=True, soft_wrap=True)  # which looks for a terminal when it is made
-        setup_logging()
-        return self
-
-    def __exit__(self, *error):
-        logger = logging.getLogger("atelier")
-        sys.stderr, logger.handlers[:], logger.propagate = self._before
-        self.stream.close()
-        self._reader.join(5)
+    def isatty(self):
+        return True
 
     @property
     def text(self):
-        return b"".join(self._seen).decode()
+        return Path(self.buffer.name).read_text()
 
-    @property
-    def drawn(self):
-        """What was drawn, without colours and moves."""
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
+
+@contextmanager
+def shown_on(stream):
+    """Let stderr and the log go to a stream, in the body of a test: behind a fixture, pytest sets its own stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        logger = logging.getLogger("atelier")
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(logger, "handlers", [])
+        patch.setattr(logger, "propagate", logger.propagate)
+        patch.setattr(progress, "_console", Console(stderr=True, soft_wrap=True))  # it looks for a terminal now
+        setup_logging()
+        yield
 
 
 @pytest.fixture
-def terminal(monkeypatch):
+def terminal(monkeypatch, tmp_path):
     """Return a terminal of 120 columns, on which every change is drawn."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(progress, "_REDRAW_SEC", 0.0)
-    return Terminal()
+    with open(tmp_path / "terminal", "wb", buffering=0) as file:
+        yield Terminal(file, "utf-8", write_through=True)
 
 
 def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(terminal):
     long = "saved /" + "x" * 200
-    with terminal:
+    with shown_on(terminal):
         bar = Bar("training", 1200)
         with bar.opened(40):
             for step in range(41, 44):
@@ -82,8 +66,8 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
             assert bar.left_sec > 0
             bar.advance(44)
         get_logger("test").info("the end")
-        assert sys.stderr is terminal.stream and not progress._console._live_stack
-    drawn = terminal.drawn
+        assert sys.stderr is terminal and not progress._console._live_stack
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text)  # without colours and moves
     said = [f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)]
     said += [long, "a library's own warning", "the end"]  # the terminal wraps a long line, not we
     assert [line for line in re.split(r"[\r\n]+", drawn) if line in said] == said
@@ -100,7 +84,7 @@ def write_from_worker():
 
 
 def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
-    with terminal, Bar("training", 10).opened():
+    with shown_on(terminal), Bar("training", 10).opened():
         worker = multiprocessing.get_context("fork").Process(target=write_from_worker)
         worker.start()
         worker.join(30)
@@ -113,8 +97,8 @@ def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
     variables = {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}
     for name, value in variables[where].items():
         monkeypatch.setenv(name, value)
-    with terminal:
-        stderr = sys.stderr = io.StringIO() if where == "no terminal" else terminal.stream
+    stderr = io.StringIO() if where == "no terminal" else terminal
+    with shown_on(stderr):
         bar = Bar("training", 10)
         with bar.opened():
             bar.advance(1)
