@@ -131,7 +131,11 @@ def draw_sample(
     kept = []
     small = []
     sides = []
-    for row in _choose_rows(rows, labels).tolist():
+    rows = np.random.default_rng(0).permutation(rows)
+    if labels is not None:  # of the largest classes, so that most images have others of their class
+        largest = np.argsort(-np.bincount(labels[rows]), kind="stable")[: _SAMPLE // _OF_A_CLASS]
+        rows = rows[np.isin(labels[rows], largest)]
+    for row in rows[:_SAMPLE].tolist():
         with suppress(UnreadableImage):
             image = source.read(row)[IMAGE].float()
             small.append(F.adaptive_avg_pool2d(image, _SMALL_PX))
@@ -144,15 +148,6 @@ def draw_sample(
     read_sec = (time.monotonic() - started) / len(kept)
     classes = None if labels is None else torch.from_numpy(labels[kept])
     return Sample(np.array(kept), torch.stack(small), classes, int(np.median(sides)), read_sec)
-
-
-def _choose_rows(rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-    """Return the rows of a sample, shuffled: of the largest classes, so that most images have others of their class."""
-    rows = np.random.default_rng(0).permutation(rows)
-    if labels is not None:
-        largest = np.argsort(-np.bincount(labels[rows]), kind="stable")[: _SAMPLE // _OF_A_CLASS]
-        rows = rows[np.isin(labels[rows], largest)]
-    return rows[:_SAMPLE]
 
 
 def measure(
@@ -235,7 +230,10 @@ def _most_telling(
             log.info("the plan: the time was over before the features of %s were read", name)
             break
         is_read = np.isin(sample.rows, rows)
-        wrong, plain = (left_out_errors(each, sample.labels[is_read]) for each in (features, sample.small[is_read]))
+        labels = sample.labels[is_read]
+        # Of ridge regressions without each image, whose class they name.
+        rights = (count_right(each.flatten(1), labels) for each in (features, sample.small[is_read]))
+        wrong, plain = (1 - right / len(labels) for right in rights)
         log.info(
             "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f",
             name, wrong, plain,
@@ -257,11 +255,6 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
         timed[_EXACT] = time_network(timm_config(name), FINE_PX, _FINE_BATCH, exact)
     words = min(timed, key=timed.__getitem__)
     return Network(name, 0, timed[words] / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True, runtime=words)
-
-
-def left_out_errors(features: Tensor, labels: Tensor) -> float:
-    """Return how often a ridge regression without an image names another class for it. features: [N, ...]."""
-    return 1 - count_right(features.flatten(1), labels) / len(labels)
 
 
 def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:

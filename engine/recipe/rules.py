@@ -117,7 +117,7 @@ _SMALL_CHANGES = (
 _ANY_COLOUR = "augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY = "rand-m9-mstd0.5-inc1"
-_POLICY_EPOCHS = (50, 500)
+_POLICY_EPOCHS = range(50, 500)
 _MIX_EPOCHS = 150
 # Longer runs learn letters by heart without mixup and erasing.
 _LETTER_EPOCHS = 20
@@ -128,6 +128,7 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     """Yield the rules that apply, with their words; docs/results.md#by-minutes says what they rest on."""
     network = choose_network(measurements)
     side = choose_px(measurements)
+    epochs = int(epochs_of(measurements))
     yield _choose_weights(measurements, network)
     if measurements.grey and measurements.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
@@ -136,14 +137,13 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("augment.image_size_hw", words, f"the images have {measurements.side_px} px")
     if measurements.side_px > _SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
-    if _takes_policy(measurements):
-        yield Rule(
-            "augment.rand_augment augment.on_device",
-            f"augment.rand_augment={_POLICY}",
-            f"the images show things, in about {epochs_of(measurements):.0f} epochs",
-        )
+    # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs.
+    takes_policy = measurements.colours and measurements.mirrors >= MIRRORS and epochs in _POLICY_EPOCHS
+    if takes_policy:
+        why = f"the images show things, in about {epochs} epochs"
+        yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)
     if measurements.has_classes:
-        yield from _rules_for_classes(measurements, network)
+        yield from _rules_for_classes(measurements, network, takes_policy)
     if network.is_pretrained:
         yield Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
         yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
@@ -158,48 +158,33 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("schedule", schedule, "it is good at any length")
 
 
-def _rules_for_classes(measurements: Measurements, network: Network) -> Iterator[Rule]:
+def _rules_for_classes(measurements: Measurements, network: Network, takes_policy: bool) -> Iterator[Rule]:
     """Yield the rules that need the classes of images."""
-    epochs = f"about {epochs_of(measurements):.0f} epochs"
+    count = epochs_of(measurements)
+    epochs = f"about {count:.0f} epochs"
     if network.is_pretrained:
         words = "task.head=refitted task.label_smoothing=0.0"
         yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
     mirrors = measurements.mirrors >= MIRRORS
+    is_letters = measurements.mirrors < CROPS
     why = f"a mirrored image finds its class {measurements.mirrors:.2f} times as often"
     yield Rule("augment.horizontal_flip", f"augment.horizontal_flip={0.5 if mirrors else 0.0}", why)
     crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"
-    if _is_letters(measurements):
+    if is_letters:
         crops = f"{_SMALL_CHANGES} augment.fill={measurements.border}"
-    yield Rule(
-        "augment.crop_scale", crops, "the same share says how far the place and the size of a figure tell its class"
-    )
-    if not measurements.colours and epochs_of(measurements) >= _MANY_EPOCHS:
+    yield Rule("augment.crop_scale", crops, "the same share says how far place and size of a figure tell its class")
+    if not measurements.colours and count >= _MANY_EPOCHS:
         yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
-    if _mixes_letters(measurements):
+    if is_letters and count >= _LETTER_EPOCHS and count * measurements.images >= _LETTERS_SEEN:
         yield Rule("task.cutmix_alpha task.mixup_alpha", "task.mixup_alpha=0.4", f"there are {epochs}")
         yield Rule("augment.random_erasing", "augment.random_erasing=0.25", f"letters are learned by heart in {epochs}")
-    elif not _is_letters(measurements) and not _takes_policy(measurements) and epochs_of(measurements) >= _MIX_EPOCHS:
+    elif not is_letters and not takes_policy and count >= _MIX_EPOCHS:
         words = "task.cutmix_alpha=1.0 task.mix_probability=0.5"
         yield Rule("task.cutmix_alpha task.mixup_alpha", words, f"there are {epochs}")
-    if not _takes_policy(measurements):
+    if not takes_policy:
         why = "whole batches are changed in less time"
         yield Rule("augment.on_device augment.rand_augment", "augment.on_device=true", why)
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
-
-
-def _takes_policy(measurements: Measurements) -> bool:
-    """Return whether RandAugment pays: drawings or photographs, no letters or bare textures, in many epochs."""
-    least, most = _POLICY_EPOCHS
-    return measurements.colours and measurements.mirrors >= MIRRORS and least <= epochs_of(measurements) < most
-
-
-def _is_letters(measurements: Measurements) -> bool:
-    return measurements.mirrors < CROPS
-
-
-def _mixes_letters(measurements: Measurements) -> bool:
-    epochs = epochs_of(measurements)
-    return _is_letters(measurements) and epochs >= _LETTER_EPOCHS and epochs * measurements.images >= _LETTERS_SEEN
 
 
 def _choose_weights(measurements: Measurements, network: Network) -> Rule:
@@ -224,9 +209,10 @@ def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
+        labels = None
         collection = start.collection(config.data)
-        facts = kind.find_facts(config, collection) if kind.output == "classes" else None
-        labels = None if facts is None else collection.class_ids(facts["class_names"])
+        if kind.output == "classes":
+            labels = collection.class_ids(kind.find_facts(config, collection)["class_names"])
         words = distributed.rank_zero_call(lambda: _choose_words(config, start, labels))
     else:
         words = before.words
@@ -241,7 +227,8 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
 
     labels: the class of each row of the collection, negative for none; None: it has tags.
     """
-    job = start.job.without("model.pretrained")
+    stated = [word for word in start.job.overrides if not word.startswith("model.pretrained=")]
+    job = replace(start.job, overrides=stated)
     pretrained = None
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained

@@ -32,9 +32,8 @@ log = get_logger(__name__)
 
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
-_WARMUP = "schedule.warmup_most"
-_EARLIER = {"data.table", _WARMUP}  # these had another value where nothing is stated
-_SHOWN = 300  # characters of what a change does
+_EARLIER = {"data.table", "schedule.warmup_most"}  # earlier releases had other values where nothing is stated
+_SHOWN = 300  # characters of a change in the log
 
 
 class Settled(NamedTuple):
@@ -72,7 +71,7 @@ def list_changes(kind: Kind) -> tuple[ConfigChange, ...]:
         ConfigChange(_check_length, "the length"),
         ConfigChange(partial(_plan, kind=kind), "the plan of loop.minutes"),
         ConfigChange(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
-        ConfigChange(take_preprocessing, "timm's weights were trained so", "init_from"),
+        ConfigChange(take_preprocessing, "timm's weights were trained so"),
         *kind.changes,
         ConfigChange(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
         ConfigChange(_keep_warmup, "the warm-up is stated"),
@@ -90,13 +89,14 @@ def make(change: ConfigChange, config: AnyConfig, start: Start) -> AnyConfig:
     before = flatten(values)
     after = flatten(changed.model_dump())
     lines = []
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted({**before, **after}):
         old = before.get(key)
         new = after.get(key)
-        if old != new and change.cause and start.job.states(key, start.job.stated(change.cause)):
+        if old == new:
+            continue
+        if change.cause and start.job.states(key, start.job.stated(change.cause)):
             raise UserError(f"{key}: {old}, but {change.cause} asks for {new} ({change.why}); remove one of the keys")
-        if old != new:
-            lines.append(f"{key} {old} -> {new}")
+        lines.append(f"{key} {old} -> {new}")
     if lines:
         log.info("%s: %s", change.why, textwrap.shorten(", ".join(lines), _SHOWN, placeholder=" ..."))
     return changed
@@ -128,31 +128,30 @@ def _fit_batch(config: AnyConfig, start: Start) -> AnyConfig:
 
 def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
     """Allow a stated warm-up any share of the run."""
-    states = partial(start.job.states, least=By.EXPERIMENT)
-    is_stated = states("schedule.warmup_steps") or states("schedule.warmup_epochs")
-    if not is_stated or states(_WARMUP):
-        return config
-    return config.changed({_WARMUP: 1.0})
+    names = ("warmup_most", "warmup_steps", "warmup_epochs")
+    most, *warmups = (start.job.states(f"schedule.{name}", By.EXPERIMENT) for name in names)
+    return config.changed({"schedule.warmup_most": 1.0}) if any(warmups) and not most else config
 
 
 def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
-    """Keep the values of a run that goes on, which may be older than a key or a change."""
-    now = config.model_dump(mode="json")
-    run = run_of(default_run_dir(now, start.job))
-    saved = flatten(now if run is None else run.config)
-    keys = _EARLIER & saved.keys() & flatten(now).keys()
+    """Keep the values of the run in `run_dir`, which may be older than a key or a change.
+
+    A default run folder is named by these values: the run in it has the same.
+    """
+    run = run_of(Path(config.run_dir)) if config.run_dir else None
+    saved = flatten(run.config) if run else {}
+    keys = _EARLIER & saved.keys() & flatten(config.model_dump()).keys()
     return config.changed({key: saved[key] for key in keys if not start.job.states(key, By.EXPERIMENT)})
 
 
 def _check_length(config: AnyConfig, start: Start) -> AnyConfig:
     """Raise UserError (`loop.minutes`) for a length that is stated beside the minutes."""
-    loop = config.loop
-    for key, value in {"loop.total_steps": loop.total_steps, "loop.total_epochs": loop.total_epochs}.items():
-        is_beside = loop.minutes is not None and value not in (None, "auto")
-        if is_beside and start.job.states(key, start.job.stated("loop.minutes")):
-            raise UserError(
-                f"loop.minutes: {loop.minutes:g} sets the length, and so does {key}={value}; give one of them"
-            )
+    minutes = config.loop.minutes
+    least = start.job.stated("loop.minutes")
+    for key in ("total_steps", "total_epochs") if minutes else ():
+        value = getattr(config.loop, key)
+        if value not in (None, "auto") and start.job.states(f"loop.{key}", least):
+            raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does loop.{key}={value}; give one")
     return config
 
 

@@ -67,8 +67,8 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     fetched = []
     monkeypatch.setattr(offers, "_fetch", lambda offer, seconds: fetched.append((offer, seconds)))
     # Regressions on features err rarely, on pictures often. In float32 the network trains in half the time.
-    wrong = {2: 0.1, 4: 0.7}
-    monkeypatch.setattr(measurements, "left_out_errors", lambda pictures, labels: wrong[pictures.ndim])
+    right = {3 * 16 * 16: 0.3}  # of small pictures
+    monkeypatch.setattr(measurements, "count_right", lambda flat, labels: len(labels) * right.get(flat.shape[1], 0.9))
     seconds = {"bf16": 0.002, "fp32": 0.001}
     monkeypatch.setattr(measurements, "time_network", lambda config, side, batch, runtime: seconds[runtime.precision])
     words = [

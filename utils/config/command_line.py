@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ class By(IntEnum):
     WORD = 4
 
 
-_Row = tuple[str, By, By]
+_Row = tuple[str, By, bool]  # a key, what states it, and whether it names a file of a group
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,12 @@ class Job:
     def stated(self, key: str) -> By:
         """Return what states a key, a key below it, or a mapping above it; a chosen file states all of its group."""
         found = By.NOTHING
-        for name, by, below in self._stated:
+        for name, by, is_file in self._stated:
             if f"{name}.".startswith(f"{key}."):
                 found = max(found, by)
             elif key.startswith(f"{name}."):
-                found = max(found, below)
+                found = max(found, min(by, By.FILE) if is_file else by)
         return found
-
-    def without(self, key: str) -> "Job":
-        """Return the command without the word that sets a key."""
-        return replace(self, overrides=[word for word in self.overrides if not word.startswith(f"{key}=")])
 
     @cached_property
     def _stated(self) -> list[_Row]:
@@ -76,15 +72,10 @@ class Job:
         for words, by in ((self.overrides, By.WORD), (self.planned, By.PLAN)):
             for override in parser.parse_overrides([*words]):
                 values = {override.key_or_group: override.value()}
-                rows += [_row(key, by, key in self.choices) for key in flatten(values)]
+                rows += [(key, by, key in self.choices) for key in flatten(values)]
                 if name := values.get(_EXPERIMENT):
                     rows += _read_experiment(name)
         return rows
-
-
-def _row(key: str, by: By, is_file: bool) -> _Row:
-    """Return a key, what states it, and what thereby states the keys below it."""
-    return key, by, min(By.FILE, By(by - 1)) if is_file else by
 
 
 def _read_experiment(name: str) -> Iterator[_Row]:
@@ -93,10 +84,10 @@ def _read_experiment(name: str) -> Iterator[_Row]:
     values = yaml.safe_load(file.read_text("utf-8"))
     for item in values.pop("defaults", ()):
         if isinstance(item, dict):
-            yield from (_row(group.rpartition("/")[2], By.EXPERIMENT, True) for group in item)
+            yield from ((group.rpartition("/")[2], By.EXPERIMENT, True) for group in item)
         elif item != "_self_":
             yield from _read_experiment(item.removeprefix(f"/{_EXPERIMENT}/"))
-    yield from (_row(key, By.EXPERIMENT, False) for key in flatten(values))
+    yield from ((key, By.EXPERIMENT, False) for key in flatten(values))
 
 
 # ------------------------------------------------------------------------------------------------ before Hydra reads
