@@ -77,7 +77,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
     commands = kind.commands(setup, streams, collection)
-    with open_run(task, streams, plan, config, job, runtime) as run:
+    with open_run(task, streams, plan, config, job, path, runtime) as run:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)

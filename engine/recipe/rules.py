@@ -200,12 +200,9 @@ def _choose_weights(measurements: Measurements, network: Network) -> Rule:
 def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     """Return the configuration with the words of the rules, or those that the run's first start chose.
 
-    The words and their machine become those of the start. Without `loop.minutes`, in other scripts than train.py, and
-    for kinds without classes or tags, the configuration of the command stays.
+    The words and their machine become those of the start.
     """
     job = start.job
-    if config.loop.minutes is None or job.script != "train" or kind.output not in ("classes", "tags"):
-        return config
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:

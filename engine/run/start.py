@@ -3,7 +3,7 @@
     runtime = start_ranks(config)
     task = build_task(make, config)
     plan = describe_run(task, streams, config, job, path, runtime)
-    with open_run(task, streams, plan, config, job, runtime) as run:
+    with open_run(task, streams, plan, config, job, path, runtime) as run:
         run.fit()
 
 The run folder is opened last, so a configuration error creates no folder.
@@ -77,7 +77,8 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
-    build_groups(task, networks_of(task, task.trained), config.optim)
+    groups = build_groups(task, networks_of(task, task.trained), config.optim)
+    log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     task.choose_best(config.loop.best)
     if not config.dry_run:
         task.load_helpers("training")
@@ -94,19 +95,16 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
         )
     steps = known and known.steps_before(math.inf)
     plan = plan_streams(config, streams, distributed.planned_world_size(), steps)
-    networks = networks_of(task, task.trained)
-    groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     is_open = config.loop.minutes is not None and known is None
-    screen = _start_screen(config, plan, runtime, networks, streams, is_open)
+    screen = _start_screen(config, plan, runtime, networks_of(task, task.trained), streams, is_open)
     if 0 < streams.evaluation_samples < task.best_needs:
         log.warning(
             "%d validation images are too few to choose the best weights: the last are exported; loop.best=loss lets "
             "their loss choose", streams.evaluation_samples,
         )  # fmt: skip
     log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
-    log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     if config.dry_run:
         choose_checkpoint(config, path, plan.total_steps)
     return plan
@@ -169,14 +167,14 @@ def _show_machine(plan: Plan, runtime: Runtime) -> str:
 
 @contextmanager
 def open_run(
-    task: Task, streams: Streams, plan: Plan, config: TrainingConfig, job: Job, runtime: Runtime
+    task: Task, streams: Streams, plan: Plan, config: TrainingConfig, job: Job, path: Path, runtime: Runtime
 ) -> Iterator[Run]:
     """Open the run folder, resume from its checkpoint if it has one, and close everything at the end.
 
     Raises SystemExit(75) after a stop signal.
     """
     values = config.model_dump(mode="json")
-    with open_run_folder(values, job) as folder, StopRequest():
+    with open_run_folder(path, values, job) as folder, StopRequest():
         if chooses_threads(config.runtime):
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)

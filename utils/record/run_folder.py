@@ -97,12 +97,12 @@ def environment_state(**more: Any) -> Json:
 
 
 @contextmanager
-def open_run_folder(config: Json, job: Job) -> Iterator[RunFolder]:
+def open_run_folder(path: Path, config: Json, job: Job) -> Iterator[RunFolder]:
     """Create or reopen the run folder on rank 0, lock it, and copy the log into it.
 
     Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
     """
-    folder = RunFolder(default_run_dir(config, job), hide_secrets_in(config), job)
+    folder = RunFolder(path, hide_secrets_in(config), job)
     with ExitStack() as stack:
         distributed.rank_zero_call(lambda: _open(folder, stack))
         yield folder

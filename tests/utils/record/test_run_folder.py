@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,10 @@ def config_for(path, **more):
     return {"run_dir": str(path), "sweep": {"name": "first"}, "model": {"name": "m"}, "data": {"name": "d"}, **more}
 
 
+def open_folder(config):
+    return open_run_folder(Path(config["run_dir"]), config, JOB)
+
+
 @pytest.fixture(autouse=True)
 def fresh_logging(tmp_path):
     with working_in(tmp_path):
@@ -34,7 +39,7 @@ def fresh_logging(tmp_path):
 def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ATELIER_RUN_NOTE", str(tmp_path / "job/run_dir"))
     get_logger("before").info("said before")
-    with open_run_folder(config_for(tmp_path / "a/run", seed=1), JOB) as folder:
+    with open_folder(config_for(tmp_path / "a/run", seed=1)) as folder:
         write_config(folder, {"torch": "x"})
         get_logger("during").warning("said during")
         assert all((folder.path / name).is_dir() for name in ("checkpoints", "weights", "plots"))
@@ -47,22 +52,22 @@ def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch
     assert (folder.path / "overrides.txt").read_text() == "seed=1\noptim.lr=0.1\n"
     said = (folder.path / "log.txt").read_text()
     assert "INFO said before" in said and "WARNING said during" in said and "after" not in said
-    with open_run_folder(config_for(folder.path, seed=2), JOB) as folder:
+    with open_folder(config_for(folder.path, seed=2)) as folder:
         assert run.config["seed"] == 1
         write_config(folder, {"torch": "y"})
     assert run.config["seed"] == 2 and read_json(folder.path / "environment.json") == {"torch": "x"}
 
 
-def refusal(config, job=JOB):
+def refusal(config):
     """What is said where the folder cannot be opened."""
-    with pytest.raises(UserError) as refused, open_run_folder(config, job):
+    with pytest.raises(UserError) as refused, open_folder(config):
         pass
     return str(refused.value)
 
 
 def test_a_second_run_is_refused_while_the_first_one_holds_the_folder(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), open_run_folder(config_for(tmp_path), JOB):
+        with pytest.raises(ZeroDivisionError), open_folder(config_for(tmp_path)):
             assert f"another run is writing to {tmp_path}" in refusal(config_for(tmp_path, seed=2))
             raise ZeroDivisionError
 
@@ -70,10 +75,10 @@ def test_a_second_run_is_refused_while_the_first_one_holds_the_folder(tmp_path):
 def test_a_requeued_job_waits_for_the_processes_of_its_start_before(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with ExitStack() as first:
-        first.enter_context(open_run_folder(config_for(tmp_path), JOB))
+        first.enter_context(open_folder(config_for(tmp_path)))
         release = threading.Timer(1.5, first.close)
         release.start()
-        with open_run_folder(config_for(tmp_path), JOB):
+        with open_folder(config_for(tmp_path)):
             assert not release.is_alive()
 
 
@@ -85,7 +90,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.record.run_folder.write_json", full)
-    with refuses("run_dir: .*No space left"), open_run_folder(config_for("x"), JOB) as folder:
+    with refuses("run_dir: .*No space left"), open_folder(config_for("x")) as folder:
         write_config(folder, {})
 
 
@@ -98,7 +103,7 @@ def test_a_link_out_of_the_folder_is_refused_by_name(name, tmp_path):
     assert refusal(config_for(tmp_path / "run")).startswith(f"run_dir: {tmp_path}/run/{name} is a link out")
     assert not any((tmp_path / "elsewhere").iterdir())
     (tmp_path / "run" / name).unlink()
-    with open_run_folder(config_for(tmp_path / "run"), JOB):
+    with open_folder(config_for(tmp_path / "run")):
         pass
 
 
@@ -106,7 +111,7 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     for _ in range(2):  # the folder is let go of
         setup_logging()
-        with refuses("^the mistake$"), open_run_folder(config_for(tmp_path), JOB):
+        with refuses("^the mistake$"), open_folder(config_for(tmp_path)):
             get_logger("during").warning("password=%s", "a-secret-of-mine")
             raise UserError("the mistake")
         said = capsys.readouterr().err
