@@ -108,6 +108,7 @@ lint: $(DEV)  ## ruff (rules and format), and the syntax nodes of each room agai
 
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py
+	OMP_NUM_THREADS=1 $(PY) -m bench.start repeats=3
 
 bench-gpu: install-sdxl $(DEV)  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
 	$(PY) bench/gpu.py
