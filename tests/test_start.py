@@ -51,3 +51,12 @@ def test_jobs_on_files_need_no_torch(words, tmp_path):
         image.with_suffix(".txt").write_text(f"tag_{number % 2}")
     status, error, imported = run_and_list("prepare", [*words, "data.root=images"], tmp_path)
     assert status == 0 and "torch" not in imported, error
+
+
+def test_an_interrupt_in_the_imports_is_one_line_and_help_needs_no_open_output():
+    code = "from utils.start import begin; begin(''); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    words = ["sh", "-c", f"{sys.executable} {ROOT}/train.py --help >&-"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.errors import EXIT_USER_ERROR, missing_package
+from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, missing_package
 
 STARTED = time.monotonic()  # of the script
 _M_TRIM_THRESHOLD = -1  # malloc.h
@@ -46,6 +46,8 @@ def begin(documentation: str) -> None:
         return
     if sys.getfilesystemencoding() != "utf-8":  # a forced locale: names would not be UTF-8
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the caller, `>&-`, it would be None)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if {"--help", "-h"} & set(sys.argv):
@@ -60,13 +62,17 @@ def begin(documentation: str) -> None:
     gc.disable()  # what imports make stays: collecting among it takes an eighth of their time
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, status: int = EXIT_USER_ERROR) -> None:
     sys.stderr.write(message + "\n")
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(status)
 
 
 def _explain(*raised: Any) -> None:
-    """Show in one line that Python lacks a package, as it does outside of the environment; others as usual."""
+    """Show in one line that Python lacks a package or memory, or was interrupted in the imports; others as usual."""
+    if isinstance(raised[1], KeyboardInterrupt):
+        _refuse("interrupted", EXIT_INTERRUPTED)
+    if isinstance(raised[1], MemoryError):
+        _refuse("the memory does not suffice for the imports; raise the limit of this shell (ulimit -v)")
     if missing := missing_package(raised[1]):
         _refuse(missing)
     sys.__excepthook__(*raised)
