@@ -315,13 +315,6 @@ FAULTS = {
     "matrices of two dtypes": (
         lambda: zeros(2, 2) @ zeros(2, 2).bfloat16(), "aten::mm of ['torch.bfloat16', 'torch.float32']",
     ),
-    "found_inf on the host": (
-        lambda: torch._fused_sgd_(
-            [zeros(2)], [zeros(2)], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
-            maximize=False, is_first_step=False, found_inf=torch.zeros(()),
-        ),
-        "aten::_fused_sgd_: found_inf",
-    ),
 }  # fmt: skip
 
 

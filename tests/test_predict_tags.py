@@ -198,7 +198,6 @@ def kill_at_the_third_batch(monkeypatch, place, output, *words):
             raise Killed
         return predict(self, *arguments)
 
-    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Predictor, name, fatal)
         go(place, output, *words)

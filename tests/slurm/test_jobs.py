@@ -1,14 +1,12 @@
-"""Jobs on a real SLURM of two nodes: what is queued, what is refused; sweeps, containers, failures, srun by hand."""
+"""Jobs on a real SLURM of two nodes: what is queued, what is refused; sweeps and failures."""
 
-import os
 import re
-import sys
 
 import pytest
 
 from submit.slurm import list_jobs, split_words
 from tests.slurm.cluster import why_impossible
-from tests.slurm.jobs import TRAINING, Submission, ask, submit
+from tests.slurm.jobs import TRAINING, Submission, ask
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
 
@@ -29,33 +27,6 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
     again.wait_for((0, 0))
     assert "1 of the 2 jobs are complete already" in again.said
     assert len(list(tmp_path.glob("outputs/sweeps/rates/*/complete.json"))) == 2
-
-
-# It notes its words, and runs the rest here; as in an image, there is no SLURM that it could ask.
-APPTAINER = """\
-#!/bin/sh
-echo "$@" >> {calls}
-shift
-while [ "$1" = --bind ]; do shift 2; done
-shift
-export SLURM_CONF=/nowhere
-exec "$@"
-"""
-
-
-def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/apptainer").write_text(APPTAINER.format(calls=tmp_path / "calls"))
-    (tmp_path / "bin/apptainer").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    image = f"launch.command=[apptainer,exec,--bind,/data,image.sif,'{sys.executable}']"
-    words = [image, "launch.gpus_per_node=0", *TRAINING, f"data.root={images}"]
-    submission = submit(cluster, tmp_path, *words, "loop.total_steps=600")
-    submission.wait_for_step(100)
-    ask(cluster, "scancel", "--signal=USR2", submission.job)
-    submission.wait_for((0, 1))
-    (call,) = set((tmp_path / "calls").read_text().splitlines())
-    assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {submission.folder}/code/finetune.py ")
 
 
 def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):

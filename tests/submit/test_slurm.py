@@ -147,7 +147,7 @@ def test_a_task_ends_with_the_status_of_its_script_unless_it_was_stopped(status,
         f"import os; open(os.environ['ATELIER_RUN_NOTE'], 'w'); raise SystemExit({status})"
     )
     with pytest.raises(SystemExit) as ended:
-        ScriptJob("ends", [], tmp_path, tmp_path)()
+        ScriptJob("ends", [], tmp_path, tmp_path, ["env", sys.executable])()  # in place of python, as in a container
     assert ended.value.code == code and (tmp_path / "status_0_0/task_1").read_text() == f"{status}\n"
 
 

@@ -161,7 +161,6 @@ def test_a_request_without_a_bound_or_of_another_site_is_refused(kind, header):
 
 def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)  # files of this moment are kept, too
     root = make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2)
     shelf = Shelf(RunIndex([]), data_config(root=str(root)))
     (name,) = shelf.configs
