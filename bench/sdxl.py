@@ -1,4 +1,4 @@
-"""Fine-tuning SDXL: what the caches gain, and the step against diffusers' script.
+"""Fine-tuning SDXL: the step against diffusers' script, and the time to the first one.
 
 python bench/sdxl.py [quick] [TEXT OF A SETTING]            (two minutes of a core; on a GPU of 80 GB, longer)
 
@@ -6,9 +6,8 @@ The pictures are generated in outputs/bench/sdxl/. On a CPU the networks are of 
 thread's, and its time is CPU seconds, so that other processes of the machine count little. On a GPU they have SDXL's
 own sizes, with random weights in outputs/bench/sdxl/base (7 GB), and both sides train a LoRA in bf16.
 
-cached, on the fly: the loop itself with its loader; the latents and texts are read from the caches, or the files are
-decoded and encoded at each step. The step has the cached loop beside one update as diffusers' training script makes it,
-with its own schedulers and accelerate, on a batch in memory. start: `finetune_sdxl.py`, as a user types it, from typing
+step: our loop with its loader, which reads latents and texts from the caches, beside an update as diffusers' training
+script makes it, with its own schedulers and accelerate, on a batch in memory. start: `finetune_sdxl.py`, as a user types it, from typing
 to the first update, with caches that it fills, over a goal of a minute.
 
 Source of the order of an update: huggingface/diffusers:examples/text_to_image/train_text_to_image_sdxl.py main.
@@ -62,7 +61,6 @@ WORDS = [
 TINY = ["model=sdxl_tiny", "runtime.threads=1"]
 WHOLE = ["model.path=base", "runtime.precision=bf16", "task.noise.convert=true"]
 CACHED = ["task.latent_cache=latents", "task.text_cache=texts"]
-ON_THE_FLY = ["task.latent_cache=null", "task.text_cache=null"]
 SHAPES = [(1.0, 1.0), (1.15, 0.85), (0.85, 1.15)]  # of pictures: their sides, in parts of the bucket's
 
 
@@ -207,18 +205,6 @@ def clock_of(device):
     return time.process_time if device.type == "cpu" else None
 
 
-def compare_caches(device, quick):
-    """Return cached training of a LoRA against encoding at each step."""
-    words, steps = prepare(device, quick)
-    sides = {}
-    for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):
-        config = configure(*words, *cache)
-        setup, streams = start(config)
-        stream = streams.train.steps(0, BATCH, BATCH)
-        sides[name] = loop_turn(config, make_task(config, setup), stream, steps)
-    return Comparison(sides, steps, clock=clock_of(device))
-
-
 def compare_step(device, quick):
     """Return our update against diffusers' script, of a LoRA on a GPU, of the whole U-Net on a CPU."""
     words, steps = prepare(device, quick)
@@ -242,8 +228,7 @@ def measure_start(device, quick):
 
 
 def settings(device, quick):
-    """Yield the caches, the step and the start."""
-    yield "SDXL, caches", lambda: compare_caches(device, quick)
+    """Yield the step and the start."""
     yield "SDXL, step", lambda: compare_step(device, quick)
     yield "SDXL, start", lambda: measure_start(device, quick)
 

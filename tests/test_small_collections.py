@@ -1,15 +1,12 @@
 """Collections of a few images train by every script, without validation images unless these are asked for. Each image
 of an evaluation has a row."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from engine.recipe import settle
-from tests.in_process import configure, run
+from tests.in_process import run
 from tests.support import TINY, refuses
 from utils.io.files import read_json
 
@@ -77,25 +74,6 @@ def test_a_few_images_train_by_every_script(script, layout, count, words, is_val
         assert "run has no best weights, because it was not evaluated" in capsys.readouterr().err
         evaluate(tmp_path, "batch_size=4", "split=train")
         assert read_json(tmp_path / "run/metrics_train.json")["split"] == "train"
-
-
-@pytest.mark.parametrize(
-    "script, images, words, batch",
-    [
-        ("train", 1, [], 8), ("train", 15, [], 8), ("train", 50, [], 32), ("train", 127, [], 64),
-        ("train", 128, [], 128), ("finetune", 50, [], 32), ("finetune", 64, [], 64),
-        ("train", 5, ["++loop.batch_size=128"], 128), ("finetune_sdxl", 5, ["model=sdxl_tiny"], 8),
-    ],
-)  # fmt: skip
-def test_a_batch_has_no_more_images_than_the_collection_at_the_rate_of_the_recipe(
-    script, images, words, batch, monkeypatch
-):
-    monkeypatch.setattr("engine.recipe.settle.training_rows", lambda *_: range(images))
-    config, job = configure(script, ["data.root=in", *words])
-    found = settle._fit_batch(config, SimpleNamespace(job=job, collection=lambda data: None))
-    assert found.loop.batch_size == batch
-    rates = [each.optim.base_lr * each.loop.batch_size for each in (config, found)]
-    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
 
 
 def test_a_validation_image_without_a_bucket_ends_no_run(tmp_path, capsys):

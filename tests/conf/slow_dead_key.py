@@ -186,7 +186,7 @@ LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the 
 NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
 FCMAETaskConfig: decoder_dim decoder_depth          # to the network: tests/models/test_build.py, test_fcmae.py
 ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale
-AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, test_no_dead_key.py
+AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, tests/engine/test_golden.py
 DataConfig: validation_fraction on_bad_sidecar corrections table columns       # tests/data
 DataConfig: trigger                                 # tests/sdxl/test_diffusion_concepts.py
 PhaseConfig: *                                      # TrainingConfig.at_phases: tests/engine/test_phases.py

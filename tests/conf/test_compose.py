@@ -77,7 +77,7 @@ def script_of(experiment):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    """Draw no samples, which takes a second: tests/engine/test_first_samples.py."""
+    """Draw no samples, which takes a second: tests/engine/test_seen.py."""
     monkeypatch.setattr("engine.train.draw_first_samples", lambda *arguments: np.zeros((1, 1, 3), np.uint8))
 
 

@@ -1,5 +1,4 @@
-"""Every model of a schema refuses unknown keys and values of another type; there are few keys; what slow_dead_key.py
-cannot see is read.
+"""Every model of a schema refuses unknown keys and values of another type; there are few keys.
 
 That the program reads every leaf: tests/conf/slow_dead_key.py. How a refusal names its key: tests/utils/config/.
 """
@@ -8,12 +7,9 @@ import re
 import typing
 
 import pytest
-import torch
 from pydantic import BaseModel
 
-from data.augment.transforms import EvalTransform
-from engine.tasks.kind import Setup, open_kind
-from tests.in_process import SCRIPTS, SMALL_MODEL, configure, load_command
+from tests.in_process import SCRIPTS, load_command
 from utils.config.schema import Strict
 
 
@@ -65,22 +61,3 @@ def test_every_model_refuses_unknown_keys_and_every_leaf_has_a_type(script):
         assert issubclass(model, Strict) and model.model_config == Strict.model_config, model
         for name, field in model.model_fields.items():
             assert all(part is not typing.Any and part is not object for part in list_parts(field.annotation)), name
-
-
-# --- leaves that slow_dead_key.py cannot see
-
-
-def test_what_augment_states_of_evaluation_reaches_it():
-    stated = ["augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]", "augment.eval_crop=0.5"]
-    config, _ = configure("finetune", [*SMALL_MODEL, *stated, "augment.image_size_hw=[8,8]"])
-    preprocessing = config.augment.preprocessing(3)
-    task = open_kind(config.task.name).build(
-        Setup(config.model, config.task, preprocessing, {"class_names": ["a", "b"]})
-    )
-    assert task.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert task.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    image[:, 4:12, 4:12] = 200
-    assert (EvalTransform(preprocessing)(image) == 200).all()
-    config, _ = configure("finetune", ["augment.eval_resize=squash", "augment.image_size_hw=[16,8]"])
-    assert torch.equal(EvalTransform(config.augment.preprocessing(3))(image)[:, :, 0], image[:, :, 0])

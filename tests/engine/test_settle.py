@@ -117,13 +117,16 @@ def test_two_lengths_are_refused(words):
         settled("finetune", ["data.root=in", "loop.minutes=1", *words])
 
 
-def test_a_default_holds_where_nothing_is_stated(monkeypatch, log):
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+@pytest.mark.parametrize(("images", "batch"), [(1, 8), (15, 8), (20, 16), (127, 64)])
+def test_a_default_holds_where_nothing_is_stated(images, batch, monkeypatch, log):
+    """A batch has no more images than the collection, at the rate of the recipe; warm-up is a tenth at most."""
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(images))
     values = settled("finetune", ["data.root=in", "schedule=cosine"])
-    assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (16, 0.1)
-    assert "loop.batch_size 64 -> 16" in log.text
-    values = settled("finetune", ["data.root=in", "schedule.warmup_steps=20", "loop.batch_size=64"])
-    assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (64, 1.0)
+    assert (values["loop.batch_size"], values["schedule.warmup_most"]) == (batch, 0.1)
+    assert (f"loop.batch_size 64 -> {batch}" in log.text) == (batch < 64)
+    stated = settled("finetune", ["data.root=in", "schedule.warmup_steps=20", "loop.batch_size=64"])
+    assert (stated["loop.batch_size"], stated["schedule.warmup_most"]) == (64, 1.0)
+    assert values["optim.base_lr"] * batch == pytest.approx(64 * stated["optim.base_lr"], rel=1e-12)
 
 
 def test_a_plan_and_a_recipe_without_a_network_keep_that_of_init_from(tmp_path):
