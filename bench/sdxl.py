@@ -7,8 +7,8 @@ thread's, and its time is CPU seconds, so that other processes of the machine co
 own sizes, with random weights in outputs/bench/sdxl/base (7 GB), and both sides train a LoRA in bf16.
 
 step: our loop with its loader, which reads latents and texts from the caches, beside an update as diffusers' training
-script makes it, with its own schedulers and accelerate, on a batch in memory. start: `finetune_sdxl.py`, as a user types it, from typing
-to the first update, with caches that it fills, over a goal of a minute.
+script makes it, with its own schedulers and accelerate, on a batch in memory. start: `finetune_sdxl.py`, as a user
+types it, from typing to the first update, with caches that it fills, over a goal of a minute.
 
 Source of the order of an update: huggingface/diffusers:examples/text_to_image/train_text_to_image_sdxl.py main.
 """
