@@ -38,7 +38,7 @@ from utils.io.safe_text import Lines, hide_secrets
 from utils.ranks.processes import end_with_parent
 from utils.record.figures import show_rows
 from utils.record.logging import get_logger
-from utils.record.report import PAGE, write_page
+from utils.record.report import PAGE, write_html
 from utils.record.run_reader import LOCK_FILE, RESULT_FILE
 
 log = get_logger(__name__)
@@ -121,7 +121,7 @@ def show_stages(config: WorkshopConfig, title: str, done: Done) -> str:
                     row["best"] = f"{found['metric']} {found['value']:.4g}"
     stages = [{**row, "command": done[row["stage"]]["command"]} for row in rows]
     seconds = sum(row["seconds"] for row in rows)
-    write_page(run_dir / PAGE, title, {"all stages, seconds": seconds}, {"stages": stages}, pictures)
+    write_html(run_dir / PAGE, title, {"all stages, seconds": seconds}, {"stages": stages}, pictures)
     return show_rows(rows)
 
 

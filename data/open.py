@@ -35,7 +35,7 @@ from data.images.decode import Decoder
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 from utils.formats.preprocessing import Decoding
 from utils.io.files import Values
 from utils.record.logging import get_logger
@@ -44,7 +44,7 @@ log = get_logger(__name__)
 
 
 def load_files(
-    paths: Sequence[Path], preprocessing: Values, machine: Machine, *, max_pixels: int, batch_size: int
+    paths: Sequence[Path], preprocessing: Values, machine: LoaderMachine, *, max_pixels: int, batch_size: int
 ) -> tuple[EvaluationStream, Mapping[str, str]]:
     """Return batches of image files with the preprocessing of evaluation, and the reason for each unreadable file.
 
@@ -93,7 +93,7 @@ class Data:
 
     collection: Collection
     source: Source
-    machine: Machine
+    machine: LoaderMachine
     seed: int
     batch_size: int
     run_path: Path | None

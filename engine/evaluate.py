@@ -33,7 +33,7 @@ from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
 from utils.record.pictures import draw_grid
-from utils.record.report import write_page, write_report
+from utils.record.report import write_html, write_report
 from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
@@ -153,7 +153,7 @@ def write_results(file: Path, title: str, figures: Values, report: Report, other
         write_report(folder, report.tables, images, "" if other is None else f"evaluate{other}_")
         if report.tables:
             page = folder / f"report{other or ''}.html"
-            write_page(page, title, report.scalars, report.tables, images)
+            write_html(page, title, report.scalars, report.tables, images)
             log.info("wrote %s", page)
 
 

@@ -23,7 +23,7 @@ from data.tools.predictions import (
     embedding_rows,
     find_excluded,
     find_images,
-    rank,
+    rank_images,
     read_embeddings,
     spell_tags,
     stack_rows,
@@ -77,7 +77,7 @@ def choose_destination(
     if config.like is not None:
         found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
         query = stack_rows(chain.from_iterable(found), "like")[1][0]
-        most_like = lambda rows: rank(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
+        most_like = lambda rows: rank_images(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
         return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
     if output.suffix == ".npz":
         return Embeddings(output, weights)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from utils.contracts import Batch, State, Tensors, TrainStream
+from utils.contracts import Batch, State, StepStream, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
@@ -41,17 +41,17 @@ class Streams:
     tables: functions that return the rows of a dry run's tables, by name.
     """
 
-    train: TrainStream
+    train: StepStream
     evaluation: Loaders
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Values = field(default_factory=dict)
-    earlier: Sequence[TrainStream] = ()
+    earlier: Sequence[StepStream] = ()
     tables: Mapping[str, Callable[[], list[Json]]] = field(default_factory=dict)
 
     @property
-    def in_order(self) -> list[TrainStream]:
+    def in_order(self) -> list[StepStream]:
         """The training streams: those of `loop.phases`, then the run's own."""
         return [*self.earlier, self.train]
 

@@ -16,7 +16,7 @@ Tensors = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class Machine:
+class LoaderMachine:
     """The machine, as a loader needs to know it; engine/update/runtime.py adds the precision."""
 
     device: torch.device  # the target of batches
@@ -33,7 +33,7 @@ class TrainChoice(Protocol):
     count: int | None
 
 
-class TrainStream(Protocol):
+class StepStream(Protocol):
     """What the loop needs of the endless training stream, which data/stream/loader.py documents."""
 
     epoch_length: int

@@ -51,9 +51,9 @@ def begin(documentation: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if {"--help", "-h"} & set(sys.argv):
-        from utils.config.help import describe
+        from utils.config.help import show_help
 
-        sys.stdout.write(describe(Path(sys.argv[0]).resolve(), documentation, sys.argv[1:]))
+        sys.stdout.write(show_help(Path(sys.argv[0]).resolve(), documentation, sys.argv[1:]))
         sys.exit()
     sys.stderr.write(_LACKS[sys.platform])
     import psutil

@@ -17,7 +17,7 @@ from utils.io.safe_text import escape_controls
 from utils.record.figures import show_cell
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
-from utils.record.tables import find_images
+from utils.record.tables import find_image_table
 from viewer.curves import show_curves
 from viewer.parts import Sheet, run_name, show_command, show_heading
 from viewer.results import describe_prediction, show_images
@@ -64,7 +64,7 @@ def read_images(run: Path) -> dict[tuple[str, ...], Json]:
 
     There are none without the table. Raises UserError.
     """
-    if (path := find_images(run)) is None:
+    if (path := find_image_table(run)) is None:
         return {}
     with readable(path, "Parquet", "evaluate.py per_image=true writes it"):
         rows = pq.read_table(path).sort_by("rank").to_pylist()
@@ -132,7 +132,9 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
     if not pairs:
         ui.label(_EVALUATE)
         for run in runs:
-            ui.label(escape_controls(f"Newest table of images: {find_images(run)}")).style("overflow-wrap: anywhere")
+            ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).style(
+                "overflow-wrap: anywhere"
+            )
             show_command(["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"])
         return
     groups = {title.format(*names): [] for title in _TITLES["missed" in pairs[0][0]]}

@@ -69,7 +69,7 @@ class Mistakes(RunTab):
         """Show the confusions, and the worst images."""
         review = find_review(self.site.shelf.runs, tables.images_about(self.path, "root"))
         ui.link("Review the labels", review or f"/review?run={quote(self.name)}")
-        file = tables.find_images(self.path)
+        file = tables.find_image_table(self.path)
         split = file.stem.removeprefix("images").strip("_") if file else ""
         ui.label(f"measured on: {split or 'validation'}").classes("muted")
         rows = await asyncio.to_thread(tables.read_newest, self.path, f"{split}_confusions".strip("_"))

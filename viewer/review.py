@@ -22,7 +22,7 @@ from utils.formats.vocabulary import RATINGS
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
-from utils.record.tables import LABELS, Difference, find_differences, find_images, images_about
+from utils.record.tables import LABELS, Difference, find_differences, find_image_table, images_about
 from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import REFRESH_SEC, Cards, Part, bind_address, find_run, run_name
 from viewer.site import Page
@@ -297,7 +297,7 @@ def describe_basis(run: Path, collection: Collection) -> str:
     """Return what the order of a review stands on, and how many images have no part in it."""
     if says := images_about(run, "says"):
         return f"All other images judge each one, by the features of {says}."
-    rows = rows_of_paths(collection, pq.read_table(find_images(run))["path"].to_pylist())
+    rows = rows_of_paths(collection, pq.read_table(find_image_table(run))["path"].to_pylist())
     trained = np.isin(rows, collection.rows("train")).sum()
     others = np.count_nonzero(collection.weights()) - len(rows)
     return (

@@ -13,7 +13,7 @@ from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
-from utils.io.names import is_utf8, show_name
+from utils.io.names import is_utf8, show_file_name
 
 HIDDEN = "hidden names, thumbnails, bins and indexes of systems"  # a reason
 NOT_UTF8 = "names that are not UTF-8 (rename them; convmv does it for a whole folder)"  # a reason
@@ -67,7 +67,7 @@ def walk_folders(
             for entry in entries:
                 path = folder + entry.name
                 if (fault := _find_fault(entry, path)) is not None:
-                    unused.add(fault, show_name(path))
+                    unused.add(fault, show_file_name(path))
                 elif is_passed_over(entry.name):
                     continue
                 elif not entry.is_dir():

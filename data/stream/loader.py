@@ -38,7 +38,7 @@ from data.stream.order import (
 from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
-from utils.contracts import Batch, Machine, State, Tensors
+from utils.contracts import Batch, LoaderMachine, State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, ignore_write_errors
 from utils.io.safe_text import hide_secrets
@@ -118,7 +118,7 @@ class Loader(Dataset):
     source: Source
     views: Views
     fields: Fields
-    machine: Machine
+    machine: LoaderMachine
     report: Callable[[_Problems], None]
     training: bool
 

@@ -35,7 +35,7 @@ from utils.formats.vocabulary import CATEGORIES, CHARACTER
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
-from utils.io.names import find_path, is_utf8, show_name
+from utils.io.names import find_path, is_utf8, show_file_name
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -67,13 +67,13 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     unused = Unused()
     for path in map(Path, map(find_path, names)):
         files = [path] if os.path.isfile(path) else _list_images(path, unused)
-        absent += [] if files else [show_name(str(path))]
+        absent += [] if files else [show_file_name(str(path))]
         folders |= {path} if path.is_dir() else {file.parent for file in files}
         for file in files:
             if is_utf8(str(file)):
                 paths[file] = None
             else:
-                unused.add(NOT_UTF8, show_name(str(file)))
+                unused.add(NOT_UTF8, show_file_name(str(file)))
     unused.pop(UNREAD, None)  # a prediction needs no table
     say_unused(unused.describe(), key)
     if absent or not paths:
@@ -349,7 +349,7 @@ def read_embeddings(file: Path, weights: str) -> dict[str, np.ndarray]:
     return vectors
 
 
-def rank(paths: Sequence[Any], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
+def rank_images(paths: Sequence[Any], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
     """Return rows for the `top` images whose vectors [N, D] have the highest cosine with `query` [D]."""
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
     cosine = vectors @ query / np.maximum(norms, np.finfo(np.float32).tiny)

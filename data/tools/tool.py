@@ -11,7 +11,7 @@ from data.layouts.table import PLACES
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.logging import get_logger
-from utils.record.report import PAGE, TableRow, write_page, write_report
+from utils.record.report import PAGE, TableRow, write_html, write_report
 
 log = get_logger(__name__)
 
@@ -49,5 +49,5 @@ def save_report(
     with output_errors("job.report", folder):
         write_report(folder, tables, images)
         write_json(folder / f"{folder.name}.json", {"figures": figures, "tables": tables})
-        write_page(folder / PAGE, f"{folder.name}: {title}", figures, tables, images)
+        write_html(folder / PAGE, f"{folder.name}: {title}", figures, tables, images)
     return folder / PAGE

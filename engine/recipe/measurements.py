@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,8 +109,7 @@ class Measurements:
     network: Network | None = None
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Some training images, their rows and their classes; small: as pictures, float32 [N, 3, 16, 16]."""
 
     rows: np.ndarray

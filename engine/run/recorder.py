@@ -18,7 +18,7 @@ from engine.task import Report
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
-from utils.contracts import Batch, TrainStream
+from utils.contracts import Batch, StepStream
 from utils.hardware import peak_memory
 from utils.io.files import AppendFile, Json, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
@@ -149,7 +149,7 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def open(self, step: int, train: TrainStream, run_config: Json | None, evaluates: bool = False) -> None:
+    def open(self, step: int, train: StepStream, run_config: Json | None, evaluates: bool = False) -> None:
         """Open the row files, drop their rows beyond `step`, and start the tracker.
 
         run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
@@ -29,7 +29,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Runtime(Machine):
+class Runtime(LoaderMachine):
     """The resolved settings: the machine, and the precision of the forward pass."""
 
     precision: str

@@ -25,7 +25,7 @@ from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from sdxl.caches.buckets import Buckets, Fit, fit_into, place
 from sdxl.config import CHANNELS, STRIDE_PX
 from utils import rng
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 from utils.io.files import Json
 from utils.record.progress import track
 
@@ -86,7 +86,7 @@ class LatentCache(Source):
 
     @torch.no_grad()
     def fill(
-        self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
+        self, encode: EncodeImages, images: Source, machine: LoaderMachine, batch_size: int, unreadable: UnreadableLog
     ) -> None:
         """Encode missing records, split over the ranks; unreadable images are reported and skipped.
 

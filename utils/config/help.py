@@ -43,7 +43,7 @@ def read_defaults(file: Path) -> dict[str, str | None]:
     return {group: name for item in items if isinstance(item, dict) for group, name in item.items()}
 
 
-def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
+def show_help(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
     """Return the help of a script; `words` may choose other files of groups (optim=sgd)."""
     title, _, examples = documentation.partition("\n")
     lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]

@@ -18,9 +18,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -48,8 +47,7 @@ class _SweepWords(Strict):
     sweep: SweepConfig
 
 
-@dataclass(frozen=True)
-class SweepJob:
+class SweepJob(NamedTuple):
     """A job: the overrides of its command, its run folder and, in a search, Optuna's trial."""
 
     words: tuple[str, ...]
@@ -63,8 +61,7 @@ class SweepJob:
         return run.is_complete and run.settings == settings_of(self.words)
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """A sweep: the overrides of its command, its settings, and the folder that contains the run folders."""
 
     overrides: list[Override]

@@ -18,6 +18,7 @@ import math
 from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -59,8 +60,7 @@ class Threshold:
         return self.category, self.name
 
 
-@dataclass(frozen=True)
-class ThresholdTable:
+class ThresholdTable(NamedTuple):
     """The thresholds for a vocabulary, given by its hash. per_tag rows are in the vocabulary's order."""
 
     vocabulary: str

@@ -22,7 +22,7 @@ def is_utf8(name: str) -> bool:
     return name.encode(errors="ignore").decode() == name
 
 
-def show_name(name: str) -> str:
+def show_file_name(name: str) -> str:
     r"""Return a name as text; bytes that are not UTF-8 as `\xf6`, as `ls -b` shows them in octal."""
     return os.fsencode(name).decode(errors="backslashreplace")
 

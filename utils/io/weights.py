@@ -26,23 +26,18 @@ _SHOWN_CHARACTERS = 120  # of a name or an error
 ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 
 
-def _plain(tensors: Tensors) -> State:
-    """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
-    plain = {}
+def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors into a safetensors file, with the mode of any new file, and flush it to the disk."""
+    plain = {}  # on the CPU, contiguous, without shared memory
     seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
-    return plain
-
-
-def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors into a safetensors file, with the mode of any new file, and flush it to the disk."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(_plain(tensors), path, metadata=dict(metadata or {}))  # as a new file that only its owner can read
+    save_file(plain, path, metadata=dict(metadata or {}))  # as a new file that only its owner can read
     path.chmod(mode)
     fsync_path(path)
 

@@ -13,12 +13,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import TimeoutError as NoAnswer
 from multiprocessing.pool import ThreadPool
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from utils.errors import UserError
 
@@ -36,8 +35,7 @@ _POLL_STEPS = 4  # between two votes: a gloo collective of many ranks takes mill
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """This process's rank among `size` ranks, its rank on its node, and the address where the ranks meet."""
 
     rank: int = 0
@@ -46,12 +44,6 @@ class World:
     launcher: str = "python"
     address: str | None = None
     port: int | None = None
-
-
-def _first_host(node_list: str) -> str:
-    """Return the first host of a SLURM node list: `gpu[03-05,9]-ib,x1` gives `gpu03-ib`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]+\])*", node_list).group()
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def detect_world(env: Mapping[str, str] = os.environ) -> World:
@@ -67,7 +59,9 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
         )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, size, local = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
-        address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+        first = re.match(r"(?:[^,\[]|\[[^\]]+\])*", nodes).group()  # gpu[03-05,9]-ib of gpu[03-05,9]-ib,x1
+        address = env.get("MASTER_ADDR") or re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)  # gpu03-ib
         # All tasks of a step have the same port; other steps and jobs have others.
         port = _FIRST_PORT + (int(env.get("SLURM_JOB_ID", "0")) + 1009 * int(env.get("SLURM_STEP_ID", "0"))) % _PORTS
         return World(rank, size, local, "slurm", address, int(env.get("MASTER_PORT") or port))

@@ -70,7 +70,7 @@ def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:
         shutil.rmtree(path)
 
 
-def write_page(
+def write_html(
     path: Path,
     title: str,
     scalars: Mapping[str, float],

@@ -14,10 +14,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.config.command_line import Job
 from utils.config.help import ROOT
@@ -45,8 +44,7 @@ _REQUEUED_SEC = 120.0  # for the processes of a job's earlier start to end, such
 _READER_SEC = 1.0  # for a reader that tests the lock
 
 
-@dataclass(frozen=True)
-class RunFolder:
+class RunFolder(NamedTuple):
     """A run's folder and configuration."""
 
     path: Path

@@ -3,9 +3,8 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ _SPARK_POINTS = 60
 _MOST = 2**53  # of a number in progress.json: a damaged file may have any
 
 
-@dataclass(frozen=True)
-class RunState:
+class RunState(NamedTuple):
     """One run. step and total: of updates; spark: training losses for a small curve; job: if it belongs to a sweep."""
 
     path: Path

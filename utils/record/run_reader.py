@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -28,8 +27,7 @@ log = get_logger(__name__)
 Section = TypeVar("Section", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class RunReader:
+class RunReader(NamedTuple):
     """A run folder; every access reads the current files."""
 
     path: Path

@@ -8,9 +8,9 @@ Each job is a run folder, whether it ran here or on a cluster. Jobs may still be
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from utils.errors import EXIT_OK, EXIT_USER_ERROR
 from utils.io.files import Json
@@ -20,8 +20,7 @@ from utils.record.run_reader import OVERRIDES_FILE, RunReader
 _SEED = "seed="
 
 
-@dataclass(frozen=True)
-class SweptRun:
+class SweptRun(NamedTuple):
     """A job: its overrides, its state (one of STATES) and `RunReader.result`."""
 
     overrides: frozenset[str]

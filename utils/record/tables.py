@@ -89,7 +89,7 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = (), of: Callable[[J
 
     pair: only those of this label and prediction. of: what is made of a row. Raises UserError, also for odd columns.
     """
-    if (path := find_images(run)) is None:
+    if (path := find_image_table(run)) is None:
         return None
     with readable(path, "Parquet", "evaluate.py per_image=true writes it"):
         wanted = [("rank", "<=", most)]
@@ -98,7 +98,7 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = (), of: Callable[[J
         return [of(row) for row in pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()]
 
 
-def find_images(run: Path) -> Path | None:
+def find_image_table(run: Path) -> Path | None:
     """Return the newest table of images, of any split; None without one, or for links out of the run."""
     files = [file for name in ("tables/images*.parquet", LABELS) for file in run.glob(name) if is_inside(file, run)]
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
@@ -106,7 +106,7 @@ def find_images(run: Path) -> Path | None:
 
 def images_about(run: Path, key: str) -> str:
     """Return what the table of images states: `root`, its collection, or `says`, whose features tell; else nothing."""
-    path = find_images(run)
+    path = find_image_table(run)
     metadata = (path and pq.read_schema(path).metadata) or {}
     return metadata.get(key.encode(), b"").decode(errors="replace")
 

@@ -17,7 +17,7 @@ from data.stream.loader import EvaluationStream, Loader, no_fields
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.support import cache_config, refuses
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 
 COUNT, RGB = 12, Decoder(3, 10**6)
 
@@ -68,7 +68,7 @@ def test_an_edited_file_is_read_again(photos, tmp_path):
 
 def test_loader_workers_fill_it_and_files_in_it_are_not_read_again(photos, tmp_path):
     source = cached(photos, tmp_path / "cache")
-    machine = Machine(torch.device("cpu"), channels_last=False, workers=2, prefetch_batches=2)
+    machine = LoaderMachine(torch.device("cpu"), channels_last=False, workers=2, prefetch_batches=2)
     views = {"images": lambda image, draw: image[:, :30, :40].float()}
 
     def epoch():

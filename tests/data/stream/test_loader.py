@@ -27,7 +27,7 @@ from tests.data.collection.test_collection import load
 from tests.support import refuses, rows
 from utils import rng
 from utils.config.help import CONF
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 
 # More workers than cores are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -68,7 +68,7 @@ class DrawnFields:
 
 
 def stream(collection, source, views, fields, sampler, *, workers=0, prefetch=2, file=None):
-    machine, unreadable = Machine(CPU, False, workers, prefetch), UnreadableLog(file)
+    machine, unreadable = LoaderMachine(CPU, False, workers, prefetch), UnreadableLog(file)
     loader = Loader(collection, source, views, fields, machine, unreadable.add, training=True)
     return TrainStream(loader, sampler, unreadable)
 

@@ -10,7 +10,7 @@ from submit.slurm import split_words
 from tests.conf.test_compose import MANDATORY
 from tests.in_process import SCRIPTS, configure
 from tests.support import ROOT, command
-from utils.config.help import describe
+from utils.config.help import show_help
 
 FILES = {script: ROOT / ("submit/slurm.py" if script == "slurm" else f"{script}.py") for script in SCRIPTS}
 TEXTS = {script: ast.get_docstring(ast.parse(file.read_text()), clean=False) for script, file in FILES.items()}
@@ -18,14 +18,14 @@ TEXTS = {script: ast.get_docstring(ast.parse(file.read_text()), clean=False) for
 
 def test_help_imports_nothing_slow():
     done = command("python", "-X", "importtime", FILES["finetune"], "--help")
-    assert done.returncode == 0 and done.stdout == describe(FILES["finetune"], TEXTS["finetune"])
+    assert done.returncode == 0 and done.stdout == show_help(FILES["finetune"], TEXTS["finetune"])
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "yaml" in imported and not imported & {"torch", "torchvision", "timm", "pyarrow", "numpy", "hydra"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_the_docstring_and_the_keys_of_each_file(script):
-    text = describe(FILES[script], TEXTS[script])
+    text = show_help(FILES[script], TEXTS[script])
     title, _, examples = TEXTS[script].partition("\n")
     assert text.startswith(title + "\n") and text.endswith(examples)
     config, job = configure(script, MANDATORY.get(script, "").split())
@@ -37,7 +37,9 @@ def test_help_has_the_docstring_and_the_keys_of_each_file(script):
 
 
 def test_the_keys_are_those_of_the_chosen_files():
-    text = describe(FILES["finetune"], TEXTS["finetune"], ["--help", "optim=adan", "data=image_folder", "model=nosuch"])
+    text = show_help(
+        FILES["finetune"], TEXTS["finetune"], ["--help", "optim=adan", "data=image_folder", "model=nosuch"]
+    )
     assert "\noptim=adan  (" in text and "  extra: {betas: [0.98, 0.92, 0.99]} " in text
     assert "  root: ??? " in text and "\naugment=finetune_glyphs  (" in text and "\nmodel=convnextv2_atto  (" in text
 
