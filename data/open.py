@@ -18,19 +18,19 @@ The path of an image:
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from data.augment.steps import evaluation_views
+from data.augment.steps import IMAGES, Windows, evaluation_views
 from data.augment.transforms import EvalTransform
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import Images
-from data.images.caches import keep_in_memory, keep_on_disk
+from data.images.caches import Pool, keep_in_memory, keep_on_disk
 from data.images.decode import Decoder
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
@@ -116,7 +116,11 @@ class Data:
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
         sampler = build_sampler("shuffled", rows, self.collection, self.seed) if sampler is None else sampler
-        return TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
+        loader = self._loader(fields, views, training=True)
+        pool = getattr(self.source, "records", None)
+        if isinstance(pool, Pool) and getattr(views.get(IMAGES), "only_cuts", False):
+            loader = replace(loader, windows=Windows(pool, views, self.machine.device, np.asarray(rows)))
+        return TrainStream(loader, sampler, self.unreadable)
 
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None

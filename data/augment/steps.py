@@ -3,7 +3,7 @@
 To add a step, add an entry to `STEPS`, a key to data/augment/config.py, and a value to conf/augment/.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torchvision.transforms import v2
 from data.augment.config import AugmentConfig
 from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, DeviceStep
 from data.augment.transforms import (
-    IMAGES,
     EvalTransform,
     Mirror,
     NoiseErasing,
@@ -23,12 +22,17 @@ from data.augment.transforms import (
     on_pillow,
     random_affine,
 )
+from data.images.caches import Pool
 from data.stream.order import Draw, Views
 from utils.contracts import Batch
+from utils.cut import cut_images
 from utils.formats.background import DEFAULT
 from utils.io.files import Values
 
+IMAGES = "images"
 AUGMENT = "augment"
+WINDOWS = "windows"
+_CROP = "crop_scale"
 _MIRROR = "horizontal_flip"
 
 
@@ -55,7 +59,7 @@ def _color_jitter(config: AugmentConfig) -> v2.ColorJitter:
 STEPS = (
     # Before the resize: after it, training images would be blurred and validation images not.
     Step("affine", "affine", random_affine, DeviceAffine),
-    Step("crop_scale", "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
+    Step(_CROP, "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
     Step(_MIRROR, "mirror", Mirror, DeviceMirror),
     Step("color_jitter", "colours", _color_jitter, DeviceColours),
     Step("rand_augment", "{0.rand_augment}", lambda config: on_pillow(PolicyAugment(config))),
@@ -79,19 +83,24 @@ def steps_of(config: AugmentConfig) -> list[Step]:
 class TrainTransform:
     """The view `images`: padding (`augment.pad`), and the steps that a worker makes.
 
-    background: the colour of the padding.
+    background: the colour of the padding. steps: by key.
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
         self._config = config
         self._background = background
         steps = [step for step in steps_of(config) if not (config.on_device and step.device)]
-        self._steps = [step.worker(config) for step in steps]
+        self.steps = {step.key: step.worker(config) for step in steps}
+
+    @property
+    def only_cuts(self) -> bool:
+        """Whether nothing but crop and flip changes an image."""
+        return self._config.pad == "none" and self.steps.keys() <= {_CROP, _MIRROR}
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
         image = letterbox(image, self._config.image_size_hw, self._background, self._config.pad)
-        for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
+        for step in self.steps.values():  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image
 
@@ -116,6 +125,43 @@ class DeviceAugment:
         for step, own in zip(self.steps, parameters.split([step.width for step in self.steps], dim=1)):
             images = step.apply(images, own, keys)
         return images.round_().clamp_(0, 255).to(torch.uint8) if images.is_floating_point() else images
+
+
+class Windows:
+    """The view `windows` in place of `images`, for batches of which a GPU has all images (data/images/caches.py).
+
+    A worker draws the window of a crop alone; the device cuts, resizes and flips. Differs: by a level in some pixels,
+    because torch's resize of bytes rounds its weights, too.
+    """
+
+    def __init__(self, pool: Pool, views: Views, device: torch.device, rows: Any) -> None:
+        """Prepare the views; views: with a TrainTransform that only cuts; rows: of training."""
+        self.pool = pool
+        self.views = {WINDOWS: self, **{name: view for name, view in views.items() if name != IMAGES}}
+        self._steps = views[IMAGES].steps
+        self._device = device
+        self._rows = rows
+
+    def refresh(self) -> None:
+        """Copy the images to the device as soon as they are decoded."""
+        self.pool.copy_to(self._device, self._rows)
+
+    def has(self, rows: Sequence[int]) -> bool:
+        """Return whether the device has the images of these rows."""
+        return bool(self.pool.has_copy[rows].all())
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the window of a random crop, int64 [5] (utils/cut.py)."""
+        crop = self._steps[_CROP].cut(image)
+        mirrored = _MIRROR in self._steps and self._steps[_MIRROR].draw()
+        return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape[1:], mirrored])
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return the batch with images, which are channels-last, without the windows."""
+        crop = self._steps[_CROP]
+        rest = {name: tensor for name, tensor in batch.items() if name != WINDOWS}
+        images = cut_images(self.pool.copy, batch[WINDOWS], self.pool.most, crop.size, crop.interpolation)
+        return {IMAGES: images, **rest}
 
 
 def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:

@@ -125,9 +125,13 @@ class ResizedCrop(v2.RandomResizedCrop):
         self.interpolation = config.interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a random crop, resized. Differs: v2 pads crops beyond the image; there are none."""
+        """Return a random crop, resized."""
+        return resize(self.cut(image), self.size, self.interpolation)
+
+    def cut(self, image: Tensor) -> Tensor:
+        """Return a random crop. Differs: v2 pads crops beyond the image; there are none."""
         top, left, height, width = self.make_params([image]).values()
-        return resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
+        return image[:, top : top + height, left : left + width]
 
     def make_params(self, flat_inputs: list[Any]) -> Json:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
@@ -154,7 +158,11 @@ class Mirror:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the image, perhaps flipped."""
-        return image.flip(-1) if torch.rand(()) < self._share else image
+        return image.flip(-1) if self.draw() else image
+
+    def draw(self) -> bool:
+        """Draw whether to flip an image."""
+        return bool(torch.rand(()) < self._share)
 
 
 class EvalTransform:

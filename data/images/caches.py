@@ -41,6 +41,10 @@ _ESTIMATE_IMAGES = 32
 _ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
+_DEVICE_SHARE = 0.25  # of the free memory of a GPU for a copy of the decoded images
+_DEVICE_SIDE = 1536  # the longest of an image that a device cuts, which reads the largest height and width of all
+_BEHIND = 2**23  # bytes after the last record, because every window is read as the largest: its rows and one more
+_ENOUGH = 0.999  # share of the images that a copy needs; workers make a batch that lacks one
 _WORD_BYTES = 8
 HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channels; the pixels follow
 
@@ -133,7 +137,8 @@ class Pool:
     last process. The length of a row is written after its record is complete, so a killed process leaves unused space
     but no broken record.
 
-    path: lets another process open the file.
+    path: lets another process open the file. address: of the content. copy: on a device, uint8 [N]. has_copy: of each
+    row, whether it is there. most: the largest height and width there, and the channels.
     """
 
     def __init__(self, file: io.FileIO, rows: int) -> None:
@@ -143,12 +148,15 @@ class Pool:
         numbers, self._content = np.split(content, [_WORD_BYTES * (2 + 2 * rows)])
         self._room, self._lengths, self._starts = np.split(numbers.view(np.int64), (2, 2 + rows))
         self._reserve = int(_LEFT_SHARE * free_memory())
+        self.address = self._content.ctypes.data
+        self.copy: torch.Tensor | None = None
+        self.has_copy = torch.zeros(rows, dtype=torch.bool).share_memory_().numpy()  # for loader workers
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
         """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
         file = io.FileIO(os.memfd_create("atelier-images"), "r+")
-        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget)
+        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget + _BEHIND)
         pool = cls(file, rows)
         pool._room[1] = budget
         return pool
@@ -182,6 +190,32 @@ class Pool:
         self._starts[row] = start
         with self._locked():  # a barrier for the writes before it, on any processor
             self._lengths[row] = len(content)
+
+    def fits(self, device: torch.device) -> bool:
+        """Return whether a device is a GPU with room for a copy, in a run that need not repeat to the bit."""
+        return (
+            device.type == "cuda"
+            and not torch.are_deterministic_algorithms_enabled()
+            and self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        )
+
+    def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
+        """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
+        if (
+            self.copy is not None
+            or (self._lengths[rows[:: 1 + len(rows) // 1000]] > 0).mean() < _ENOUGH  # of a sample: each step asks
+            or not self.fits(device)
+        ):
+            return
+        rows = rows[self._lengths[rows] > 0]
+        shapes = self._content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
+        chosen = shapes.max(axis=1) <= _DEVICE_SIDE
+        chosen &= chosen.mean() >= _ENOUGH
+        content = self._content[: self.used_bytes() * chosen.any() + _BEHIND]
+        self.copy = torch.from_numpy(content).to(device)
+        self.most = shapes[chosen].max(axis=0, initial=1).tolist()
+        self.has_copy[rows[chosen]] = True
+        log.debug("data.cache.memory_gib: the device cuts %d images", chosen.sum())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

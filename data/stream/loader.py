@@ -31,6 +31,7 @@ from data.stream.order import (
     Draw,
     Sampler,
     Views,
+    ViewsOnDevice,
     evaluation_batches,
     plan_batches,
     train_batches,
@@ -111,7 +112,8 @@ class Loader(Dataset):
 
     collection: None for single files, which have no fields and weight 1. views: by name. The first is seeded with the
     sample's key, each other one with a key derived from it, so an added view does not change earlier ones. fields:
-    additions of a task, such as labels. report: called with the (name, reason) of unreadable images.
+    additions of a task, such as labels. report: called with the (name, reason) of unreadable images. windows: other
+    views, for batches of which the device has the images.
     """
 
     collection: Collection | None
@@ -121,18 +123,21 @@ class Loader(Dataset):
     machine: LoaderMachine
     report: Callable[[_Problems], None]
     training: bool
+    windows: ViewsOnDevice | None = None
 
     def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
         problems: _Problems = []
-        self.source.prefetch(draw.index for draw in draws)
-        samples = map(functools.partial(self.read, problems=problems), draws)
+        rows = [draw.index for draw in draws]
+        self.source.prefetch(rows)
+        views = self.windows.views if self.windows is not None and self.windows.has(rows) else self.views
+        samples = map(functools.partial(self.read, problems=problems, views=views), draws)
         with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
             batch = collate(samples, len(draws), channels_last=self.machine.channels_last)
         # In a worker. `pack` raises if there is no room; the queue would drop the batch, and the rank wait forever.
         return batch if get_worker_info() is None else pack(batch), problems
 
-    def read(self, draw: Draw, problems: _Problems) -> Sample:
+    def read(self, draw: Draw, problems: _Problems, views: Views) -> Sample:
         """Return the sample of a draw with its views; if it is unreadable, append the reason to `problems`."""
         row = None if self.collection is None else self.collection.row(draw.index)
         weight = 1.0 if row is None else row.weight
@@ -144,7 +149,7 @@ class Loader(Dataset):
             record = self.source.blank(draw.group)
         weight = 0.0 if draw.position < 0 else weight  # padding
         viewed = {}
-        for number, (name, transform) in enumerate(self.views.items()):
+        for number, (name, transform) in enumerate(views.items()):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
                 viewed[name] = transform(record[IMAGE], draw)
@@ -188,7 +193,8 @@ class Loader(Dataset):
 
     def prepare(self, batch: Batch) -> Batch:
         """Return a batch as a task reads it, after the hooks of the views, without a host synchronisation."""
-        for view in self.views.values():
+        views = self.views if self.views.keys() <= batch.keys() else self.windows.views
+        for view in views.values():
             if hasattr(view, "on_device"):
                 batch = view.on_device(batch)
         return batch
@@ -267,6 +273,8 @@ class TrainStream:
             draws = read_ahead(draws, self.loader.source, self.sampler)
         batches = self.loader.load(draws)
         while True:
+            if self.loader.windows is not None:
+                self.loader.windows.refresh()
             yield list(itertools.islice(batches, batch_size // ranks // micro_batch_size))
 
 

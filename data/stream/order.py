@@ -13,7 +13,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -47,6 +47,18 @@ class Draw(NamedTuple):
 # method `on_device`, each batch passes through it on the device, as a part of the update.
 View = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, View]
+
+
+class ViewsOnDevice(Protocol):
+    """Other views, for batches of which the device has the images. refresh: called before each step."""
+
+    views: Views
+
+    def has(self, rows: Sequence[int]) -> bool:
+        """Return whether the device has the images of these rows."""
+
+    def refresh(self) -> None:
+        """Copy images to the device as soon as they are decoded."""
 
 
 class Turns:

@@ -120,7 +120,7 @@ class UpdateGraphs:
     def _check_memory(self) -> None:
         if self.device.type != "cuda" or self._pool is not None:
             return
-        lasting = torch.cuda.memory_allocated(self.device)  # weights and state
+        lasting = torch.cuda.memory_allocated(self.device)  # weights, state, and the copy of the images
         used = 2 * torch.cuda.max_memory_reserved(self.device) - lasting
         share = used / torch.cuda.get_device_properties(self.device).total_memory
         if share > _MEMORY_SHARE:

@@ -1,6 +1,7 @@
 """Augmentation on the device. Reference equality: torchvision's functions, one image at a time with the same draws.
 Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
 
+import functools
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
 from utils.config.help import CONF
+from utils.cut import cut_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SIZE = [24, 32]
@@ -136,9 +138,20 @@ def test_the_split_of_a_batch_changes_no_bit():
         assert torch.equal(torch.cat([augment.apply(*piece) for piece in zip(*pieces)]), whole)
 
 
+def test_a_batch_of_large_images_is_cut_in_parts(monkeypatch):
+    content = torch.randint(0, 256, (2 * 30 * 40 * 3,), dtype=torch.uint8)
+    windows = torch.tensor([[number * 30, 120, 20, 20 + number, number % 2] for number in range(5)])
+    cut = functools.partial(cut_images, content, windows, [30, 40, 3], SIZE, "bicubic")
+    whole = cut()
+    monkeypatch.setattr("utils.cut._PART_BYTES", 2 * 30 * 40 * 3)
+    assert torch.equal(cut(), whole)
+
+
 def test_nothing_waits_for_the_device():
     augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
     assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters})) == []
+    cut = images.flatten(), torch.ones(4, 5, dtype=torch.int64), [2, 3, 3], SIZE, "bicubic"
+    assert count(lambda: cut_images(*cut)) == []
 
 
 @pytest.mark.gpu

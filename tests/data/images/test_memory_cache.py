@@ -1,4 +1,4 @@
-"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, `auto`."""
+"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, a device has a copy, `auto`."""
 
 import logging
 import multiprocessing
@@ -13,18 +13,21 @@ import yaml
 from PIL import Image
 
 from data.augment.config import AugmentConfig
-from data.augment.steps import TrainTransform
+from data.augment.steps import TrainTransform, training_views
 from data.augment.transforms import EvalTransform
 from data.images import caches
 from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory, keep_on_disk
 from data.images.decode import Decoder
+from data.open import Data
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage
+from tests.data.augment.test_on_device import ALL, config_of
 from tests.data.collection.test_collection import load
 from tests.support import cache_config
 from utils.config.help import CONF
+from utils.contracts import Machine
 from utils.ranks import distributed
 
 FORK = multiprocessing.get_context("fork")
@@ -87,7 +90,7 @@ def test_no_transform_changes_what_is_kept(collection):
     for transform in transforms:
         reader = Loader(collection, kept, {"images": transform}, no_fields, None, print, training=True)
         for row in range(12):
-            reader.read(Draw(row, row, 7), [])
+            reader.read(Draw(row, row, 7), [], reader.views)
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
 
 
@@ -162,6 +165,42 @@ def test_two_ranks_share_one_pool():
     assert [found.get(timeout=240) for _ in ranks] == [[0, 1], [0, 1]]
     for process in ranks:
         process.join()
+
+
+# --------------------------------------------------------------------------- the copy on a device, here the CPU itself
+
+CPU = torch.device("cpu")
+GREY = {"on_device": False, "horizontal_flip": 0.5, "interpolation": "bilinear", "channels": 1}
+
+
+def read_epochs(collection, workers, changes):
+    """Return the images of three epochs."""
+    source = cached(collection, channels=changes.get("channels", 3))
+    data = Data(collection, source, Machine(CPU, True, workers, 2), seed=3, batch_size=4, run_path=None)
+    stream = data.train(range(12), no_fields, training_views(config_of(**changes)))
+    steps = stream.steps(0, 4, 4)
+    return torch.cat([stream.prepare(next(steps)[0])["images"] for _ in range(9)]).int()
+
+
+@pytest.mark.parametrize(("workers", "changes"), [(0, GREY), (2, ALL)])
+def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, workers, changes, monkeypatch):
+    expected = read_epochs(collection, workers, changes)
+    monkeypatch.setattr(Pool, "fits", lambda pool, device: True)
+    distance = (read_epochs(collection, workers, changes) - expected).abs()
+    # Colours make more of a level.
+    assert distance.max() <= (4 if changes is ALL else 2) and distance.gt(0).float().mean() < 0.05
+    assert distance[-4:].any()  # the device made them
+
+
+def test_workers_cut_images_that_are_being_written_or_too_large(monkeypatch):
+    monkeypatch.setattr(Pool, "fits", lambda pool, device: True)
+    monkeypatch.setattr(caches, "_ENOUGH", 0.5)
+    pool = Pool.create(4, 2**20)
+    pool._room[0] += 50  # as `add`, before it has written
+    for row, width in ((1, 1537), (2, 90), (3, 50)):
+        pool.add(row, caches.HEAD.pack(1, width, 1) + bytes(width))
+    pool.copy_to(CPU, np.arange(4))
+    assert pool.has_copy.tolist() == [False, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------------ what is chosen

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,8 +185,8 @@ def test_weights_of_the_manifest_reach_the_batch(tmp_path):
     collection = weighted(tmp_path, [0.0, 0.5, 1.0])
     loader = view_stream(collection, TrainTransform(augment())).loader
     rows = collection.rows("train").tolist()
-    assert [(row, loader.read(Draw(0, row, 5), [])["weight"]) for row in rows] == [(1, 0.5), (2, 1.0)]
-    assert loader.read(Draw(-1, 2, 1), [])["weight"] == 0.0  # padding
+    assert [(row, loader.read(Draw(0, row, 5), [], {})["weight"]) for row in rows] == [(1, 0.5), (2, 1.0)]
+    assert loader.read(Draw(-1, 2, 1), [], {})["weight"] == 0.0  # padding
 
 
 # --- unreadable images
@@ -367,7 +366,7 @@ def test_terms_and_limits_choose_the_training_images(tmp_path):
 def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
     def read(*names):
         views = {name: lambda image, draw: torch.rand(4) for name in ("images", *names)}
-        return replace(view_stream(folder, None).loader, views=views).read(Draw(0, 0, 7), [])
+        return view_stream(folder, None).loader.read(Draw(0, 0, 7), [], views)
 
     one, two, three = read(), read("second"), read("second", "third")
     assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])
