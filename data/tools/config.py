@@ -146,6 +146,17 @@ class Cache(Tool):
     shortest_px: Side | None
 
 
+class Machine(Tool):
+    """Describe the machine. device, precision, compile: of `runtime`, as a training would need them."""
+
+    main: ClassVar[str] = "data.tools.machine:describe_machine"
+    name: Literal["machine"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    compile: Literal["auto"] | bool
+    run_dir: PathText
+
+
 class Labels(Tool):
     """Rank labels and tags by how probably they are wrong, and images without a label by how much one would tell.
 
@@ -174,6 +185,6 @@ class Import(Tool):
 
 AnyJob = Annotated[
     Check | Manifest | CollectVocabulary | Pack
-    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Import | Labels,
+    | Duplicates | Filter | Copy | ApplyCorrections | Cache | Machine | Import | Labels,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -127,6 +127,7 @@ prepare job=filter job.find=tags<1 $folders
 prepare job=apply_corrections $folders
 prepare job=cache $folders
 prepare job=cache job.fill=true data.cache.disk_gib=0.01 data.cache.folder=kept $folders
+prepare job=machine $folders
 prepare job=import job.source=d.toml job.output=d.yaml
 prepare job=copy job.to=part $folders
 prepare job=downsample job.longest_px=8 job.to=small $folders
