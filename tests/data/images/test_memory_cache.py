@@ -27,7 +27,7 @@ from tests.data.augment.test_on_device import ALL, config_of
 from tests.data.collection.test_collection import load
 from tests.support import cache_config
 from utils.config.help import CONF
-from utils.contracts import Machine
+from utils.contracts import LoaderMachine
 from utils.ranks import distributed
 
 FORK = multiprocessing.get_context("fork")
@@ -176,7 +176,7 @@ GREY = {"on_device": False, "horizontal_flip": 0.5, "interpolation": "bilinear",
 def read_epochs(collection, workers, changes):
     """Return the images of three epochs."""
     source = cached(collection, channels=changes.get("channels", 3))
-    data = Data(collection, source, Machine(CPU, True, workers, 2), seed=3, batch_size=4, run_path=None)
+    data = Data(collection, source, LoaderMachine(CPU, True, workers, 2), seed=3, batch_size=4, run_path=None)
     stream = data.train(range(12), no_fields, training_views(config_of(**changes)))
     steps = stream.steps(0, 4, 4)
     return torch.cat([stream.prepare(next(steps)[0])["images"] for _ in range(9)]).int()
