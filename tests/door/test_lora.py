@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from safetensors.torch import save_file
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from engine.recipe import settle as recipe
-from sdxl.kind import DiffusionKind
 from tests.door.follow import follow
 from tests.in_process import configure, run
 from tests.sdxl.test_lora_combined import LAYER
@@ -92,20 +89,6 @@ def test_each_picture_is_seen_often_and_the_run_begins_with_a_tenth_of_warm_up(p
         run("finetune_sdxl", [*COMMAND, *trigger, *words], place)
         said = capsys.readouterr().err
         assert length in said and warmup in said, said
-
-
-def with_factor(words):
-    config, job = configure("finetune_sdxl", words)
-    (change,) = (each for each in recipe.list_changes(DiffusionKind()) if each.cause == "optim")
-    return recipe.make(change, config, SimpleNamespace(job=job))
-
-
-def test_prodigy_takes_its_own_rate_where_the_command_has_none():
-    for words, rate in (([], 1.0), (["optim.lr=0.5"], 0.5)):
-        words = ["experiment=sdxl/lora", "data.root=x", "model.path=x", "optim=prodigy", *words]
-        assert with_factor(words).optim.lr == rate
-    with refuses("^optim.lr: 0.0001, but optim asks for 1.0"):
-        with_factor([*words[:4], "++optim.lr=1e-4"])
 
 
 @pytest.fixture

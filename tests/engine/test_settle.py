@@ -129,6 +129,15 @@ def test_a_default_holds_where_nothing_is_stated(images, batch, monkeypatch, log
     assert values["optim.base_lr"] * batch == pytest.approx(64 * stated["optim.base_lr"], rel=1e-12)
 
 
+def test_prodigy_takes_its_own_rate_where_the_command_has_none(monkeypatch):
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    words = ["experiment=sdxl/lora", "data.root=x", "data.concepts=[]", "model=sdxl_tiny", "optim=prodigy"]
+    for own, rate in (([], 1.0), (["optim.lr=0.5"], 0.5)):
+        assert settled("finetune_sdxl", [*words, *own])["optim.lr"] == rate
+    with refuses("^optim.lr: 0.0001, but optim asks for 1.0"):
+        settled("finetune_sdxl", [*words, "++optim.lr=1e-4"])
+
+
 def test_a_plan_and_a_recipe_without_a_network_keep_that_of_init_from(tmp_path):
     model = {
         "family": "timm",
