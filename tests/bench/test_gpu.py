@@ -1,6 +1,5 @@
 """bench/gpu.py with parts that only print: their order, rows and limits."""
 
-import importlib
 import json
 import sys
 
@@ -60,15 +59,9 @@ def test_a_part_that_hangs_or_fails_loses_only_itself(tmp_path, capsys):
     assert "long: not begun" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", sorted({part.words[0] for part in PARTS.values()} - {"-m"}))
-def test_each_setting_of_a_bench_is_measured_by_one_part_of_four_minutes_at_most(script, monkeypatch):
-    pytest.importorskip("diffusers", reason="make install-sdxl")
-    bench = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    monkeypatch.setattr(bench, "missing_for_compile", lambda device: None, raising=False)
-    texts = [part.words[2] for part in PARTS.values() if part.words[0] == script and part.limit_sec <= 240]
-    names = [name for name, _ in bench.settings(torch.device("cuda"), False)]
-    found = [text for name in names for text in texts if text in name]
-    assert len(found) == len(names) and {*found} == {*texts}
+def test_no_part_takes_more_than_four_minutes_and_the_first_four_take_eight():
+    limits = [part.limit_sec for part in PARTS.values()]
+    assert max(limits) <= 240 and sum(limits[:4]) <= 480
 
 
 @pytest.mark.parametrize(("words", "said"), [(["hours=1"], "hours"), ([], "no GPU")])

@@ -56,14 +56,6 @@ def test_the_card_says_which_images_its_figures_are_of(place):
     assert "Measured on `test: 15 images`:" in text
 
 
-def test_training_does_not_depend_on_the_test_split(place):
-    shutil.copytree(place / "photos", place / "without")
-    shutil.rmtree(place / "without/test")
-    run("train", [*SHORT, "data.root=without", "run_dir=again"], place)
-    one, other = ((place / name / "weights/best_weights.safetensors").read_bytes() for name in ("run", "again"))
-    assert one[-1000:] == other[-1000:]
-
-
 def test_classes_of_the_test_split_alone_are_left_out_and_named(place, capsys):
     shutil.copytree(place / "photos", place / "more")
     shutil.move(place / "more/test/C", place / "more/test/see")

@@ -7,9 +7,7 @@ from safetensors.torch import load_file
 from tests.engine import test_exactness as exactness
 from tests.engine import test_golden as golden
 from tests.engine.test_exactness import CHEAP, TASKS
-from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixture)
 from tests.engine.test_survival import HERE, SMALL, TROUBLED, straight  # noqa: F401 (a fixture)
-from tests.in_process import run as run_here
 from tests.support import (
     ROOT,
     SCRIPTS,
@@ -123,18 +121,6 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
         run("evaluate.py", [f"run_dir={tmp_path}/1", *arguments], tmp_path, ranks=ranks)
         metrics = read_json(tmp_path / "1/metrics_last.json")
         assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0]
-
-
-def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
-    """The run after it is the same up to summation order."""
-    folder, base = searched
-    run_here("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
-    one = read_json(folder / "one/lr_finder.json")
-    run("finetune.py", [*base, *SEARCH, f"run_dir={folder}/two"], folder, ranks=2)
-    other = read_json(folder / "two/lr_finder.json")
-    assert other["taken"] == one["taken"]
-    assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
-    assert_same_rows(folder / "one", folder / "two", 1e-3)
 
 
 def test_one_head_on_any_number_of_ranks(tmp_path):

@@ -128,9 +128,7 @@ def test_weights_are_fetched_once_and_then_load_without_the_hub(hub, weights, lo
 
 WAYS = {  # and a word of the line that the user reads
     "offline": "offline",
-    "no name": "",
     "refused": "refused",
-    "proxy": "",
     "silent": "no answer",
     "portal": "",
     404: "404",
@@ -142,12 +140,8 @@ WAYS = {  # and a word of the line that the user reads
 def break_hub(hub, way, monkeypatch):
     if way == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    elif way == "no name":
-        use_hub(monkeypatch, "http://name.invalid")
     elif way == "refused":
         use_hub(monkeypatch, f"http://127.0.0.1:{free_port()}")
-    elif way == "proxy":
-        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     else:
         hub.status = {"silent": None, "portal": 200}.get(way, way)
 

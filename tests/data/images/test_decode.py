@@ -128,15 +128,6 @@ def test_cmyk_and_ycck_jpegs_are_converted(tmp_path):
     assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff", "avif"])
-def test_animations_give_their_first_frame(tmp_path, suffix):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
-    with Image.open(tmp_path / f"x.{suffix}") as image:
-        assert image.n_frames == 2
-    assert near(read(tmp_path / f"x.{suffix}"), [RED] * 4, 3 if suffix == "avif" else 0)
-
-
 @pytest.mark.parametrize("mode, options, transparent", [("RGBA", {}, 1), ("RGB", {}, 0), ("P", {"transparency": 0}, 1)])
 def test_what_a_manifest_states_of_the_pixels(tmp_path, mode, options, transparent):
     Image.new(mode, (4, 4)).save(tmp_path / "x.png", **options)
