@@ -30,7 +30,7 @@ ALLOWED = {
     "engine": {"utils", "optim"},
     "engine/update": {"utils", "optim", "engine"},
     "engine/run": {"utils", "optim", "engine", "engine/update"},
-    "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
+    "engine/tasks": {"utils", *ENGINE, "models", "data", *DATA},
     "engine/recipe": {"utils", *ENGINE, "engine/tasks", "engine/frozen", "models", "data", *DATA},
     "engine/frozen": {"utils", *ENGINE, "engine/tasks", "engine/exports", "models", "data", *DATA, "data/tools"},
     "engine/exports": {"utils", *ENGINE, "engine/tasks", "engine/judging", "models"},
