@@ -8,7 +8,7 @@ from tests.door.test_held_out import ON_CPU, SHORT
 from tests.in_process import run
 from tests.support import make_collection, read_table, refuses
 
-QUICK = {"train.py": SHORT[:-1], "evaluate.py": ON_CPU, "predict.py": ["device=cpu"]}  # validation as the pages state it
+QUICK = {"train.py": SHORT[:-1], "evaluate.py": ON_CPU, "predict.py": ["device=cpu"]}
 
 
 def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log, capsys):
