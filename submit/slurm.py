@@ -36,7 +36,7 @@ from submit.config import LaunchConfig
 from submit.job import ScriptJob
 from utils.config.entry_point import Job, entry_point, quote_paths
 from utils.config.help import ROOT
-from utils.config.schema import Strict, path_keys
+from utils.config.schema import Strict
 from utils.config.sweep import parse_sweep
 from utils.config.sweep_config import FLAGS
 from utils.errors import EXIT_OK, UserError
@@ -89,7 +89,7 @@ def main(config: SubmitConfig, job: Job) -> str:
 def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
     """Return the name of a sweep, and the words of each job that is not complete."""
     schema = importlib.import_module(script).main.schema  # tells which words are paths
-    sweep = parse_sweep(quote_paths(words, path_keys(schema)))
+    sweep = parse_sweep(quote_paths(words, schema))
     if sweep.settings.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
     jobs = list(sweep.jobs())

@@ -88,7 +88,7 @@ def run(script: str, overrides: Sequence[str], folder: Path) -> str:
     """Run a script's body in `folder` and return its line of result; its errors are raised as they are."""
     config, job = configure(script, overrides)
     with working_in(folder):
-        return load_command(script).run(config, job)
+        return load_command(script).load()(config, job)
 
 
 class Killed(Exception):

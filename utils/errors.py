@@ -37,9 +37,13 @@ _END_REPORTED_SEC = 1.0  # SIGCHLD follows milliseconds after the connections of
 class UserError(ValueError):
     """A mistake of the user: the message names the key or file, the value found, the values allowed and a fix."""
 
+    status = EXIT_USER_ERROR
+
 
 class DiskFull(UserError):
-    """A write failed for lack of room: no mistake in the command, so the exit status is EXIT_CRASH."""
+    """A write failed for lack of room, which is no mistake in the command."""
+
+    status = EXIT_CRASH
 
 
 @contextmanager

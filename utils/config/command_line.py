@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,32 +95,26 @@ def _read_experiment(name: str) -> Iterator[_Row]:
 
 
 class Script(NamedTuple):
-    """What the reading of words depends on: the script's name, schema and folder of YAML files."""
+    """What the reading of words depends on: the script's name, schema and folder of YAML files, and the typed keys."""
 
     name: str
     schema: type[BaseModel]
     config_dir: Path
+    typed: set[str]
 
 
-def quote_paths(words: list[str], keys: Container[str]) -> list[str]:
-    """Quote the values of `keys`, which are paths, so that Hydra takes them literally.
+def _quote_path(word: str, script: Script) -> Iterator[str]:
+    """Quote a path, so that Hydra takes it literally.
 
     Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. Hydra reads lists of paths and,
     in a multirun, several paths; if a file has that name, it is one path.
     """
-    quoted = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key.lstrip("+") in keys:
-            is_list = value.startswith("[") and value.endswith("]")
-            if "," not in value or not (is_list or FLAGS & set(words)) or os.path.exists(value):
-                word = f"{key}={_quote(value)}"
-        quoted.append(word)
-    return quoted
-
-
-def _quote_text(words: list[str], script: Script) -> list[str]:
-    return quote_paths(words, path_keys(script.schema))
+    key, equals, value = word.partition("=")
+    if equals and key.lstrip("+") in path_keys(script.schema):
+        is_list = value.startswith("[") and value.endswith("]")
+        if "," not in value or not (is_list or FLAGS & script.typed) or os.path.exists(value):
+            word = f"{key}={_quote(value)}"
+    yield word
 
 
 def _quote(value: str) -> str:
@@ -134,49 +129,39 @@ def literal(value: Any) -> Any:
     return json.loads(_INTERPOLATION.sub(r"\1\1\\\\${", json.dumps(value)))
 
 
-def _name_mapping(words: list[str], script: Script) -> list[str]:
-    def spell(word: str) -> str:
-        key, _, value = word.partition("=")
-        field = script.schema.model_fields.get(key)
-        has_name = "name" in getattr(field and field.annotation, "model_fields", ())
-        return f"{key}.name={value}" if has_name and not (script.config_dir / key).is_dir() else word
-
-    return list(map(spell, words))
+def _name_mapping(word: str, script: Script) -> Iterator[str]:
+    key, _, value = word.partition("=")
+    field = script.schema.model_fields.get(key)
+    has_name = "name" in getattr(field and field.annotation, "model_fields", ())
+    yield f"{key}.name={value}" if has_name and not (script.config_dir / key).is_dir() else word
 
 
-def _name_job(words: list[str], script: Script) -> list[str]:
+def _name_job(word: str, script: Script) -> Iterator[str]:
     fields = script.schema.model_fields
-
-    def spell(word: str) -> str:
-        group = re.fullmatch(r"([a-z_]+)(\.[a-z_]+)*", word.partition("=")[0])
-        return f"job.{word}" if group and group[1] not in fields else word
-
-    return list(map(spell, words)) if "job" in fields else words
+    group = re.match(r"([a-z_]+)(\.[a-z_]+)*(=|$)", word)
+    yield f"job.{word}" if "job" in fields and group and group[1] not in fields else word
 
 
-def _choose_folder(words: list[str], script: Script) -> list[str]:
-    given = {word.partition("=")[0] for word in words}
-    usual = read_defaults(script.config_dir / f"{script.name}.yaml").get("data", "")
-    is_folder = "data.root" in given and not given & {"data", _EXPERIMENT} and usual in ("glyphs", None)
-    return ["data=image_folder", *words] if is_folder else words
+def _choose_folder(word: str, script: Script) -> Iterator[str]:
+    if word.startswith("data.root=") and not script.typed & {"data", _EXPERIMENT}:
+        usual = read_defaults(script.config_dir / f"{script.name}.yaml").get("data", "")
+        if usual in ("glyphs", None):
+            yield "data=image_folder"
+    yield word
 
 
-def store_experiment(words: list[str], script: Script) -> list[str]:
-    """Let Hydra know a file that lies anywhere; return the words that choose it.
+def store_experiment(word: str, script: Script) -> Iterator[str]:
+    """Let Hydra know a file that lies anywhere; yield the word that chooses it.
 
     Only conf/ and the command line may refer to other keys: the file may come from a stranger.
     """
-
-    def spell(word: str) -> str:
-        key, _, file = word.partition("=")
-        if key != _EXPERIMENT or not file.endswith(_FILES):
-            return word
+    key, _, file = word.partition("=")
+    if key == _EXPERIMENT and file.endswith(_FILES):
         with about(_EXPERIMENT), readable(Path(file), "YAML"):
             node = literal(OmegaConf.to_container(OmegaConf.load(file)))
         ConfigStore.instance().store(name="of_file", node=node, group=_EXPERIMENT, package="_global_")
-        return f"{_EXPERIMENT}=of_file"
-
-    return list(map(spell, words))
+        word = f"{_EXPERIMENT}=of_file"
+    yield word
 
 
 class Spelling(NamedTuple):
@@ -184,14 +169,27 @@ class Spelling(NamedTuple):
 
     typed: str
     read: str
-    spell: Callable[[list[str], Script], list[str]]
+    spell: Callable[[str, Script], Iterator[str]]
 
 
+_PATHS = Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_path)
 # In order. The run folder records the words after all spellings but the last one.
 SPELLINGS = (
     Spelling("`hub=X`", "`hub.name=X`: the value of a mapping that is no group is its name", _name_mapping),
     Spelling("`output=X`", "`job.output=X`, in scripts with jobs: keys of no group are those of the job", _name_job),
-    Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_text),
+    _PATHS,
     Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),
 )
 FILE_SPELLING = Spelling("`experiment=X.yaml`", "a file of the group `experiment`, wherever it lies", store_experiment)
+
+
+def respell(words: list[str], script: Script, *spellings: Spelling) -> list[str]:
+    """Return words in the given spellings."""
+    for spelling in spellings:
+        words = [*chain.from_iterable(spelling.spell(word, script) for word in words)]
+    return words
+
+
+def quote_paths(words: list[str], schema: type[BaseModel]) -> list[str]:
+    """Return the words of a sweep with quoted paths."""
+    return respell(words, Script("", schema, CONF, {*words}), _PATHS)

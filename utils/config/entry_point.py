@@ -15,9 +15,9 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -28,11 +28,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, literal, quote_paths
+from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, literal, quote_paths, respell
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.recipe import flatten
-from utils.config.schema import path_keys
 from utils.config.sweep_config import FLAGS
 from utils.errors import (
     EXIT_CRASH,
@@ -41,7 +40,6 @@ from utils.errors import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
-    DiskFull,
     UserError,
     lost_worker,
     missing_package,
@@ -54,6 +52,7 @@ from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
+Main = Callable[[Schema, Job], str | None]
 _SHOW = ("--cfg", "job")  # prints the configuration
 OmegaConf.clear_resolver("oc.env")  # a configuration is written to files, and variables are secrets
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
@@ -98,32 +97,34 @@ class Command(Generic[Schema]):
     """A script as a command. Tests and notebooks can call its parts in their own process."""
 
     script: str
-    main: Callable[[Schema, Job], str | None] | str  # or a name, `module:function`, imported after the validation
+    main: Main | str  # or a name, `module:function`, imported after the validation
     schema: type[Schema]
     config_dir: Path = CONF
 
     def __call__(self) -> None:
         """Run the command in sys.argv and exit with its status."""
+        with self._exiting():
+            config, job = self.prepare(sys.argv[1:])
+            if line := self.load()(config, job):
+                log.info("%s", line)
+
+    @contextmanager
+    def _exiting(self) -> Iterator[None]:
+        """Show an error of the body, and exit with the status; the main function has no frame of this one below it."""
         if not gc.isenabled():  # since `begin`; a notebook's own objects are not frozen
             gc.freeze()
             gc.enable()
         setup_logging()
+        status = EXIT_OK
         try:
             with StopRequest(at_once=True):
-                status = self._run(sys.argv[1:])
-        except SystemExit as stop:  # a stopped training
-            status = stop.code or EXIT_OK
-        except Terminated as stop:  # outside the training loop, which saves
-            status = EXIT_STOPPED
-            self._say(f"stopped by {stop}; type the same command again")
-        except KeyboardInterrupt:
-            status = EXIT_INTERRUPTED
-            self._say("interrupted")
-        except Exception as error:
+                yield
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             try:
                 status = self._report(error)
             except RuntimeError as later:  # from torch's signal handler: a loader worker died
                 status = self._report(later)
+            traceback.clear_frames(error.__traceback__)  # they keep networks, which `shutdown` wants to be freed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises if a loader worker ends during the exit
         grouped = distributed.shutdown(failed=status != EXIT_OK)
         sys.stdout.flush()
@@ -132,37 +133,33 @@ class Command(Generic[Schema]):
             os._exit(status)
         sys.exit(status)
 
-    def _run(self, arguments: list[str]) -> int:
-        """Run a job or a sweep and return the greatest exit status."""
+    def prepare(self, arguments: list[str]) -> tuple[Schema, Job]:
+        """Return the checked configuration and the job. A sweep, or `--cfg`, ends the process instead."""
         for word in arguments:
             _check_word(word)
         try:
             if FLAGS & set(arguments):
-                return self._run_sweep(quote_paths(arguments, path_keys(self.schema)))
+                sys.exit(self._run_sweep(quote_paths(arguments, self.schema)))
             values, job = self.compose([word for word in arguments if word not in _SHOW])
             if "--cfg" in arguments:
                 sys.stdout.write(hide_secrets(OmegaConf.to_yaml(values)))
-                return EXIT_OK
+                sys.exit()
             job = follow_init_from(values, job)
-            config = validate(values, self.schema)
+            return validate(values, self.schema), job
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(hydra_problem(error, self.schema)) from None
-        if line := self.run(config, job):
-            log.info("%s", line)
-        return EXIT_OK
 
-    def run(self, config: Schema, job: Job) -> str | None:
-        """Run the main function."""
-        main = resolve_name(self.main) if isinstance(self.main, str) else self.main
-        return main(config, job)
+    def load(self) -> Main:
+        """Return the main function."""
+        return resolve_name(self.main) if isinstance(self.main, str) else self.main
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
-        script = Script(self.script, self.schema, self.config_dir)
-        for spelling in SPELLINGS:
-            words = spelling.spell(words, script)
+        typed = {word.partition("=")[0] for word in words}
+        script = Script(self.script, self.schema, self.config_dir, typed)
+        words = respell(words, script, *SPELLINGS)
         groups = f"hydra.searchpath=['file://{CONF}']"
-        read = [*FILE_SPELLING.spell(words, script), groups]
+        read = [*respell(words, script, FILE_SPELLING), groups]
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, read, return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
@@ -184,28 +181,38 @@ class Command(Generic[Schema]):
             log.info("%s", Lines(sweep_table(jobs)))
         return max(statuses.values(), default=EXIT_OK)
 
-    def _say(self, message: str, *, other_ranks: bool = False) -> None:
-        """Show an error on rank 0. other_ranks: show its first line on other ranks, too, which may fail alone."""
-        lines = message_lines(f"{self.script}.py: {message}").splitlines()
-        if environment_rank():
-            lines = lines[:1] if other_ranks else ()
-        if lines:
-            sys.stderr.write(own_place() + "\n".join(lines) + "\n")
+    def _report(self, error: BaseException) -> int:
+        """Show an error, and return its exit status.
 
-    def _report(self, error: Exception) -> int:
-        """Show an error and return its exit status."""
-        if isinstance(error, UserError):
-            self._say(str(error), other_ranks=not isinstance(error, ConfigError))
-            return EXIT_CRASH if isinstance(error, DiskFull) else EXIT_USER_ERROR
-        message = missing_package(error)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
-            message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
-        if message or (lost := lost_worker(error)):
-            self._say(message or lost, other_ranks=True)
-            return EXIT_USER_ERROR if message else EXIT_LOST_RANK
-        text = message_lines("".join(traceback.format_exception(error)))  # a defect
-        sys.stderr.write(textwrap.indent(text, own_place(), lambda line: True))
-        return EXIT_CRASH
+        Ranks other than 0 show the first line, unless all ranks have the error; of a defect, all lines.
+        """
+        if isinstance(error, SystemExit):  # after a sweep, or a training that was stopped
+            return error.code or EXIT_OK
+        status, message = _explain(error)
+        text = "".join(traceback.format_exception(error)) if message is None else f"{self.script}.py: {message}"
+        lines = message_lines(text).splitlines()
+        if environment_rank() and message is not None:
+            lines = [] if isinstance(error, ConfigError | KeyboardInterrupt) else lines[:1]
+        sys.stderr.writelines(f"{own_place()}{line}\n" for line in lines)
+        return status
+
+
+def _explain(error: BaseException) -> tuple[int, str | None]:
+    """Return the exit status of an error and its message, which is None for a defect."""
+    match error:
+        case Terminated():  # outside the training loop, which saves
+            return EXIT_STOPPED, f"stopped by {error}; type the same command again"
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted"
+        case UserError():
+            return error.status, str(error)
+    message = missing_package(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
+        message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
+    if message:
+        return EXIT_USER_ERROR, message
+    message = lost_worker(error)
+    return EXIT_LOST_RANK if message else EXIT_CRASH, message
 
 
 def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
@@ -215,8 +222,6 @@ def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
     return validate(values, schema)
 
 
-def entry_point(
-    config_name: str, schema: type[Schema]
-) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
+def entry_point(config_name: str, schema: type[Schema]) -> Callable[[Main], Command[Schema]]:
     """Turn `main(config, job)` into a command; main returns the last line of the log."""
     return lambda main: Command(config_name, main, schema)

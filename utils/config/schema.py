@@ -6,7 +6,7 @@ YAML holds the values, the models hold the types and limits (docs/configuration.
 
 import typing
 from collections.abc import Iterator, Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -62,6 +62,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
+@cache
 def path_keys(schema: type[BaseModel]) -> set[str]:
     """Return the dotted keys whose values are quoted on the command line: paths, and terms."""
     keys = set()

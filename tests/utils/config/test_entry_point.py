@@ -53,7 +53,9 @@ def test_paths_arrive_unchanged(names, start_command):
 def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()
-    assert quote_paths(["a=c,d", "a=a,b", "-m"], {"a"}) == ["a=c,d", "a='a,b'", "-m"]
+    schema = load_command("finetune").schema
+    words = ["run_dir=c,d", "run_dir=a,b", "-m"]
+    assert quote_paths(words, schema) == ["run_dir=c,d", "run_dir='a,b'", "-m"]
 
 
 # ------------------------------------------------------------------------------------------------------------- statuses
