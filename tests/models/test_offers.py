@@ -1,6 +1,7 @@
 """Weights that a command fetches by itself: what may fail of hub, connection and disk costs a line and no time."""
 
 import hashlib
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ from models.interop.parity import vary_weights
 from models.weights import offers, timm_hub
 from tests.support import free_port
 from tests.test_weights_commands import RESNET
+from utils.io.files import file_lock
 
 COMMIT = "0123456789" * 4
 LICENCES = ("apache-2.0", "bsd-3-clause", "mit")  # none that binds what is trained from the weights
@@ -25,14 +27,15 @@ LICENCES = ("apache-2.0", "bsd-3-clause", "mit")  # none that binds what is trai
 class Hub:
     """A server that speaks the hub's protocol: an answer about a file, which redirects to its bytes.
 
-    status: of the answer. sent: the bytes that come. slow: seconds between two of 100 pieces.
+    status, headers: of the answer. sent: the bytes that come; most: after so many the connection breaks; slow: seconds
+    between two of 100 pieces. ranges: what was asked for.
     """
 
     def __init__(self, body):
         self.body = self.sent = body
-        self.status, self.slow = 302, 0.0
+        self.status, self.most, self.slow, self.knows_ranges = 302, None, 0.0, True
         self.digest = hashlib.sha256(body).hexdigest()
-        self.asked, self.is_over = 0, Event()
+        self.ranges, self.asked, self.is_over = [], 0, Event()
 
     def answer(self, request):
         self.asked += request.command == "HEAD"
@@ -47,13 +50,18 @@ class Hub:
         request.end_headers()
 
     def give(self, request):
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(self.sent)))
+        first = 0
+        self.ranges.append(request.headers["Range"])
+        if self.knows_ranges:
+            first = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        request.send_response(206 if self.knows_ranges else 200)
+        request.send_header("Content-Length", str(len(self.sent) - first))
         request.end_headers()
         step = len(self.sent) // 100
-        for start in range(0, len(self.sent), step):
-            if not self.is_over.wait(self.slow):
-                request.wfile.write(self.sent[start : start + step])
+        for start in range(first, len(self.sent), step):
+            if self.is_over.wait(self.slow) or start >= (self.most or len(self.sent)):
+                break
+            request.wfile.write(self.sent[start : start + step])
 
 
 @contextmanager
@@ -117,7 +125,7 @@ def test_weights_are_fetched_once_and_then_load_without_the_hub(hub, weights, lo
     assert obtain() == [RESNET]
     for word in (RESNET, "1 MB", timm.get_pretrained_cfg(RESNET).license, constants.ENDPOINT):
         assert word in log.text
-    assert timm_hub.cached_names() == [RESNET]
+    assert timm_hub.cached_names() == [RESNET] and parts() == []
     asked = hub.asked
     assert obtain() == [RESNET]
     for name, value in timm_hub.load_timm(RESNET).state_dict().items():
@@ -130,7 +138,7 @@ WAYS = {  # and a word of the line that the user reads
     "offline": "offline",
     "refused": "refused",
     "silent": "no answer",
-    "portal": "",
+    "portal": "SHA-256",
     404: "404",
     429: "429",
     503: "503",
@@ -149,20 +157,50 @@ def break_hub(hub, way, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hub_that_does_not_answer_costs_a_line(hub, log, monkeypatch, way):
     break_hub(hub, way, monkeypatch)
+    started = time.monotonic()
     assert obtain() == []
+    assert time.monotonic() - started < 2.0
     lines = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
     assert len(lines) == 1 and RESNET in lines[0] and WAYS[way] in lines[0] and "\n" not in lines[0]
     assert timm_hub.cached_names() == [] and parts() == []
 
 
-def test_a_download_that_takes_too_long_is_left(hub, log):
-    hub.slow = 0.1
-    assert obtain(seconds=0.2) == [] and "no answer" in log.text
+def test_what_came_is_kept_and_the_next_run_fetches_the_rest(hub, log):
+    hub.most = len(hub.body) // 2
+    assert obtain() == []  # the connection breaks
+    (part,) = parts()
+    with file_lock(part.with_suffix(".lock"), ""):
+        assert obtain() == [] and "another process" in log.text
+    part.with_suffix(".lock").touch()  # of a killed process
+    came = part.stat().st_size
+    assert 0 < came < len(hub.body)
+    hub.most, hub.slow = None, 0.02
+    assert obtain(seconds=0.2) == []  # the time is over
+    assert "next run" in log.text
+    hub.slow = 0.0
+    time.sleep(0.2)
+    more = part.stat().st_size
+    assert obtain() == [RESNET]
+    assert hub.ranges == ["bytes=0-", f"bytes={came}-", f"bytes={more}-"] and came < more
 
 
-def test_a_file_of_another_length_is_removed(hub, log):
-    hub.sent = hub.body + b"?"
-    assert obtain() == [] and "not fetched" in log.text and parts() == []
+def test_a_server_without_ranges_begins_again(hub):
+    hub.most = len(hub.body) // 2
+    assert obtain() == []
+    hub.most, hub.knows_ranges = None, False
+    assert obtain() == [RESNET]
+
+
+@pytest.mark.parametrize("change", [lambda body: body[:-1] + b"!", lambda body: body + b"?"])
+def test_bytes_of_another_file_are_removed(hub, log, change):
+    hub.sent = change(hub.body)
+    assert obtain() == [] and "SHA-256" in log.text and parts() == []
+
+
+def test_a_full_disk_is_left_as_it_was(hub, log, small_disk, monkeypatch):
+    hub.body = hub.sent = bytes(2 << 20)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk))
+    assert obtain() == [] and "No space left" in log.text and parts() == []
 
 
 def test_offers_are_free_to_use_and_of_any_image_size():
