@@ -20,17 +20,16 @@ from utils.start import begin
 
 begin(__doc__)
 
-from pkgutil import resolve_name
-
 from engine.exports.config import ExportConfig
 from utils.config.entry_point import Job, entry_point
+from utils.start import open_name
 
 
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
     """Export weights, or a LoRA of other LoRAs or checkpoints."""
     is_combined = config.lora or config.rank
-    return resolve_name("sdxl.lora.combined:write_combined" if is_combined else "engine.export:export")(config, job)
+    return open_name("sdxl.lora.combined:write_combined" if is_combined else "engine.export:export")(config, job)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from utils.start import begin
 
 begin(__doc__)
 
-from pkgutil import resolve_name
-
 from engine.judging.config import PredictConfig
 from sdxl.config import DrawConfig
 from utils.config.entry_point import Job, entry_point
+from utils.start import open_name
 
 
 class Config(PredictConfig):
@@ -34,7 +33,7 @@ class Config(PredictConfig):
 def main(config: Config, job: Job) -> str:
     """Predict images, or draw pictures."""
     name = "engine.predict:predict" if config.prompts is None else "sdxl.pictures.painter:draw_prompts"
-    return resolve_name(name)(config, job)
+    return open_name(name)(config, job)
 
 
 if __name__ == "__main__":

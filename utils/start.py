@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, missing_package
@@ -76,6 +77,17 @@ def _explain(*raised: Any) -> None:
     if missing := missing_package(raised[1]):
         _refuse(missing)
     sys.__excepthook__(*raised)
+
+
+def open_name(name: str) -> Any:
+    """Return what a name `module:function` of a table stands for; the collector of garbage rests during its imports."""
+    if name.partition(":")[0] in sys.modules:
+        return resolve_name(name)
+    gc.disable()
+    found = resolve_name(name)
+    gc.freeze()
+    gc.enable()
+    return found
 
 
 def keep_freed_memory() -> None:

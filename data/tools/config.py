@@ -13,6 +13,7 @@ from data.layouts.walk import check_root
 from data.tags.rules import VocabularyConfig
 from utils.config.bounds import DurationOrZero, Side
 from utils.config.schema import PathText, Strict, TermsText
+from utils.start import open_name
 
 NOTHING = "dry run: nothing is written"
 
@@ -29,7 +30,7 @@ class Tool(Strict):
 
     def run(self, data: DataConfig) -> str:
         """Run the job; return a line for the log. Raises UserError."""
-        return resolve_name(self.main)(self, data)
+        return open_name(self.main)(self, data)
 
 
 class Check(Tool):

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
 from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -223,7 +223,7 @@ class Kind:
 
 def open_kind(name: str) -> Kind:
     """Return the kind with a name in the table."""
-    return resolve_name(KINDS[name].kind)()
+    return open_name(KINDS[name].kind)()
 
 
 def predict_command(collection: Collection, rows: np.ndarray, weights: str | Path) -> str:

@@ -21,6 +21,7 @@ from data.layouts.walk import check_root
 from engine.tasks.config import TaskTrainingConfig
 from utils.config.command_line import Job
 from utils.config.entry_point import Command
+from utils.start import open_name
 
 
 class KindRow(NamedTuple):
@@ -73,4 +74,4 @@ def training_command(script: str) -> Command[TaskTrainingConfig]:
 def _train(config: TaskTrainingConfig, job: Job) -> str | None:
     if config.data.name != "glyphs" and not is_remote(config.data.root):
         check_root(config.data.root)  # as reading it does, but before torch is imported
-    return resolve_name("engine.train:train")(config, job)
+    return open_name("engine.train:train")(config, job)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Generic
 
 import hydra
@@ -49,6 +48,7 @@ from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, own_place, setup_logging
 from utils.record.run_reader import run_of
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -151,7 +151,7 @@ class Command(Generic[Schema]):
 
     def load(self) -> Main:
         """Return the main function."""
-        return resolve_name(self.main) if isinstance(self.main, str) else self.main
+        return open_name(self.main) if isinstance(self.main, str) else self.main
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
