@@ -78,7 +78,6 @@ PARTS = {
     "SDXL, step": Part(["bench/sdxl.py", "rows", "step"], 180),
     "SDXL, start": Part(["bench/sdxl.py", "rows", "start"], 200),
     "a minute": Part(["bench/minute.py", "rows", "glyphs"], 150),
-    "images decoded on the device": Part(["bench/device_copy.py", "rows", "JPEGs"], 60),
     "fine-tuning, tiny, compiled": Part(["bench/finetune_step.py", "rows", "convnextv2_tiny, compiled"], 240),
     **{f"SDXL, memory, {gib} GB": Part(["bench/memory.py", "rows", f", {gib} GB"], 240) for gib in (8, 12, 16, 24)},
 }
