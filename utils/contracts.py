@@ -1,4 +1,4 @@
-"""Types that several rooms share. Who only names them needs no torch."""
+"""Types that several rooms share. Importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class LoaderMachine:
-    """The machine, as a loader needs to know it; engine/update/runtime.py adds the precision."""
+    """What a loader knows of the machine; engine/update/runtime.py adds the precision."""
 
     device: torch.device  # the target of batches
     channels_last: bool  # the memory format of images

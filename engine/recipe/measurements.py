@@ -37,13 +37,13 @@ log = get_logger(__name__)
 UNIT_PX = 64  # of timing
 FINE_PX = 96  # of the features of weights
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
-_SAMPLE = 1000  # images that are decoded for them
-_SAMPLE_SHARE = 0.025  # of the minutes, at most, is for that
+_SAMPLE = 1000  # images, which are decoded
+_SAMPLE_SHARE = 0.025  # of the minutes, at most, is for decoding the sample
 MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
 CROPS = 0.6  # below it, the place and the size of a figure tell its class, too
-_LEAST_FOR_COLOUR = 200  # of them, for a word on colours
+_LEAST_FOR_COLOUR = 200  # images; fewer do not tell whether colours matter
 _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
-_SMALL_PX = 16  # side of the pictures in which they are compared
+_SMALL_PX = 16  # side of small pictures, in which images are compared
 _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
@@ -85,14 +85,14 @@ REFERENCE = Network("resnet10t", 32, 1.0)
 class Measurements:
     """What the rules know.
 
-    images: of training; validation: of validation. side_px: the median of the longer sides of a sample, at most
-    `most_px`, the largest that may train. has_classes: one for each image, not tags, for which mirrors, border and
-    colours are unknown. mirrors: the share of the accuracy of nearest neighbours that mirrored images keep. border: the
-    grey level of the images' upper borders. colours: whether the mean colour tells something of the class. grey:
-    whether no image has a colour.
-    reference: how many images of a step of `REFERENCE` fit into the minutes. bf16: whether the machine multiplies it
-    fast, which Muon needs. network: the user's, or the one of timm's weights on this machine whose features tell most
-    of the class, if they tell clearly more than the pictures.
+    images, validation: the numbers of training and validation images. side_px: the median of the longer sides of a
+    sample, at most `most_px`, the largest side of a training image. has_classes: whether images have one class, not
+    tags; with tags, mirrors and colours are unknown. mirrors: the share of the accuracy of nearest neighbours that
+    mirrored images keep. border: the grey level of the upper borders of images. colours: whether the mean colour tells
+    something of the class. grey: whether no image has a colour.
+    reference: how many images `REFERENCE` trains on in the minutes. bf16: whether the machine multiplies bf16 fast,
+    which Muon needs. network: the user's network, or the pretrained network whose features tell most of the class, if
+    the features tell clearly more than small pictures.
     """
 
     images: int
@@ -110,7 +110,7 @@ class Measurements:
 
 
 class Sample(NamedTuple):
-    """Some training images, their rows and their classes; small: as pictures, float32 [N, 3, 16, 16]."""
+    """Some training images: their rows, their classes, and small pictures of them, float32 [N, 3, 16, 16]."""
 
     rows: np.ndarray
     small: Tensor
@@ -214,7 +214,7 @@ def _most_telling(
 ) -> str | None:
     """Return the network of timm whose features tell most of the class.
 
-    None if none leaves clearly fewer errors than small pictures do, by ridge regressions without each image.
+    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images.
     """
     best = None
     least = 1.0
@@ -231,7 +231,7 @@ def _most_telling(
             break
         is_read = np.isin(sample.rows, rows)
         labels = sample.labels[is_read]
-        # Of ridge regressions without each image, whose class they name.
+        # Ridge regressions on all other images name the class of an image.
         rights = (count_right(each.flatten(1), labels) for each in (features, sample.small[is_read]))
         wrong, plain = (1 - right / len(labels) for right in rights)
         log.info(
@@ -258,9 +258,9 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
 
 def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:
-    """Return how often the nearest other image, by correlation, has an image's class.
+    """Return the accuracy of nearest neighbours: how often the most correlated other picture has the same class.
 
-    pictures: float32 [N, ...]. queries: changed ones, in the same order; None: the pictures themselves.
+    pictures: float32 [N, ...]. queries: changed pictures, in the same order; None: the pictures themselves.
     """
 
     def flatten(pictures: Tensor) -> Tensor:
@@ -277,10 +277,10 @@ def _error(accuracy: float, images: int) -> float:
 
 
 def compare_mirrored(small: Tensor, labels: Tensor) -> float:
-    """Return how often the nearest image of a mirrored one has its class, as a share of how often its own nearest has.
+    """Return the accuracy of nearest neighbours of mirrored images, as a share of the accuracy of plain images.
 
-    small: images as small pictures, float32 [N, 3, H, W]. The share is one standard error above what was found, so that
-    few images do not speak against mirroring, and at most 1; 1 if the nearest are never right.
+    small: small pictures, float32 [N, 3, H, W]. One standard error is added to the accuracy of mirrored images, so that
+    few images do not speak against mirroring. The share is at most 1, and 1 if the neighbours are never right.
     """
     plain = nearest_right(small, labels)
     mirrored = nearest_right(small, labels, small.flip(3))

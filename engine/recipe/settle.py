@@ -30,14 +30,14 @@ from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
-_LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are below
+_LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are lower
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
 _EARLIER = {"data.table", "schedule.warmup_most"}  # earlier releases had other values where nothing is stated
 _SHOWN = 300  # characters of a change in the log
 
 
 class Settled(NamedTuple):
-    """A run before its first step: all that no later part of the start changes."""
+    """The start of a run after all changes; nothing changes these values later."""
 
     config: Any
     job: Job

@@ -15,7 +15,10 @@ AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 
 
 class Start:
-    """What a change may ask: the command line, the machine and the collection. The plan of a recipe replaces both."""
+    """What a change may ask: the command line, the machine and the collection.
+
+    The plan of `loop.minutes` replaces `job` and `runtime`.
+    """
 
     def __init__(self, job: Job, runtime: Runtime, stages: Stages) -> None:
         self.job = job
@@ -33,10 +36,10 @@ class Start:
 
 
 class ConfigChange(NamedTuple):
-    """One change. why: for the log, before the keys.
+    """A change of the configuration. why: the reason, which the log shows before the keys.
 
-    cause: the key that asks for the change; other keys are refused if they are stated as firmly. A change without a
-    cause is a default: it leaves stated keys alone, or fills in what a stated value refers to.
+    cause: the key that asks for the change. A changed key that is stated as firmly as the cause is refused. A change
+    without a cause is a default: it leaves stated keys alone, or completes a stated value.
     """
 
     apply: Callable[[Any, Start], Any]

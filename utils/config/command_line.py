@@ -151,7 +151,7 @@ def _choose_folder(word: str, script: Script) -> Iterator[str]:
 
 
 def store_experiment(word: str, script: Script) -> Iterator[str]:
-    """Let Hydra know a file that lies anywhere; yield the word that chooses it.
+    """Register a file of any folder with Hydra, and yield the word that chooses the file.
 
     Only conf/ and the command line may refer to other keys: the file may come from a stranger.
     """
@@ -180,7 +180,7 @@ SPELLINGS = (
     _PATHS,
     Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),
 )
-FILE_SPELLING = Spelling("`experiment=X.yaml`", "a file of the group `experiment`, wherever it lies", store_experiment)
+FILE_SPELLING = Spelling("`experiment=X.yaml`", "a file of the group `experiment`, in any folder", store_experiment)
 
 
 def respell(words: list[str], script: Script, *spellings: Spelling) -> list[str]:

@@ -110,7 +110,7 @@ class Command(Generic[Schema]):
 
     @contextmanager
     def _exiting(self) -> Iterator[None]:
-        """Show an error of the body, and exit with the status; the main function has no frame of this one below it."""
+        """Show an error of the body, and exit with its status. No frame of this function is below the main function."""
         if not gc.isenabled():  # since `begin`; a notebook's own objects are not frozen
             gc.freeze()
             gc.enable()
@@ -184,7 +184,7 @@ class Command(Generic[Schema]):
     def _report(self, error: BaseException) -> int:
         """Show an error, and return its exit status.
 
-        Ranks other than 0 show the first line, unless all ranks have the error; of a defect, all lines.
+        Other ranks than 0 show the first line, or nothing if all ranks have the error. All show a defect whole.
         """
         if isinstance(error, SystemExit):  # after a sweep, or a training that was stopped
             return error.code or EXIT_OK

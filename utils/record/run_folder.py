@@ -64,9 +64,9 @@ def default_run_dir(config: Json, job: Job) -> Path:
 
 
 def git_state() -> Json:
-    """Return the code's commit and changed files; None for each outside a git checkout.
+    """Return the commit and the changed files of the code; both are None outside a git checkout.
 
-    In a copy of the code (submit/slurm.py) they are in a file.
+    A copy of the code (submit/slurm.py) has them in a file.
     """
     if (ROOT / GIT_FILE).exists():
         return read_json(ROOT / GIT_FILE)
@@ -100,10 +100,9 @@ def open_run_folder(path: Path, config: Json, job: Job) -> Iterator[RunFolder]:
 
     Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
     """
-    folder = RunFolder(path, hide_secrets_in(config), job)
     with ExitStack() as stack:
-        distributed.rank_zero_call(lambda: _open(folder, stack))
-        yield folder
+        distributed.rank_zero_call(lambda: _open(path, stack))
+        yield RunFolder(path, hide_secrets_in(config), job)
 
 
 @contextmanager
@@ -114,16 +113,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open(folder: RunFolder, stack: ExitStack) -> None:
-    refuse_links_out("run_dir", folder.path)
-    with output_errors("run_dir", folder.path):
+def _open(path: Path, stack: ExitStack) -> None:
+    refuse_links_out("run_dir", path)
+    with output_errors("run_dir", path):
         for name in ("checkpoints", "weights", "plots"):
-            (folder.path / name).mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder.path))
-        remove_temporary([folder.path, folder.path / "weights"])
+            (path / name).mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(path))
+        remove_temporary([path, path / "weights"])
         if note := os.environ.get(NOTE_VARIABLE):
-            write_text(Path(note), str(folder.path.absolute()))
-        stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
+            write_text(Path(note), str(path.absolute()))
+        stack.enter_context(log_copied_to(AppendFile(path / "log.txt")))
 
 
 def write_config(folder: RunFolder, environment: Json) -> None:
