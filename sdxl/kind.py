@@ -20,7 +20,7 @@ from data.stream.batch import Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler
 from data.stream.source import IMAGE, Source
-from data.tags.captions import CaptionConfig, Captions, count_tags, describe_captions
+from data.tags.captions import CaptionConfig, Captions, count_caption_tags, describe_captions
 from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
@@ -134,7 +134,9 @@ class DiffusionKind(BucketedKind):
         sources = describe_captions(collection, training_rows(collection, config.loop), captions)
         streams = super().streams(data, setup, config)
         images = np.unique(streams.train.sampler.rows)
-        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, Captions(captions, collection)))
+        frequency = distributed.rank_zero_call(
+            lambda: count_caption_tags(collection, images, Captions(captions, collection))
+        )
         described = {**streams.described, "collection": f"{streams.described['collection']}; {sources}"}
         if collection.concepts:
             described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)

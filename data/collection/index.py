@@ -19,7 +19,7 @@ from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
 from data.collection.split import Share, count_twins, split_corrected
 from data.layouts.corrections import Decisions, correct, read_corrections, settle
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
-from data.layouts.recognise import Layout, recognise
+from data.layouts.recognise import Layout, find_layout
 from data.layouts.remote import is_remote
 from data.layouts.scan import TableChoice
 from data.layouts.sidecars import list_faults
@@ -142,7 +142,7 @@ def _find_parts(
 
 
 def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, corrections: bool) -> _Part:
-    layout = recognise(folder, cache, unused, choice)
+    layout = find_layout(folder, cache, unused, choice)
     bad = Unused()
     decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
     say_unused(bad.describe(), "data.corrections")

@@ -29,7 +29,6 @@ from utils.io.names import to_nfc
 
 _MAPPED = ("label", "tags", "caption", "split")  # other names of ours mean something else in a user's table: weight
 _FLAGS = {-1, 0, 1}  # the values of columns that say yes or no
-_Splits = Mapping[str, str | None]  # of images by path
 _Find = Callable[[str, str], str | None]  # the image of a name, and of the split that it is looked for
 
 
@@ -65,7 +64,7 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     return _read_rows(tables[0], folder) if tables else {}
 
 
-def build_finder(splits: _Splits) -> _Find:
+def build_finder(splits: Mapping[str, str | None]) -> _Find:
     """Return a function that finds the image of a name: with or without its ending, in any folder."""
     images = {}
     for path in splits:

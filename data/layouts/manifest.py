@@ -47,8 +47,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_OURS = ("id", "reason")  # columns of job=manifest beside TYPES
-
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
@@ -72,7 +70,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
     table = read_table(file, unused, stated)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
-    if further := [name for name in table.column_names if name not in (*TYPES, *_OURS)]:
+    if further := [name for name in table.column_names if name not in (*TYPES, "id", "reason")]:
         log.info("data.root: %s has the extra columns %s; known columns: %s", file.name, further, list(TYPES))
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():

@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 
-# Raw photographs of cameras; of each, the preview that the camera has put into it is read.
+# Raw photographs of cameras, which contain a preview. The preview is read.
 _RAW = (
     ".nef .nrw .cr2 .cr3 .crw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .3fr .fff .iiq .x3f .rwl .erf .mef .mrw "
     ".kdc .dcr .mos"

@@ -23,7 +23,6 @@ _FILLER = "images?|imgs?|pictures|pics|photos|data|set|split|full|jpe?gs?|png|re
 _WORDS = re.compile(rf"(?<![^\W\d_])({_SPLIT})(?:{_FILLER})?(?![^\W\d_])", re.I)
 _NO_CLASS = re.compile(rf"(?:{_SPLIT}|{_FILLER}|[\W\d_])+", re.I)
 _DEEPEST = 3  # folders above a split, as in `name/name/images/train`
-_Folders = Sequence[str]
 
 
 @functools.cache
@@ -31,11 +30,6 @@ def read_split(name: str) -> str | None:
     """Return the split that the words of a name say: train, val or test; None for none, or for several."""
     found = {_SPLITS[word.lower()] for word in _WORDS.findall(_CAMEL.sub(" ", name))}
     return found.pop() if len(found) == 1 else None
-
-
-def _is_only_split(name: str) -> bool:
-    """Return whether a name says a split and nothing else, so that it is no class."""
-    return read_split(name) is not None and _NO_CLASS.fullmatch(name) is not None
 
 
 def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
@@ -57,13 +51,16 @@ def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | Non
     return [*map(read_split, outer)], [parts[0] if parts else None for parts in inner]
 
 
-def _find_depth(folders: Sequence[_Folders]) -> int:
+def _find_depth(folders: Sequence[Sequence[str]]) -> int:
     """Return how many folders are above those of splits; more than there are without splits.
 
     At the root, one folder whose name says only a split is enough: the others are then beside it, and refused.
     """
     first = {parts[0] for parts in folders if parts}
-    if any(map(_is_only_split, first)) or len({*map(read_split, first)} - {None}) > 1:
+    if (
+        any(read_split(name) and _NO_CLASS.fullmatch(name) for name in first)
+        or len({*map(read_split, first)} - {None}) > 1
+    ):
         return 0
     for depth in range(_DEEPEST):
         names = {parts[depth] if len(parts) > depth else "" for parts in folders}

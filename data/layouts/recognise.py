@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     read: Callable[[], pa.Table]
 
 
-def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout:
+def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout:
     """Return the layout of a collection: the first that fits. Fetched and unpacked files go to `cache`.
 
     Raises UserError (`data.root`).

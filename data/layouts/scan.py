@@ -114,6 +114,8 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
     folder = scan_folder(root, Unused(), TableChoice())
     stems = {os.path.splitext(path)[0] for path in images}
     found = {mask for mask in folder.masks if masked_stem(mask) in stems}
-    found.update(*(folder.sidecars.get(path, ()) for path in images))
-    found.update(*(paths for form, paths in folder.files.items() if form != SIDECARS))
-    return sorted(found | ({CORRECTIONS} if (root / CORRECTIONS).is_file() else set()))
+    folder.files.pop(SIDECARS, None)
+    found.update(*folder.files.values(), *(folder.sidecars.get(path, ()) for path in images))
+    if (root / CORRECTIONS).is_file():
+        found.add(CORRECTIONS)
+    return sorted(found)

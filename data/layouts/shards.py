@@ -235,13 +235,12 @@ def _find_image(schema: pa.Schema) -> str | None:
 def _find_bytes(name: str, images: pa.Array, whole: pa.Buffer) -> Iterator[tuple[str, int, int]]:
     """Return the ending, the first byte in `whole`, and the length of each image; length 0 without an image."""
     columns = dict(zip(images.type.names, images.flatten())) if pa.types.is_struct(images.type) else {"bytes": images}
-    content = columns["bytes"]
-    _, ends, data = content.buffers()
-    ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
-    ends = ends[content.offset : content.offset + len(content)].astype(np.int64)
+    content = columns["bytes"].cast(pa.large_binary())
+    _, starts, data = content.buffers()
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
+    starts = begin + np.frombuffer(starts, np.int64)[content.offset :]
     files = columns.get("path", pa.nulls(len(images))).to_pylist()
     endings = [os.path.splitext(file or "")[1].lower() for file in files]
-    return zip(endings, (begin + ends).tolist(), pc.binary_length(content).fill_null(0).to_pylist())
+    return zip(endings, starts.tolist(), pc.binary_length(content).fill_null(0).to_pylist())

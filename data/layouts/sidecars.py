@@ -120,28 +120,31 @@ def _read_tags(record: Json) -> tuple[str, ...] | None:
 
     Categories come from the names of fields, or from `tags` if it is an object.
     """
-    whole = next((name for name in ("tags", "tag_string") if record.get(name) is not None), None)
-    order = {name: number for number, name in enumerate(CATEGORIES)}
-    fields = ((match[1], name, record[name]) for name in record if (match := _CATEGORY_FIELD.fullmatch(name)))
-    parts = [part for part in fields if part[0] in order or isinstance(part[2], str | list)]
-    parts.sort(key=lambda part: order.get(part[0], len(order)))
-    if isinstance(record.get("tags"), dict):
-        parts = [(category, "tags", value) for category, value in record["tags"].items()]
-        whole = None
-        if not all(isinstance(value, str | list | None) for _, _, value in parts):
-            refuse_value("tags", record["tags"])
-    words = {category: _words(name, value) for category, name, value in parts if value is not None}
-    if whole is None and not words:
+    tags = record.get("tags")
+    if isinstance(tags, dict):
+        if not all(isinstance(value, str | list | None) for value in tags.values()):
+            refuse_value("tags", tags)
+        parts = {category: read_tags(value) for category, value in tags.items()}
+        tags = None
+    else:
+        tags = _read_words(record.get("tag_string")) if tags is None else read_tags(tags)
+        values = {match[1]: record[match[0]] for match in filter(None, map(_CATEGORY_FIELD.fullmatch, record))}
+        known = [name for name, value in values.items() if isinstance(value, str | list)]
+        parts = {name: _read_words(values.get(name)) for name in (*CATEGORIES, *known)}
+    parts = {category: words for category, words in parts.items() if words is not None}
+    if tags is None and not parts:
         return None
-    named = [name for name in words if PREFIXES.get(name, GENERAL) not in (GENERAL, RATING)]  # others have no prefix
-    prefixed = {word: f"{name}:{word}" for name in named for word in words[name]}
-    every = itertools.chain(*words.values()) if whole is None else _words(whole, record[whole])
+    prefixed = {}
+    for category, words in parts.items():
+        if PREFIXES.get(category, GENERAL) not in (GENERAL, RATING):
+            prefixed |= {word: f"{category}:{word}" for word in words}
+    every = itertools.chain(*parts.values()) if tags is None else tags
     return join_equal(prefixed.get(word, word) for word in every)
 
 
-def _words(field: str, value: Any) -> tuple[str, ...]:
-    """Return the tags of a list or a text. Other fields than `tags` are those of boorus, with blanks between tags."""
-    return read_tags(value.split() if isinstance(value, str) and field != "tags" else value)
+def _read_words(value: Any) -> tuple[str, ...] | None:
+    """Return the tags of a list, or of a text of a booru, with blanks between tags."""
+    return read_tags(value.split() if isinstance(value, str) else value)
 
 
 def read_beside(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:

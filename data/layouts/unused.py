@@ -67,8 +67,8 @@ class Unused(dict[str, list[str]]):
     def describe(self) -> list[str]:
         """Return a line for each reason: count, reason and the first names."""
         lines = []
-        for reason in sorted(filter(self.get, self)):
-            names = sorted(set(self[reason]))  # threads add in any order, and columns recur in each shard
+        for reason, names in sorted(self.items()):
+            names = sorted({*names})  # threads add in any order, and columns recur in each shard
             shown = count_endings(names) if reason in _COUNTED else names
             lines.append(f"{len(names):,} {reason}: {show_some(shown)}")
         return lines

@@ -93,25 +93,19 @@ def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> 
         if _is_tidy(field, chunk):
             chunks.append(chunk.cast(TYPES[field]))
         else:
-            values, places = _find_values(chunk)
+            is_nested = pa.types.is_nested(chunk.type)  # lists are not read once for equal values
+            rows_of = pa.array(range(len(chunk))) if is_nested else None
+            encoded = pa.DictionaryArray.from_arrays(rows_of, chunk) if is_nested else chunk.dictionary_encode()
             read = []
-            for number, value in enumerate(values.to_pylist()):
+            for number, value in enumerate(encoded.dictionary.to_pylist()):
                 try:
                     read.append(READ[field](tell(value)))
                 except ValueError as error:
-                    row = rows[first + pc.index(places, number).as_py()]
+                    row = rows[first + pc.index(encoded.indices, number).as_py()]
                     raise ValueError(f"row {row} has {error}") from None
-            chunks.append(pa.array(read, TYPES[field]).take(places))
+            chunks.append(pa.array(read, TYPES[field]).take(encoded.indices))
         first += len(chunk)
     return pa.chunked_array(chunks, TYPES[field])
-
-
-def _find_values(chunk: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Return the values of an array, those that are no lists once, and the place of each row among them."""
-    if pa.types.is_nested(chunk.type):
-        return chunk, pa.array(np.arange(len(chunk)))
-    encoded = chunk.dictionary_encode()
-    return encoded.dictionary, encoded.indices
 
 
 def explain_column(field: str, table: pa.Table | pa.RecordBatch, name: str) -> Callable[[Any], Any]:

@@ -22,7 +22,6 @@ _SPECIAL = "pipes, sockets and devices"
 # Of a file beside the images, whose place no key names.
 COPY = "make room, let your user write there, or work on a copy: prepare.py job=copy data.root=PATH job.to=FOLDER"
 _NOT_READ = "files and folders that cannot be read"
-_Folder = tuple[str, list[os.DirEntry[str]], set[str]]
 
 
 def check_root(root: str) -> Path:
@@ -52,7 +51,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 def walk_folders(
     root: Path, unused: Unused, takes: Callable[[str], bool] = has_reader, *, follows_links: bool = True
-) -> Iterator[_Folder]:
+) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
     """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
 
     Folders of the same depth are listed in parallel. Files whose path nobody `takes`, and what cannot be read, are

@@ -234,7 +234,7 @@ def describe_captions(collection: Collection, rows: ndarray, config: CaptionConf
     return "; ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def count_tags(collection: Collection, rows: ndarray, captions: Captions) -> dict[str, dict[str, int]]:
+def count_caption_tags(collection: Collection, rows: ndarray, captions: Captions) -> dict[str, dict[str, int]]:
     """Count the rows that have a tag in their captions, by the folder's name and tag; only the most frequent tags.
 
     A short caption without a comma counts as a tag, as in sd-scripts, whose files hold these counts.

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from data.collection.collection import Collection
 from data.collection.tag_rows import NamedTags
-from data.tags.captions import CaptionConfig, Captions, spell
+from data.tags.captions import CaptionConfig, Captions
 from utils.config.bounds import Factor, Positive
 from utils.config.schema import Strict
 from utils.formats.spelling import is_sentence, parse_tag
@@ -48,12 +48,6 @@ class ImageTags(NamedTags):
         """Return the factor for the category of each tag, float64 [T]; 1 by default."""
         categories = (category_name(parse_tag(name).category or 0) for name in self.names)
         return np.array([config.factors.get(category, 1.0) for category in categories])
-
-    def find_shown(self, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
-        """Return for each tag of a row whether its caption has it, in any spelling."""
-        pieces = set(map(spell, captions.split(caption)))
-        tags = [self.names[tag] for tag in self.of_row(row)]
-        return [pieces.issuperset(map(spell, captions.split(captions.spell(tag)))) for tag in tags]
 
 
 def read_tags(collection: Collection, captions: Captions) -> ImageTags:
