@@ -6,7 +6,7 @@
     python view.py view.port=9000 view.open=false   prints the address, for a browser elsewhere (through ssh -L)
     python view.py view.host=0.0.0.0 view.token=TOKEN-OF-16-CHARACTERS      lets other machines in
 
-Without the last one it answers this machine alone.
+Without view.host the page answers this machine alone.
 """
 
 from utils.start import begin
@@ -27,7 +27,7 @@ from viewer.config import PageConfig
 
 
 class ShownData(DataConfig):
-    """A collection to show; without a root, those of the runs alone."""
+    """A collection to show. Without a root, the page shows the collections of runs alone."""
 
     root: PathText | None
 
@@ -50,7 +50,7 @@ def load_network(path: Path) -> Any:
     return load_predictor(path, torch.device("cpu"))
 
 
-def read_prompts(run: Path) -> list[Any]:
+def list_prompts(run: Path) -> list[Any]:
     """Return the prompts of a run's pictures, in the order of their columns."""
     from sdxl.config import SamplesConfig
 
@@ -66,7 +66,7 @@ def main(config: ViewConfig, job: Job) -> None:
 
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
     networks = Networks(runs, load_network, config.text)
-    serve(runs, config.data, config.view, networks, read_prompts)
+    serve(runs, config.data, config.view, networks, list_prompts)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ _TEXTS_AT_ONCE = 16
 Reading = tuple[Buckets, Data, Views, Fields]
 
 Encode = Callable[[str], Tensors]  # from a caption to the network's inputs
-VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
+VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.arrange
 
 
 class BucketedKind(Kind):
@@ -258,7 +258,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         texts = own.read(data.collection.row(row))
         pairs += [(text, own) for text in (texts if training else texts[:1])]
     chunks = _count_chunks(pairs, task, "training" if training else "validation")
-    vary = CaptionConfig.vary_tags
+    vary = CaptionConfig.arrange
     if task.text_cache is not None:
         vary = partial(_draw_variant, most=task.text_variants)
     if data.dry_run:
@@ -269,9 +269,9 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     for text, own in pairs:
         if training:
             variants = range(task.text_variants if own.varies_tags else 1)
-            to_encode += [vary_caption(text, number, own.vary_tags) for number in variants]
+            to_encode += [vary_caption(text, number, own.arrange) for number in variants]
         else:
-            to_encode.append(own.complete(text))
+            to_encode.append(own.arrange(text))
     return _cache_texts(data, setup, to_encode, chunks).read, vary
 
 
@@ -302,14 +302,14 @@ def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
 def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, most: int) -> str:
     """Return one of the texts of a caption in the text cache."""
     number = int(torch.randint(most if own.varies_tags else 1, (), generator=generator))
-    return vary_caption(text, number, own.vary_tags)
+    return vary_caption(text, number, own.arrange)
 
 
 def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
     """Return the chunks of the longest caption, at most `task.caption_chunks`; log emphasis, and what is cut."""
     captions = task.captions
     count_brackets([text for text, _ in pairs], captions.emphasis, f"{split} captions (task.captions.emphasis)")
-    needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
+    needed = [count_chunks(own.arrange(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
     chunks = min(max(needed), task.caption_chunks)
     if max(needed) > chunks:
         log.warning(

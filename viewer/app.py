@@ -1,4 +1,4 @@
-"""The local page: its routes, and who may read it."""
+"""The local server: its pages, and the requests that it refuses."""
 
 import logging
 import secrets
@@ -113,15 +113,15 @@ def serve(
     data: DataConfig,
     view: PageConfig,
     networks: Networks,
-    read_prompts: Callable[[Path], Sequence[Any]],
+    list_prompts: Callable[[Path], Sequence[Any]],
 ) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     host = view.host
     token = view.token
     if host not in _LOOPBACK and (token is None or view.start):
         raise UserError(
-            f"view.host: {host} lets other machines in; set view.token to a long random text, too, and no "
-            "view.start=true, since others would start trainings here; or view.host=127.0.0.1"
+            f"view.host: {host} lets other machines in; set view.token to a long random text and remove "
+            "view.start=true, since other people could start trainings here; or set view.host=127.0.0.1"
         )
     readable = [Path.cwd(), Path.home()]
     if data.root and not is_remote(data.root):
@@ -132,7 +132,7 @@ def serve(
     port = choose_port(host, view.port)
     index = LiveIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
-    site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, read_prompts)
+    site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, list_prompts)
     add_route(site.shelf)
     add_pictures(index)
     keep_queue_going(queue)
@@ -140,7 +140,7 @@ def serve(
     add_missing_page(site)
     for page in _PAGES:
         site.add(page)
-    # Of a tab that is closed before its answer.
+    # A tab that closes early would log this error.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "No response returned" not in str(line.exc_info))
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
     app.add_middleware(Guard, token=token)

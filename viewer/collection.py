@@ -18,14 +18,24 @@ from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
 from data.layouts.corrections import Decision, desk_of
 from data.layouts.table import TAG_LISTS, count_values
-from utils.errors import UserError
 from utils.formats.spelling import split_tags
 from utils.io.files import Json
 from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
 from viewer.map import MOST, map_images
-from viewer.parts import COLOURS, Part, Sheet, bind_address, bind_choice, run_name, show_share
+from viewer.parts import (
+    COLOURS,
+    Part,
+    Sheet,
+    bind_address,
+    bind_choice,
+    name_tab,
+    run_name,
+    show_fault,
+    show_share,
+    show_status,
+)
 from viewer.review import find_review
 from viewer.select import HINT, decide_all, describe_image, take_images
 from viewer.site import Page
@@ -50,8 +60,8 @@ def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
     for value, images in itertools.islice(search.count(rows, column).items(), _COUNTED):
         share = images / len(rows)
         lift = round(share * len(every) / usual[value], 2)
-        shown = {"term": sign + quote_value(value), "shown": escape_controls(value)}
-        lines.append({**shown, "images": images, "share": f"{share:.1%}", "lift": lift})
+        row = {"term": sign + quote_value(value), "shown": escape_controls(value), "images": images}
+        lines.append(row | {"share": f"{share:.1%}", "lift": lift})
     return lines
 
 
@@ -106,15 +116,13 @@ class CollectionPage(Page):
             ui.link("Tag them", f"/label?collection={collection}&field=tags")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
-            try:
+            with show_fault(show_status().classes("text-negative")):
                 browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
                 place = ui.column().classes("w-full")
                 await browser.build()
                 if ui.context.client.page.path == "/map":
                     with place:
                         await show_map(browser)
-            except UserError as error:
-                ui.label(escape_controls(str(error))).classes("text-negative")
             wait.delete()
 
 
@@ -178,7 +186,7 @@ class Browser:
             self._terms.on("keydown.enter", self._find)
             ui.button("Find", on_click=self._find)
             ui.link("Map", f"/map?collection={self.name}")
-        self._status = ui.label().props("role=status")
+        self._status = show_status()
         names = ["tags", "label", "split", "rating"]
         labels = count_values(self.collection.table["label"])
         if labels:
@@ -211,11 +219,13 @@ class Browser:
     def _build_bar(self, labels: list[str]) -> None:
         text = ui.input(placeholder="a label, or tags", autocomplete=labels).props("aria-label='a label, or tags'")
         words = lambda: split_tags(text.value or "")  # noqa: E731
-        changes = {"Relabel": ("label", lambda was: to_nfc((text.value or "").strip()) or was)}
-        changes["Add tags"] = "tags", lambda had: [*dict.fromkeys([*had, *words()])]
-        changes["Take tags away"] = "tags", lambda had: [tag for tag in had if tag not in words()]
-        changes["Leave out"] = "weight", lambda was: 0.0
-        changes["Take in"] = "weight", lambda was: was or 1.0
+        changes = {
+            "Relabel": ("label", lambda was: to_nfc((text.value or "").strip()) or was),
+            "Add tags": ("tags", lambda had: [*dict.fromkeys([*had, *words()])]),
+            "Take tags away": ("tags", lambda had: [tag for tag in had if tag not in words()]),
+            "Leave out": ("weight", lambda was: 0.0),
+            "Take in": ("weight", lambda was: was or 1.0),
+        }
         ui.button("Mark all found", on_click=lambda: self.mark(self.rows))
         ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
         for title, change in changes.items():
@@ -224,7 +234,7 @@ class Browser:
         ui.button("Undo", on_click=self._undo)
         ui.button("Save manifest", on_click=self._save)
         ui.button("Save list", on_click=lambda: ui.download("\n".join(sorted(self.marked)).encode(), "marked.txt"))
-        self._marks = ui.label().props("role=status")
+        self._marks = show_status()
         ui.label(HINT).classes("muted")
 
     def tile(self, row: int) -> Json:
@@ -266,24 +276,20 @@ class Browser:
     async def _find(self) -> None:
         async with self._lock:  # the last search stays, also if one before it takes longer
             text = self._terms.value or ""
-            try:
+            with show_fault(self._status):
                 rows = await asyncio.to_thread(search_of(self.collection).find, text)
-            except UserError as error:
-                self._status.set_text(escape_controls(str(error)))
-                return
-            self._tell(text)
-            await self.show(rows)
-            self._is_chosen = False
-            if not len(rows):
-                self._status.text += ": remove a term, or write -TERM for images without it"
+                self._tell(text)
+                await self.show(rows)
+                self._is_chosen = False
+                if not len(rows):
+                    self._status.text += ": remove a term, or write -TERM for images without it"
 
     def _count(self, column: str) -> tuple[Json, list[Json]]:
         rows = value_rows(search_of(self.collection), self.rows, column)
         return {"shown": column, "images": "count", "share": "share", "lift": "x usual"}, rows
 
     async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
-        by = (ui.context.client.tab_id or "")[:8]
-        lines = await asyncio.to_thread(decide_all, self.collection, self.marked, field, change, by)
+        lines = await asyncio.to_thread(decide_all, self.collection, self.marked, field, change, name_tab())
         if lines:
             self._done.append(lines)
         await self._write(lines)
@@ -342,7 +348,7 @@ async def show_map(browser: Browser) -> None:
     from engine.frozen.propose import read_points
 
     collection = browser.collection
-    status = ui.label("Looking at the images").props("role=status")
+    status = show_status("Looking at the images")
     rows = spread(np.arange(len(collection)), MOST)
     with show_share(status) as tell:
         config = browser.shelf.config(browser.name)

@@ -19,7 +19,7 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_image_table
 from viewer.curves import show_curves
-from viewer.parts import Sheet, run_name, show_command, show_heading
+from viewer.parts import Sheet, run_name, show_command, show_heading, show_status
 from viewer.results import describe_prediction, show_images
 from viewer.site import Page, Site
 
@@ -31,9 +31,6 @@ _DATA = re.compile(r"(?m)(?:^  |DEBUG |INFO )(?:data\.)?(collection|corrections)
 _TITLES = (  # of classes, and of tags
     ("only {0} right", "only {1} right", "both wrong"),
     ("{0} errs less", "{1} errs less", "both err alike"),
-)
-_EVALUATE = (
-    "The newest tables of images have none in common, or are of different splits. These commands make equal ones:"
 )
 
 
@@ -95,7 +92,7 @@ class ComparePage(Page):
         index = self.site.index
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
         with self.site.page("Compare runs"):
-            status = ui.label("Reading the runs").props("role=status")
+            status = show_status("Reading the runs")
             await ui.context.client.connected()
             every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
             named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
@@ -130,7 +127,9 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
     first, second = [await asyncio.to_thread(read_images, run) for run in runs]
     pairs = [(row, second[key]) for key, row in first.items() if key in second]
     if not pairs:
-        ui.label(_EVALUATE)
+        ui.label(
+            "The newest tables have no image in common, or are of different splits. These commands write equal ones:"
+        )
         for run in runs:
             ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).style(
                 "overflow-wrap: anywhere"

@@ -8,9 +8,9 @@ from utils.config.schema import Strict
 
 
 class PageConfig(Strict):
-    """Where the page is served. open: in the browser. token: who knows it may read, from other machines, too.
+    """The address of the page. open: open it in the browser. token: a password, for other machines too.
 
-    start: whether who can open the page may start trainings; None: if it answers this machine alone.
+    start: whether a reader of the page may start trainings; None: only if the page answers this machine alone.
     """
 
     host: Annotated[str, Field(min_length=1)]

@@ -70,7 +70,7 @@ def join(series: Sequence[Series]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 async def show_curves(read: Callable[[], Groups], nothing: str) -> None:
-    """Show a chart of each figure, and draw them anew as runs go on.
+    """Show a chart of each figure, and update them while runs go on.
 
     read: returns the runs; nothing: the text without figures.
     """

@@ -14,10 +14,9 @@ from nicegui import ui
 
 from data.layouts.corrections import Decision, list_kept
 from data.layouts.table import count_values
-from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.parts import Links, show_share
+from viewer.parts import Links, name_tab, show_fault, show_share, show_status
 from viewer.review import KEYS, Question, Review, Reviewer, open_desk, switch_tags
 from viewer.site import Page
 
@@ -59,7 +58,7 @@ class Labelling(Review):
         self.follow()
 
     def keys(self) -> dict[str, str]:
-        """Return the class or tag of each key: the collection's, then others as they came. Joined ones keep both."""
+        """Return the class or tag of each key: names of the collection, then new names. A joined class has two keys."""
         names = self._first
         kept = itertools.chain.from_iterable(map(list_kept, self.decisions.values()))
         for line in sorted(kept, key=lambda line: line.at):
@@ -99,7 +98,7 @@ class Labelling(Review):
         return labels
 
     def follow(self) -> None:
-        """Propose and order by the labels of now; the screen stays. Call it in a thread: it takes up to a second."""
+        """Propose and order by the current labels. The screen stays. Call this in a thread: it takes up to a second."""
         from engine.frozen.propose import propose
 
         labels = self._find_labels()
@@ -142,16 +141,14 @@ class LabelPage(Page):
         shelf = self.site.shelf
         shelf.config(collection)
         with self.site.page("Label"):
-            note = ui.label("Looking at the images").props("role=status")
+            note = show_status("Looking at the images")
             await ui.context.client.connected()
-            try:
+            with show_fault(note):
                 with show_share(note) as tell:
                     labelling = await asyncio.to_thread(Labelling, shelf, collection, field, show, tell)
                 note.text = escape_controls(f"Proposals are by {labelling.says}")
-                labelling.by = (ui.context.client.tab_id or "")[:8]
+                labelling.by = name_tab()
                 Labeller(labelling, f"/label?collection={collection}&field={field}&show=")
-            except UserError as error:
-                note.text = escape_controls(str(error))
 
 
 class Labeller(Reviewer):

@@ -95,10 +95,10 @@ class Networks:
             images = _prepare(predictor, content, name)
             values = predictor.predict(images)[0]
         least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
-        if output.has_tags and self._text.exclude:
-            excluded = predictions.find_excluded(predictor.names, predictor.categories, self._text.exclude)
-            least = np.where(excluded, np.inf, least)
         text = self._text
+        if output.has_tags and text.exclude:
+            excluded = predictions.find_excluded(predictor.names, predictor.categories, text.exclude)
+            least = np.where(excluded, np.inf, least)
         options = predictor.options(1, least, max_tags=text.max_tags, order=text.order)
         row = output.make_row(values, options)
         caption = "unsure" if row.get("unsure") else row.get("class", "")

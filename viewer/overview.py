@@ -1,4 +1,4 @@
-"""The first tab of a run: its state, best figure and plan, what to do next, its worst images; then its curves."""
+"""The first tab of a run: state, best figure, plan, next commands, worst images and curves."""
 
 import asyncio
 import re
@@ -31,7 +31,7 @@ _LEAVES = {
     "calibrate=true": "weights/*_thresholds.csv", "format=onnx": "export/*.onnx", "format=wd14": "export/wd14/*",
 }  # fmt: skip
 _NOTHING = "No figures yet: the first are written at the first log step."
-_LOG_BYTES = 200_000  # of its beginning, with the plan, and of its end
+_LOG_BYTES = 200_000  # from the start of the log, with the plan, and from the end
 
 
 def summarise_run(index: RunIndex, path: Path) -> str:

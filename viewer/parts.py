@@ -14,6 +14,7 @@ from nicegui import app, ui
 from nicegui.elements.mixins.value_element import ValueElement
 from nicegui.events import GenericEventArguments
 
+from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
@@ -73,6 +74,25 @@ def show_command(words: Sequence[str]) -> None:
     code.markdown.props("tabindex=0")  # keys scroll it
 
 
+def show_status(text: str = "") -> ui.label:
+    """Show a line that says what the page does. Screen readers read it when it changes."""
+    return ui.label(text).props("role=status").style("overflow-wrap: anywhere")
+
+
+@contextmanager
+def show_fault(status: ui.label, *errors: type[Exception]) -> Iterator[None]:
+    """Let a line say a UserError, or one of other errors, in place of the page."""
+    try:
+        yield
+    except (UserError, *errors) as error:
+        status.text = escape_controls(str(error))
+
+
+def name_tab() -> str:
+    """Return a short name of the browser's tab, for decisions."""
+    return (ui.context.client.tab_id or "")[:8]
+
+
 @contextmanager
 def show_share(status: ui.label) -> Iterator[Callable[[float], None]]:
     """Let a line say which share of the images is read; gives the function that is told it, in any thread."""
@@ -100,6 +120,11 @@ class Part(ui.element):
 
 class Cards(Part, component="vue/cards.vue"):
     """Small images with lines under them."""
+
+
+def make_card(address: str | None, alt: str, *lines: str) -> Json:
+    """Return a card. address: of the image; alt: the text in its place."""
+    return {"src": address, "alt": escape_controls(alt), "lines": [*map(escape_controls, lines)]}
 
 
 class Links(Part, component="vue/links.vue"):

@@ -13,7 +13,7 @@ from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
 from viewer.images import Shelf, image_address, rows_of_paths
-from viewer.parts import COLOURS, Cards, Part, Sheet, show_command
+from viewer.parts import COLOURS, Cards, Part, Sheet, make_card, show_command
 from viewer.review import find_review
 from viewer.site import RunTab
 
@@ -107,8 +107,7 @@ async def show_images(path: Path, shelf: Shelf, rows: list[list[str]] | None) ->
         show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
         return
     addresses = await asyncio.to_thread(find_addresses, path, shelf, [name for name, *_ in rows])
-    lines = [[*map(escape_controls, row)] for row in rows]
-    Cards(cards=[{"src": address, "alt": row[0], "lines": row[1:]} for row, address in zip(lines, addresses)])
+    Cards(cards=[make_card(address, *row) for row, address in zip(rows, addresses)])
     if not any(addresses):
         ui.label("These are no images of the run's collection." if rows else "No image is wrong.").classes("muted")
 

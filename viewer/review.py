@@ -24,18 +24,29 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 from utils.record.tables import LABELS, Difference, find_differences, find_image_table, images_about
 from viewer.images import Shelf, image_address, rows_of_paths
-from viewer.parts import REFRESH_SEC, Cards, Part, bind_address, find_run, run_name
+from viewer.parts import (
+    REFRESH_SEC,
+    Cards,
+    Part,
+    bind_address,
+    find_run,
+    make_card,
+    name_tab,
+    run_name,
+    show_fault,
+    show_status,
+)
 from viewer.site import Page
 
 _MOST = 10_000  # differences
-_CARDS = 24  # those on a screen
+_CARDS = 24  # on a screen
 _BUTTONS = [
     {"key": "Enter", "text": "Accept", "chosen": True},
     {"key": "r", "text": "Reject", "chosen": True},
     {"key": "u", "text": "Undo", "chosen": True},
 ]
 KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
-_CHOICES = 9  # those that a review uses
+_CHOICES = 9  # keys of a review
 _NEAR_PX = 128
 _STYLE = """
 .review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
@@ -167,13 +178,7 @@ class Review:
             text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
         verdict = f"{last.verdict} by {last.by}" if last else f"doubt {self.questions[number].by:.1%}"
         kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last is not None}
-        return {
-            "id": number,
-            "src": image,
-            "alt": "",
-            "lines": [*map(escape_controls, (text, verdict))],
-            "kinds": kinds,
-        }
+        return make_card(image, "", text, verdict) | {"id": number, "kinds": kinds}
 
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
@@ -279,7 +284,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
 def open_desk(collection: Collection) -> Desk:
     """Return the decisions about a collection. Raises UserError (`data.root`) if it is no folder."""
     if not isinstance(collection.root, Path):
-        raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
+        raise UserError(f"data.root: {collection.root} is no folder, so it has no place for corrections.jsonl")
     return desk_of(collection.root)
 
 
@@ -294,21 +299,21 @@ def _explain(question: Question, difference: Difference, near: Mapping[str, tupl
 
 
 def describe_basis(run: Path, collection: Collection) -> str:
-    """Return what the order of a review stands on, and how many images have no part in it."""
+    """Return what orders the images of a review, and how many images the review leaves out."""
     if says := images_about(run, "says"):
         return f"All other images judge each one, by the features of {says}."
     rows = rows_of_paths(collection, pq.read_table(find_image_table(run))["path"].to_pylist())
     trained = np.isin(rows, collection.rows("train")).sum()
     others = np.count_nonzero(collection.weights()) - len(rows)
     return (
-        f"{run.name} judges {len(rows):,} images and has trained on {trained:,} of them, whose wrong labels it agrees "
-        f"with; {others:,} others have no part here. This judges each image by all others: "
+        f"{run.name} judges {len(rows):,} images and has trained on {trained:,} of them, so it agrees with their wrong "
+        f"labels. {others:,} further images are not judged. This command judges each image by all others: "
         + judge_command(collection.root)
     )
 
 
 def judge_command(root: Path | str) -> str:
-    """Return the command that lets each image of a collection be judged by all others."""
+    """Return the command that judges each image of a collection by all other images."""
     return shlex.join(["python", "prepare.py", "job=labels", f"data.root={root}"])
 
 
@@ -329,16 +334,13 @@ class ReviewPage(Page):
         """Show the review of a run, by its name."""
         path = find_run(self.site.index, run)
         with self.site.page(f"Review {escape_controls(path.name)}"):
-            note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
+            note = show_status("Looking for images where network and label differ")
             await ui.context.client.connected()
-            try:
+            with show_fault(note, OSError, ValueError):
                 review, address, desk, basis = await asyncio.to_thread(open_review, self.site.shelf, path)
-            except (OSError, ValueError) as error:
-                note.text = escape_controls(str(error))
-                return
-            note.text = escape_controls(basis)
-            review.by = (ui.context.client.tab_id or "")[:8]
-            Reviewer(review, address, desk)
+                note.text = escape_controls(basis)
+                review.by = name_tab()
+                Reviewer(review, address, desk)
 
 
 class Reviewer:
@@ -359,9 +361,7 @@ class Reviewer:
             with ui.column().classes("w-full"):
                 self._picture = Picture().on("key", self._on_key)
                 names = review.classes if len(review.classes) > _CHOICES else []
-                self._chips = (
-                    Chips(names=[*names]).classes("w-full").on("press", self._on_key).on("choose", self._choose)
-                )
+                self._chips = Chips(names=names).classes("w-full").on("press", self._on_key).on("choose", self._choose)
                 self._reason = ui.label().style("overflow-wrap: anywhere")
                 self._near = Cards(look="near")
             self._cards = Cards(look="choice").on("pick", self._pick)
@@ -380,8 +380,7 @@ class Reviewer:
         title = f"{escape_controls(shown.path)}: {cards[numbers.index(review.here)]['lines'][0]}"
         self._picture.props.update(src=self._address(review.here, 1024), title=title)
         self._reason.text = escape_controls(shown.reason)
-        near = [(address, escape_controls(label)) for address, label in shown.near]
-        self._near.props["cards"] = [{"src": address, "alt": label, "lines": [label]} for address, label in near]
+        self._near.props["cards"] = [make_card(address, label, label) for address, label in shown.near]
         choices = review.choices()
         self._chips.props["chips"] = [
             {"key": key, "text": f"{key} {escape_controls(name)}", "chosen": choices[name]}

@@ -89,7 +89,7 @@ def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
                 pictures.setdefault(f"plots/{file.name}", {})[int(file.parent.name)] = inside
             else:
                 pictures.setdefault(inside, {})[None] = inside
-    for by_step in pictures.values():  # the newest is also among the kept ones
+    for by_step in pictures.values():  # the newest picture has a copy with its step
         if len(by_step) > 1:
             by_step.pop(None, None)
     return pictures

@@ -37,19 +37,10 @@ def make_row(index: RunIndex, state: RunState) -> Json:
     row["run"] = state.path.name if name.endswith("/.") else name.partition("/")[2]
     row |= {"colour": STATE_COLOURS[state.state], "shown": shown, "spark": state.spark}
     row["changed"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.changed))
-    return row | _progress_of(state)
-
-
-def _progress_of(state: RunState) -> Json:
-    """Return the share of a run's steps, and them as text."""
-    share = int(state.state == "finished")
-    steps = f"{state.step:,}"
-    if state.total:
-        share = state.step / state.total
-        steps += f" of {state.total:,}"
-    if state.left_sec:
-        steps += f", {show_duration(state.left_sec)} left"
-    return {"share": share, "steps": steps}
+    row["share"] = state.step / state.total if state.total else int(state.state == "finished")
+    of = f" of {state.total:,}" if state.total else ""
+    left = f", {show_duration(state.left_sec)} left" if state.left_sec else ""
+    return row | {"steps": f"{state.step:,}{of}{left}"}
 
 
 def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[Json]:

@@ -19,12 +19,11 @@ from PIL import Image
 
 from utils.io.files import refuse_links_out, sha256_text, write_text
 from utils.io.safe_text import escape_controls
-from viewer.parts import Part, find_run
+from viewer.parts import Part, find_run, show_status
 from viewer.run import find_pictures
 from viewer.site import Page, Site
 
 FILE = "preferences.jsonl"
-_NONE = ""  # in place of a key: none is chosen
 
 
 class Samples(Part, component="vue/samples.vue"):
@@ -34,19 +33,19 @@ class Samples(Part, component="vue/samples.vue"):
 def choose(run: Path, prompts: Sequence[Any], number: int, files: Sequence[Path], key: str) -> tuple[str, str]:
     """Keep which picture of a prompt is better, in place of an earlier choice between the two.
 
-    files: two, in order; key: 1, the first is better, 2, the second one, 0, or _NONE. Returns the line of the choice
-    and the key of the earlier one. Raises OSError, UserError.
+    files: two, in order; key: 1, the first is better, 2, the second one, 0, or "": neither.
+    Returns the line of the choice and the key of the earlier one. Raises OSError, UserError.
     """
     refuse_links_out("run_dir", run)
     pair = sha256_text(f"{files} {number}")[:16]
     table = run / FILE
     lines = table.read_text("utf-8").splitlines(keepends=True) if table.exists() else []
-    earlier = next((line for line in lines if pair in line), _NONE)
+    earlier = next((line for line in lines if pair in line), "")
     names = [Path(json.loads(earlier)[side]) for side in ("chosen", "rejected")] if earlier else []
-    earlier_key = names[0].stem[-1] if names else _NONE
+    earlier_key = names[0].stem[-1] if names else ""
     if key == earlier_key:
         return earlier, key
-    line = _write_pair(run, prompts, number, files, f"{pair}-{key}") if key else _NONE
+    line = _write_pair(run, prompts, number, files, f"{pair}-{key}") if key else ""
     write_text(table, "".join([*(other for other in lines if other != earlier), line]))
     for name in names:
         (run / name).unlink(missing_ok=True)
@@ -87,7 +86,7 @@ class SamplesPage(Page):
         """Show the pictures of runs. left, right: rows over each other; here: the prompt that a choice is about."""
         paths = {name: find_run(self.site.index, name) for name in run}
         with self.site.page("Samples"):
-            self._status = ui.label("Looking for pictures").props("role=status").style("overflow-wrap: anywhere")
+            self._status = show_status("Looking for pictures")
             await ui.context.client.connected()
             strips = []
             for name, path in paths.items():
@@ -101,7 +100,7 @@ class SamplesPage(Page):
 
     async def _read(self, name: str, path: Path) -> list[dict[str, str]]:
         """Return the names and addresses of a run's strips of pictures, in the order of its steps."""
-        prompts = await asyncio.to_thread(self.site.read_prompts, path)
+        prompts = await asyncio.to_thread(self.site.list_prompts, path)
         if not self._prompts:
             self._prompts = prompts
             self._first = path

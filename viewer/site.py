@@ -66,14 +66,14 @@ def set_looks() -> None:
 
 @dataclass
 class Site:
-    """The parts that pages use. data: the settings of a collection, for any root; read_prompts: of a run's pictures."""
+    """The parts that pages use. data: the settings of a collection, for any root; list_prompts: of a run's pictures."""
 
     index: LiveIndex
     shelf: Shelf
     networks: Networks
     queue: Queue
     data: DataConfig
-    read_prompts: Callable[[Path], Sequence[Any]]
+    list_prompts: Callable[[Path], Sequence[Any]]
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:

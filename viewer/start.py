@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import safe_lines
 from utils.record.run_index import is_own_run
-from viewer.parts import REFRESH_SEC, Links, Part, run_name
+from viewer.parts import REFRESH_SEC, Links, Part, run_name, show_fault, show_status
 from viewer.queue import Queue
 from viewer.site import Page
 
@@ -61,10 +61,10 @@ class StartPage(Page):
         """Show the queue; and a folder, or the folders below `browse`."""
         queue = self.site.queue
         with self.site.page("Start"):
-            self._fault = ui.label().classes("text-negative").props("role=status")
+            self._fault = show_status().classes("text-negative")
             self._jobs = Jobs(jobs=[]).on("act", lambda event: self._refresh(*event.args))
             ui.timer(REFRESH_SEC, self._refresh)
-            try:
+            with show_fault(show_status().classes("text-negative")):
                 path = Path(folder or browse or queue.roots[0])
                 queue.check(["train.py", f"data.root={path}"])
                 with ui.element("form").props("action=/start").classes("w-full row"):
@@ -76,16 +76,12 @@ class StartPage(Page):
                 Links(links={"/start?browse=" + quote(bytes(link)): safe_lines(str(link)) for link in links})
                 if folder:
                     await self._look_into(path)
-            except UserError as error:
-                ui.label(safe_lines(str(error))).classes("text-negative")
 
     async def _refresh(self, *act: Any) -> None:
         """Show the queue, when `Queue.act` has done what a button says."""
-        try:
+        with show_fault(self._fault):
             self._jobs.props["jobs"] = await asyncio.to_thread(self._read_jobs, *act)
             self._fault.text = ""
-        except UserError as error:
-            self._fault.text = safe_lines(str(error))
 
     def _read_jobs(self, *act: Any) -> list[Json]:
         jobs = []
@@ -101,7 +97,7 @@ class StartPage(Page):
         """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
         shelf = self.site.shelf
         name = shelf.add(self.site.data.changed({"root": str(folder)}))
-        status = ui.label("Reading the folder").classes("lines").props("role=status")
+        status = show_status("Reading the folder").classes("lines")
         await ui.context.client.connected()
         collection = await asyncio.to_thread(shelf.open, name, again=True)
         status.text = f"{len(collection):,} images; reading every file"

@@ -15,12 +15,12 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from viewer.collection import Browser, list_collections
 from viewer.images import Shelf, find_copies
-from viewer.parts import Part, show_share
+from viewer.parts import Part, show_share, show_status
 from viewer.site import Page
 
 _ADVICE = (
     "Is the image in a collection? It is marked among its nearest images, where labels and tags can be changed. To add "
-    "a new one, save it in the collection's folder, labelled as the others are."
+    "a new image, save it in the collection's folder, with a label like the other images."
 )
 MAX_BYTES = 64 * 2**20  # of an upload
 
@@ -55,8 +55,8 @@ class TryPage(Page):
         self._newest = 0  # the number of the last question
         with self.site.page("Try an image"):
             self._build_choices([*own])
-            self._message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
-            self._message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
+            self._message = show_status("No image yet." if own else "No run yet: type the path of a weight file.")
+            self._message.classes("muted").style("min-height: 24px")
             self._result = Answers(answers=[]).on("copy", lambda event: ui.clipboard.write(event.args))
             with ui.row():
                 self._collection = ui.select(collections, label="Collection", value=next(iter(own.values()), None))

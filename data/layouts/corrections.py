@@ -1,4 +1,4 @@
-"""What reviewers decided about labels, tags, weights and groups: `corrections.jsonl` at the root of a collection.
+"""Decisions of reviewers on labels, tags, weights and groups: `corrections.jsonl` at the root of a collection.
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
@@ -122,7 +122,7 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
 
 
 class Desk:
-    """The decisions about a collection: those in its file, and those that wait to be written. Thread-safe."""
+    """The decisions about a collection: the lines of the file, and lines that wait to be written. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -133,7 +133,7 @@ class Desk:
         self._version = None
 
     def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
-        """Append decisions, and those that wait; return all of them, and what cannot be read or written."""
+        """Append new and waiting decisions. Return all decisions, and a message about a fault of the file."""
         fault = ""
         with self._lock:
             self._waiting += new
@@ -195,7 +195,7 @@ def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
 def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
     """Return a collection's table with the decisions; a caption that has the tags follows them.
 
-    Those about other images, or about images with another label or other tags now, are added to `unused`.
+    Decisions about other images, and about images whose label or tags have changed, are added to `unused`.
     """
     if "group" not in table.column_names and any(field == "group" for _, field in decisions):
         table = replace_column(table, "group", pa.nulls(len(table), TYPES["group"]))

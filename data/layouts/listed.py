@@ -93,7 +93,7 @@ def _split_name(name: str) -> list[str]:
 
 
 def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
-    """Return the stated table, or those at the root that may be one. Raises UserError (`data.table`)."""
+    """Return the table that `data.table` states, or tables at the root. Raises UserError (`data.table`)."""
     root = folder.root
     stated = folder.choice.table
     is_described = len({*folder.labels.values()} - {None}) > 1 or 2 * len(folder.sidecars) > len(folder.images)

@@ -126,7 +126,7 @@ def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({}
 def cast_columns(
     file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused, rows: Sequence[int] | None = None
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Return columns by our names (`names`: ours by theirs), of our types; those of SCHEMA first, null if absent.
+    """Return columns by our names (`names`: ours by theirs), of our types; the columns of SCHEMA first, null if absent.
 
     rows: their numbers in the file, if not all are in the table.
     Raises UserError (`data.root`) for one of _ASKED that cannot be read; others are added to `unused`.
@@ -199,7 +199,7 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     """Return the sizes of files of a collection in bytes.
 
     where: the source of the paths, for messages.
-    Raises UserError (`data.root`) with the number and the first of those that are no files, or links out of the root.
+    Raises UserError (`data.root`) with the paths that are no files, or are links out of the root.
     """
     real = os.path.join(os.path.realpath(root), "")
     find_folder = functools.lru_cache(_PART)(lambda folder: os.path.realpath(os.path.join(root, folder)))
@@ -286,8 +286,8 @@ def _without_times(facts: Mapping[str, str]) -> dict[str, str]:
 def find_changed(root: Path, manifest: Path) -> list[str]:
     """Return and log the tables, and the images with sidecars, that differ from what job=manifest has read.
 
-    None for another manifest. Sizes and times are compared with those of then, and with no clock; of a copied folder,
-    where no file has its time of then, sizes alone.
+    None for another manifest. The sizes and the times of files are compared with the recorded ones. If no file has its
+    recorded time, the folder is a copy, and the sizes alone count.
     """
     tables = read_sources(manifest)
     if tables is None:
@@ -300,7 +300,7 @@ def find_changed(root: Path, manifest: Path) -> list[str]:
     changed = sorted(path for path in {*before, *filter(is_table, now)} if before.get(path, "") != now.get(path, ""))
     if changed:
         log.warning(
-            "data.root: sidecars of %s images, or tables, are not as %s has read them: %s; prepare.py job=manifest "
+            "data.root: sidecars of %s images, or tables, differ from what %s has read: %s; prepare.py job=manifest "
             "reads them", f"{len(changed):,}", manifest.name, show_some(changed),
         )  # fmt: skip
     return changed

@@ -1,4 +1,4 @@
-"""Tables that describe the images of folders: those of imagefolder, of kohya and of posts.
+"""Tables that describe the images of folders: tables of imagefolder, of kohya and of posts.
 
     metadata.csv      file_name,text,label    paths relative to its folder, which may be any
     meta_cap.json     {"folder/1": {"tags": "1girl, solo", "caption": "a girl"}, ...}

@@ -54,7 +54,7 @@ def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | Non
 def _find_depth(folders: Sequence[Sequence[str]]) -> int:
     """Return how many folders are above those of splits; more than there are without splits.
 
-    At the root, one folder whose name says only a split is enough: the others are then beside it, and refused.
+    At the root, one folder whose name says only a split is enough. Other folders beside it are refused.
     """
     first = {parts[0] for parts in folders if parts}
     if (
@@ -70,6 +70,6 @@ def _find_depth(folders: Sequence[Sequence[str]]) -> int:
 
 
 def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:
-    """Return for each image whether it has no label, but others of train and val have one. The test split may lack."""
+    """Return for each image whether its label is missing: another one of train or val has one. Test needs no labels."""
     is_needed = any(label for split, label in zip(splits, labels) if split != TEST)
     return [is_needed and label is None and split != TEST for split, label in zip(splits, labels)]

@@ -1,8 +1,8 @@
 """The files that describe the images of a folder: one form a line, in order of precedence.
 
 A form is a function of a `Folder` (data/layouts/scan.py) and of the paths of its files in it. It returns the `Sidecar`
-of each image that they describe, by path. What an earlier line says of an image goes before what a later one says; the
-names of folders come last. A file beside an image of its name is a sidecar, whatever its form.
+of each image that they describe, by path. An earlier line has precedence over a later one. The names of
+folders come last. A file beside an image of its name is a sidecar, whatever its form.
 """
 
 import re
@@ -59,5 +59,5 @@ def is_table(path: str) -> bool:
 
 
 def has_reader(path: str) -> bool:
-    """Return whether some reader takes a file. A table of the user is taken if its rows name images."""
+    """Return whether a reader takes a file. Whether a reader takes a table of the user depends on the table's rows."""
     return is_data(path) or find_form(path) not in (None, TABLES)

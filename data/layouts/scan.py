@@ -37,8 +37,8 @@ class TableChoice(NamedTuple):
 class Folder(NamedTuple):
     """What a folder has, by paths relative to the root.
 
-    images: their sizes in bytes; splits, labels: what their folders say; sidecars: the files beside each image; files:
-    those of each form (data/layouts/readers.py).
+    images: their sizes in bytes; splits, labels: by the names of folders; sidecars: the files beside each image; files:
+    the files of each form (data/layouts/readers.py).
     """
 
     root: Path

@@ -116,7 +116,7 @@ def parse_record(where: str, record: Json) -> Sidecar:
 
 
 def _read_tags(record: Json) -> tuple[str, ...] | None:
-    """Return the tags of a record, or None: from `tags`, else `tag_string`, else the fields of categories.
+    """Return the tags of a record, or None: from `tags`, else from `tag_string`, else from the fields of categories.
 
     Categories come from the names of fields, or from `tags` if it is an object.
     """

@@ -48,7 +48,7 @@ _SEPARATORS = ",;\t|"
 
 
 def name_field(name: str) -> str:
-    """Return our name of a column, or its own."""
+    """Return our name of a column, or the name that it has."""
     return _FIELDS.get(_fold(name), name)
 
 

@@ -1,4 +1,4 @@
-"""What a collection has and no reader uses: counted by reason and said at every start, so that nothing vanishes.
+"""Files that no reader uses. Every start logs their number and the reason, so that no file vanishes.
 
 Every reader of `layouts/` takes an `Unused` and adds what it does not use. The index keeps the lines of `describe`, so
 that a start that reads no file again says the same.

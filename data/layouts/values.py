@@ -1,4 +1,4 @@
-"""One rule for a value: a label, tags, a caption and a rating are the same texts, whichever reader has found them.
+"""One rule for a value: every reader gives the same text for a label, a tag, a caption and a rating.
 
     read_label(" cat\xa0")               "cat"
     read_label(1.0), read_label(True)    "1", "True"
@@ -23,7 +23,7 @@ from data.layouts.table import TAG_LISTS, TYPES
 from utils.formats.spelling import clean, read_list, split_tags
 
 RULES = 1  # increment it when a value is read as another one: every index is made again
-_MARKS = ",，\n;|"  # between the tags of a text, the first that a column has; else blanks
+_MARKS = ",，\n;|"  # between the tags of a text: the first one that a column has, else blanks
 _PLAIN = r"^[!-%'-Z\\^-~]([ -%'-~]*[!-%'-~])?$"  # of one line of ASCII, without an entity, and no list
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _WANTED = {
@@ -51,7 +51,7 @@ def read_rating(value: Any) -> str | None:
 
 
 def read_tags(value: Any) -> tuple[str, ...] | None:
-    """Return the texts of a list, each once; those of one text are between commas or on lines, else between blanks."""
+    """Return the texts of a list without repetitions. A text is split at commas and lines, or else at blanks."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -61,7 +61,7 @@ def read_tags(value: Any) -> tuple[str, ...] | None:
 
 
 def read_caption(value: Any) -> str | None:
-    """Return a text; several ones of a list on a line each."""
+    """Return a text. The texts of a list become lines."""
     texts = read_list(value) if isinstance(value, str) else value
     if isinstance(texts, list):
         lines = [" ".join(_write("caption", text).split()) for text in texts]
@@ -134,7 +134,7 @@ def _class_names(schema: pa.Schema, name: str) -> dict[int, str]:
 
 
 def _find_mark(column: pa.ChunkedArray | pa.Array) -> str:
-    """Return what is between the tags of a column's texts: the first of _MARKS that a text has, else blanks."""
+    """Return the mark between the tags of a column: the first of _MARKS that any text has, else a blank."""
     texts = pc.replace_substring_regex(column.cast(pa.string()), r"&#?\w+;", "")
     return next((mark for mark in _MARKS if pc.any(pc.match_substring(texts, mark)).as_py()), " ")
 
@@ -148,7 +148,7 @@ def _split(text: str, mark: str) -> list[Any]:
 
 
 def _is_tidy(field: str, chunk: pa.Array) -> bool:
-    """Return whether the rules change nothing, found without a look at each of millions of captions and tags."""
+    """Return whether the rules change no value. Arrow finds this without a Python call for each value."""
     if field == "caption" and pa.types.is_string(chunk.type):
         return pc.all(pc.match_substring_regex(chunk, _PLAIN)).as_py() is not False
     if field not in TAG_LISTS or not re.match(r"(large_)?list<\w+: (large_)?string( not null)?>", str(chunk.type)):
@@ -162,7 +162,7 @@ def _is_tidy(field: str, chunk: pa.Array) -> bool:
 
 
 def _write(field: str, value: Any) -> str:
-    """Return a text, number or truth value as a clean text; of nothing, blank."""
+    """Return a text, a number or a truth value as a clean text; None and NaN become ""."""
     if isinstance(value, str):
         return clean(value)
     if value is None or value != value:  # NaN

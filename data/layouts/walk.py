@@ -1,6 +1,6 @@
-"""Walk the folders of a collection. Hidden names and what systems put beside pictures are passed over.
+"""Walk the folders of a collection. Skip hidden names, and files that operating systems put beside pictures.
 
-What cannot be read costs itself alone: it is added to what is not used, with the reason.
+A file or a folder that cannot be read is added to `Unused` with the reason. All others are read.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Captions for text to image, read from sidecars or a manifest and varied for each sample.
 
 texts = config.read(collection.row(row))    # the texts in the collection, one or several
-caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of this sample
+caption, is_dropped = config.draw(texts, generator, config.arrange)    # of this sample
 Captions(config, collection).of(row)    # the config of a row, where concepts have captions of their own
 """
 
@@ -65,7 +65,7 @@ class CaptionConfig(Strict):
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
     The text is split into tags at commas, unless it is a sentence (`is_sentence`). The first `keep_first` tags
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
-    these categories come first, in this order; those of other categories follow. dropout: by category, in place of
+    these categories come first, in this order; tags of other categories follow. dropout: by category, in place of
     `tag_dropout`. keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a
     second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept, with
     a comma between, or none where a space is: "a photo of ". A caption with the prefix somewhere gets no second one.
@@ -117,11 +117,11 @@ class CaptionConfig(Strict):
     def draw(self, texts: list[str], generator: Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
 
-        generator: None in evaluation, where the whole first text is the caption. vary: `vary_tags`, or a function that
+        generator: None in evaluation, where the whole first text is the caption. vary: `arrange`, or a function that
         draws one of the variants in a cache.
         """
         if generator is None:
-            return self.complete(texts[0]), False
+            return self.arrange(texts[0]), False
         import torch  # not above: the schemas need no torch
 
         if torch.rand((), generator=generator) < self.caption_dropout:
@@ -129,16 +129,9 @@ class CaptionConfig(Strict):
         text = texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]
         return vary(text, generator), False
 
-    def vary_tags(self, text: str, generator: Generator) -> str:
-        """Return a random caption for the text of a row; the whole caption is never dropped."""
-        return self._arrange(text, generator if self.varies_tags else None)
-
-    def complete(self, text: str) -> str:
-        """Return the caption of a text without chance, as for evaluation."""
-        return self._arrange(text, None)
-
-    def _arrange(self, text: str, generator: Generator | None) -> str:
-        """Return the caption of a text: its tags in their order, and varied if there is a generator."""
+    def arrange(self, text: str, generator: Generator | None = None) -> str:
+        """Return the caption for the text of a row. It is random with a generator. It is never dropped as a whole."""
+        generator = generator if self.varies_tags else None
         parts = text.split(self.keep_tokens_separator, 2) if self.keep_tokens_separator else [text]
         split = [self._split_marked(part) for part in parts]
         tags = [*itertools.chain(*split)]
@@ -154,7 +147,7 @@ class CaptionConfig(Strict):
         return _join(text, self.suffix)
 
     def _choose(self, tags: list[str], text: str, generator: Generator | None) -> list[str]:
-        """Return tags of a text in their order; with a generator, without those that are dropped."""
+        """Return the tags of a text in their order. A generator drops some of them."""
         import torch
 
         categories = self.find_categories(tags, text)
@@ -197,7 +190,7 @@ class CaptionConfig(Strict):
 
 
 class Captions:
-    """The caption rules of a collection's rows: those of the task, with the values of each concept."""
+    """The rules for the captions of each row: `task.captions`, with the values of the row's concept."""
 
     def __init__(self, config: CaptionConfig, collection: Collection) -> None:
         keyed = ((f"data.concepts.{number}.captions", each) for number, each in enumerate(collection.concepts))
@@ -244,7 +237,7 @@ def count_caption_tags(collection: Collection, rows: ndarray, captions: Captions
         row = collection.row(index)
         config = captions.of(index)
         folder = PurePosixPath(row.path).parent.name or collection.root.name
-        tags = itertools.chain.from_iterable(map(config.split, map(config.complete, config.read(row))))
+        tags = itertools.chain.from_iterable(map(config.split, map(config.arrange, config.read(row))))
         short = dict.fromkeys((folder, tag.lower()) for tag in tags if len(tag) <= _LONGEST_TAG)
         counts.update(short.keys())
     found: dict[str, dict[str, int]] = {}

@@ -65,7 +65,7 @@ def test_a_concept_changes_the_captions_of_its_rows(place, tmp_path):
     concepts = [ConceptConfig(path="dog", captions={"prefix": "sks"}), ConceptConfig(path="reg", trigger="thing")]
     collection = load(place / "images", tmp_path, concepts=concepts)
     rules = Captions(config.task.captions, collection)
-    texts = [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in (0, 5, 6)]
+    texts = [rules.of(row).arrange(rules.of(row).read(collection.row(row))[0]) for row in (0, 5, 6)]
     assert texts == ["sks, a dog", "sks", "thing"]
 
 
@@ -110,7 +110,7 @@ def captions_of(place, cache, *words):
         config = complete(config)
         collection = load(config.data.root, cache, **config.data.index_settings())
     rules = Captions(config.task.captions, collection)
-    return [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]
+    return [rules.of(row).arrange(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]
 
 
 @pytest.mark.parametrize("script", ["train", "finetune_vae", "prepare"])

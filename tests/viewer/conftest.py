@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
@@ -35,8 +34,7 @@ def runs(tmp_path_factory):
         run = make_run(folder / name, f"WARNING {HOSTILE}\n", metrics_jsonl=rows, progress_json=said("running", 29))
         (run / "tables").mkdir()
         (run / "tables/tags.csv").write_text(f"tag,f1\n{HOSTILE},0.5\n" + "".join(f"t{i},{i}\n" for i in range(5_000)))
-        (run / "plots").mkdir()
-        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(run / f"plots/{HOSTILE.replace('/', '')}.png")
+        save_grey(run / f"plots/{HOSTILE.replace('/', '')}.png")
     return folder
 
 
@@ -83,6 +81,12 @@ def words(runs):
 def address(words):
     with serve(*words) as address:
         yield address
+
+
+def save_grey(file, level=90, size=(30, 20)):
+    """Write an image of one grey, and the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level,) * 3).save(file)
 
 
 def sees(page, *texts):

@@ -4,15 +4,13 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow.compute as pc
 import pytest
-from PIL import Image
 
 from data.images.open import EMPTY
 from tests.data.collection.test_collection import load
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, sees
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, save_grey, sees
 
 NAME = HOSTILE.replace("/", "")
 
@@ -21,7 +19,6 @@ NAME = HOSTILE.replace("/", "")
 def words(tmp_path_factory):
     """A collection of 400 images; the last one is empty, and the file of the one before vanishes when it is indexed."""
     root = tmp_path_factory.mktemp("collection") / NAME
-    (root / NAME).mkdir(parents=True)
     rows = []
     for number in range(400):
         path = f"{NAME}/{number:03}{HOSTILE.replace('/', '')}.png"
@@ -29,19 +26,26 @@ def words(tmp_path_factory):
             "path": path, "label": f"{HOSTILE}{number % 2}", "tags": [HOSTILE, f"character:n{number}", '"'],
             "caption": HOSTILE, HOSTILE: HOSTILE, "weight": float(number < 399),
         })  # fmt: skip
-        Image.fromarray(np.full((30, 40, 3), number % 255, np.uint8)).save(root / path) if number < 399 else None
-    (root / rows[399]["path"]).touch()
+        save_grey(root / path, number % 255, (40, 30))
+    (root / path).write_bytes(b"")
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = tmp_path_factory.mktemp("runs")
     add_data(make_run(runs / "run"), root=str(runs / "gone"))
     return [f"runs=[{runs},{runs}/none]", f"data.root={root}"]
 
 
+def find(page, text, count):
+    """Find images by terms."""
+    page.get_by_label("find").fill(text)
+    page.get_by_label("find").press("Enter")
+    sees(page, f"{count} of 400 images")
+
+
 def test_a_collection_is_searched_and_shown(page, address):
     page.goto(f"{address}/collection")
     assert_accessible(page)
     page.locator("a[href^='/collection/']").first.click()
-    sees(page, "400 of 400 images")
+    find(page, "", 400)
     assert_accessible(page)
     assert 0 < page.locator(".tile").count() < 100, "those in view"
     assert_fits(page)
@@ -57,21 +61,17 @@ def test_a_collection_is_searched_and_shown(page, address):
     assert page.get_by_text(HOSTILE, exact=True).count() > 0 and page.locator("img[onerror]").count() == 0
     page.keyboard.press("Escape")
     page.locator(".q-dialog").wait_for(state="detached")
-    find = page.get_by_label("find")
     terms = {"-character:n7 character:*": 399, "weight=0": 1, "label:1 path:/12": 10, "size<1": 1}
     for text, count in terms.items():
-        find.fill(text)
-        find.press("Enter")
-        sees(page, f"{count} of 400 images")
+        find(page, text, count)
     page.wait_for_url("**find=size*")
     page.reload()
     sees(page, "1 of 400 images")
-    assert find.input_value() == "size<1"
-    find.fill("size>big")
-    find.press("Enter")
+    box = page.get_by_label("find")
+    assert box.input_value() == "size<1"
+    box.fill("size>big"), box.press("Enter")
     sees(page, "size has numbers")
-    find.fill("")
-    find.press("Enter")
+    find(page, "", 400)
     sees(page, "50.0%")  # the table is drawn anew
     page.locator(".term", has_text=f"{HOSTILE}1").press("Enter")
     sees(page, "200 of 400 images")
@@ -96,11 +96,6 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     sees(page, "400 of 400 images")
     root = Path(words[1].removeprefix("data.root="))
 
-    def find(text, count):
-        page.get_by_label("find").fill(text)
-        page.get_by_label("find").press("Enter")
-        sees(page, f"{count} of 400 images")
-
     def act(title, text=""):
         page.get_by_label("a label, or tags").fill(text)
         page.get_by_role("button", name=title).click()
@@ -116,15 +111,15 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     sees(page, "4 marked")  # a tile keeps the focus
     assert_fits(page)
     page.get_by_role("button", name="Unmark all").click()
-    find("path:/12", 10)
+    find(page, "path:/12", 10)
     page.get_by_role("button", name="Mark all found").click()
     act("Relabel", "An owl")
-    find("OWL", 10)
+    find(page, "OWL", 10)
     act("Leave out")
-    find("weight=0", 11)
+    find(page, "weight=0", 11)
     act("Add tags", "new, red hat")
     act("Take tags away", HOSTILE)
-    find(f'new "red hat" -"{HOSTILE}"', 10)
+    find(page, f'new "red hat" -"{HOSTILE}"', 10)
     act("Group")
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save manifest").click()
@@ -134,8 +129,8 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
     assert kept["weight"].to_pylist() == [0.0] * 10 and len({*kept["group"].to_pylist()}) == 1
     for _ in range(5):
         act("Undo")
-    find("", 400)
-    find("owl OR weight<1", 1)
+    find(page, "", 400)
+    find(page, "owl OR weight<1", 1)
 
 
 def test_a_collection_that_is_gone_says_so(page, address):

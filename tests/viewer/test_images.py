@@ -1,6 +1,5 @@
 """The collections that the page knows, and the route of their images."""
 
-import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -8,7 +7,7 @@ from PIL import Image
 
 from tests.support import ROOT, command
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import add_data
+from tests.viewer.conftest import add_data, save_grey
 from utils.record.run_index import RunIndex
 from viewer import images
 from viewer.collection import list_collections
@@ -18,9 +17,8 @@ from viewer.collection import list_collections
 def shelf(tmp_path, monkeypatch):
     """A run, and its collection: a wide image, a broken one, one whose file vanishes, a link out of the collection."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "photos/c.jpg", "secret.png"):
-        Image.fromarray(np.full((100, 400, 3), 90, np.uint8)).save(tmp_path / name)
+        save_grey(tmp_path / name, size=(400, 100))
     (tmp_path / "photos/b.png").write_bytes(b"<script>")
     (tmp_path / "photos/d.png").symlink_to(tmp_path / "secret.png")
     add_data(make_run(tmp_path / "runs/a"), root="photos")

@@ -4,13 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from data.layouts.names import CORRECTIONS
 from tests.data.collection.test_collection import load
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, sees
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, save_grey, sees
 from utils.record.tables import LABELS, find_differences, images_about
 from viewer.review import Review, make_question
 
@@ -28,9 +27,8 @@ def write_table(run, root, **columns):
 def animals(tmp_path_factory):
     root = tmp_path_factory.mktemp("animals")
     for name in CLASSES:
-        (root / name).mkdir()
         for number in range(3):
-            Image.fromarray(np.full((20, 30, 3), 80 * number, np.uint8)).save(root / name / f"{number}.png")
+            save_grey(root / name / f"{number}.png", 80 * number)
     return root
 
 
@@ -174,8 +172,7 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
 
 def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     for number in range(7):
-        (animals / f"class{number}").mkdir()
-        Image.new("RGB", (20, 30)).save(animals / f"class{number}/0.png")
+        save_grey(animals / f"class{number}/0.png")
     columns = {"path": ["dog/1.png", "dog/2.png"], "given": ["dog"] * 2, "proposed": ["cat"] * 2, "rank": [1, 2]}
     columns |= {"probability": [0.25, 0.5], "guesses": [["cat", "dog"]] * 2, "probabilities": [[0.75, 0.125]] * 2}
     columns["neighbours"] = [["cat/2.png"], []]

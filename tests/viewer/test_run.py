@@ -1,14 +1,12 @@
 """The page of a run: thresholds, mistakes with their images, pictures by step, the log by level; whole sweeps."""
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, sees
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, save_grey, sees
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
 from viewer.curves import make_lines, read_figures
@@ -38,12 +36,9 @@ def runs(tmp_path_factory):
         make_run(root / "runs/sweep" / name, PLAN + LOG + NEXT + corrected, complete_json="{}", **files)
     run = root / "runs/sweep/a"
     for number in range(3):
-        (root / "images/train" / "xyz"[number]).mkdir(parents=True)
-        image = Image.fromarray(np.full((20, 30, 3), 80 * number, np.uint8))
-        image.save(root / f"images/train/{'xyz'[number]}/{number}.png")
-        (run / f"plots/steps/{number * 10:08}").mkdir(parents=True)
-        image.save(run / f"plots/steps/{number * 10:08}/predictions.png")
-    image.save(run / "plots/predictions.png")
+        save_grey(root / f"images/train/{'xyz'[number]}/{number}.png", 80 * number)
+        save_grey(run / f"plots/steps/{number * 10:08}/predictions.png")
+    save_grey(run / "plots/predictions.png")
     add_data(run, root=str(root / "images"))
     (run / "tables").mkdir()
     (run / "tables/decisions.csv").write_text(DECISIONS)

@@ -42,7 +42,7 @@ def test_edited_new_and_deleted_sidecars_are_said_and_read_again(root, log):
     (root / "metadata.jsonl").unlink()
     config = data_config(root=str(root), validation_fraction=0.0)
     assert load_collection(config).row(0).caption == "old"
-    assert "sidecars of 3 images, or tables, are not as manifest.parquet has read them" in log.text
+    assert "sidecars of 3 images, or tables, differ from what manifest.parquet has read" in log.text
     write_manifest(root, verify=True)
     rows = map(load_collection(config).row, range(3))
     assert [(row.caption, row.rating) for row in rows] == [("new", None), (None, None), ("old", "e")]

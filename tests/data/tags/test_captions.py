@@ -53,7 +53,7 @@ def test_captions_of_sidecars_and_tags_in_words(tmp_path):
 def test_emphasis_stays_whole_and_brackets_of_tags_are_escaped(tmp_path):
     marked = config(emphasis=True, shuffle=True, keep_first=1)
     text, generator = r"a, (b, c:1.2), d \(e\), :(", torch.Generator().manual_seed(1)
-    drawn = {marked.vary_tags(text, generator) for _ in range(50)}
+    drawn = {marked.arrange(text, generator) for _ in range(50)}
     assert len(drawn) == 6 and all(each.startswith("a, ") and "(b, c:1.2)" in each for each in drawn)
     assert marked.split(text) == ["a", "b", "c", "d (e)", ":("] != config().split(text)
     assert texts(collection_of(tmp_path, SIDECARS), source="tags", emphasis=True)[0] == r"hatsune miku, hat \(x\), ^_^"
@@ -68,7 +68,7 @@ def test_lines_of_a_caption_are_alternatives(tmp_path):
     assert texts(collection, lines="first") == ["1girl, rain", "x", ""]
     assert texts(collection, lines="join")[:2] == [f"1girl, rain, {girl}", "x, y"]
     found = config().read(collection.row(0))
-    drawn = [config().draw(found, torch.Generator().manual_seed(key), config().vary_tags)[0] for key in range(40)]
+    drawn = [config().draw(found, torch.Generator().manual_seed(key), config().arrange)[0] for key in range(40)]
     assert set(drawn) == set(found) and 10 < drawn.count(girl) < 30
     assert vary(girl, shuffle=True, tag_dropout=1.0) == (girl, False)  # a sentence is not cut into tags
 
@@ -79,7 +79,7 @@ def test_lines_of_a_caption_are_alternatives(tmp_path):
 def vary(text, key=0, **changed):
     """Return a caption of a training sample, and whether it is dropped."""
     generator, varied = torch.Generator().manual_seed(key), config(**changed)
-    return varied.draw([text], generator, varied.vary_tags)
+    return varied.draw([text], generator, varied.arrange)
 
 
 def test_a_plain_caption_is_left_as_it_is():
@@ -111,7 +111,7 @@ def test_captions_are_dropped_with_the_probability_stated():
     found = [vary("a, b", key, caption_dropout=0.2, shuffle=True, prefix="p") for key in range(1000)]
     assert abs(np.mean([dropped for _, dropped in found]) - 0.2) < 0.04
     assert all((caption == "") == dropped for caption, dropped in found)
-    assert config(caption_dropout=1.0).vary_tags("a", torch.Generator()) == "a"
+    assert config(caption_dropout=1.0).arrange("a", torch.Generator()) == "a"
 
 
 CATEGORIES = ["artist", "character", "copyright", "general", "quality", "year"]
@@ -139,8 +139,8 @@ def test_tags_are_ordered_by_the_category_that_the_row_states(tmp_path, row, cha
     order = order if row != 1 else CATEGORIES
     captions = config(**{"order": order, "emphasis": row == 0, **changed})
     read = captions.read(collection_of(tmp_path, BY_CATEGORY).row(row))
-    assert captions.draw(read, None, captions.vary_tags) == (wanted, False)
-    assert captions.vary_tags(read[0], torch.Generator()) == wanted
+    assert captions.draw(read, None, captions.arrange) == (wanted, False)
+    assert captions.arrange(read[0], torch.Generator()) == wanted
 
 
 def test_tags_are_dropped_by_category_and_shuffled_within_one(tmp_path):
@@ -150,7 +150,7 @@ def test_tags_are_dropped_by_category_and_shuffled_within_one(tmp_path):
     tags = ["g1", "g2", "meta:m", "best quality", *(f"artist:a{n}" for n in range(50))]
     files = {"a.json": json.dumps({"tags": tags})}
     text = captions.read(collection_of(tmp_path, files, ["a.png"]).row(0))[0]
-    drawn = [captions.vary_tags(text, torch.Generator().manual_seed(key)).split(", ") for key in range(60)]
+    drawn = [captions.arrange(text, torch.Generator().manual_seed(key)).split(", ") for key in range(60)]
     for tags in drawn:
         artists = [tag for tag in tags if tag.startswith("a")]
         assert tags in ([*artists, "m"], [*artists, "best quality", "m"]) and artists != sorted(artists)
