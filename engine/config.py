@@ -39,7 +39,7 @@ class PhaseConfig(Strict):
 
 
 class AutoLengthConfig(Strict):
-    """The length of `total_epochs=auto`: `epochs`, or more until `samples` are read, at most `most_epochs`."""
+    """The length of `total_epochs=auto`: `epochs`, or more epochs until `samples` are read, at most `most_epochs`."""
 
     epochs: Duration
     samples: Count
@@ -53,9 +53,9 @@ class _LoopConfig(Strict):
     auto: AutoLengthConfig
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
     minutes: Positive | None  # in place of both (engine/run/timing.py)
-    best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
-    early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last one that was better
-    early_stop_least: Annotated[float, Field(ge=0)]  # by more than this
+    best: str | None  # the figure of an evaluation that selects the best weights; None: the task chooses it
+    early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last improvement
+    early_stop_least: Annotated[float, Field(ge=0)]  # a smaller change is no improvement
     batch_size: Count
     micro_batch_size: Literal["auto"] | Count  # auto: all samples of a rank
     sampling: Literal["shuffled", "blocks", "balanced"]
@@ -118,9 +118,9 @@ class RuntimeConfig(MachineConfig):
 
 
 class _LRFinderConfig(Strict):
-    """A range test before the first update finds the peak learning rate (engine/run/lr_finder.py).
+    """The range test before the first update, which finds the peak learning rate (engine/run/lr_finder.py).
 
-    enabled: auto makes one unless `optim.lr` is set or the run is short.
+    enabled: auto makes a test unless `optim.lr` is set or the run is short.
     """
 
     enabled: Literal["auto"] | bool
@@ -146,7 +146,7 @@ class TrainingConfig(Strict):
     sweep: SweepConfig
 
     def at_phases(self) -> list[Self]:
-        """Return the run's configuration at the size of each of `loop.phases`. Raises ValueError."""
+        """Return the run's configuration at the sizes of `loop.phases`. Raises ValueError."""
         return [self._at(phase, f"loop.phases.{number}") for number, phase in enumerate(self.loop.phases or ())]
 
     def _at(self, phase: PhaseConfig, key: str) -> Self:
@@ -167,8 +167,6 @@ class TrainingConfig(Strict):
 
     def check_fused(self, precision: str, world_size: int) -> None:
         """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
-        if not getattr(self.optim, "fused_backward", False):
-            return
         micro, accum = self.loop.micro_batches(1, getattr(self.task, "chunk", None))
         wrong = {
             f"{world_size} ranks: run one process": world_size > 1,
@@ -176,7 +174,8 @@ class TrainingConfig(Strict):
             "loop.clip_grad_norm: set null": self.loop.clip_grad_norm is not None,
             "runtime.precision=fp16: set bf16": precision == "fp16",
         }
-        if reason := next((reason for reason, is_wrong in wrong.items() if is_wrong), None):
+        reason = next((reason for reason, is_wrong in wrong.items() if is_wrong), None)
+        if reason and getattr(self.optim, "fused_backward", False):
             raise UserError(
                 f"optim.fused_backward: true updates each parameter before there are all gradients, which excludes "
                 f"{reason}; or set it to false"

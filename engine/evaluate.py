@@ -47,7 +47,7 @@ _DRY_RUN = "dry run: nothing is evaluated"
 
 
 def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
-    """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
+    """Measure, and write the results: for the run's own images into the run folder, for other images into another."""
     path = job.find()
     images = choose_images(config.data, job.run_dir, job.split)
     folder = Path(job.output or job.run_dir or "")
@@ -58,12 +58,12 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         folder = result_folder(parent / name, source)
     refuse_links_out("output", folder)
     opened = open_measured(path, job.model, images, job.split, config.runtime, config.batch_size)
-    metadata = opened.weights.metadata
+    weights = opened.weights
+    metadata = weights.metadata
     collection = opened.data.collection
-    output = opened.weights.kind.output
-    if job.calibrate and output not in ("tags", "classes"):
+    if job.calibrate and weights.kind.output not in ("tags", "classes"):
         raise UserError(f"calibrate: true is for taggers and classifiers; {path} has no thresholds")
-    if (job.risk is None) == (job.calibrate and output == "classes"):
+    if (job.risk is None) == (job.calibrate and weights.kind.output == "classes"):
         raise UserError(
             f"risk: {job.risk}, but it is for calibrate=true of a classifier, which needs one, such as 0.05. "
             "The tags of an image are not independent, and a missing label counts as a wrong tag: for these, set "
@@ -77,16 +77,16 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         return _DRY_RUN
 
     started = time.perf_counter()
-    described = ImageRows(opened.weights.task.describe_images) if job.per_image else None
+    image_rows = ImageRows(weights.task.describe_images) if job.per_image else None
     with torch.inference_mode(), opened.runtime.autocast():
-        report, thresholds = _measure(job, opened, described)
+        report, thresholds = _measure(job, opened, image_rows)
     seconds = round(time.perf_counter() - started, 3)
     other = "".join(f"_{part}" for part in (job.weights, job.split) if part in _IN_NAMES)
-    if described is not None:
+    if image_rows is not None:
         root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
         table = folder / f"tables/images{other}.parquet"
         with output_errors("output", folder):
-            described.write(table, collection.table["path"], str(root))
+            image_rows.write(table, collection.table["path"], str(root))
         log.info("wrote %s", table)
     if not distributed.is_main():
         return _show(report)
@@ -108,32 +108,33 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
     return f"{measured}: {_show(report)}"
 
 
-def _measure(job: Evaluate, opened: Measured, described: ImageRows | None) -> tuple[Report, ThresholdTable | None]:
-    """Read the images once; only rows at thresholds that the same command fits need a second pass."""
+def _measure(job: Evaluate, opened: Measured, image_rows: ImageRows | None) -> tuple[Report, ThresholdTable | None]:
+    """Read the images once. Only rows at thresholds that the same command fits need a second pass."""
     weights = opened.weights
     loaders = opened.loaders()
+    is_tagger = weights.kind.output == "tags"
     if job.calibrate:
         leads = opened.data.collection.leads(opened.rows)
-        promises = (job.calibration.precision, job.calibration.recall) if opened.is_tagger else (job.risk,)
+        promises = (job.calibration.precision, job.calibration.recall) if is_tagger else (job.risk,)
         report, table = weights.task.calibrate(loaders["val"], leads, *promises)
         report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
-        if described is not None:
-            deque(described.watch(opened.loaders()["val"]), maxlen=0)
+        if image_rows is not None:
+            deque(image_rows.watch(opened.loaders()["val"]), maxlen=0)
         return report, table
-    if described is not None:
-        loaders["val"] = described.watch(loaders["val"])
-        if opened.is_tagger:
+    if image_rows is not None:
+        loaders["val"] = image_rows.watch(loaders["val"])
+        if is_tagger:
             weights.task.use_thresholds(find_thresholds(None, weights.path, weights.metadata.get("weights_hash")))
     return weights.task.evaluate(loaders, weights.metadata["step"]), None
 
 
 def result_folder(place: Path, source: Values) -> Path:
-    """Return the folder of results that are not a run's own: `place`, with a hash of their source in its name."""
+    """Return the folder for results of a source that is no run: `place`, with a hash of the source in the name."""
     return place.with_name(f"{place.name}-{sha256_text(canonical_json(source))[:8]}")
 
 
 def write_results(file: Path, title: str, figures: Values, report: Report, other: str | None = None) -> None:
-    """Write figures into a file, and tables, pictures and a page beside it. other: suffix of an evaluation."""
+    """Write figures into a file, and tables, pictures and a page beside the file. other: suffix of an evaluation."""
     folder = file.parent
     with output_errors("output", file):
         write_json(file, figures)
@@ -142,10 +143,10 @@ def write_results(file: Path, title: str, figures: Values, report: Report, other
         run = run_of(Path(figures["weights"]))
         results = read_results(folder if run is None else run.path, figures["weights_hash"])
         if len(results) > 1:
-            rows = []
-            for name in report.scalars:
-                shown = {measured: show_figure(name, one) for measured, one in results.items()}
-                rows.append({"figure": show_name(name), **shown})
+            rows = [
+                {"figure": show_name(name)} | {title: show_figure(name, figures) for title, figures in results.items()}
+                for name in report.scalars
+            ]
             report.tables = {"measured": rows, **report.tables}
             log.info("%s", Lines(show_rows(rows)))
     with output_errors("output", folder):
@@ -165,7 +166,7 @@ def _show(report: Report) -> str:
 
 
 def compare(job: Compare, config: EvaluateConfig, runtime: Runtime) -> str:
-    """Measure the models, and return the line of the best one."""
+    """Measure the models, and return the line of the best model."""
     if config.data is None:
         raise UserError("data: must be given for job=compare; add data.root=PATH")
     models = {}
@@ -192,7 +193,7 @@ def compare(job: Compare, config: EvaluateConfig, runtime: Runtime) -> str:
 
 
 def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
-    """Measure each file, and write a row for it, and its pictures of `task.samples`."""
+    """Measure the kept weight files of runs. Write a row for each file, and the pictures of `task.samples`."""
     source = config.model_dump(mode="json", include={"job": {"run_dir"}, "data": True})
     folder = Path(job.output or result_folder(Path(job.run_dir[0], "evaluate/grid"), source))
     refuse_links_out("output", folder)
@@ -200,8 +201,8 @@ def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
     tiles = []
     for run in job.run_dir:
         images = choose_images(config.data, run, "auto")
-        kept = list_kept_weights(run)
-        for step, path in [(0, min(kept.values())), *kept.items()]:
+        files = list_kept_weights(run)
+        for step, path in [(0, min(files.values())), *files.items()]:
             opened = open_measured(path, job.model, images, "auto", config.runtime, config.batch_size)
             if config.dry_run:
                 return _DRY_RUN
@@ -219,9 +220,9 @@ def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
             rows.append({"run": run, "step": step, "epoch": epoch, **report.scalars})
             if "samples" in report.images:
                 prompts = weights.setup.task.samples.complete_all()
-                rights = np.cumsum([each.image_size_hw[1] for each in prompts])
-                cut = np.split(report.images["samples"], rights[:-1], axis=1)
-                tiles += [(picture, f"{label}: {each.text}") for picture, each in zip(cut, prompts)]
+                edges = np.cumsum([prompt.image_size_hw[1] for prompt in prompts])
+                samples = np.split(report.images["samples"], edges[:-1], axis=1)
+                tiles += [(sample, f"{label}: {prompt.text}") for sample, prompt in zip(samples, prompts)]
     if distributed.is_main():
         title = f"The kept weights of {', '.join(job.run_dir)}"
         pictures = {"grid": draw_grid(tiles, len(prompts), title)} if tiles else {}

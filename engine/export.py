@@ -1,12 +1,13 @@
 """The main function of export.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from engine.exports.card import REPORT, add_report
 from engine.exports.config import ExportConfig
 from engine.exports.formats import find_format, write_export
 from engine.exports.opened_task import open_task
-from models.interop.metadata import licence_entry, refuse_licence
+from models.interop.metadata import dict_of, licence_entry, refuse_licence
 from utils.config.entry_point import Job
 from utils.errors import about
 from utils.io.files import refuse_links_out
@@ -22,7 +23,10 @@ def export(config: ExportConfig, job: Job) -> str:
     """Write, compare and perhaps upload the files of a format; return the line of the result."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
-        weights = open_task(config.find(), base=config.model).for_export(config.license)
+        weights = open_task(config.find(), base=config.model)
+    if config.license is not None:
+        origin = {**dict_of(weights.metadata, "origin"), "license": config.license}
+        weights = replace(weights, metadata={**weights.metadata, "origin": origin})
     find_format(config.format, weights)
     if config.hub.name is not None:
         refuse_licence(weights.metadata)

@@ -12,25 +12,25 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-_LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, of any batch
-# `loop.evaluate_every_epochs=auto`: 5 evaluations, or more: as many as together read a fifth of what training reads.
+_LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, with any batch size
+# `loop.evaluate_every_epochs=auto`: 5 evaluations, or more as long as all together read a fifth of what training reads.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
 # Small collections have short epochs: at least 25 updates lie between two evaluations, and a run has at most 20.
 _LEAST_BETWEEN = 25
 _MOST_EVALUATIONS = 20
-# With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the
-# pictures of an evaluation two seconds.
+# With loop.minutes: at most a 20th of the time. An image takes a third of its time in training, and the pictures of an
+# evaluation take two seconds.
 _TIMED_SHARE = 0.15
 _EVALUATIONS_A_MINUTE = 1.5
-_TEST_SHARE = 0.1  # of a run's updates, from which lr_finder.enabled=auto makes no range test
+_TEST_SHARE = 0.1  # of a run's updates; lr_finder.enabled=auto makes no longer range test
 
 
 @dataclass(frozen=True)
 class Plan:
     """The derived values of a run. Only the micro-batches and accum_steps depend on the number of ranks.
 
-    phase_ends: the steps that end each of `loop.phases`; the rest of the run has its own size.
+    phase_ends: the last steps of `loop.phases`; the rest of the run has the run's own size.
     """
 
     world_size: int
@@ -54,11 +54,11 @@ class Plan:
         return round(self.epoch_at(step), 1)
 
     def show_epochs(self, step: int) -> str:
-        """Return the epochs read after `step` updates, of those of the run, as text."""
+        """Return the epochs read after `step` updates and the epochs of the run, as text."""
         return f"epoch {self.shown_epoch(step):g}/{self.shown_epoch(self.total_steps):g}"
 
     def epoch_end(self, epoch: int) -> int:
-        """Return the step that completes epoch number `epoch` (from 0); the run's last step for its last epoch."""
+        """Return the step that completes epoch number `epoch` (from 0), or the last step of the run."""
         return min(-(-(epoch + 1) * self.epoch_length // self.batch_size), self.total_steps)
 
     def epoch_of(self, step: int) -> int:
@@ -66,21 +66,21 @@ class Plan:
         return step * self.batch_size // self.epoch_length
 
     def evaluations_after(self, step: int) -> int:
-        """Return how many evaluations are due after `step` updates, to the end of the run."""
-        done = math.floor(self.epoch_at(step) / self.evaluate_every_epochs + 1e-9)
-        return math.ceil(self.epoch_at(self.total_steps) / self.evaluate_every_epochs - 1e-9) - done
+        """Return the number of evaluations that are due after `step` updates."""
+        every = self.evaluate_every_epochs
+        return math.ceil(self.epoch_at(self.total_steps) / every - 1e-9) - self._multiples(step, every)
 
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
         """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
+        before = self._multiples(step - 1 if since is None else since, every_epochs)
+        return self._multiples(step, every_epochs) > before or step == self.total_steps
 
-        def multiple(number: int) -> int:
-            return math.floor(self.epoch_at(number) / every_epochs + 1e-9)
-
-        return multiple(step) > multiple(step - 1 if since is None else since) or step == self.total_steps
+    def _multiples(self, step: int, every_epochs: float) -> int:
+        return math.floor(self.epoch_at(step) / every_epochs + 1e-9)
 
 
 def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, steps: int | None = None) -> Plan:
-    """Return the plan of a run on its streams. steps: of a run whose length is measured."""
+    """Return the plan of a run on its streams. steps: the length of a run that measures it."""
     loop = config.loop
     size = loop.batch_size
     epoch_length = streams.train.epoch_length
@@ -99,7 +99,7 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
         epoch_length=epoch_length,
         total_steps=total,
         warmup_steps=warmup,
-        lr=_peak_rate(config),
+        lr=config.optim.base_lr * size / 256 if config.optim.lr is None else config.optim.lr,
         evaluate_every_epochs=every,
         range_test_steps=_count_test_steps(config, total),
         phase_ends=ends,
@@ -126,9 +126,9 @@ def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
 
 
 def count_stated(config: TrainingConfig, per_epoch: float, total: int) -> int:
-    """Return the warm-up steps of a schedule, which a short run cuts. total: updates of the run.
+    """Return the stated warm-up steps, which a short run cuts. total: the updates of the run.
 
-    Epochs of warm-up are a share of `loop.auto.epochs`, which longer runs keep.
+    A run longer than `loop.auto.epochs` warms up longer, in proportion.
     """
     schedule = config.schedule
     if schedule.warmup_steps is not None:
@@ -139,15 +139,10 @@ def count_stated(config: TrainingConfig, per_epoch: float, total: int) -> int:
     return round(schedule.warmup_epochs * longer * per_epoch)
 
 
-def _peak_rate(config: TrainingConfig) -> float:
-    optim = config.optim
-    return optim.base_lr * config.loop.batch_size / 256 if optim.lr is None else optim.lr
-
-
 def _evaluate_every(config: TrainingConfig, total: int, per_epoch: float, share: float) -> float:
-    """Return the epochs between two evaluations. total: updates; share: what an evaluation reads of an epoch.
+    """Return the epochs between two evaluations. total: updates; share: the part of an epoch that an evaluation reads.
 
-    An evaluation reads no more images than were trained since the one before; only the last one of a run may.
+    An evaluation reads no more images than training has read since the last evaluation; only the last one may.
     """
     loop = config.loop
     epochs = total / per_epoch

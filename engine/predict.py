@@ -47,22 +47,23 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-Predict = Callable[[Tensor], Iterable[Row]]  # from images to a row for each
+Predict = Callable[[Tensor], Iterable[Row]]  # from images to their rows
 
 
 def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
     """Return the options for rows. An excluded tag has an infinite threshold."""
     text = config.text
-    file, each = (config.thresholds, {}) if isinstance(config.thresholds, str) else (None, dict(config.thresholds))
-    least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
+    stated = config.thresholds
+    file, by_category = (stated, {}) if isinstance(stated, str) else (None, stated.model_dump(exclude_none=True))
+    thresholds = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
     if predictor.output.has_tags:
-        least = np.broadcast_to(least, len(predictor.names))
-        for name, value in each.items():
-            if value is not None:
-                least = np.where(predictor.categories == CATEGORIES[name], value, least)
+        thresholds = np.broadcast_to(thresholds, len(predictor.names))
+        for name, value in by_category.items():
+            thresholds = np.where(predictor.categories == CATEGORIES[name], value, thresholds)
         if text.exclude:
-            least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
-    return predictor.options(config.top, least, max_tags=text.max_tags, order=text.order)
+            is_excluded = find_excluded(predictor.names, predictor.categories, text.exclude)
+            thresholds = np.where(is_excluded, np.inf, thresholds)
+    return predictor.options(config.top, thresholds, max_tags=text.max_tags, order=text.order)
 
 
 def choose_destination(
@@ -75,8 +76,8 @@ def choose_destination(
     output = Path(config.output)
     columns = predictor.output.columns
     if config.like is not None:
-        found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
-        query = stack_rows(chain.from_iterable(found), "like")[1][0]
+        batches = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
+        query = stack_rows(chain.from_iterable(batches), "like")[1][0]
         most_like = lambda rows: rank_images(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
         return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
     if output.suffix == ".npz":
@@ -99,9 +100,9 @@ def choose_destination(
 def choose_paths(
     config: PredictConfig, images: Images, destination: Destination, known: Mapping[str, bool]
 ) -> list[Path]:
-    """Return the images to predict. known: the paths of a killed call of this command, and whether each row counts.
+    """Return the images to predict. known: the paths of a killed call of this command, and whether the row counts.
 
-    Raises UserError (`existing`) if others have a result and `existing` is not set.
+    Raises UserError (`existing`) if other images have a result and `existing` is not set.
     """
     written = {path for path in images.paths if str(path) not in known and destination.has(str(path))}
     if written and config.existing is None:
@@ -116,9 +117,9 @@ def choose_paths(
 def predict_all(
     predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Predict
 ) -> Iterator[list[Row]]:
-    """Yield the rows of each batch: an image's path, and the result of `predict` or an error.
+    """Yield the rows of a batch: the path of an image, and the result of `predict` or an error.
 
-    Rows are in the order of `paths`. Without the images of the first batches, the other batches are the same.
+    Rows have the order of `paths`. If the images of the first batches are removed, the other batches do not change.
     """
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
@@ -153,15 +154,12 @@ def embed_with(predictor: Predictor) -> Predict:
 def name_probs(predictor: Predictor) -> Predict:
     """Return the function from images to rows with all probabilities by name."""
 
-    def predict(images: Tensor) -> Iterator[Row]:
-        for values in predictor.predict(images).astype(float).round(6).tolist():
-            yield {"probs": dict(zip(predictor.names, values))}
-
-    return predict
+    probs_of = lambda images: predictor.predict(images).astype(float).round(6).tolist()  # noqa: E731
+    return lambda images: ({"probs": dict(zip(predictor.names, probs))} for probs in probs_of(images))
 
 
 def list_inputs(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
-    """Return what the rows depend on beside the images. weights: the hash of the weights."""
+    """Return all values, except images, on which the rows depend. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
     values = sha256_text(repr(np.asarray(options.thresholds).tolist()))
@@ -171,7 +169,7 @@ def list_inputs(config: PredictConfig, options: RowOptions, weights: str, rules:
 def join_texts(
     batches: Iterable[list[Row]], destination: Destination, config: PredictConfig, rules: TagRules
 ) -> Iterator[list[Row]]:
-    """Yield rows with their tags joined to a text; existing=append puts them after the image's present tags."""
+    """Yield rows with the tags joined to a text. With existing=append, the tags follow those of the image."""
     for rows in batches:
         for row in rows:
             if "tags" in row:
@@ -217,7 +215,7 @@ def predict(config: PredictConfig, job: Job) -> str:
         make_rows = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
         if form is not None and form.has_probs:
             make_rows = name_probs(predictor)
-        found = predict_all(predictor, paths, config, make_rows)
-        predicted.write(join_texts(found, destination, config, rules), destination)
+        batches = predict_all(predictor, paths, config, make_rows)
+        predicted.write(join_texts(batches, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
     return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"

@@ -32,11 +32,11 @@ IMAGE_HASHES = Path("outputs/cache/image_hashes.jsonl")
 class Streams:
     """The data of a run.
 
-    fingerprints: hashes by configuration key that must not change on resume, such as the collection's content.
-    every_epochs: for loaders that some evaluations skip (a probe), the epochs between two uses. The
-        first evaluation at or after each multiple uses it, and so does the last evaluation.
+    fingerprints: hashes by configuration key that must not change on resume, such as the content of the collection.
+    every_epochs: for loaders that some evaluations skip (a probe), the epochs between two uses. The first evaluation at
+        or after a multiple uses the loader, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
-    trained_on: more about the training images for weight files, JSON values.
+    trained_on: facts about the training images for weight files, JSON values.
     earlier: the training streams of `loop.phases`, which come before `train`.
     tables: functions that return the rows of a dry run's tables, by name.
     """
@@ -52,20 +52,20 @@ class Streams:
 
     @property
     def in_order(self) -> list[StepStream]:
-        """The training streams: those of `loop.phases`, then the run's own."""
+        """The training streams: the streams of `loop.phases`, then `train`."""
         return [*self.earlier, self.train]
 
     @property
     def evaluation_samples(self) -> int:
-        """The samples of `val`; 0: there is no validation image."""
+        """The number of samples of `val`; 0: there is no validation image."""
         return getattr(self.evaluation.get("val"), "samples", 0)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """What completes the exported weights after the last update, before its evaluation, on all ranks.
+    """A function that completes the exported weights on all ranks, after the last update and before its evaluation.
 
-    The initial weights, which it has completed too, are then evaluated and may be the best. seconds: about its time.
+    It has completed the initial weights, too; these are then evaluated and may be the best. seconds: about its time.
     """
 
     complete: Callable[[], None]
@@ -92,14 +92,14 @@ class Report:
     images: dict[str, np.ndarray | Callable[[], np.ndarray]] = field(default_factory=dict)  # [H, W, 3] uint8
 
     def draw(self) -> dict[str, np.ndarray]:
-        """Return the images; those that are functions are drawn now."""
+        """Return the images, and draw the images that are functions."""
         return {name: image() if callable(image) else image for name, image in self.images.items()}
 
 
 class Task(nn.Module):
     """Base class of all tasks.
 
-    Networks are named with dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed
+    Names of networks have dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed,
     but gets no gradient.
 
     trained: networks that receive gradients.
@@ -111,7 +111,7 @@ class Task(nn.Module):
         are several networks.
     metadata: JSON values for weight files.
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
-    best_needs: with fewer validation images, no weights are the best, unless `loop.best` names a figure.
+    best_needs: with fewer validation images, no weights count as the best, unless `loop.best` names a figure.
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """
@@ -129,7 +129,7 @@ class Task(nn.Module):
     origin: Json | None = None
 
     def choose_best(self, metric: str | None) -> None:
-        """Let `best_metric` select the best weights, however few the validation images (`loop.best`).
+        """Let `best_metric` select the best weights with any number of validation images (`loop.best`).
 
         Raises UserError (`loop.best`) for another figure.
         """
@@ -148,14 +148,14 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def load_helpers(self, use: Use) -> None:
-        """Set the helpers that a use needs; the others stay None. Not called on the meta device.
+        """Set the helpers that a use needs; other helpers stay None. Not called on the meta device.
 
-        use: `training`, at every start, needs all of them; `evaluation` those that `evaluate` reads; `export` those
-        without which the exported networks have no outputs (predict.py loads the same).
+        use: `training`, at every start, needs all helpers; `evaluation` needs the helpers that `evaluate` reads;
+        `export` (and predict.py) needs the helpers without which the exported networks have no outputs.
         """
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
-        """Return the files of each helper that was loaded from files."""
+        """Return the files of helpers that were loaded from files."""
         return {}
 
     def initialise(self, source: InitFrom | None) -> None:
@@ -209,15 +209,15 @@ def networks_of(task: Task, names: Iterable[str]) -> dict[str, nn.Module]:
 
 @contextmanager
 def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
-    """Bring networks without gradients to a device for a while, if they are elsewhere."""
-    every = nn.ModuleList(networks)
-    kept = [(tensor, tensor.data) for tensor in (*every.parameters(), *every.buffers()) if tensor.device != device]
-    for tensor, values in kept:
+    """Bring networks without gradients to a device inside the context, if they are elsewhere."""
+    module = nn.ModuleList(networks)
+    moved = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers()) if tensor.device != device]
+    for tensor, values in moved:
         tensor.data = values.to(device)
     try:
         yield
     finally:
-        for tensor, values in kept:
+        for tensor, values in moved:
             tensor.data = values
 
 
@@ -244,19 +244,17 @@ def join_exported(task: Task, exported: Tensors) -> State:
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:
     """Return a hash of each loaded helper: of its files, or else of its tensors."""
-    fingerprints = {}
     files = task.helper_files()
+    hashes = {}
     for name, network in networks_of(task, task.helpers).items():
         if name in files:
-            found = sha256_text("".join(f"{hash_once(path, FILE_HASHES)}\n" for path in files[name]))
+            hashes[name] = sha256_text("".join(f"{hash_once(path, FILE_HASHES)}\n" for path in files[name]))[:16]
         else:
-            found = hash_tensors(network.state_dict())
-        fingerprints[name] = found[:16]
-    return fingerprints
+            hashes[name] = hash_tensors(network.state_dict())[:16]
+    return hashes
 
 
 @torch.no_grad()
 def log_mean(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return (sum, count) of per-sample values [B] under the batch's weights [B], ignoring samples of weight 0."""
-    kept = torch.where(weight > 0, values.detach().float() * weight, 0.0)
-    return kept.sum(), weight.sum()
+    return torch.where(weight > 0, values.detach().float() * weight, 0.0).sum(), weight.sum()

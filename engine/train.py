@@ -1,8 +1,8 @@
 """`train`, the main function of every training script: from a configuration to a finished run.
 
-How a run begins. The order matters: what a later step reads is settled before it.
+How a run begins. The order matters: a step reads only what earlier steps have settled.
 
-1. The ranks meet, and the machine settles what is `auto`. Unset values of the model come from the weights it names.
+1. The ranks meet, and the machine settles the keys that are `auto`. Unset keys of the model come from its weights.
 2. The collection is indexed. Its facts (classes, vocabulary, buckets) and, with `loop.minutes`, the recipe follow.
 3. The task is built from the seed and takes its initial weights, unless the run folder has a checkpoint; then come the
    streams, which may fill caches. A dry run ends here.
@@ -27,7 +27,6 @@ from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.report import write_report
-from utils.start import STARTED
 
 log = get_logger(__name__)
 
@@ -35,7 +34,7 @@ log = get_logger(__name__)
 def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ---------------------------------------------------------------------- 1. Ranks, machine, collection and recipe
-    stages = Stages("imports", STARTED)
+    stages = Stages()
     kind = open_kind(config.task.name)
     config, job, runtime, collection, path = settle(config, job, kind, stages)
     stages.end("plan")

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -63,13 +63,9 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
-    return [groups[settings] for settings in sorted(groups, key=_rank)]
-
-
-def _rank(settings: GroupSettings) -> tuple[Any, ...]:
-    """Return the place of a group; scheduled weight decay comes after a fixed one."""
-    scale, decay, freeze_steps = settings
-    return scale, math.inf if decay is None else decay, freeze_steps
+    # Scheduled weight decay comes after a fixed one.
+    order = sorted(groups, key=lambda settings: [math.inf if value is None else value for value in settings])
+    return [groups[settings] for settings in order]
 
 
 def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
@@ -106,8 +102,8 @@ def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float
 
 def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, Json]:
     """Return the fields that the rules set, by parameter."""
-    settings: dict[str, Json] = {name: {} for name in names}
-    sources: dict[tuple[str, str], str] = {}
+    settings = {name: {} for name in names}
+    sources = {}
     for index, rule in enumerate(rules):
         matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
         if not matched:
@@ -130,12 +126,10 @@ def groups_table(groups: list[dict]) -> str:
     """Return the groups as a table: rate scale, weight decay, frozen steps, tensors, parameters, an example."""
     rows = [("lr scale", "decay", "frozen", "tensors", "parameters", "first")]
     for group in groups:
-        fixed = group["fixed_decay"]
-        decay = "yes" if fixed is None else f"{fixed:g}"
+        decay = "yes" if group["fixed_decay"] is None else f"{group['fixed_decay']:g}"
         count = sum(parameter.numel() for parameter in group["params"])
-        names = group["names"]
-        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], len(names), f"{count:,}", names[0])
-        rows.append(tuple(map(str, row)))
+        sizes = (str(group["freeze_steps"]), str(len(group["names"])), f"{count:,}")
+        rows.append((f"{group['lr_scale']:.5f}", decay, *sizes, group["names"][0]))
     return align_columns(rows)
 
 

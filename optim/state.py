@@ -1,11 +1,13 @@
 """Save and load an optimiser's state by parameter name."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.build import skips_on_device
-from optim.groups import GroupSettings
+from optim.groups import GroupSettings, parameters_of
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
@@ -18,28 +20,24 @@ _SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 def optimizer_state(optimizer: Optimizer) -> tuple[State, Json]:
     """Return the optimiser's tensors and other values by `<parameter>/<key>`.
 
-    State in groups (timm's lamb and
-    adan count steps there) is under `<first parameter>//<key>`.
+    The state of a group (timm's lamb and adan count steps there) is under `<first parameter>//<key>`.
     """
-    tensors = {}
-    others = {}
+    state = {}
     for group in optimizer.param_groups:
         for key in group.keys() - (optimizer.defaults.keys() - _COUNTS) - _SET_ANEW:
-            (tensors if isinstance(group[key], Tensor) else others)[f"{group['names'][0]}//{key}"] = group[key]
+            state[f"{group['names'][0]}//{key}"] = group[key]
         for name, parameter in zip(group["names"], group["params"]):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                (tensors if isinstance(value, Tensor) else others)[f"{name}/{key}"] = value
-    return tensors, others
+            state |= {f"{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
 
 
 def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values, source: str) -> None:
     """Load the state of an optimiser of the same kind. Raises UserError if it has other parameters."""
     groups = {group["names"][0]: group for group in optimizer.param_groups}
-    parameters = {
-        name: parameter for group in groups.values() for name, parameter in zip(group["names"], group["params"])
-    }
-    index = {name: position for position, name in enumerate(parameters)}
-    state: dict[int, Json] = {}
+    names = list(chain.from_iterable(group["names"] for group in groups.values()))
+    parameters = dict(zip(names, parameters_of(optimizer)))
+    state = {}
     for full, value in [*tensors.items(), *others.items()]:
         name, _, key = full.rpartition("/")
         is_group = name.endswith("/")
@@ -53,5 +51,5 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values,
         if skips_on_device(optimizer):
             # A file stores no memory layout, the kernels do not check it, and load_state_dict does not restore it.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
-        state.setdefault(index[name], {})[key] = value
+        state.setdefault(names.index(name), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

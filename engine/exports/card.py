@@ -1,4 +1,4 @@
-"""README.md of an export: front matter for the hub, and what is known of the weights and their run (card.md.jinja)."""
+"""README.md of an export: front matter for the hub, and facts about the weights and their run (card.md.jinja)."""
 
 import re
 import shutil
@@ -31,10 +31,10 @@ Results = Mapping[str, Mapping[str, float]]  # of `read_results`
 
 @dataclass(frozen=True)
 class Card:
-    """What README.md is made of.
+    """The contents of README.md.
 
-    name: of the format, whose row is `form`. file: the exported file. run_dir: the folder with figures of evaluate.py;
-    null: the run of the weights. about: facts that the user gives, by name.
+    name: the name of the format; form: its row. file: the exported file. run_dir: the folder with results of
+    evaluate.py; null: the run of the weights. about: facts from the user, by name.
     """
 
     weights: OpenedTask
@@ -69,7 +69,7 @@ class Card:
         card.save(folder / "README.md")
 
     def _program(self) -> str | None:
-        """Return the program as Markdown, or who reads a LoRA that diffusers does not. Our own format has a command."""
+        """Return a program that uses the weights, as Markdown; for our own format, a command."""
         metadata, form, file = self.metadata, self.form, self.file
         if form.use is not None:
             return resolve_name(form.use)(form, metadata, file)
@@ -79,16 +79,15 @@ class Card:
         return f"```python\n{text.rstrip()}\n```"
 
     def _prompts(self) -> list[str]:
-        """Return the texts that a task of pictures generates in training."""
+        """Return the prompts of the pictures that a task draws in training."""
         prompts = dict_of(dict_of(self.metadata, "task"), "samples").get("prompts") or ()
         return [str(prompt["text"] if isinstance(prompt, dict) else prompt) for prompt in prompts]
 
     def _front_matter(self, results: Results) -> ModelCardData:
-        """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
+        """Return the facts that the hub reads: licence, base model, library, task, tags, prompts and figures."""
         licence = licence_of(self.metadata)
         is_known = licence is None or LICENCES.fullmatch(licence)
         base = base_model(self.metadata)
-        relation = "adapter" if self.form.is_adapter else "finetune"
         name = dict_of(self.metadata, "task").get("name")
         output = self.metadata["output"]
         pipeline = OUTPUTS[output].pipeline if output else _PIPELINES.get(name)
@@ -96,19 +95,19 @@ class Card:
             "license": licence if is_known else "other",
             "license_name": None if is_known else licence,
             "base_model": base,
-            "base_model_relation": base and relation,
+            "base_model_relation": base and ("adapter" if self.form.is_adapter else "finetune"),
             "library_name": self.form.library,
             "pipeline_tag": pipeline,
+            "tags": ["atelier", *([str(name)] if name else [])],
+            "widget": [{"text": prompt} for prompt in self._prompts()] or None,
         }
-        front["tags"] = ["atelier", *([str(name)] if name else [])]
-        front["widget"] = [{"text": prompt} for prompt in self._prompts()] or None
         if results and pipeline:
             front["model_name"] = self.weights.title
         return ModelCardData(**hide_secrets_in(front), eval_results=_list_results(results, pipeline))
 
 
 def _list_results(results: Results, pipeline: str | None) -> list[EvalResult] | None:
-    """Return each figure of an evaluation; None without any, or without a task of the hub."""
+    """Return the figures of evaluations for the hub; None without figures, or without a task of the hub."""
     measured = []
     for title, figures in results.items() if pipeline else ():
         split, _, images = hide_secrets(title).partition(": ")

@@ -35,7 +35,7 @@ Entry = Json  # of export.json
 
 
 def export_onnx(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
-    """Write an ONNX file. One in int8 is made from one in float32, which is compared with PyTorch."""
+    """Write an ONNX file. An int8 file is made from a float32 file, which is compared with PyTorch."""
     precision = config.precision
     path = folder / ("model.onnx" if precision == "fp32" else f"model_{precision}.onnx")
     difference = write_onnx(weights.model, weights.metadata, path, precision, config.accepted)
@@ -56,8 +56,8 @@ def export_page(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
 def export_timm(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a folder of timm. A tagger has the outputs and selected_tags.csv of wd14.
 
-    timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
-    neggles/wdv3-timm normalises, then reverses the channels. Every other network takes RGB.
+    Taggers of timm take BGR, like the published taggers. Mean and standard deviation keep the order red, green, blue:
+    neggles/wdv3-timm normalises, then reverses the channels. All other networks take RGB.
     """
     network = weights.model.network
     metadata = weights.metadata
@@ -107,7 +107,7 @@ def export_wd14(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
 
 
 def export_repository(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
-    """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv."""
+    """Write a folder for all programs: the files of timm and of wd14, which share selected_tags.csv."""
     return {**export_timm(weights, folder, config), **export_wd14(weights, folder, config)}
 
 
@@ -116,7 +116,7 @@ def _thresholds(weights: OpenedTask, config: ExportConfig) -> ThresholdTable | N
 
 
 def given_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str | None]:
-    """Return the user's facts. Without `trigger`, it is that of the run."""
+    """Return the user's facts. The default of `trigger` is the trigger of the run."""
     return {
         "author": config.author,
         "description": config.description,
@@ -135,7 +135,7 @@ def find_format(name: str, weights: OpenedTask) -> Format:
 def write_export(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the files of `config.format` into a folder, and return the report.
 
-    Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.
+    Raises UserError (`format`, `tolerance`, `output`). Then nothing is written and older files stay.
     """
     row = find_format(config.format, weights)
     thresholds = _thresholds(weights, config)

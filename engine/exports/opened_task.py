@@ -4,28 +4,28 @@ The file may come from a stranger, so its metadata are checked and compared with
 network is allocated.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import nn
 
 from engine.exports.config import MovedBase
-from engine.task import Task, Use, fingerprint_helpers
+from engine.task import Task, Use, fingerprint_helpers, join_exported
 from engine.tasks.kind import Kind, Setup
-from engine.tasks.opening import load_task, read_setup
+from engine.tasks.opening import read_setup
 from models.image_model import ImageModel
 from models.interop.metadata import dict_of
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.errors import UserError
 from utils.io.files import Json
+from utils.io.weights import read_weights
 from utils.record.run_reader import RunReader, run_of
 
 
 @dataclass(frozen=True)
 class OpenedTask:
-    """The contents of a weight file. Without a file, of a network alone, there is no task, kind or setup."""
+    """A task with the weights of a file. A network without a file has no task, kind or setup."""
 
     path: Path
     model: ImageModel | None  # from images to outputs; None if the task has no output for a single image
@@ -42,20 +42,13 @@ class OpenedTask:
 
     @property
     def subject(self) -> str:
-        """What the formats of export.py are for: the name of the output, or of a task without one."""
+        """The subject of a format of export.py: the name of the output, or of a task without outputs."""
         return self.metadata["output"] or self.setup.task.name
 
     @property
     def title(self) -> str:
-        """A name for exports: of the run's folder, or else of the file."""
+        """The name of exports: the name of the run folder, or else of the file."""
         return self.path.stem if self.run is None else self.run.path.name
-
-    def for_export(self, licence: str | None) -> Self:
-        """Return the weights with a licence for the export; None keeps the known one of the source weights."""
-        metadata = dict(self.metadata)
-        if licence is not None:
-            metadata["origin"] = {**dict_of(metadata, "origin"), "license": licence}
-        return replace(self, metadata=metadata)
 
     def check_helpers(self) -> None:
         """Raise UserError unless the run was trained with the loaded helpers."""
@@ -71,9 +64,9 @@ class OpenedTask:
 def open_task(
     path: Path, use: Use = "export", base: MovedBase | None = None, *, needs_output: bool = False
 ) -> OpenedTask:
-    """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces paths of its base model.
+    """Rebuild the task of a weight file, with the helpers that `use` needs. base: new paths of the base model.
 
-    needs_output: refuse a task without an output for a single image, before anything large is read. Raises UserError
+    needs_output: refuse a task without an output for a single image, before large files are read. Raises UserError
     for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     moved = {} if base is None else base.model_dump(exclude_none=True)
@@ -82,7 +75,10 @@ def open_task(
         raise UserError(
             f"{path} is of task {setup.task.name!r}, which has no output for a single image; use evaluate.py"
         )
-    task = load_task(path, kind, setup, use)
+    task = kind.build(setup)
+    task.load_helpers(use)
+    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
+    task.eval()
     task.origin = dict_of(metadata, "origin") or None
     metadata |= {"output": kind.output}
     model = whole = None

@@ -1,4 +1,4 @@
-"""What evaluate.py has measured of weights: a run's own splits and other images, each in a file of its own."""
+"""Read the figures that evaluate.py has measured of weights."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -9,18 +9,18 @@ _NO_FIGURES = ("seconds", "step")
 
 
 def read_results(folder: Path, weights_hash: str | None) -> dict[str, dict[str, float]]:
-    """Return the figures of weights in a run's folder, by what was measured: `validation: 30 images`, `test: ...`.
+    """Return the figures of weights in a run folder, by the title of the images, such as `validation: 30 images`.
 
-    Images that were trained on are left out.
+    Figures on training images are skipped.
     """
     results = {}
     for file in [*sorted(folder.glob("metrics*.json")), *sorted(folder.glob("evaluate/*/metrics*.json"))]:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            found = dict(read_json(file))
-            if found["weights_hash"] == weights_hash and ("data" in found or found["split"] in ("val", "test")):
-                results[str(found["measured"])] = {
+            values = dict(read_json(file))
+            if values["weights_hash"] == weights_hash and ("data" in values or values["split"] in ("val", "test")):
+                results[str(values["measured"])] = {
                     name: value
-                    for name, value in found.items()
+                    for name, value in values.items()
                     if isinstance(value, int | float) and name not in _NO_FIGURES
                 }
     return results

@@ -1,1 +1,1 @@
-"""What compares outputs: models on equal images, a row for each image."""
+"""Compare outputs: models on equal images, a row for each image."""

@@ -1,8 +1,8 @@
-"""Compare taggers, ours and others, on the tags that all of them know and the images of one collection.
+"""Compare taggers on the tags that all of them know and the images of one collection.
 
     report = Arena({"outputs/run": ours, "wd-vit-tagger-v3": other}, data, config, runtime, batch_size=32).measure()
 
-Every model prepares images as its file states. A comparison is fair only on images that no model was trained on.
+A model prepares images as its file states. A comparison is fair only on images that no model was trained on.
 """
 
 from collections.abc import Mapping
@@ -76,8 +76,8 @@ class Arena:
             shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN_FIGURES}
             rows.append({"model": name, **shown, "images": images})
             for row in tables["tags"]:
-                kept = {column: row[column] for column in ("tag", "category", "support")}
-                tags.setdefault((row["category"], row["tag"]), kept)[name] = row["ap"]
+                columns = {column: row[column] for column in ("tag", "category", "support")}
+                tags.setdefault((row["category"], row["tag"]), columns)[name] = row["ap"]
         rows.sort(key=lambda row: -row["mAP"])
         return Report(
             {"tags": len(tags), "images": images, "min_support": self.config.min_support},
@@ -107,24 +107,25 @@ class Arena:
             histograms.add(logits, targets, batch["weight"] > 0)
         counts = histograms.reduce()
         support = counts.histograms[:, 1].sum(1)
-        kept = support >= self.config.min_support
-        if not kept.any():
+        is_frequent = support >= self.config.min_support
+        if not is_frequent.any():
             raise UserError(
                 f"job.min_support: {self.config.min_support}, but the most frequent shared tag is on only "
                 f"{int(support.max())} images; set a lower value, or add images"
             )
-        chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
-        vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
+        tensors = (counts.histograms, counts.scores, counts.hits)
+        frequent = TagCounts(*(tensor[is_frequent] for tensor in tensors))
+        vocabulary = Vocabulary.of(compress(shared.columns, is_frequent.tolist()))
         images = counts.histograms.sum((1, 2)).max()  # an unknown label does not count
-        return TagScores(chosen, vocabulary), int(images)
+        return TagScores(frequent, vocabulary), int(images)
 
 
 def share_tags(outputs: Mapping[str, Mapping[tuple[int, str], int]]) -> Vocabulary:
-    """Return the tags that all models know, in the first model's order. Raises UserError (`models`) without any."""
+    """Return the tags that all models know, in the first model's order. Raises UserError (`models`) if none is left."""
     first, *others = outputs.values()
     keys = [key for key in first if all(key in other for other in others)]
     if all(category == RATING for category, _ in keys):
-        sizes = ", ".join(f"{name} ({len(known):,} tags)" for name, known in outputs.items())
+        sizes = ", ".join(f"{name} ({len(columns):,} tags)" for name, columns in outputs.items())
         raise UserError(
             f"models: except for ratings, no tag has the same category and name in all models: {sizes}; tags "
             "without training images (count 0) are skipped"

@@ -36,7 +36,7 @@ class _RunData(BaseModel):
 
 
 class EvaluationImages(NamedTuple):
-    """Images to measure weights on. is_own: they are those of the weights' run."""
+    """The images on which weights are measured. is_own: whether the run of the weights has the same images."""
 
     data: DataConfig
     seed: int
@@ -44,9 +44,9 @@ class EvaluationImages(NamedTuple):
 
 
 def choose_images(data: DataConfig | None, run: str | None, split: str) -> EvaluationImages:
-    """Return the images of `data`, or of a run. Those of a run are split as in training.
+    """Return the images of `data`, or of a run. The images of a run are split as in training.
 
-    split: other images have no split but their own, unless it names one of training.
+    split: a validation split is made of other images only if this names a split of training.
     """
     saved = None if run is None else RunReader(Path(run)).part(_RunData)
     if saved is None and data is None:
@@ -62,14 +62,14 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Evalu
 
 
 def list_kept_weights(run: str) -> dict[int, Path]:
-    """Return the weights that a run has kept, by step. Raises UserError (`run_dir`) without any."""
-    kept = RunReader(Path(run)).kept
-    if not kept:
+    """Return the weights that a run has kept, by step. Raises UserError (`run_dir`) if there are none."""
+    files = RunReader(Path(run)).kept
+    if not files:
         raise UserError(
             f"run_dir: {run} has kept no weights that could be compared; train with loop.keep_weights_every=500, for "
             "example, which keeps weights/step_000500.safetensors and so on"
         )
-    return kept
+    return files
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,8 @@ class Measured:
     split: str
     runtime: Runtime
 
-    @property
-    def is_tagger(self) -> bool:
-        """Whether the weights are a tagger's, with thresholds."""
-        return self.weights.kind.output == "tags"
-
     def loaders(self) -> Loaders:
-        """Return the loaders of the evaluation, with their progress, and move the task to the device."""
+        """Return the loaders of the evaluation, which show their progress. Move the task to the device."""
         task = self.weights.task.to(self.runtime.device)
         if self.runtime.channels_last:
             task.to(memory_format=torch.channels_last)
@@ -96,11 +91,11 @@ class Measured:
         if len(self.rows) == 0:
             raise UserError(f"split: {self.data.collection.root} has no image of split={self.split}; set another one")
         if loaders["val"].samples < len(self.rows):
-            self._report_left(loaders["val"].samples)
+            self._report_unlabelled(loaders["val"].samples)
         return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
 
-    def _report_left(self, usable: int) -> None:
-        """Warn of images without a known label. Raises UserError (`split`), with what to do, if all are so."""
+    def _report_unlabelled(self, usable: int) -> None:
+        """Warn of images without a known label. Raises UserError (`split`) if no image has one."""
         collection = self.data.collection
         labels = {*count_values(collection.table["label"].take(self.rows))}
         others = show_some(sorted(labels.difference(self.weights.setup.facts.get("class_names", labels))))
@@ -115,7 +110,7 @@ class Measured:
 def open_measured(
     path: Path, base: MovedBase, images: EvaluationImages, split: str, machine: MachineConfig, batch_size: int
 ) -> Measured:
-    """Open weights and images. split: auto is val; of other images than the run's, val, else test, else all."""
+    """Open weights and images. split: auto is val; for images of no run it is val, else test, else all."""
     with about("weights"):
         weights = open_task(path, "evaluation", base)
     runtime = choose_trained(machine, weights.metadata.get("precision"))

@@ -1,4 +1,4 @@
-"""An int8 file from the training images of a run, judged by its validation images."""
+"""Quantise an ONNX file to int8 with training images of a run, and compare both files on its validation images."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run has measured about what would improve it: for its last screen and result.json."""
+"""Advice on how to improve a run, from its measurements, for its last screen and result.json."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +13,10 @@ Table = Sequence[Values]
 
 
 def advise(tables: Mapping[str, Table], class_images: Sequence[int]) -> list[str]:
-    """Return lines that say what is known beyond chance; none without a table of the classes.
+    """Return lines of advice that chance cannot explain. Without a table of the classes there is no line.
 
-    A class is named if its accuracy is below that of all images, so that their intervals do not touch. Labels are to be
-    checked by a network that is right more often than not, by its interval.
+    A class is named if its accuracy is below the accuracy of all images and their intervals do not overlap. Labels are
+    named for a check if the network is right more often than not, by its interval.
 
     tables: of the last evaluation. class_images: the training images of each class.
     """
@@ -49,10 +49,10 @@ def _bounds(share: float, images: int) -> tuple[float, float]:
 
 
 def _count_sure(decisions: Table) -> tuple[int, int]:
-    """Count the predictions at least as probable as the right ones on average, and those that differ from the label.
+    """Count the predictions at least as probable as the mean right one, and those of them that differ from the label.
 
-    With 5 % of labels changed at an accuracy of 0.64, 46 % of these were changed ones; with a threshold for each class,
-    24 %; with those of confident learning (arXiv:1911.00068), 14 %.
+    With 5 % of the labels changed and an accuracy of 0.64, 46 % of the differing labels were changed labels. With a
+    threshold for each class it was 24 %, with the thresholds of confident learning (arXiv:1911.00068) 14 %.
     """
     threshold = [row["threshold"] for row in decisions]
     correct = [row["correct"] for row in decisions]

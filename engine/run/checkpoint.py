@@ -7,9 +7,9 @@
             average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
             optimizer.safetensors        `<parameter name>/<state name>`
             scale.safetensors            the loss scale
-            state.json                   everything else (loop.py: Run.save), and checksums of the files above
+            state.json                   all other state (loop.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
-        .step_00001300.tmp-<pid>/        being written or removed; a later save removes leftovers
+        .step_00001300.tmp-<pid>/        a checkpoint that is written or removed; a later save removes leftovers
 
 Rank 0 writes a checkpoint under a temporary name, flushes it and renames it. Nothing is pickled. There is no random
 state: random numbers are functions of (seed, step, position) (utils/rng.py). weights/last_weights.safetensors and
@@ -64,7 +64,7 @@ from utils.record.run_reader import RunReader
 log = get_logger(__name__)
 
 FORMAT = 2
-KEPT = 2  # of the newest checkpoints, beside the best one
+KEPT = 2  # newest checkpoints that stay, beside the best one
 _NAME = re.compile(r"step_(\d{8,})")
 _KEYS = ("step", "config", "fingerprints", "origin", "best", "optimizer", "groups", "checksums")  # of state.json
 
@@ -106,7 +106,7 @@ def copy_to_host(groups: Groups) -> Groups:
 
 
 class Saver:
-    """Write checkpoints and weight files into a run folder. facts: of the run, for the metadata of weight files.
+    """Write checkpoints and weight files into a run folder. facts: about the run, for metadata of weight files.
 
     A thread of rank 0 writes one checkpoint at a time. The main thread logs its errors: a process forked while the
     thread logs would inherit the logger's lock.
@@ -130,8 +130,8 @@ class Saver:
     def save(self, learner: Learner, tensors: Groups, state: Json, sync: Callable[[], None], *, last: bool) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
-        sync: flushes this rank's rows before the checkpoint is published. last: wait for the write, and raise UserError
-        if it fails.
+        sync: flushes the rows of this rank before the checkpoint is published. last: wait for the write, and raise
+        UserError if it fails.
         """
         if distributed.is_main():
             self._start(learner, tensors, state, sync)
@@ -150,7 +150,7 @@ class Saver:
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
         for kept, file in RunReader(folder).kept.items():
-            if kept > step:  # of a continuation that this one replaces
+            if kept > step:  # written by a continuation that this run replaces
                 file.unlink(missing_ok=True)
         path = folder / f"checkpoints/step_{step:08d}"
         log.debug("saving %s", path)
@@ -170,7 +170,7 @@ class Saver:
         writer.shutdown(wait=False)  # its thread ends after the write
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the current write. Its error is logged, or raised if this is the `last` write."""
+        """Wait for the current write. Log its error, or raise it if this is the `last` write."""
         if self._written is None:
             return
         error = self._written.exception()
@@ -184,10 +184,7 @@ class Saver:
         log.error("%s\nThe next save tries again", error, exc_info=trace)
 
     def write_alone(self, learner: Learner, name: str) -> str:
-        """Write the weights that are judged as weights/<name>, on all ranks; return their checksum.
-
-        "": the disk refuses them.
-        """
+        """Write the evaluated weights as weights/<name>, on all ranks. Return the checksum; "" if the disk refuses."""
         tensors = learner.exported_tensors()
         metadata = self._metadata(learner, averaged=learner.exports_average)
         path = self.folder.path / "weights" / name
@@ -204,7 +201,7 @@ class Saver:
     def _metadata(self, learner: Learner, *, averaged: bool) -> Json:
         """Return the metadata of a weight file."""
         task = learner.task
-        made = {
+        metadata = {
             "format": 1,
             "script": self.folder.job.script,
             "task": self.folder.config["task"],
@@ -213,10 +210,11 @@ class Saver:
             "lr": learner.schedule.lr,
             "average": averaged,
             "precision": learner.runtime.precision,
+            "epoch": round(learner.plan.epoch_at(learner.step), 2),
+            **self._facts,
         }
-        made["epoch"] = round(learner.plan.epoch_at(learner.step), 2)
         origin = {"origin": task.origin} if task.origin else {}
-        return {**made, **self._facts, **origin, **task.metadata}
+        return {**metadata, **origin, **task.metadata}
 
 
 # ------------------------------------------------------------------------------------------------ keeping and removing
@@ -224,8 +222,8 @@ class Saver:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, oldest first."""
-    every = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in every if path.is_dir() and _NAME.fullmatch(path.name)), key=step_of)
+    paths = (path for path in folder.glob("step_*") if path.is_dir())
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -248,10 +246,10 @@ def remove_others(folder: Path, step: int, best_step: int | None, used: Path = P
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-    every = list_checkpoints(folder)
-    kept = [used, *[path for path in every if step_of(path) <= step][-KEPT:]]
-    for path in every:
-        if path not in kept and step_of(path) != best_step:
+    checkpoints = list_checkpoints(folder)
+    newest = [path for path in checkpoints if step_of(path) <= step][-KEPT:]
+    for path in checkpoints:
+        if path not in (used, *newest) and step_of(path) != best_step:
             _remove(path)
 
 
@@ -267,7 +265,7 @@ def find_damage(path: Path) -> str | None:
         state = json.loads(text)
         if state["format"] != FORMAT:
             return f"state.json has format {state['format']}; this version reads {FORMAT}"
-        itemgetter(*_KEYS)(state)  # a KeyError names the first that is missing
+        itemgetter(*_KEYS)(state)  # a KeyError names the first missing key
         for name, checksum in state["checksums"].items():
             if sha256_file(path / name) != checksum:
                 return f"{name} does not match its checksum"
@@ -283,15 +281,15 @@ def find_checkpoint(folder: Path) -> Path | None:
 
     Raises UserError if all are damaged, because a run must not silently start again from step 0.
     """
-    every = list_checkpoints(folder)
-    for path in reversed(every):
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
         problem = find_damage(path)
         if problem is None:
             return path
         log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
-    if every:
+    if checkpoints:
         raise UserError(
-            f"resume: all {len(every)} checkpoints in {folder} are damaged, see the warnings above; restore or "
+            f"resume: all {len(checkpoints)} checkpoints in {folder} are damaged, see the warnings above; restore or "
             "remove them (a checkpoint that resume names is then used), or start in another folder with run_dir=..."
         )
     return None
@@ -322,10 +320,10 @@ def _resume_of(config: TrainingConfig) -> str:
 
 
 def will_resume(config: TrainingConfig, folder: Path) -> bool:
-    """Return whether the run resumes, so that no initial weights are loaded; on rank 0, before any work.
+    """Return whether the run resumes and loads no initial weights. Rank 0 asks before any work.
 
     `choose_checkpoint` chooses the checkpoint later, under the folder's lock: an earlier process may still save. Raises
-    UserError if the newest one has another recipe. A damaged one is ignored: an earlier one is then chosen.
+    UserError if the newest checkpoint has another recipe. A damaged checkpoint is ignored: an earlier one is chosen.
     """
     resume = _resume_of(config)
     if resume != "auto":
@@ -341,20 +339,20 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
 
 
 def check_copy(config: TrainingConfig, saved: Values, place: str) -> None:
-    """Raise UserError if the run of a copy (`loop.checkpoint_mirror`), by its configuration, must not continue here."""
+    """Raise UserError if the run of a copy (`loop.checkpoint_mirror`) must not continue here. saved: its keys."""
     if _resume_of(config) == "never":
         raise UserError(f"resume: never was given, but {place} holds checkpoints; give another run_dir, or set auto")
     _check_recipe(config, saved, Path(place))
 
 
 def _check_recipe(config: TrainingConfig, saved: Values, path: Path) -> list[str]:
-    """Return how a run's recipe differs from its checkpoint's, by `resume_allow`. Raises UserError for other keys."""
+    """Return the differences from a checkpoint's recipe that `resume_allow` names. Raises UserError for other ones."""
     values = hide_secrets_in(config.model_dump(mode="json"))
     return check_resumable(read_saved(saved), values, config.resume_allow, str(path))
 
 
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run; on rank 0.
+    """Return the checkpoint to resume from, or None for a new run. Rank 0 calls it.
 
     Raises UserError if it cannot be read, or its recipe or length does not fit.
     """

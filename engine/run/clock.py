@@ -3,25 +3,27 @@
 import time
 from typing import NamedTuple
 
+from utils.start import STARTED
+
 
 class Stages:
-    """The seconds of each stage of a start; the first ends now. started: by time.monotonic."""
+    """Measure the stages of a start. The first stage, the imports, has just ended."""
 
-    def __init__(self, first: str, started: float) -> None:
-        self._last = started
-        self._said = "start:"
-        self.end(first)
+    def __init__(self) -> None:
+        self._last = STARTED
+        self._line = "start:"
+        self.end("imports")
 
     def end(self, name: str) -> str:
-        """End a stage, and say in a line what all of them have taken."""
-        before = self._last
-        self._last = time.monotonic()
-        self._said += f" {name} {self._last - before:.1f} s"
-        return self._said
+        """End a stage. Return a line with the seconds of all stages so far."""
+        now = time.monotonic()
+        self._line += f" {name} {now - self._last:.1f} s"
+        self._last = now
+        return self._line
 
 
 class Mark(NamedTuple):
-    """A moment of a run: updates done, and the clock's seconds then."""
+    """A moment of a run: the number of updates, and the seconds of the clock."""
 
     step: int = 0
     seconds: float = 0.0
@@ -29,14 +31,17 @@ class Mark(NamedTuple):
 
 
 class Clock:
-    """Count `seconds` of training, without evaluations, plots and checkpoints, and those `waited` for data."""
+    """Count the seconds of training, without evaluations, plots and checkpoints. waited: the seconds without data.
+
+    has_stepped: whether this process has made an update.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.waited = 0.0
         self._phase = ""
         self._since = time.perf_counter()
-        self._has_stepped = False
+        self.has_stepped = False
 
     def enter(self, phase: str) -> None:
         """Begin a phase of the main thread; `loading` and `computing` are training."""
@@ -48,13 +53,9 @@ class Clock:
         now = time.perf_counter()
         if self._phase in ("loading", "computing"):
             self.seconds += now - self._since
-        if self._phase == "loading" and self._has_stepped:  # before the first step, the workers start
+        if self._phase == "loading" and self.has_stepped:  # before the first step, the workers start
             self.waited += now - self._since
         self._since = now
-
-    def end_step(self) -> None:
-        """Note that an update is done."""
-        self._has_stepped = True
 
     def mark(self, step: int) -> Mark:
         """Return the moment after `step` updates."""

@@ -1,9 +1,9 @@
-"""The evaluations of a run: the figures of the exported weights, and the weights that are best by one of them."""
+"""The evaluations of a run: the figures of the exported weights, and the best weights by one of the figures."""
 
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 import torch
@@ -29,9 +29,9 @@ _SHOWN_FIGURES = 3  # figures of an evaluation in the log line
 
 @dataclass(frozen=True)
 class Best:
-    """The task's best_metric at the best evaluation so far, with its 95 % interval if it has one, and its step.
+    """The task's best_metric at an evaluation, its 95 % interval if it has one, and the step.
 
-    weights: the checksum of their file.
+    weights: the checksum of the weight file.
     """
 
     value: float | None = None
@@ -40,30 +40,28 @@ class Best:
     weights: str = ""
 
 
+@dataclass
 class Evaluator:
-    """Evaluate the weights of a run, save the best ones, and tell when the run has stalled.
+    """Evaluate the weights of a run, save the best weights, and tell when the run has stalled.
 
     gain: the last evaluation that was better than the gain before it by more than `loop.early_stop_least`. report,
-    step: the scalars and the step of the newest evaluation. These and `best` are checkpointed.
-    tables: of this process's newest evaluation. seconds: of the newest evaluation, or about those of the first one.
+    step: the scalars and the step of the newest evaluation. A checkpoint holds these and `best`. tables: the tables of
+    the newest evaluation of this process. seconds: the time of the newest evaluation, or an estimate for the first one.
     finish: completes the weights before the last evaluation.
     """
 
-    def __init__(
-        self, learner: Learner, streams: Streams, config: TrainingConfig, recorder: Recorder, saver: Saver
-    ) -> None:
-        self.learner = learner
-        self.streams = streams
-        self.config = config
-        self.recorder = recorder
-        self.saver = saver
-        self.best = Best()
-        self.gain = Best()
-        self.report: dict[str, float] = {}
-        self.step = 0
-        self.tables: Values = {}
-        self.seconds = 0.0
-        self.finish: Finish | None = None
+    learner: Learner
+    streams: Streams
+    config: TrainingConfig
+    recorder: Recorder
+    saver: Saver
+    best: Best = Best()
+    gain: Best = Best()
+    report: Values = field(default_factory=dict)
+    step: int = 0
+    tables: Values = field(default_factory=dict)
+    seconds: float = 0.0
+    finish: Finish | None = None
 
     @property
     def has_stalled(self) -> bool:
@@ -76,7 +74,7 @@ class Evaluator:
 
     @property
     def is_owed(self) -> bool:
-        """Whether this step's evaluation is due and not done; in a resumed run, a stop request has interrupted it."""
+        """Whether this step's evaluation is due and not done. In a resumed run, a stop request has interrupted it."""
         plan, step = self.learner.plan, self.learner.step
         return self.step < step and plan.is_due(step, plan.evaluate_every_epochs)
 
@@ -126,7 +124,7 @@ class Evaluator:
             self.gain = Best(value, step)
 
     def _gain(self, value: float, before: Best) -> float:
-        """Return by how much a figure is better than that of another evaluation; NaN if it is not finite."""
+        """Return by how much a figure is better than the figure of another evaluation; NaN if it is not finite."""
         sign = -1 if self.learner.task.best_is_lowest else 1
         known = -sign * math.inf if before.value is None else before.value
         return sign * (value - known)
@@ -134,7 +132,7 @@ class Evaluator:
     def begin(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model.
 
-        The weights of a task that are complete at the start are evaluated, too.
+        If the weights of the task are complete at the start, evaluate them, too.
         """
         self.recorder.enters(0, "evaluating")
         drawn = self.measure(only_draws=True).images
@@ -156,7 +154,7 @@ class Evaluator:
             learner.task.train()
 
     def _due_loaders(self, most: int | None) -> Loaders:
-        """Return the loaders due at this step, in batches that fit the device if micro-batches are chosen or halved."""
+        """Return the loaders due at this step. If micro-batches are chosen or halved, batches have their size."""
         learner = self.learner
         size = learner.micro_batches.size
         is_chosen = self.config.loop.micro_batch_size == "auto" or size < learner.plan.micro_batch_size
@@ -188,7 +186,7 @@ class Evaluator:
                 write_json(file, result)
 
     def name_best(self, interval: str = "") -> str:
-        """Return the best figure, its name and its epoch. interval: to show behind the figure."""
+        """Return the name of the best figure, the figure and its epoch. interval: text behind the figure."""
         metric = show_evaluated(self.learner.task.best_metric)
         epoch = self.learner.plan.shown_epoch(self.best.step)
         return f"{metric} {self.best.value:.4g}{interval} at epoch {epoch:g}"
@@ -203,7 +201,7 @@ class Evaluator:
         }
 
     def load_state(self, state: Values, *, same_metric: bool) -> None:
-        """Restore what `state` returned. same_metric: the run still chooses by the figure (`loop.best`)."""
+        """Restore the state of a checkpoint. same_metric: the run still chooses by the same figure (`loop.best`)."""
         if same_metric:
             self.best = Best(**state["best"])
             self.gain = Best(**state.get("gain", state["best"]))

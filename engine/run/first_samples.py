@@ -1,4 +1,4 @@
-"""The first samples of a run as the network will see them (`dry_run=true`)."""
+"""Draw the first samples of a run as the network will see them (`dry_run=true`)."""
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ from engine.plan import Plan
 from engine.task import Streams, Task
 from utils import rng
 from utils.record.figures import INK
-from utils.record.pictures import Line, image_grid, wrap
+from utils.record.pictures import image_grid, wrap
 
 _SAMPLES = 24
 _MOST_LINES = 12  # of a text
 
 
 def draw_first_samples(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
-    """Draw the first positions of the first rank: cropped, augmented, mixed, masked, with their texts."""
+    """Draw the first samples of the first rank: cropped, augmented, mixed, masked, with their texts."""
     train = streams.in_order[0]
     micro = plan.micro_batch_size
-    tiles: list[tuple[np.ndarray, list[Line]]] = []
+    tiles = []
     for number, batch in enumerate(train.show(plan.batch_size, micro, plan.world_size)):
         step, part = divmod(number, plan.batch_size // plan.world_size // micro)
         rng.seed_micro_step(config.seed, step, part, 0, torch.device("cpu"))

@@ -27,7 +27,7 @@ from engine.update.learner import Learner
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
-from utils.io.files import Json, ignore_write_errors, write_json
+from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
@@ -46,7 +46,7 @@ _MOST_SKIPPED = 4  # in a row, because the loss scale of fp16 may be too high at
 
 @dataclass
 class _Curve:
-    """Ascending learning rates and their losses. diverged: the test ended early because the loss diverged."""
+    """Ascending learning rates and their losses. diverged: whether the loss diverged, which ends the test early."""
 
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -145,7 +145,7 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
 
 
 def find_lr(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder) -> float | None:
-    """Return the peak learning rate found by a range test, or None to keep the configured one.
+    """Find the peak learning rate by a range test. Return None to keep the configured rate.
 
     Writes lr_finder.json and plots/lr_finder_plot.png. Raises Stopped on request.
     """
@@ -159,22 +159,21 @@ def find_lr(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, re
     else:
         log.info("lr_finder: takes %.3g, %s; the configured rate is %.3g; %.1f s", rate, reason, plan.lr, seconds)
     if distributed.is_main():
-        about = {"configured": plan.lr, "taken": rate, "reason": reason, "seconds": seconds}
-        _write(recorder.folder, curve, about)
+        smoothed = curve.smoothed.tolist()
+        about = {"configured": plan.lr, "taken": rate, "reason": reason, "seconds": seconds, "smoothed": smoothed}
+        file = recorder.folder / "lr_finder.json"
+        with ignore_write_errors(file):
+            write_json(file, {**about, **asdict(curve)})
+        if curve.losses:
+            _draw(recorder.folder, curve, rate)
     return rate
 
 
-def _write(folder: Path, curve: _Curve, about: Json) -> None:
+def _draw(folder: Path, curve: _Curve, rate: float | None) -> None:
     from utils.record.plots import plot_range_test  # imports matplotlib
 
-    smoothed = curve.smoothed.tolist()
-    file = folder / "lr_finder.json"
-    with ignore_write_errors(file):
-        write_json(file, {**about, **asdict(curve), "smoothed": smoothed})
-    if not curve.losses:
-        return
     title = f"{folder.resolve().name}: range test, {len(curve.losses)} updates"
     picture = folder / "plots/lr_finder_plot.png"
     with ignore_write_errors(picture):
-        plot_range_test(curve.rates, (curve.losses, smoothed), about["taken"], title, picture)
+        plot_range_test(curve.rates, (curve.losses, curve.smoothed), rate, title, picture)
     log.info("lr_finder: see %s", picture)

@@ -1,7 +1,7 @@
-"""`loop.minutes`: the number of steps of a run that has a time, in minutes.json of its folder.
+"""The pace of a run with `loop.minutes`: keep its number of steps in minutes.json, and correct the number by the clock.
 
-engine/run/timing.py finds the number at the start of a run. While the run trains, `Pace` corrects it by the clock. A
-number holds from a step on. A resumed run repeats the corrections, and makes no others.
+engine/run/timing.py measures the number at the start of a run. A corrected number holds from a step on. A resumed run
+repeats the corrections of the first process and makes no further ones.
 """
 
 import math
@@ -21,14 +21,14 @@ from utils.start import STARTED
 log = get_logger(__name__)
 
 _FILE = "minutes.json"
-_FIRST_SHARE = 0.15  # of the steps, before the first correction; then half of the rest, and half of that
-_LAST_SHARE = 0.02  # of the steps: with less left, nothing is corrected
+_FIRST_SHARE = 0.15  # of the steps precede the first correction; the next ones halve the rest
+_LAST_SHARE = 0.02  # of the steps follow the last correction
 
 
 class Length(Strict):
-    """What a run has found. words: the recipe that `loop.minutes` planned. steps: at the start.
+    """The length of a run. words: the recipe that `loop.minutes` planned. steps: the number measured at the start.
 
-    corrected: the number of steps, by the step after which it holds.
+    corrected: the corrected numbers, by the step after which a number holds.
     """
 
     minutes: float
@@ -43,7 +43,7 @@ class Length(Strict):
 
 
 def read_minutes(folder: Path, minutes: float) -> Length | None:
-    """Return what an earlier start of the run has found; None without one.
+    """Return the length that an earlier start of the run has measured; None without an earlier start.
 
     Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
     """
@@ -51,19 +51,19 @@ def read_minutes(folder: Path, minutes: float) -> Length | None:
     if not file.exists():
         return None
     try:
-        found = Length.model_validate_json(file.read_bytes())
+        length = Length.model_validate_json(file.read_bytes())
     except ValueError as error:
         raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
-    if found.minutes != minutes:
+    if length.minutes != minutes:
         raise UserError(
-            f"loop.minutes: {minutes:g}, but {folder} was planned for {found.minutes:g}; set "
-            f"loop.minutes={found.minutes:g}, or give another run_dir"
+            f"loop.minutes: {minutes:g}, but {folder} was planned for {length.minutes:g}; set "
+            f"loop.minutes={length.minutes:g}, or give another run_dir"
         )
-    return found
+    return length
 
 
 class Speed(NamedTuple):
-    """The seconds of a step in the first epoch, and of a later one, when images come from the memory cache."""
+    """The seconds of a step in the first epoch, and in later epochs, whose images come from the memory cache."""
 
     first: float
     later: float
@@ -74,7 +74,7 @@ class Speed(NamedTuple):
         return min(step, self.epoch) * self.first + max(0, step - self.epoch) * self.later
 
     def count(self, seconds: float) -> int:
-        """Return the number of steps that fit."""
+        """Return the number of steps that fit into some seconds."""
         more = seconds - self.epoch * self.first
         return int(self.epoch + more / self.later if more > 0 else seconds / self.first)
 
@@ -82,32 +82,32 @@ class Speed(NamedTuple):
 class Pace:
     """Correct the number of steps of a run, so that it ends with its minutes.
 
-    speed: as the process that has begun the run expects it from `start` on; None in another process, which repeats its
-    corrections. end_sec: what follows the last evaluation, and its preparation.
+    speed: the expected speed from `start` on, in the process that began the run. None in another process, which repeats
+    the corrections. end_sec: the time after the last evaluation, and of its preparation.
     """
 
-    def __init__(self, folder: Path, found: Length, start: Mark, speed: Speed | None, end_sec: float) -> None:
+    def __init__(self, folder: Path, length: Length, start: Mark, speed: Speed | None, end_sec: float) -> None:
         self._file = folder / _FILE
-        self._found = found
+        self._length = length
         self._next = -1  # step of the next correction
         self._since = start
         self._speed = speed
         self._end_sec = end_sec
         if speed is not None:
-            self._next = start.step + math.ceil(_FIRST_SHARE * (found.steps - start.step))
+            self._next = start.step + math.ceil(_FIRST_SHARE * (length.steps - start.step))
             self._write()
 
     def _write(self) -> None:
         if distributed.is_main():
             with output_errors("run_dir", self._file):
-                write_json(self._file, self._found.model_dump())
+                write_json(self._file, self._length.model_dump())
 
     def steps_at(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
-        """Return the number of steps, after `step` of them; all ranks call it. evaluation_sec: of one to come.
+        """Return the number of steps after `step` updates. All ranks call it. evaluation_sec: of an evaluation.
 
         Raises UserError (`run_dir`) if a correction cannot be written.
         """
-        corrected = self._found.corrected
+        corrected = self._length.corrected
         if step == self._next and not plan.phase_ends:
             steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
             log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
@@ -117,7 +117,7 @@ class Pace:
         return corrected.get(step, plan.total_steps)
 
     def _count(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
-        """Return the number of steps that fit, if those of this epoch, or of later ones, go on as since `_since`."""
+        """Return the number of steps that fit, if the steps keep the speed that they have had since `_since`."""
         now = clock.mark(step)
         step_sec = (now.seconds - self._since.seconds) / (step - self._since.step)
         if step <= self._speed.epoch:
@@ -125,6 +125,6 @@ class Pace:
         elif self._since.step >= self._speed.epoch:
             self._speed = self._speed._replace(later=step_sec)
         self._since = now
-        left = 60 * self._found.minutes - (monotonic() - STARTED) - self._end_sec
+        left = 60 * self._length.minutes - (monotonic() - STARTED) - self._end_sec
         left -= plan.evaluations_after(step) * evaluation_sec
         return max(step + 1, self._speed.count(self._speed.seconds_to(step) + left))

@@ -56,7 +56,7 @@ class _Meter:
 
     def state(self) -> dict[str, list[float]]:
         """Return the sums as JSON values."""
-        state: dict[str, list[float]] = {}
+        state = {}
         for names, sums in self._sums.items():
             for name, (total, count) in zip(names, sums.tolist()):
                 pair = state.setdefault(name, [0.0, 0.0])
@@ -114,7 +114,7 @@ class _SampleLog(AppendFile):
 class Recorder:
     """Record one run. The run starts `watchdog` and `bar`; `open` opens the files.
 
-    stage, samples: what the main thread does, for messages. best: the best figure so far.
+    stage: what the main thread does; samples: what it does it with. Both are for messages. best: the best figure.
     """
 
     def __init__(self, config: TrainingConfig, learner: Learner, folder: Path) -> None:
@@ -210,17 +210,15 @@ class Recorder:
             self._write_progress("running")
 
     def _speed(self, since: Mark, step: int) -> dict[str, float]:
-        """Return the images per second since a moment, the peak memory and the seconds of the run."""
+        """Return the images per second since a moment, the seconds of the run, and the peak memory of this process.
+
+        The memory is what was allocated on the GPU, or what was resident on a CPU.
+        """
         now = self.clock.mark(step)
         seconds = now.seconds - since.seconds
         rate = (step - since.step) * self._plan.batch_size / seconds if seconds > 0 else float("nan")
-        return {"images_per_sec": rate, "peak_memory_gib": self._peak_gib(), "seconds": now.seconds}
-
-    def _peak_gib(self) -> float:
-        """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
-        return peak_memory() / 2**30
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else peak_memory()
+        return {"images_per_sec": rate, "peak_memory_gib": peak / 2**30, "seconds": now.seconds}
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Record update number `step` (from 1), without a host synchronisation."""
@@ -230,7 +228,7 @@ class Recorder:
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
-        self.clock.end_step()
+        self.clock.has_stepped = True
 
     def _write_progress(self, state: str) -> None:
         """Write what the run is doing, for the page."""
@@ -340,7 +338,7 @@ class Recorder:
         }
 
     def load_state(self, state: Json) -> None:
-        """Restore what `state` returned."""
+        """Restore the state of a checkpoint."""
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.steps = [tuple(skipped) for skipped in state["skipped"]]

@@ -1,9 +1,9 @@
 """A copy of a run folder in a store that fsspec can write, such as s3://bucket/folder, for a machine that may be lost.
 
-The copy has the names of the run folder. The checksum of a checkpoint is copied last, after all that the same command
-needs to continue, so a machine that is lost at any moment leaves the checkpoints before. The machine that
-began the run last owns the copy: the run of an earlier one ends at its next save. Credentials and endpoints come
-from the environment and fsspec's configuration.
+Files have the same names in the copy as in the run folder. The checksum of a checkpoint is copied last, after all files
+that the same command needs to continue. A machine that is lost at any moment leaves a copy with the earlier
+checkpoints. The machine that began the run last owns the copy: the run of an earlier machine ends at its next save.
+Credentials and endpoints come from the environment and fsspec's configuration.
 """
 
 import json
@@ -25,15 +25,15 @@ from utils.record.run_folder import locked
 log = get_logger(__name__)
 
 _KEY = "loop.checkpoint_mirror"
-_MARK = "state.sha256"  # of a whole checkpoint
+_MARK = "state.sha256"  # the last file of a whole checkpoint
 _WHOLE = re.compile(rf"checkpoints/[^/]+/{re.escape(_MARK)}")
-_OWNER = ".owner"  # the folder and the host whose run the copy is
+_OWNER = ".owner"  # names the run folder and its host
 
 
 class RemoteCopy:
-    """The copy of a run folder below a URL (`loop.checkpoint_mirror`); None: there is no copy. For rank 0.
+    """The copy of a run folder below a URL (`loop.checkpoint_mirror`); None: there is no copy. Rank 0 uses it.
 
-    checkpoint: the newest one whose copy was begun.
+    checkpoint: the newest checkpoint whose copy has begun.
     """
 
     def __init__(self, url: str | None, run: Path) -> None:
@@ -47,10 +47,10 @@ class RemoteCopy:
         self._versions: set[tuple[str, int]] = set()  # of copied files
 
     def copy(self, *, last: bool) -> None:
-        """Copy the folder with its newest checkpoint in the background, unless a copy is still being made.
+        """Copy the folder with its newest checkpoint in the background, unless the thread is still copying.
 
-        last: wait for the copy before, and for this one. A copy that fails is a warning, at the next one. Raises
-        UserError (`loop.checkpoint_mirror`) at the next one if another process owns the copy.
+        last: wait for the earlier copy and for this one. The next call warns of a copy that failed, or raises UserError
+        (`loop.checkpoint_mirror`) if another process owns the copy.
         """
         if self._url is None or not (last or self._copied.done()):
             return
@@ -87,8 +87,8 @@ class RemoteCopy:
     def fetch(self, check: Callable[[Values, str], None]) -> None:
         """Own the copy, and fetch it if it has a newer checkpoint than the run folder.
 
-        check: raises UserError if the run of the copy, given by its configuration and its place, is another one; it is
-        called before a byte is written. Raises UserError (`loop.checkpoint_mirror`) if the store fails and the folder
+        check: raises UserError if the copy, by its configuration and its place, is a copy of another run; it is called
+        before a byte is written. Raises UserError (`loop.checkpoint_mirror`) if the store fails and the folder
         has no checkpoint, because a run must not silently start again from step 0; or (`run_dir`) if another process
         uses the folder.
         """
@@ -128,24 +128,24 @@ class RemoteCopy:
 
 
 def _name_of(run: Path) -> str:
-    """Return the name of a run's copy in the store: its path, which is never a pattern or a chain of URLs."""
+    """Return the name of a run's copy in the store: the path, which is never a pattern or a chain of URLs."""
     return "/".join(part for part in run.parts if part not in ("/", ".."))
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Return the files below a folder by their names there."""
+    """Return the paths of the files below a folder, relative to the folder."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def _in_order(names: Iterable[str], checkpoints: Sequence[str]) -> list[str]:
-    """Return the files to copy: those outside of checkpoints, then those of some checkpoints, and their marks last.
+    """Return the files to copy: the files outside of checkpoints, the files of some checkpoints, and their marks last.
 
-    Hidden files and files in hidden folders are left out.
+    Hidden files and files in hidden folders are skipped.
     """
-    shown = [name for name in names if not re.search(r"(^|/)\.", name)]
-    rest = [name for name in shown if not name.startswith("checkpoints/")]
-    kept = [name for name in shown if name.startswith(tuple(checkpoints))]
-    return rest + sorted(kept, key=lambda name: name.endswith(_MARK))
+    visible = [name for name in names if not re.search(r"(^|/)\.", name)]
+    outside = [name for name in visible if not name.startswith("checkpoints/")]
+    inside = [name for name in visible if name.startswith(tuple(checkpoints))]
+    return outside + sorted(inside, key=lambda name: name.endswith(_MARK))
 
 
 def _newest(names: list[str]) -> str:

@@ -29,6 +29,7 @@ WINDOW_STEPS = 100
 MOST_SKIPPED = 50  # of the last WINDOW_STEPS; more end the run
 EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run
 _MOST_LOGGED = 8  # steps and paths in the log; the file has all
+_FIELDS = ("sample_id", "weight")  # of a batch
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
     "gradient": "its gradient was not finite (every loss was)",
@@ -38,14 +39,13 @@ _REASONS = {
 
 def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int], list[int]]:
     """Return the ids of this rank's samples with a loss that is not finite, and the ids of all its samples."""
-    every = torch.cat([batch["sample_id"] for batch in batches])
-    weight = torch.cat([batch["weight"] for batch in batches])
+    ids, weight = (torch.cat([batch[name] for batch in batches]) for name in _FIELDS)
     is_bad = ~torch.isfinite(torch.cat(list(result.losses))) & (weight > 0)
-    return every[is_bad].tolist(), every.tolist()
+    return ids[is_bad].tolist(), ids.tolist()
 
 
 class SkipWatch:
-    """Count skipped steps. steps: (number from 1, cause) of each one among the last WINDOW_STEPS."""
+    """Count skipped steps. steps: (number from 1, cause) of the skipped ones among the last WINDOW_STEPS."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, str]] = []
@@ -54,7 +54,7 @@ class SkipWatch:
         self._path: Path | None = None
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
-        """Drop the file's rows beyond `last_step`, and append later ones. path_of: returns a sample's path."""
+        """Drop the rows of the file beyond `last_step`; later rows are appended. path_of: returns a sample's path."""
         self._path_of = path_of
         if distributed.is_main():
             self._path = folder / "skipped_steps.jsonl"
@@ -63,21 +63,21 @@ class SkipWatch:
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Add update number `step`, from 1."""
         # Copies: a view of a packed batch would keep all of the batch's images.
-        kept = [{name: batch[name].clone() for name in ("sample_id", "weight")} for batch in batches]
-        self._pending.append((step, kept, result))
+        copies = [{name: batch[name].clone() for name in _FIELDS} for batch in batches]
+        self._pending.append((step, copies, result))
 
     def read(self, step: int) -> None:
         """Report the skipped steps since the last call, on all ranks. A host synchronisation."""
         if not self._pending:
             return
         applied = torch.stack([result.applied for _, _, result in self._pending]).tolist()
-        skipped = [each for each, is_applied in zip(self._pending, applied) if not is_applied]
+        skipped = [update for update, is_applied in zip(self._pending, applied) if not is_applied]
         self._pending.clear()
         self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
         if not skipped:
             return
-        every = distributed.gather_objects([_sample_ids(batches, result) for _, batches, result in skipped])
-        rows = [self._describe(number, result, ids) for (number, _, result), *ids in zip(skipped, *every)]
+        ranks = distributed.gather_objects([_sample_ids(batches, result) for _, batches, result in skipped])
+        rows = [self._describe(number, result, ids) for (number, _, result), *ids in zip(skipped, *ranks)]
         self.steps += [(row["step"], row["what"]) for row in rows]
         if self._path is None:
             return
@@ -91,7 +91,7 @@ class SkipWatch:
             file.sync()
 
     def _describe(self, number: int, result: StepResult, ids: Sequence[tuple[list[int], list[int]]]) -> Json:
-        """Return the row of a skipped step. ids: of each rank, from `_sample_ids`."""
+        """Return the row of a skipped step. ids: from `_sample_ids`, one pair a rank."""
         ranks = [rank for rank, (bad, _) in enumerate(ids) if bad]
         what = "gradient"
         if ranks:

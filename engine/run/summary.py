@@ -10,7 +10,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the last screen has it
+_MUCH_WAITING = 0.1  # the last screen mentions the wait for data above this share of the training time
 _WAITING = (
     "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
     "small files into shards (prepare.py job=pack), or set augment.on_device=true"
@@ -18,10 +18,14 @@ _WAITING = (
 
 
 def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str]) -> None:
-    """Log the summary of a finished run. seconds: of this process. next_commands: to suggest."""
+    """Log the summary of a finished run. seconds: the time of this process. next_commands: suggestions."""
     learner, recorder, streams = evaluator.learner, evaluator.recorder, evaluator.streams
     folder = recorder.folder
-    rows = [] if evaluator.best.step is None else [("best", _show_best(evaluator))]
+    rows = []
+    if evaluator.best.step is not None:
+        metric = learner.task.best_metric
+        last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
+        rows.append(("best", f"{evaluator.name_best(show_interval(evaluator.best.interval))}; last {last:.4g}"))
     rows += [
         ("weights", f"{folder}/weights"),
         ("curves", f"{folder}/plots/curves.png"),
@@ -40,11 +44,3 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
     end = "finished" if learner.step >= learner.plan.total_steps else "stopped early by loop.early_stop_epochs"
     title = f"{end}: {learner.step:,} steps in {show_duration(seconds)}"
     log.info("%s", Lines(show_lines(title, rows)))
-
-
-def _show_best(evaluator: Evaluator) -> str:
-    """Return the best figure with its interval and epoch, and the last one."""
-    learner = evaluator.learner
-    metric = learner.task.best_metric
-    last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
-    return f"{evaluator.name_best(show_interval(evaluator.best.interval))}; last {last:.4g}"

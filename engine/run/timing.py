@@ -1,7 +1,7 @@
-"""`loop.minutes`: as many steps as fit into a time, measured at the start of a run.
+"""Measure at the start of a run how many steps fit into `loop.minutes`.
 
-Updates and parts of evaluations are timed on the run's own machine and data, and undone. The minutes include the start
-of the script, evaluations, and the files at the end. engine/run/pace.py keeps the number, and corrects it later.
+Updates and parts of evaluations are timed on the machine and the data of the run, then undone. The minutes include the
+start of the script, the evaluations, and the files at the end. engine/run/pace.py keeps the number and corrects it.
 """
 
 import math
@@ -24,37 +24,37 @@ from utils.start import STARTED
 
 log = get_logger(__name__)
 
-_WARM_UP_UPDATES = 3  # updates, and evaluations of a batch: the first are slow
-_TIMING_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
+_WARM_UP_UPDATES = 3  # the first ones are slow
+_TIMING_SHARE = 0.02  # of the time for a timing of updates; a stream has two
 _MOST_TIMED_UPDATES = 50  # of a timing
 _FEW_UPDATES = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
 _DRAIN_FACTOR = 2  # times the batches read ahead are used up first: the timing then waits for data as the run will
 _TIMED_BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
-_NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; a GPU that does nothing else takes equal times
+_NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; on an idle GPU the times are equal
 
 
 def fit_minutes(run: Run) -> None:
-    """Give the run the number of steps that fits into its minutes, measured now or by its first start.
+    """Give the run the number of steps that fit into its minutes, measured now or by its first start.
 
     Raises UserError (`loop.minutes`) if no step fits.
     """
     minutes = run.config.loop.minutes
     if minutes is None:
         return
-    found = read_minutes(run.folder.path, minutes)
+    length = read_minutes(run.folder.path, minutes)
     speed = None
     finish = run.evaluator.finish
     end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
-    if found is None:
+    if length is None:
         speed = _time_steps(run, _TIMING_SHARE * 60 * minutes)
-        found = _measure_length(run, minutes, speed, end_sec)
-    run.pace = Pace(run.folder.path, found, run.recorder.clock.mark(run.step), speed, end_sec)
-    run.use_length(found.steps_before(run.step))
+        length = _measure_length(run, minutes, speed, end_sec)
+    run.pace = Pace(run.folder.path, length, run.recorder.clock.mark(run.step), speed, end_sec)
+    run.use_length(length.steps_before(run.step))
 
 
 def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> Length:
-    """Time an evaluation, and return the number of steps that fits."""
+    """Time an evaluation. Return the length of the run, with the number of steps that fit."""
 
     def plan_of(steps: int) -> Plan:
         return plan_streams(run.config, run.streams, run.plan.world_size, steps)
@@ -76,7 +76,7 @@ def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> L
 
 
 def _count_steps(left: float, speed: Speed, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
-    """Return the number of steps that leave time for their evaluations and for a range test."""
+    """Return the number of steps that leave time for evaluations and a range test."""
     steps = int(left / min(speed.first, speed.later))
     while steps >= 1:  # fewer steps may have fewer evaluations
         plan = plan_of(steps)
@@ -88,9 +88,9 @@ def _count_steps(left: float, speed: Speed, evaluation_sec: float, plan_of: Call
 
 
 def _time_steps(run: Run, seconds: float) -> Speed:
-    """Return the speed of updates: the same ones are timed twice, of all streams by their share of the run.
+    """Return the speed of updates: the mean of all streams by their share of the run. The same updates are timed twice.
 
-    seconds: of each timing.
+    seconds: the duration of a timing.
     """
     shares = [phase.fraction for phase in run.config.loop.phases or ()]
     shares.append(1 - math.fsum(shares))
@@ -103,7 +103,7 @@ def _time_steps(run: Run, seconds: float) -> Speed:
 
 
 def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None) -> tuple[int, float]:
-    """Return the number of updates of one stream that were timed, and their mean seconds. The updates are undone."""
+    """Time updates of one stream and undo them. Return the number of updates and their mean seconds."""
     from engine.run.lr_finder import undone
 
     learner = run.learner
@@ -134,7 +134,7 @@ def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None)
 
 
 def _time_evaluation(run: Run) -> float:
-    """Return the seconds of an evaluation, from its first batches."""
+    """Return the seconds of an evaluation, estimated from its first batches."""
     batches = max([len(loader) for loader in run.streams.evaluation.values()], default=0)
     if not (run.streams.evaluation_samples and batches):
         return 0.0
@@ -159,7 +159,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
-    """Return the seconds of an update of a network by a batch of images, without reading them."""
+    """Return the seconds of an update of a network by a batch of images, without the time to read images."""
     from engine.update.graphs import record_graph
 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)

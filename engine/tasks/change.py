@@ -1,6 +1,7 @@
 """A change of the configuration before a run, by the recipe or by a kind of training."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from data.collection.collection import Collection
@@ -14,25 +15,25 @@ from utils.config.command_line import Job
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 
 
+@dataclass
 class Start:
-    """What a change may ask: the command line, the machine and the collection.
+    """The command line, the machine and the collection, which changes read.
 
     The plan of `loop.minutes` replaces `job` and `runtime`.
     """
 
-    def __init__(self, job: Job, runtime: Runtime, stages: Stages) -> None:
-        self.job = job
-        self.runtime = runtime
-        self._stages = stages
-        self._opened: tuple[DataConfig, Collection] | None = None
+    job: Job
+    runtime: Runtime
+    stages: Stages
+    opened: tuple[DataConfig, Collection] | None = None
 
     def collection(self, data: DataConfig) -> Collection:
         """Return the collection, which is indexed once."""
-        if self._opened is None or self._opened[0] != data:
+        if self.opened is None or self.opened[0] != data:
             with warming(self.runtime.device):
-                self._opened = data, load_collection(data)
-            self._stages.end("collection")
-        return self._opened[1]
+                self.opened = data, load_collection(data)
+            self.stages.end("collection")
+        return self.opened[1]
 
 
 class ConfigChange(NamedTuple):

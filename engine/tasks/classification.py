@@ -34,7 +34,7 @@ from utils.io.files import Json
 from utils.ranks import distributed
 
 _SHOWN_MISTAKES = 48  # images in a picture
-_MOST_PAIRS = 1000  # rows of the table of confusions
+_MOST_PAIRS = 1000  # in the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 _HEAD_IMAGES_A_MINUTE = 2000  # with loop.minutes: 3 to 6 ms each, on one core, and they are read twice
 
@@ -60,7 +60,7 @@ class ClassificationTask(MixingTask):
         self.keep_head = self.head == "kept"
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode. Below a refitted head, batch norms keep the statistics with which it was fitted."""
+        """Set the mode. Batch norms below a refitted head keep the statistics that the head was fitted with."""
         super().train(mode)
         for module in self.network.modules():
             if self.head == "refitted" and isinstance(module, _BatchNorm):
@@ -105,7 +105,7 @@ class ClassificationTask(MixingTask):
         return report, make_promise(decided, risk)
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
-        """Return the report, and the right and wrong answers by probability; with leads, those to leads alone."""
+        """Return the report, and the right and wrong answers by probability. With leads, only they count."""
         from engine.measures.tag_scores import decision_rows
 
         names = self.class_names
@@ -131,33 +131,31 @@ class ClassificationTask(MixingTask):
             )
             counts.add(labels, predicted, valid)
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
-            fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
-            fields |= {"predicted": predicted, "prob": prob}
-            counted = valid
+            ids = batch["sample_id"]
+            is_lead = valid
             if leads is not None:
-                counted = valid & (
-                    torch.as_tensor(leads, device=valid.device)[batch["sample_id"]] == batch["sample_id"]
-                )
-            decisions.add(prob.logit()[:, None], hits[:, :1], counted)
-            mistakes.add(prob, valid & ~hits[:, 0], fields)
+                is_lead = valid & (torch.as_tensor(leads, device=valid.device)[ids] == ids)
+            decisions.add(prob.logit()[:, None], hits[:, :1], is_lead)
+            fields = {"sample_id": ids, "images": batch["images"], "labels": labels}
+            mistakes.add(prob, valid & ~hits[:, 0], {**fields, "predicted": predicted, "prob": prob})
         scalars = means.reduce()
         confusion = counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
         wrong = mistakes.reduce()
-        decided = decisions.reduce()
+        answers = decisions.reduce()
         if distributed.is_main():
             report.tables = {
                 "classes": confusion.class_rows(names),
                 "confusions": confusion.pair_rows(names, _MOST_PAIRS),
             }
-            ((_, correct, predicted),) = decided.tails()
-            counts = (side[0].cpu().numpy() for side in (predicted, correct))
-            report.tables["decisions"] = decision_rows("all", *counts, int(scalars["samples"]))
+            ((_, *tails),) = answers.tails()
+            correct, predicted = (counts[0].cpu().numpy() for counts in tails)
+            report.tables["decisions"] = decision_rows("all", predicted, correct, int(scalars["samples"]))
             report.images = {
                 "confusion": lambda: draw_confusion(confusion, names),
                 "mistakes": lambda: draw_predictions(wrong, names),
             }
-        return report, decided
+        return report, answers
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the label, the first class and its probability, and the loss."""
@@ -186,7 +184,7 @@ class ClassificationKind(Kind):
     )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
-        """Return the class names, checked against the validation split."""
+        """Return the class names, which include the classes of the validation split."""
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
@@ -203,7 +201,7 @@ class ClassificationKind(Kind):
         runtime: Runtime,
         is_new: bool,
     ) -> Finish | None:
-        """Fit the head of a new run, with `task.head=fitted` or `refitted`, which is fitted at the end, too."""
+        """Fit the head of a new run, with `task.head=fitted` or `refitted`, which is fitted again at the end."""
         from engine.tasks.head import fit_head
 
         if task.head not in ("fitted", "refitted"):
@@ -212,7 +210,7 @@ class ClassificationKind(Kind):
         rows = spread(training_rows(data.collection, config.loop, is_usable), count_head_images(config))
         views = evaluation_views(setup.preprocessing)
         if task.head == "fitted":
-            # A head that was fitted to plain images is overconfident, and the first steps at a usual rate undo the fit.
+            # A head fitted to images without augmentation is overconfident, and the first steps would undo the fit.
             views = self.views(setup, config.augment)
         fit = partial(fit_head, task, data.evaluation(rows, fields, views), runtime)
         started = monotonic()

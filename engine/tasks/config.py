@@ -24,7 +24,7 @@ class TaskConfig(Strict):
 
 
 class TaskTrainingConfig(TrainingConfig):
-    """The base of the schemas of all kinds; a script's `task` is a union of its kinds' (`training_schema`)."""
+    """The base of all schemas of kinds. The `task` of a script is the union of its kinds' (`training_schema`)."""
 
     task: TaskConfig
 
@@ -49,7 +49,7 @@ class ImageTrainingConfig(TaskTrainingConfig):
 
 
 class MixingConfig(Strict):
-    """The keys of a task that mixes its batches. Each alpha is a parameter of lambda's beta distribution; 0: off."""
+    """The keys of a task that mixes its batches. An alpha is the parameter of lambda's beta distribution; 0: off."""
 
     mixup_alpha: Factor
     cutmix_alpha: Factor
@@ -87,8 +87,8 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
     """Settings of a tagger's training.
 
     vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
-    append_to: a tagger to which the tags that it lacks are added; the run has its network, preprocessing and weights,
-    and no steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
+    append_to: a tagger that gets the missing tags; the run has its network, preprocessing and weights, and no
+    steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
     mirroring.
     """
 
@@ -109,11 +109,11 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
 
 
 class ProbeConfig(Strict):
-    """When to probe the frozen features (null: not in training), fitted to how many images, with k neighbours."""
+    """The probe of frozen features."""
 
-    every_epochs: Duration | None
-    images: Count
-    k: Count
+    every_epochs: Duration | None  # null: not in training
+    images: Count  # that the probe is fitted to
+    k: Count  # neighbours
 
 
 class FCMAETaskConfig(TaskConfig):

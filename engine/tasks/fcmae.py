@@ -45,8 +45,8 @@ def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
 def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequence[int]) -> int:
     """Return the number of patches of an image.
 
-    Raises UserError if patches, image and network do not fit, or if less than two patches would be visible: the others
-    cannot be predicted from one.
+    Raises UserError if patches, image and network do not fit, or if less than two patches would be visible: one patch
+    does not predict the other patches.
     """
     height, width = image_size_hw
     patch_px = _patch_px(model, config)
@@ -98,7 +98,7 @@ class FCMAETask(ImageTask):
         return images, pred, self.network.loss_per_sample(images, pred, batch["mask"])
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
-        """Return the loss over all samples of `val`, and reconstructions of the first ones.
+        """Return the loss over all samples of `val`, and reconstructions of the first samples.
 
         With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder's
         mean features.
@@ -133,7 +133,7 @@ class FCMAETask(ImageTask):
 class FCMAEKind(Kind):
     """Pretraining on all images of the training split. The encoder outputs features.
 
-    Labels are only used to probe the encoder, never to train it.
+    Labels probe the encoder, and never train it.
     """
 
     task = FCMAETask

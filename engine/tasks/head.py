@@ -1,8 +1,9 @@
-"""Fit a new head like a linear probe (`task.head=fitted`), in closed form, in seconds.
+"""Fit heads to frozen features in seconds: of a new classifier (`task.head=fitted`), or of new tags (`task.append_to`).
 
-A random head sends random gradients into a trained network for hundreds of steps. After training without labels,
-features also differ little between images, and a head learns small differences slowly. A layer norm directly before the
-head therefore gets the scale and shift with which each feature has mean 0 and standard deviation 1.
+A new classifier gets the head of a linear probe, in closed form. A random head sends random gradients into a trained
+network for hundreds of steps. After training without labels, features also differ little between images, and a head
+learns small differences slowly. A layer norm directly before the head therefore gets the scale and shift with which
+each feature has mean 0 and standard deviation 1.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
 (arXiv 2111.06377), section A.1. Differs: the probe is a ridge regression, scaled to minimise the cross-entropy of
@@ -11,14 +12,18 @@ held-out images, and the norm is an affine map.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.open import Data
+from data.stream.loader import no_fields
+from data.tags.tag_index import TagIndex
 from engine.measures.probe import gather_features
-from engine.tasks.kind import ImageTask
+from engine.tasks.kind import ImageTask, Setup
 from engine.update.runtime import Runtime
-from models.image_model import find_head
-from optim.linear import fit_classes
+from models.image_model import ImageModel, find_head
+from optim.linear import fit_classes, fit_logits
 from optim.ridge import standardise
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -38,15 +43,15 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     network = task.network
     head = find_head(task.network)
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
-    seen = {}  # outputs of layer norms, and the head's input
-    hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
-    hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
+    activations = {}  # outputs of layer norms, and the input of the head
+    hooks = [norm.register_forward_hook(lambda norm, _, output: activations.update({norm: output})) for norm in norms]
+    hooks.append(head.register_forward_pre_hook(lambda head, inputs: activations.update({head: inputs[0]})))
     task.to(runtime.device).eval()
 
     def embed(batch: Batch) -> tuple[Tensor, Batch]:
         with runtime.autocast():
             network(task.normalise(batch["images"]))
-        return seen[head], batch
+        return activations[head], batch
 
     features, labels = gather_features(map(embed, loader))
     for hook in hooks:
@@ -62,8 +67,8 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
         lambda: fit_classes((features - mean) / scale, labels, head.out_features)
     )
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
-    inputs = seen.pop(head)
-    norm = next((norm for norm, output in seen.items() if output.flatten(1).is_set_to(inputs)), None)
+    inputs = activations.pop(head)
+    norm = next((norm for norm, output in activations.items() if output.flatten(1).is_set_to(inputs)), None)
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
@@ -79,3 +84,33 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     log.info(
         "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f", f"{len(labels):,}", loss, accuracy
     )
+
+
+@torch.no_grad()
+def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex, setup: Setup) -> None:
+    """Append tags to a frozen tagger (`task.append_to`): a logistic regression for a new tag becomes a row of the head.
+
+    The tags after the first `known_tags` are new. Nothing else of the network changes, and all ranks get the same head.
+    Raises UserError (`task.append_to`) if there are not enough images.
+    """
+    model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
+    features, ids = gather_features(
+        (model.embed(batch["images"]), batch | {"labels": batch["sample_id"]})
+        for batch in data.prepared(rows, no_fields, setup.preprocessing)
+    )
+    task.train()
+    first = setup.facts["known_tags"]
+    rows = ids.numpy()
+    if len(rows) < 2:
+        raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
+    head = find_head(task.network)
+    targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
+    for number, row in enumerate(rows.tolist()):
+        targets[number, index.unknown_of(row)] = torch.nan
+        targets[number, index.of_row(row)] = 1.0
+    mean, scale = standardise(features)
+    weight, bias = distributed.rank_zero_call(lambda: fit_logits((features - mean) / scale, targets[:, first:]))
+    weight = weight / scale
+    head.weight[first:] = weight
+    head.bias[first:] = bias - weight @ mean
+    log.info("task.append_to: %d new tags, fitted to %s images", len(weight), f"{len(rows):,}")

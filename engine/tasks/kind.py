@@ -48,7 +48,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """All that builds a task. It comes from a run's configuration and collection, or from a weight file's metadata."""
+    """The values that build a task: from the configuration and collection of a run, or a weight file's metadata."""
 
     model: Any
     task: Any
@@ -99,11 +99,11 @@ def _refuse_memory(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 class Kind:
-    """One kind of training on the images of a collection. Subclasses override what differs."""
+    """One kind of training on the images of a collection. Subclasses override the parts that differ."""
 
     model: Any = ModelConfig  # the schema of the `model` group
     task: type[Task] = ImageTask
-    names: tuple[str, ...] = ()  # the facts in its weight files; other facts are for training only
+    names: tuple[str, ...] = ()  # the facts in weight files; other facts are for training only
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: str | None = None
     network: str = "network"
@@ -215,10 +215,10 @@ class Kind:
         runtime: Runtime,
         is_new: bool,
     ) -> Finish | None:
-        """Adapt the initial weights of a new run to the data. Return what completes the weights of any run."""
+        """Adapt the initial weights of a new run to the data. Return the `Finish` of the run, if it has one."""
 
     def write(self, folder: Path, setup: Setup) -> None:
-        """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
+        """Write the files of this kind into a run folder. Rank 0 calls it. It may raise OSError."""
 
 
 def open_kind(name: str) -> Kind:

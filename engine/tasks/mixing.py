@@ -55,8 +55,8 @@ class Mixing(nn.Module):
     def draw(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw lambda (the sample's own share), [], and the pixels that the partner replaces, bool [H, W].
 
-        The box has about 1 - lambda of the area and is clipped to the image; it is empty for mixup. Lambda is 1 where
-        nothing is mixed. All is drawn on the device: a CUDA graph repeats it, and nothing waits.
+        The box has about 1 - lambda of the area and is clipped to the image; it is empty for mixup. Lambda is 1 if the
+        batch is not mixed. The device draws all numbers: a CUDA graph can repeat the draws, and the host never waits.
         """
         mixes, cuts, y, x = torch.rand(4, device=device)
         mixes = mixes < self._probability
@@ -64,13 +64,12 @@ class Mixing(nn.Module):
         alpha = torch.where(cuts, self._cutmix or self._mixup, self._mixup or self._cutmix)
         share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample().where(mixes, 1.0)
         ratio = torch.where(cuts, (1.0 - share).sqrt(), 0.0)
-        rows, columns = (_box_side(*each, ratio) for each in ((y, height), (x, width)))
-        box = rows[:, None] & columns
+        box = _box_side(y, height, ratio)[:, None] & _box_side(x, width, ratio)
         return torch.where(cuts, 1.0 - box.sum() / (height * width), share), box
 
 
 class MixingTask(ImageTask):
-    """A task that mixes its batches. names: of its outputs.
+    """A task that mixes its batches. names: the names of the outputs.
 
     `views(batch)` returns images for the network, and labels [B] or targets [B, K]. In training, both may be mixed.
     """
@@ -81,7 +80,7 @@ class MixingTask(ImageTask):
         self.mixing = Mixing(setup.task)
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        """Return the images of `views`, and the names of each one's targets, without unknown ones."""
+        """Return the images of `views`, and the names of their known targets."""
         images, targets = self.views(batch)
         targets = F.one_hot(targets, len(self.names)) if targets.dim() == 1 else targets
         texts = [", ".join(self.names[index] for index in torch.nonzero(row > 0)[:, 0]) for row in targets]

@@ -1,4 +1,4 @@
-"""From a weight file to the task that wrote it: kind, setup and metadata, then the task with its weights."""
+"""Read the kind, the setup and the metadata of the task that wrote a weight file."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 import torch
 from pydantic import TypeAdapter
 
-from engine.task import Task, Use, join_exported, split_exported
+from engine.task import split_exported
 from engine.tasks.kind import Kind, Setup, open_kind
 from engine.tasks.kinds import KINDS
 from models.interop.metadata import dict_of
@@ -28,7 +28,7 @@ def read_setup(
     """Return the kind, with a name in `kinds`, the setup and the metadata of a weight file, from its header alone.
 
     moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
-    the first missing or wrong value of the metadata, or the tensors that do not fit it.
+    the first missing or wrong value of the metadata, or tensors that do not fit the metadata.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
     if run := run_of(path):
@@ -63,11 +63,3 @@ def read_setup(
     expected, _ = split_exported(task, task.state_dict())
     refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
     return kind, setup, metadata
-
-
-def load_task(path: Path, kind: Kind, setup: Setup, use: Use) -> Task:
-    """Return the task of a weight file that `read_setup` has checked, with the helpers that `use` needs."""
-    task = kind.build(setup)
-    task.load_helpers(use)
-    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
-    return task.eval()

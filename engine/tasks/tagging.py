@@ -30,9 +30,9 @@ from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
 from engine.tasks.change import AnyConfig, ConfigChange, Start
 from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
+from engine.tasks.head import fit_new_tags
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
-from engine.tasks.new_tags import fit_new_tags
 from engine.tasks.opening import read_setup
 from engine.update.runtime import Runtime
 from models.image_model import output_layers

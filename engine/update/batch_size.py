@@ -1,9 +1,9 @@
 """The micro-batch size, halved when the device runs out of memory.
 
 A run begins with `loop.micro_batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory
-changes nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order,
-batch and learning rate stay. A rank that runs out of memory would leave the others waiting in a collective, so it ends
-the run.
+changes nothing: this update is repeated with micro-batches half as large, and later updates keep that size. Samples,
+order, batch and learning rate stay. With several ranks, a rank that runs out of memory would leave the other ranks in a
+collective, so it ends the run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def naming_memory(key: str) -> Iterator[None]:
 
 
 def out_of_memory(stage: str, samples: str) -> UserError:
-    """Return the error of a device that ran out of memory in `stage`. samples: from `show_samples`."""
+    """Return the error for a device that ran out of memory in `stage`. samples: from `show_samples`."""
     return UserError(
         f"loop.micro_batch_size: the device is out of memory in {stage}, with {samples} at once; set a smaller "
         "loop.micro_batch_size, runtime.grad_checkpointing=true, or a smaller model or image; the run then resumes"
@@ -63,7 +63,7 @@ class MicroBatches:
         return parts
 
     def halve(self, part: Batch) -> None:
-        """Halve the size after `part` ran out of memory. Raises UserError for one sample, or if it must not be."""
+        """Halve the size after `part` ran out of memory. Raises UserError for one sample, or without `may_halve`."""
         samples = len(part["weight"])
         if samples == 1 or not self.may_halve:
             raise out_of_memory("training", show_samples(part))

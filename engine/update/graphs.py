@@ -1,8 +1,8 @@
 """Updates as CUDA graphs: a GPU repeats the kernels of an update without waiting for Python to start each of them.
 
-A small network's update has hundreds of kernels of a few microseconds, which take longer to start than to run. After
-some updates of the same shapes, one is recorded, and those that follow are replayed. They draw the same random numbers,
-and differ from other updates only by the rounding of the learning rate to float32.
+An update of a small network has hundreds of kernels of a few microseconds, which take longer to start than to run.
+After some updates of the same shapes, the learner records an update and replays it for the later ones. Replays draw the
+same random numbers, and differ from other updates only by the rounding of the learning rate to float32.
 """
 
 from collections import Counter
@@ -23,16 +23,16 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_EAGER_UPDATES = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
-_MOST_GRAPHS = 16  # one for each bucket of SDXL's
+_EAGER_UPDATES = 2  # of the same shapes precede a recording: they choose kernels and create state
+_MOST_GRAPHS = 16  # one for each bucket of SDXL
 _MOST_KEYS = 100  # a momentum or weight decay that changes with every update is not recorded
 Prepare = Callable[[Batch], Batch]  # of `Learner`
-_MEMORY_SHARE = 0.6  # of the GPU's memory may be in use with a recording, which takes the memory of an update again
+_MEMORY_SHARE = 0.6  # of the GPU's memory may be used with a recording, which takes as much memory as an update
 
 
 @dataclass
 class _Recorded:
-    """A recorded update. values: the progress, and the rate of each group. results: the newest replay's result."""
+    """A recorded update. values: the progress, and the groups' rates. results: the result of the newest replay."""
 
     batch: Batch
     values: Tensor
@@ -45,8 +45,8 @@ class _Recorded:
 class UpdateGraphs:
     """The recorded updates of an optimiser.
 
-    gradients: computes the gradients of a batch at a progress, ready for the optimiser. apply: makes its step. seed:
-    seeds what a pass draws. is_off: recording is not possible. recorded: by what they depend on.
+    gradients: computes the gradients of a batch at a progress. apply: makes the optimiser's step. seed: seeds the draws
+    of a pass. is_off: recording is not possible. recorded: updates by the values that they depend on.
     """
 
     optimizer: Optimizer
@@ -90,7 +90,7 @@ class UpdateGraphs:
         return result
 
     def _find(self, step: int, batch: Batch, values: GroupValues, prepare: Prepare) -> _Recorded | None:
-        """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
+        """Return the recorded update of a batch's shapes; record it after enough updates of these shapes."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         frozen = tuple(is_frozen(group, step) for group in self._groups)
         key = (prepare, shapes, frozen, values.weight_decay, values.momentum)
@@ -106,9 +106,10 @@ class UpdateGraphs:
         return torch.tensor([progress, *rates], dtype=torch.float32)
 
     def _record(self, key: Any, batch: Batch) -> None:
-        """Record an update, which makes none; give up if that is not possible."""
+        """Record an update without making it; give up if that is not possible."""
         try:
-            self._check_memory()
+            if self.device.type == "cuda" and self._pool is None:
+                self._check_memory()
             self.recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
             log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
@@ -118,8 +119,6 @@ class UpdateGraphs:
             log.debug("runtime.cuda_graphs: an update was recorded")
 
     def _check_memory(self) -> None:
-        if self.device.type != "cuda" or self._pool is not None:
-            return
         lasting = torch.cuda.memory_allocated(self.device)  # weights, state, and the copy of the images
         used = 2 * torch.cuda.max_memory_reserved(self.device) - lasting
         share = used / torch.cuda.get_device_properties(self.device).total_memory
@@ -157,7 +156,7 @@ class UpdateGraphs:
 
 
 def record_graph(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
-    """Record the kernels of a function, which then has not been computed; return what replays them, and its memory.
+    """Capture a function without running it. Return a function that replays its kernels, and the memory pool.
 
     On a CPU, the replay calls the function. pool: the memory of another recording, to share. Raises RuntimeError if the
     function waits for the GPU.

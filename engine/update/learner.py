@@ -42,9 +42,9 @@ _TINY = torch.finfo(torch.float32).tiny
 class Learner:
     """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
 
-    `update` is the only forward pass, backward pass and optimiser step (its parts: engine/update/step.py).
+    Only `update` makes a forward pass, a backward pass and an optimiser step (its parts: engine/update/step.py).
     wrapped: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
-    exported. prepare: makes of a batch of the stream what the task reads.
+    exported. prepare: turns a batch of the stream into the task's input.
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
@@ -58,8 +58,11 @@ class Learner:
             store_in_bf16(task.parameters(), runtime.precision)
         self.compiles = choose_compile(config, runtime.device.type, plan.total_steps)
         self.wrapped = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
+        if config.runtime.offload and not task.offloaded:
+            raise UserError("runtime.offload: true, but a step needs all networks of this task; set it to false")
         if config.runtime.offload:
-            _offload(task)
+            for network in networks_of(task, task.offloaded).values():
+                network.to("cpu")  # the task brings it to the device itself
         self.prepare: Prepare = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
@@ -84,8 +87,8 @@ class Learner:
     def update(self, batches: Sequence[Batch], values: GroupValues | None = None) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
 
-        No host synchronisation, except one for optimisers that cannot skip on the device. values: in place of the
-        schedule's, as at the first update.
+        The host waits for the device only if the optimiser cannot skip a step there. values: replace the values of the
+        schedule; progress is then 0.
         """
         share = 0.0 if values is not None else self.schedule.progress_at(self.step)
         values = values or self.schedule.at(self.step)
@@ -101,7 +104,10 @@ class Learner:
                 with suppress(torch.OutOfMemoryError):  # the error holds the activations: it must end first
                     result = self._gradients(parts, progress, before)
                 if result is None:
-                    self._undo_passes(before)
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self._buffers.put_back(before)
+                    if self.runtime.device.type == "cuda":
+                        torch.cuda.empty_cache()
                     self.micro_batches.halve(parts[0])
             self._apply(result)
         self.task.after_step(self.step, progress, result.applied)
@@ -127,9 +133,9 @@ class Learner:
     def _gradients(
         self, parts: Sequence[Batch], progress: Tensor, before: Sequence[Tensor], *, seeds: bool = True
     ) -> StepResult:
-        """Compute the clipped gradients of all micro-batches; buffers change unless the update is to be skipped.
+        """Compute the clipped gradients of all micro-batches. Buffers change unless the update will be skipped.
 
-        before: the buffers' values. seeds: whether to seed the draws of each micro-batch.
+        before: the values of the buffers. seeds: whether to seed the draws of each micro-batch.
         """
         weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
         # DDP averages over ranks; the world size turns the average back into the sum.
@@ -160,12 +166,11 @@ class Learner:
         self._buffers.put_back(before, bad)
         skipped = bad.float()
         applied = 1.0 - skipped
-        own = torch.stack([norm, applied, skipped, torch.ones_like(applied)])
-        pairs = torch.cat([sums, own]).view(-1, 2)
-        return StepResult((*names[0], "grad_norm", "skipped_steps"), pairs, applied, weight, losses)
+        figures = torch.cat([sums, torch.stack([norm, applied, skipped, torch.ones_like(applied)])]).view(-1, 2)
+        return StepResult((*names[0], "grad_norm", "skipped_steps"), figures, applied, weight, losses)
 
     def _apply(self, result: StepResult) -> None:
-        """Step by the gradients, unless the update is to be skipped."""
+        """Make the optimiser's step, unless the update is skipped."""
         if self.fused is None:
             step_by_gradients(self.optimizer, result.applied, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,29 +184,18 @@ class Learner:
             return False
         if config.offload or config.memory_gib or config.deterministic or self.runtime.precision == "fp16":
             return False
-        if distributed.is_distributed():
-            return False
-        return self.fused is None and can_be_recorded(self.optimizer)
-
-    def _undo_passes(self, before: Sequence[Tensor]) -> None:
-        """Drop the gradients and restore the buffers after passes that ran out of memory."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._buffers.put_back(before)
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return self.fused is None and not distributed.is_distributed() and can_be_recorded(self.optimizer)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Hold the weights that are evaluated and exported inside the context: averages, if they are exported."""
+        """Put the evaluated and exported weights into the task inside the context: averages, if they are exported."""
         with self.averages.swapped() if self.exports_average else nullcontext():
             yield
 
     def sync_buffers(self) -> None:
         """Broadcast the buffers (batch statistics) and their averages from rank 0, before they are read."""
-        if not distributed.is_distributed():
-            return
         averages = {} if self.averages is None else self.averages.tensors()
-        for name, buffer in self.task.named_buffers():
+        for name, buffer in self.task.named_buffers() if distributed.is_distributed() else ():
             dist.broadcast(buffer, src=0)
             if name in averages:  # buffers outside the state dict have no average
                 dist.broadcast(averages[name], src=0)
@@ -231,7 +225,7 @@ class Learner:
 
     @torch.no_grad()
     def load_state(self, tensors: Groups, others: Values | None, source: str) -> None:
-        """Load what `state` returned. others: None keeps the optimiser's state.
+        """Load the state of a checkpoint. others: None keeps the optimiser's state.
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
@@ -251,14 +245,16 @@ class Learner:
 
 
 class _Buffers:
-    """A task's checkpointed buffers, such as batch statistics, packed by dtype so that a few kernels copy them all."""
+    """The checkpointed buffers of a task, such as batch statistics, grouped by dtype: a few kernels copy them."""
 
     def __init__(self, task: Task) -> None:
         self._flat: dict[torch.dtype, list[Tensor]] = {}
         names = dict(task.named_buffers()).keys()
         for name, tensor in checkpointed_state(task).items():
             if name in names:
-                self._flat.setdefault(tensor.dtype, []).append(_flat_view(tensor))
+                # The memory as a vector, for any dense layout.
+                axes = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+                self._flat.setdefault(tensor.dtype, []).append(tensor.permute(axes).view(-1))
 
     def copy(self) -> list[Tensor]:
         """Return a copy of the values."""
@@ -271,18 +267,5 @@ class _Buffers:
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
 
 
-def _flat_view(tensor: Tensor) -> Tensor:
-    """Return a dense tensor's memory as a vector, for any memory layout."""
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
-
-
 def _shapes(tensors: Tensors) -> set[tuple]:
     return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _offload(task: Task) -> None:
-    """Keep networks on the host that the task brings to the device itself."""
-    if not task.offloaded:
-        raise UserError("runtime.offload: true, but a step needs all networks of this task; set it to false")
-    for network in networks_of(task, task.offloaded).values():
-        network.to("cpu")

@@ -56,7 +56,7 @@ class Runtime(LoaderMachine):
 def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> bool:
     """Return whether to compile; `auto` does on a GPU, if possible and if the run is long enough to benefit.
 
-    `loop.minutes` decide where they are given, because their steps are not known before. Raises UserError if
+    With `loop.minutes`, the minutes decide, because the number of steps is not known yet. Raises UserError if
     compilation was requested and is not possible.
     """
     compiles = config.runtime.compile
@@ -71,10 +71,10 @@ def choose_compile(config: TrainingConfig, device: str, total_steps: int) -> boo
 
 
 def chooses_threads(config: MachineConfig) -> bool:
-    """Return whether the number of threads is chosen here, by no key, no variable, no launcher.
+    """Return whether the run may choose the number of threads: no key, variable or launcher sets it.
 
-    Threads wait for each other at the end of each operation, so one that shares its core with another process holds up
-    all. A deterministic run does not depend on what else the machine does.
+    Threads wait for each other at the end of each operation, so a thread that shares its core with another process
+    holds up all threads. A deterministic run does not depend on other processes.
     """
     given = config.threads is not None or "OMP_NUM_THREADS" in os.environ
     return not given and not config.deterministic and distributed.world_size() == 1
@@ -104,9 +104,9 @@ def start_machine(config: MachineConfig) -> Runtime:
 
 @contextmanager
 def warming(device: torch.device) -> Iterator[None]:
-    """Start a GPU in a thread meanwhile: its context, cuBLAS and cuDNN, whose first calls take seconds.
+    """Start a GPU in a thread meanwhile: the context, cuBLAS and cuDNN, whose first calls take seconds.
 
-    An error is left to the main thread, which will meet it. Nothing may fork inside: the thread ends with the block.
+    The thread ignores errors: the main thread will meet them. Nothing may fork inside the context.
     """
 
     def start() -> None:
@@ -144,21 +144,14 @@ def choose_trained(config: MachineConfig, precision: str | None) -> Runtime:
     return choose_runtime(config)
 
 
-def _leave_cores() -> None:
-    """Use fewer threads if other processes are busy."""
-    others = round(cores_of_others())
-    if others:
-        torch.set_num_threads(max(1, torch.get_num_threads() - others))
-        log.info("runtime.threads: %d, because other processes use %d cores", torch.get_num_threads(), others)
-
-
 def choose_runtime(config: MachineConfig) -> Runtime:
     """Set threads and determinism, and return the settings. Raises UserError for what this machine cannot do."""
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif device == "cpu" and chooses_threads(config):
-        _leave_cores()
+    elif device == "cpu" and chooses_threads(config) and (others := round(cores_of_others())):
+        torch.set_num_threads(max(1, torch.get_num_threads() - others))
+        log.info("runtime.threads: %d, because other processes use %d cores", torch.get_num_threads(), others)
     _set_backends(config, device)
     precision = choose_precision(config.precision, device)
     channels_last = config.channels_last
