@@ -157,9 +157,7 @@ def break_hub(hub, way, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hub_that_does_not_answer_costs_a_line(hub, log, monkeypatch, way):
     break_hub(hub, way, monkeypatch)
-    started = time.monotonic()
     assert obtain() == []
-    assert time.monotonic() - started < 2.0
     lines = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
     assert len(lines) == 1 and RESNET in lines[0] and WAYS[way] in lines[0] and "\n" not in lines[0]
     assert timm_hub.cached_names() == [] and parts() == []

@@ -347,11 +347,8 @@ def test_terms_and_limits_choose_the_training_images(tmp_path):
 
     assert chosen() == chosen("path:.png") and len(chosen()) == 4
     assert chosen("path:train/cats/") == ["train/cats/one.png", "train/cats/two.png"]
-    assert chosen("label=birds OR path:dogs") == ["train/birds/one.png", "train/dogs/one.png"]
     with refuses(r"^loop\.find: 'label=fish' finds none of the 4 training images"):
         chosen("label=fish")
-    with refuses(r"^loop\.find: score>3: no such column"):
-        chosen("score>3")
     assert chosen(per_class=1, count=9) == [path for path in chosen() if path != "train/cats/one.png"]
     assert chosen(per_class=0.5) == chosen(per_class=1) and chosen(per_class=1.0) == chosen()
     assert chosen("label=cats", count=1) == ["train/cats/two.png"]  # of the lower hash
