@@ -30,7 +30,7 @@ from torchvision.transforms import RandomCrop
 from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.stream.source import UnreadableImage
-from data.tools.predictions import find_images
+from data.tools.predictions import list_images
 from sdxl.files.checkpoints import write_diffusers
 from sdxl.files.family import VAE_SCALING_FACTOR, draw_networks
 from sdxl.files.tokenizer import build_tokenizer
@@ -116,7 +116,7 @@ def write_tagged(folder: Path) -> None:
 
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Return up to _READ images of a folder, evenly spaced, cropped to one size; without the unreadable ones."""
-    paths = find_images(str(folder), "images").paths
+    paths = list_images(str(folder), "images").paths
     source = Images(paths, Decoder(3, _MAX_PIXELS))
     pictures = []
     for row in range(0, len(paths), -(-len(paths) // _READ)):

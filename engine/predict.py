@@ -15,14 +15,14 @@ from data.tools.form import Form, read_form
 from data.tools.predictions import (
     Destination,
     Embeddings,
-    Images,
+    ImageList,
     Predicted,
     Row,
     RowFile,
     Sidecars,
     embedding_rows,
     find_excluded,
-    find_images,
+    list_images,
     rank_images,
     read_embeddings,
     spell_tags,
@@ -67,7 +67,7 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
 
 
 def choose_destination(
-    config: PredictConfig, predictor: Predictor, images: Images, weights: str, form: Form | None, options: RowOptions
+    config: PredictConfig, predictor: Predictor, images: ImageList, weights: str, form: Form | None, options: RowOptions
 ) -> Destination:
     """Return the destination of the predictions. weights: the hash of the weights.
 
@@ -76,7 +76,7 @@ def choose_destination(
     output = Path(config.output)
     columns = predictor.output.columns
     if config.like is not None:
-        batches = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
+        batches = predict_all(predictor, list_images(config.like, "like").paths, config, embed_with(predictor))
         query = stack_rows(chain.from_iterable(batches), "like")[1][0]
         most_like = lambda rows: rank_images(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
         return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
@@ -98,7 +98,7 @@ def choose_destination(
 
 
 def choose_paths(
-    config: PredictConfig, images: Images, destination: Destination, known: Mapping[str, bool]
+    config: PredictConfig, images: ImageList, destination: Destination, known: Mapping[str, bool]
 ) -> list[Path]:
     """Return the images to predict. known: the paths of a killed call of this command, and whether the row counts.
 
@@ -194,7 +194,7 @@ def predict(config: PredictConfig, job: Job) -> str:
     rules = read_rules(config.text, "text.")
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
     stored = read_embeddings(Path(config.input), version) if is_stored else {}
-    images = Images("", []) if is_stored else find_images(config.input, "input")
+    images = ImageList("", []) if is_stored else list_images(config.input, "input")
     form = read_form(Path(config.form), images.paths, predictor.names) if config.form else None
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     destination = choose_destination(config, predictor, images, version, form, options)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from models.image_model import Normalise
 from models.weights.fit import TimmFamily, is_meta, refuse_misfits
-from models.weights.initialise import convert
+from models.weights.initialise import convert_state
 from models.weights.timm_hub import read_timm
 from sdxl.config import PerceptualConfig
 from utils.errors import UserError, about, close_names
@@ -90,7 +90,9 @@ class PerceptualNetwork(nn.Module):
                 if not is_meta(network):
                     self.linear.load_state_dict({str(level): found[name] for level, name in enumerate(names)})
         with about("task.perceptual.path"):
-            state = convert(network, read_weights(Path(config.path))[0])[1] if config.path else read_timm(network)[0]
+            state = (
+                convert_state(network, read_weights(Path(config.path))[0])[1] if config.path else read_timm(network)[0]
+            )
             unused = (*TimmFamily(network).head_prefixes, "classifier.")
             state = {
                 name: tensor

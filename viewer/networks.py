@@ -132,7 +132,7 @@ class Networks:
         frozen = Frozen(predictor, version, weights)
         rows = np.flatnonzero(collection.weights())
         features, rows = read_features(frozen, collection, config, rows, choose_cpu(), tell=tell)
-        best = predictions.rank(rows.tolist(), features.numpy(), query, _NEAREST)
+        best = predictions.rank_images(rows.tolist(), features.numpy(), query, _NEAREST)
         return {row["path"]: row["similarity"] for row in best}
 
 

@@ -7,18 +7,15 @@ source.read(7)["image"]          uint8 [3, H, W]
 import functools
 import hashlib
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from fsspec.spec import AbstractFileSystem
 
 from data.collection.collection import Collection
 from data.images.open import CUT_OFF, NOT_OPENED, read_file
 from data.images.record_store import record_key
 from data.layouts.remote import is_remote, open_store
-from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage, join_ranges
+from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
 from utils.io.memo import file_version
 
 if TYPE_CHECKING:
@@ -115,27 +112,15 @@ class _RemoteShards(_Shards):
         return self.check(row, content)
 
     def _request(self, rows: Sequence[int]) -> _Answers:
+        """Return the bytes of each row, or the error of the store."""
         files = open_store(str(self.collection.root))[0]
-        find = super().file_of
-        return _read_ranges(files, {row: find(row) for row in rows})
-
-
-def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> _Answers:
-    """Return the bytes of each range, or the error of the store. Close ranges are one request."""
-    joined = join_ranges(ranges.values())
-    paths, starts, lengths = zip(*joined)
-    ends = [start + length for start, length in zip(starts, lengths)]
-    try:
-        contents = files.cat_ranges(list(paths), list(starts), ends, on_error="return")
-    except Exception as error:  # each store raises other errors
-        return dict.fromkeys(ranges, error)
-    results: _Answers = {}
-    for key, (path, offset, length) in ranges.items():
-        number = bisect_right(joined, (path, offset, float("inf"))) - 1
-        content = contents[number]
-        start = offset - starts[number]
-        results[key] = content[start : start + length] if isinstance(content, bytes) else content
-    return results
+        paths, starts, lengths = map(list, zip(*map(super().file_of, rows)))
+        ends = [start + length for start, length in zip(starts, lengths)]
+        try:
+            contents = files.cat_ranges(paths, starts, ends, on_error="return")
+        except Exception as error:  # each store raises other errors
+            return dict.fromkeys(rows, error)
+        return dict(zip(rows, contents))
 
 
 def member_key(path: str) -> str:

@@ -6,15 +6,10 @@ Images and latents are sources, and so is a cache of images.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from fsspec.utils import merge_offset_ranges
-
 if TYPE_CHECKING:  # who only reads bytes or headers needs no torch
     from torch import Tensor
 
 IMAGE = "image"  # the name of the image in a record
-
-_GAP_BYTES = 2**16  # ranges closer than this are joined
-_JOINED_BYTES = 2**23  # up to this size
 
 Record = dict[str, "Tensor"]
 
@@ -40,14 +35,6 @@ class FileRange(NamedTuple):
     path: str
     offset: int = 0
     length: int = 0
-
-
-def join_ranges(ranges: Iterable[FileRange | None]) -> list[FileRange]:
-    """Return the ranges without None, sorted by file and offset, with close neighbours joined."""
-    parts = [(part.path, part.offset, part.offset + part.length if part.length else None) for part in ranges if part]
-    paths, starts, ends = (list(column) for column in zip(*parts)) if parts else ([], [], [])
-    joined = zip(*merge_offset_ranges(paths, starts, ends, _GAP_BYTES, _JOINED_BYTES))
-    return [FileRange(path, start, 0 if end is None else end - start) for path, start, end in joined]
 
 
 class Source:

@@ -1,7 +1,7 @@
 """Jobs that change the manifest of job=manifest: filter, and duplicates beside this file, write weight 0 and a reason.
 
-A `Finder` also restores images that an earlier call excluded and this one does not find. A manifest of the user's is
-refused.
+A `Finder` also restores images that an earlier call excluded and that it no longer finds. It refuses a manifest that
+the user wrote.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from utils.io.journal import open_journal
 
 
 def exclude_found(job: Finder, data: DataConfig, reasons: Mapping[str, str]) -> str:
-    """List images, and exclude them if `apply` is true. reasons: why, by path."""
+    """List images, and exclude them if `apply` is true. reasons: by path."""
     root = check_root(data.root)
     listing = list_files(job.report, job.name, reasons)
     if not job.apply:
@@ -56,25 +56,20 @@ def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.T
     """Return a manifest with weight 0 and a reason for each image, and how many rows `job` excludes now."""
     weights = []
     now = []
-    ours = 0
     for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), read_reasons(table)):
         reason = before
         if before is None or before.startswith(f"{job}: "):
             reason = f"{job}: {reasons[path]}" if path in reasons else None
-            ours += reason is not None
-        if reason is not None:
-            weight = 0.0
-        elif before is not None:
-            weight = 1.0  # restored
         now.append(reason)
-        weights.append(weight)
+        weights.append(weight if reason == before else float(reason is None))
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
-    return (table if any(now) else table.drop_columns("reason")), ours
+    ours = [reason for reason in filter(None, now) if reason.startswith(f"{job}: ")]
+    return (table if any(now) else table.drop_columns("reason")), len(ours)
 
 
 def filter_images(job: Filter, data: DataConfig) -> str:
-    """Exclude the images that are found. Raises UserError (`data.root`, `job.find`)."""
+    """Exclude the images that `job.find` finds. Raises UserError (`data.root`, `job.find`)."""
     reasons = {}
     if job.find is not None:
         collection = load_collection(data)

@@ -46,14 +46,14 @@ Row = dict[str, Any]
 Choose = Callable[[Iterable[Row]], Iterable[Row]]
 
 
-class Images(NamedTuple):
+class ImageList(NamedTuple):
     """The images of a prediction, and the absolute path of their common folder."""
 
     root: str
     paths: list[Path]
 
 
-def find_images(source: str | Sequence[str], key: str) -> Images:
+def list_images(source: str | Sequence[str], key: str) -> ImageList:
     """Return the images of a file, a folder (recursively), a pattern, a list of these, or `-` (stdin, one per line).
 
     Raises UserError (`key`) if one of them has no image.
@@ -66,7 +66,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     absent = []
     unused = Unused()
     for path in map(Path, map(find_path, names)):
-        files = [path] if os.path.isfile(path) else _list_images(path, unused)
+        files = [path] if os.path.isfile(path) else _list_folder(path, unused)
         absent += [] if files else [show_file_name(str(path))]
         folders |= {path} if path.is_dir() else {file.parent for file in files}
         for file in files:
@@ -81,10 +81,10 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
             f"{key}: {show_some(absent or names) or 'stdin'} is no image, and no folder or pattern (such as "
             f"'a/**/*.png') with images; known endings: {', '.join(IMAGE_SUFFIXES)}"
         )
-    return Images(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
+    return ImageList(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
 
 
-def _list_images(path: Path, unused: Unused) -> list[Path]:
+def _list_folder(path: Path, unused: Unused) -> list[Path]:
     """Return the images in a folder or of a pattern, sorted; hidden ones only if `path` names their folder."""
     if path.is_dir():
         walked = walk_folders(path, unused, follows_links=False)  # outputs beside images stay in the folder
@@ -209,7 +209,7 @@ class Sidecars(Destination):
     replace: replace existing files. Raises UserError (`output`) for a link out of the folder.
     """
 
-    def __init__(self, images: Images, folder: str | None, *, replace: bool) -> None:
+    def __init__(self, images: ImageList, folder: str | None, *, replace: bool) -> None:
         base = Path(os.path.abspath(folder or images.root))
         self._replace = replace
         self._files: dict[str, Path] = {}

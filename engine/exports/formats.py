@@ -49,7 +49,7 @@ def export_page(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
     """Write an HTML file that runs the network in a browser."""
     with TemporaryDirectory() as scratch:
         report = export_onnx(weights, Path(scratch), config)
-        page.write_page(folder / "page.html", Path(scratch, report.pop("file")), weights.title)
+        page.fill_page(folder / "page.html", Path(scratch, report.pop("file")), weights.title)
     return report
 
 

@@ -37,7 +37,7 @@ from engine.tasks.opening import read_setup
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
-from models.weights.initialise import convert
+from models.weights.initialise import convert_state
 from utils.contracts import Batch, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
@@ -259,7 +259,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     if "tag_names" not in metadata:
         return
     known = read_facts(path, metadata).columns
-    state = convert(network, state)[1]
+    state = convert_state(network, state)[1]
     pairs = {row: known[key] for key, row in vocabulary.columns.items() if key in known}
     for name, head in output_layers(network, "init_from", "name another file").items():
         for part, parameter in head.named_parameters():

@@ -20,7 +20,7 @@ from models.config import TimmConfig
 from models.interop.metadata import label_names, licence_entry
 from models.interop.parity import refuse_difference, vary_weights
 from models.outputs import OUTPUTS
-from models.weights.layouts import Geometry, read_geometry, recognise, translate
+from models.weights.layouts import Geometry, read_geometry, recognise_state, translate
 from models.weights.timm_hub import filter_state
 from utils.contracts import State
 from utils.errors import UserError
@@ -33,7 +33,7 @@ _IMAGES = 4  # to compare
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def write_timm(network: nn.Module, metadata: Values, folder: Path) -> None:
+def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> None:
     """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
@@ -81,7 +81,7 @@ def _describe_images(stated: Preprocessing) -> Json:
     }
 
 
-def open_timm(folder: Path) -> Outputs:
+def open_timm_folder(folder: Path) -> Outputs:
     """Load a folder in timm; the function returns logits, or a backbone's last feature map."""
     import timm
 
@@ -90,7 +90,7 @@ def open_timm(folder: Path) -> Outputs:
     return network if network.num_classes else network.forward_features
 
 
-def write_transformers(network: nn.Module, metadata: Values, folder: Path) -> None:
+def write_transformers_folder(network: nn.Module, metadata: Values, folder: Path) -> None:
     """Write weights, configuration and image processor. Raises UserError (`format`) if transformers lacks a feature."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
     from transformers.utils.logging import disable_progress_bar
@@ -124,7 +124,7 @@ def write_transformers(network: nn.Module, metadata: Values, folder: Path) -> No
     write_json(folder / "preprocessor_config.json", _processor(stated))
 
 
-def open_transformers(folder: Path) -> Outputs:
+def open_transformers_folder(folder: Path) -> Outputs:
     """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
@@ -155,7 +155,7 @@ def _read_official(network: nn.Module, library: str) -> tuple[State, Geometry]:
 
     If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks.
     """
-    layout, state = recognise(network.state_dict())
+    layout, state = recognise_state(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
         name = type(network).__name__
         raise UserError(f"format: {library} takes ConvNeXt V2, not {name}; set format=timm, onnx or safetensors")
@@ -184,8 +184,8 @@ class Library(NamedTuple):
     load: Callable[[Path], Outputs]
 
 
-TIMM = Library(write_timm, open_timm)
-TRANSFORMERS = Library(write_transformers, open_transformers)
+TIMM = Library(write_timm_folder, open_timm_folder)
+TRANSFORMERS = Library(write_transformers_folder, open_transformers_folder)
 
 
 def write_compared(library: Library, network: nn.Module, metadata: Values, folder: Path, tolerance: float) -> float:

@@ -25,7 +25,7 @@ HASHES = {
 _URL = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
 
 
-def write_page(path: Path, network: Path, title: str) -> None:
+def fill_page(path: Path, network: Path, title: str) -> None:
     """Write the page of an ONNX file of ours. Raises UserError (`format`) if no page can do what training did."""
     metadata = onnx_predictor(network, torch.device("cpu")).metadata
     if metadata["preprocessing"].get("background") == "drop":

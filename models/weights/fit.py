@@ -25,7 +25,7 @@ _ADVICE = (
 )
 
 
-class Fit(NamedTuple):
+class StateFit(NamedTuple):
     """How a state fits a network."""
 
     given: State  # the tensors to load, under the network's names
@@ -38,7 +38,7 @@ def is_meta(network: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in network.parameters())
 
 
-def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
+def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> StateFit:
     """Return which tensors of a state a network takes; they may be on the meta device.
 
     A classifier takes the tensors below `encoder.` of a pretraining method. An FCMAE takes an encoder, alone or from a
@@ -67,7 +67,7 @@ def fit_state(network: nn.Module, state: Tensors, *, keep_head: bool) -> Fit:
     ignored = {name for name in tensors if name in left or (name not in target and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     refuse_misfits(given, {name: tensor for name, tensor in target.items() if name not in left})
-    return Fit(given, [name for name in target if name in left], sorted(ignored))
+    return StateFit(given, [name for name in target if name in left], sorted(ignored))
 
 
 def fit_prefix(state: Tensors, target: Tensors) -> State:

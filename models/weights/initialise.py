@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from models.weights.fit import Fit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
-from models.weights.layouts import recognise, strip_wrappers
+from models.weights.fit import StateFit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
+from models.weights.layouts import recognise_state, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.contracts import State, Tensors
 from utils.errors import UserError, about
@@ -44,7 +44,7 @@ def initialise_from(
     else:
         path = source.find()
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
-        layout, state = convert(network, tensors)
+        layout, state = convert_state(network, tensors)
         origin = _find_origin(source.source, path, "atelier" if "task" in metadata else layout, metadata)
         if not is_meta(network):
             origin["weights_hash"] = metadata.get("weights_hash") or hash_tensors(tensors)[:16]
@@ -61,13 +61,13 @@ def initialise_from(
     return origin
 
 
-def convert(network: nn.Module, state: Tensors) -> tuple[str, State]:
+def convert_state(network: nn.Module, state: Tensors) -> tuple[str, State]:
     """Return the layout of a state, and the state under the names of a network.
 
-    Our ConvNeXt V2 takes every layout of `recognise`. A timm network takes the layouts that timm converts, which
+    Our ConvNeXt V2 takes every layout of `recognise_state`. A timm network takes the layouts that timm converts, which
     include the official layout.
     """
-    layout, official = recognise(state)
+    layout, official = recognise_state(state)
     if not isinstance(family_of(network), TimmFamily):
         return layout, official
     taken = strip_wrappers(state) if layout == "timm" else official
@@ -104,7 +104,7 @@ def read_class_names(path: Path, metadata: Values) -> list[Any] | None:
     return names if isinstance(names, list) or names is None else []
 
 
-def _keep_head(network: nn.Module, fit: Fit, source: str, known: list[Any] | None, wanted: Sequence[str]) -> None:
+def _keep_head(network: nn.Module, fit: StateFit, source: str, known: list[Any] | None, wanted: Sequence[str]) -> None:
     """Put the rows of the file's head into the order of the run's classes.
 
     known: the file's class names, or None; wanted: the run's. Raises UserError (`task.head`) if the file has no head

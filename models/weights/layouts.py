@@ -61,7 +61,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
 
 
-def recognise(state: Tensors) -> tuple[str, State]:
+def recognise_state(state: Tensors) -> tuple[str, State]:
     """Return the layout of a state, and the state under official names (for `other`, under its own names).
 
     Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.

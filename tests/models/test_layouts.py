@@ -18,7 +18,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.interop.parity import vary_weights
 from models.weights.initialise import initialise_from
-from models.weights.layouts import Layout, recognise
+from models.weights.layouts import Layout, recognise_state
 from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
 from utils.io.weight_files import InitFrom
@@ -134,7 +134,7 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     write_weights(tmp_path / "w.safetensors", source.state_dict(), {})
     start(target, tmp_path / "w.safetensors")
     assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in fresh.items())
-    expected = recognise(source.state_dict())[1]
+    expected = recognise_state(source.state_dict())[1]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in target.encoder.state_dict().items())
 
 

@@ -14,7 +14,7 @@ from data.collection.collection import Collection, check_classes
 from data.collection.index import index_collection
 from data.layouts.table import SCHEMA, SPLITS, build_table, count_values, hash_table
 from data.load import describe_collection
-from data.tools.predictions import find_images
+from data.tools.predictions import list_images
 from tests.support import refuses
 
 
@@ -112,8 +112,8 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
     assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/b.png dog"]
     assert "3 masks, which task.mask alone reads, and OneTrainer's conditioning images: cat/A-Cond" in log.text
     assert "4 hidden names, thumbnails, bins and indexes of systems: " in log.text
-    assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
-    assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant
+    assert sorted(path.name for path in list_images(str(root), "input").paths) == ["a.png", "b.png"]
+    assert list_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant
 
 
 @pytest.mark.parametrize("given", [["train", "test", "valid"], ["train", "test"]])

@@ -11,7 +11,7 @@ import pytest
 
 from data.collection.concepts import ConceptConfig
 from data.layouts.corrections import Decision, append_corrections
-from data.tools.predictions import find_images
+from data.tools.predictions import list_images
 from tests.data.collection.test_collection import columns, load, put
 from tests.data.layouts.test_foreign import png, write_tar
 from tests.in_process import run
@@ -78,8 +78,8 @@ def test_paths_of_the_configuration_and_of_predict_find_folders(opened, tmp_path
     assert config.root == str(root)
     monkeypatch.chdir(tmp_path)
     assert "3 training and 0 val" in run("prepare", ["job=check", "data=image_folder", "data.root=Böden"], tmp_path)
-    assert [path.name for path in find_images(f"{root}/Föhn/ü.png", "input").paths] == [f"{mac('ü')}.png"]
-    assert len(find_images(str(tmp_path / "Böden/Föhn"), "input").paths) == 2
+    assert [path.name for path in list_images(f"{root}/Föhn/ü.png", "input").paths] == [f"{mac('ü')}.png"]
+    assert len(list_images(str(tmp_path / "Böden/Föhn"), "input").paths) == 2
 
 
 def test_a_correction(opened, tmp_path):
@@ -135,7 +135,7 @@ def check_said(text, expected):
 def test_each_is_named_by_every_job_and_the_others_are_read(tmp_path, command, log):
     expected = trouble(tmp_path / "root")
     if command == "predict":
-        assert len(find_images(str(tmp_path / "root"), "input").paths) == 2
+        assert len(list_images(str(tmp_path / "root"), "input").paths) == 2
     else:
         line = run("prepare", [f"job={command}", "data=image_folder", "data.root=root"], tmp_path)
         assert command != "check" or "pipes, sockets and devices: 3" in line

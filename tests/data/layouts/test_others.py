@@ -4,7 +4,7 @@ import pytest
 
 from data.layouts import names
 from data.load import load_collection
-from data.tools.predictions import find_images
+from data.tools.predictions import list_images
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
 from tests.support import data_config, refuses
@@ -69,7 +69,7 @@ def test_every_command_names_them(command, phone, log, monkeypatch):
 
 
 def test_predict_says_it_too(phone, log):
-    assert len(find_images(str(phone), "input").paths) == 4
+    assert len(list_images(str(phone), "input").paths) == 4
     assert f"input: not used: {SAID[0]}" in log.text
 
 

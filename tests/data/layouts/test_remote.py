@@ -7,7 +7,7 @@ from data.images.bytes import NO_ANSWER, open_contents
 from data.open import open_images
 from data.stream.loader import no_fields
 from data.stream.order import build_sampler
-from data.stream.source import FileRange, UnreadableImage, join_ranges
+from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_loader import stream, take
 from tests.support import data_config, make_collection, pack_collection, refuses, write_manifest
@@ -40,19 +40,6 @@ def test_a_remote_collection_is_the_collection(packed, place):
     contents = open_contents(packed)
     contents.prefetch(range(50))
     assert [*map(contents.read, range(len(packed)))] == [*map(open_contents(files).read, range(len(files)))]
-
-
-def test_near_ranges_are_one_request(packed, store, monkeypatch):
-    asked, cat = [], store.cat_ranges
-    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: asked.append(paths) or cat(paths, *a, **k))
-    contents = open_contents(packed)
-    rows = build_sampler("blocks", packed.rows("train"), packed, 0).rows[:32].tolist()
-    contents.prefetch(rows)
-    for row in rows:
-        contents.read(row)
-    assert len(asked) == 1 and len(asked[0]) == len({packed.row(row).shard for row in rows})
-    parts = [FileRange("a", 10, 2**23), FileRange("b", 9, 1), FileRange("a", 0, 9), FileRange("a", 2**20, 5)]
-    assert join_ranges(parts) == [FileRange("a", 0, 9), FileRange("a", 10, 2**23), FileRange("b", 9, 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

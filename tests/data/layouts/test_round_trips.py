@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.tags.rules import TagRules, TextConfig
 from data.tags.tag_index import map_tags
-from data.tools.predictions import Images, RowFile, Sidecars, spell_tags
+from data.tools.predictions import ImageList, RowFile, Sidecars, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from tests.data.collection.test_collection import load, put
 from tests.support import pack_collection, write_manifest
@@ -59,7 +59,7 @@ def test_tags_come_back_from_every_form(keys, rating, text):
     try:
         image = put(root / "in", "a.png") / "a.png"
         whole, row = predict(keys, rating, text, categories=True, rating="first")
-        Sidecars(Images(str(root / "in"), [image]), None, replace=True).write_each([{**row, "path": str(image)}])
+        Sidecars(ImageList(str(root / "in"), [image]), None, replace=True).write_each([{**row, "path": str(image)}])
         assert read(root / "in", whole, root / "cache") == wanted, (root / "in/a.txt").read_text()
 
         pack_collection(load(root / "in", root / "cache"), root / "packed")

@@ -122,6 +122,12 @@ def test_each_window_is_read_while_the_one_before_is_drawn_from(tmp_path, monkey
         assert sorted(read) == sorted(sampler.at(position)[0] for position in range(15, known))
 
 
+def test_near_ranges_are_read_as_one():
+    parts = [FileRange("a", 10, 2**23), FileRange("b", 9, 1), FileRange("a", 0, 9), FileRange("a", 2**20, 5)]
+    joined = [FileRange("a", 0, 9), FileRange("a", 10, 2**23), FileRange("b", 9, 1)]
+    assert read_ahead.join_ranges(parts) == joined
+
+
 # --- concepts
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from data.tools.form import read_form
-from data.tools.predictions import find_images
+from data.tools.predictions import list_images
 from tests.data.collection.test_collection import put
 from tests.support import refuses
 
@@ -14,7 +14,7 @@ FOUND = {"1.png": {"class": "cat", "probs": {"cat": 0.9, "dog": 0.1}}, "a.b.png"
 def read(tmp_path):
     """Return a function from the text of a form to its filled rows; some images cannot be read."""
     put(tmp_path / "test", "1.png", "a.b.png", "sub/bad.png", "sub/other.png")
-    images = find_images(str(tmp_path / "test"), "input").paths
+    images = list_images(str(tmp_path / "test"), "input").paths
 
     def read(text, encoding="utf-8"):
         (tmp_path / "form.csv").write_text(text, encoding=encoding)
