@@ -30,13 +30,13 @@ class DataConfig(Strict):
     """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
     validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images.
-    on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
+    on_bad_sidecar: a script that reads a bad field of a sidecar stops, or skips that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
-    trigger: before each caption that does not have it, and the caption of an image without texts (finetune_sdxl.py).
-    concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
-    corrections: take what reviewers decided, if the collection has a `corrections.jsonl`.
-    table: the user's table that names the images, relative to root or the working directory; auto: the one that is
-    there; none. columns: its names of our columns.
+    trigger: a word before each caption that lacks it, and the caption of an image without texts (finetune_sdxl.py).
+    concepts: the folders of the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
+    corrections: apply the decisions of reviewers, if the collection has a `corrections.jsonl`.
+    table: the user's table of the images, relative to root or the working directory; auto: the table in the folder;
+    none. columns: the table's names for our columns.
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -53,11 +53,11 @@ class DataConfig(Strict):
     columns: dict[ColumnName, str] | None
 
     def choice(self) -> TableChoice:
-        """Return what `table` and `columns` say."""
+        """Return the choice of a table by `table` and `columns`."""
         return TableChoice(self.table, self.columns or {})
 
     def index_settings(self) -> Json:
-        """Return what an index depends on beside the files, as `index_collection` takes it."""
+        """Return the settings that an index depends on, as arguments of `index_collection`."""
         names = ("validation_fraction", "on_bad_sidecar", "corrections")
         stated = {name: getattr(self, name) for name in names}
         return {"concepts": self.concepts or (), **stated, **self.choice()._asdict()}
@@ -71,4 +71,4 @@ def _refuse_concepts(data: DataConfig) -> DataConfig:
     return data
 
 
-WholeData = Annotated[DataConfig, AfterValidator(_refuse_concepts)]  # of the scripts that read no concepts
+WholeData = Annotated[DataConfig, AfterValidator(_refuse_concepts)]  # for scripts that read no concepts

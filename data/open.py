@@ -58,13 +58,13 @@ def load_files(
 
 
 def prepare_image(content: bytes, name: str, preprocessing: Values, *, max_pixels: int) -> Tensor:
-    """Return an encoded image as `load_files` returns that of a file, uint8 [1, C, H, W]. Raises UnreadableImage."""
+    """Decode and preprocess an encoded image as `load_files` does, uint8 [1, C, H, W]. Raises UnreadableImage."""
     image = _decoder_of(preprocessing, max_pixels)(content, name)
     return EvalTransform(preprocessing)(image)[None]
 
 
 def _decoder_of(preprocessing: Values, max_pixels: int, background: Any = None) -> Decoder:
-    """Return the decoder for a preprocessing; background: if set, it replaces that of the training."""
+    """Return the decoder for a preprocessing. background: replaces the background of training; None: keeps it."""
     stated = Decoding.model_validate(preprocessing)
     background = stated.background if background is None else background
     return Decoder(stated.channels, max_pixels, background, stated.shortest_px)
@@ -74,7 +74,7 @@ def open_images(collection: Collection, config: DataConfig, preprocessing: Value
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
     preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
-    helps. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
+    pays. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
     decoder = _decoder_of(preprocessing, config.max_pixels, config.background)
     images = Images(collection, decoder)
@@ -87,7 +87,7 @@ class Data:
     """A collection as streams of batches, read from a source.
 
     batch_size: for evaluation. run_path: the folder for unreadable.jsonl, the list of unreadable samples; or None.
-    dry_run: samples are images and captions, even where a run reads what encoders made of them.
+    dry_run: samples are images and captions, even where a run reads cached latents and embeddings.
     fingerprints: values by configuration key that must not change when a run is resumed.
     """
 

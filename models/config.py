@@ -63,6 +63,6 @@ ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="fami
 
 
 def timm_config(name: str, channels: list[int] | None = None) -> TimmConfig:
-    """Describe a network of timm for RGB images by its name. channels: others of a ResNet."""
+    """Describe a network of timm for RGB images by its name. channels: of the four stages of a ResNet."""
     values = {"in_channels": 3, "drop_path_rate": None, "image_size_hw": None, "pretrained": "auto"}
     return TimmConfig(family="timm", name=name, channels=channels, **values)

@@ -97,10 +97,10 @@ class Predictor:
     def choose_thresholds(
         self, weights: Path, profile: str = PER_TAG, threshold: float | None = None, file: str | None = None
     ) -> np.ndarray:
-        """Return the threshold of each output [K], or one for all; of classes, one that is 0 if there is no other.
+        """Return the threshold of each output [K], or one for all outputs.
 
-        It is `threshold`, or by `profile` (of tags) from `file` or the table beside the weights, or that of the
-        metadata, or the default. Raises UserError (`thresholds`, `profile`).
+        The first of these counts: `threshold`; by `profile` (of tags), the table in `file` or beside the weights; the
+        thresholds of the metadata; the default, for classes 0. Raises UserError (`thresholds`, `profile`).
         """
         if threshold is not None:
             return np.float32(threshold)

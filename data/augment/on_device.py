@@ -21,7 +21,7 @@ _NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
 
 
 class DeviceStep:
-    """A step of whole batches. A subclass has three members.
+    """A step of whole batches. A subclass has three members:
 
     width: the number P of a sample's parameters. draw(): draws them from torch's generator, which the reader has
     seeded. apply(images, parameters, keys): returns the changed images [B, C, H, W], uint8 or float from 0 to 255;
@@ -33,7 +33,7 @@ class DeviceStep:
 
 
 def _draw_between(*ranges: Sequence[float]) -> list[float]:
-    """Draw a number of each range. Torchvision's own draws take far longer."""
+    """Draw a number from each range. Draws by torchvision take far longer."""
     shares = torch.rand(len(ranges)).tolist()
     return [low + (high - low) * share for (low, high), share in zip(ranges, shares)]
 
@@ -49,7 +49,7 @@ def inverse_matrix(size_hw: Sequence[int], *affine: Any) -> list[float]:
 
 
 class DeviceAffine(DeviceStep):
-    """The affine map; its parameters are those of `inverse_matrix`."""
+    """The affine map; its parameters are the six numbers of `inverse_matrix`."""
 
     width = 6
 
@@ -81,7 +81,7 @@ class DeviceMirror(DeviceStep):
 
 
 class DeviceColours(DeviceStep):
-    """Colours; its parameters are those of `change_colours`."""
+    """Random colours; its parameters are the factors of `change_colours`."""
 
     width = 4
 

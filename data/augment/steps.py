@@ -122,8 +122,8 @@ class DeviceAugment:
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
         """Return augmented images, uint8 [B, C, H, W], rounded once; parameters [B, P], keys [B] for noise."""
-        for step, own in zip(self.steps, parameters.split([step.width for step in self.steps], dim=1)):
-            images = step.apply(images, own, keys)
+        for step, values in zip(self.steps, parameters.split([step.width for step in self.steps], dim=1)):
+            images = step.apply(images, values, keys)
         return images.round_().clamp_(0, 255).to(torch.uint8) if images.is_floating_point() else images
 
 

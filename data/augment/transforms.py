@@ -1,7 +1,7 @@
 """Transforms of one image in a worker, with random numbers from the sample's key; data/augment/steps.py lists them.
 
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
-Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the other way (one
+Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the reverse (one
 thread, 64 and 224 px). RandAugment is timm's, on Pillow images.
 Normalisation happens on the device (models/image_model.py), so batches hold bytes, a quarter of the size of floats.
 """
@@ -134,7 +134,7 @@ class ResizedCrop(v2.RandomResizedCrop):
         return image[:, top : top + height, left : left + width]
 
     def make_params(self, flat_inputs: list[Any]) -> Json:
-        """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
+        """Return top, left, height and width of a crop. The method of torchvision takes 60 us."""
         height, width = flat_inputs[0].shape[-2:]
         least, most = self.scale
         low, high = self._log_ratio

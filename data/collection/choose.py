@@ -15,25 +15,25 @@ log = get_logger(__name__)
 def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarray | None = None) -> ndarray:
     """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
-    `per_class`, a number or a share, and `count` choose the paths with the lowest hashes, so an added image moves at
-    most one other. Images without a label are one class. Raises UserError if every training image has weight 0, or if
-    `find` finds no training image.
+    `per_class`, a number or a share, and `count` choose the paths with the lowest hashes, so an added image replaces at
+    most one chosen image. Images without a label are one class. Raises UserError if every training image has weight 0,
+    or if `find` finds no training image.
     """
-    every = collection.rows("train")
-    if len(every) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
+    training = collection.rows("train")
+    if len(training) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
         raise UserError(
             f"data.root: no training image of {str(collection.root)!r} has a weight above 0: {unused:,} have weight "
             "0, as unreadable images do; replace them and write the manifest again (prepare.py job=manifest)"
         )
-    rows = every
+    rows = training
     if choice.find is not None:
         from data.collection.search import find_rows
 
-        rows = np.intersect1d(every, find_rows(collection, choice.find, "loop.find"))
-        if len(rows) == 0 < len(every):
+        rows = np.intersect1d(training, find_rows(collection, choice.find, "loop.find"))
+        if len(rows) == 0 < len(training):
             raise UserError(
-                f"loop.find: {choice.find!r} finds none of the {len(every):,} training images; terms are tags, or "
-                f"conditions on columns, such as path:{collection.row(int(every[0])).path} (docs/viewer.md)"
+                f"loop.find: {choice.find!r} finds none of the {len(training):,} training images; terms are tags, or "
+                f"conditions on columns, such as path:{collection.row(int(training[0])).path} (docs/viewer.md)"
             )
     if is_usable is not None:
         rows = rows[is_usable[rows]]
@@ -42,7 +42,7 @@ def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarra
     if choice.count is not None:
         rows = _lowest(collection, rows, choice.count, np.zeros(len(collection), int))
     if (choice.find, choice.per_class, choice.count) != (None, None, None):
-        log.info("loop: %s of %s training images", f"{len(rows):,}", f"{len(every):,}")
+        log.info("loop: %s of %s training images", f"{len(rows):,}", f"{len(training):,}")
     return rows
 
 
@@ -63,12 +63,10 @@ def spread(rows: ndarray, limit: int) -> ndarray:
 
 
 def choose_probe_rows(class_ids: ndarray, train_rows: ndarray, val_rows: ndarray, most: int) -> tuple[ndarray, ndarray]:
-    """Return at most `most` training rows and half as many of validation for a probe of features.
+    """Return at most `most` training rows and half as many validation rows for a probe of features.
 
-    Both are evenly spread over the classes.
-
-    class_ids: [N], for all rows; -1 without a class. Validation rows only have classes of the chosen training rows.
-    Both may be empty.
+    Both are evenly spread over the classes. class_ids: [N], for all rows; -1 without a class. Validation rows only have
+    classes of the chosen training rows. Both may be empty.
     """
 
     def pick(rows: ndarray, limit: int) -> ndarray:

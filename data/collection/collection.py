@@ -54,10 +54,10 @@ class Row:
 class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
-    fingerprint: a hash of the columns, stored in the index. seen: the same without the test split, which training does
-    not read. twins: how many images of `val` and of `test` have a near-duplicate in training (`count_twins`).
+    fingerprint: a hash of the columns, stored in the index. seen: a hash of the rows that training may read, without
+    the test split. twins: how many images of `val` and of `test` have a near-duplicate in training (`count_twins`).
     is_packed: whether rows are byte ranges of shards, in the columns `data.layouts.table.PLACES`. concepts:
-    `data.concepts`; empty without. unused: lines about what no reader uses.
+    `data.concepts`; empty without. unused: lines about files that no reader uses.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
@@ -148,7 +148,7 @@ class Collection:
 
 
 def _as_read(name: str) -> str:
-    """Return the name of a class of any run as labels are read today."""
+    """Return a class name of an earlier run as a reader returns that label today."""
     with suppress(ValueError):
         return read_label(name) or name
     return name
@@ -161,7 +161,7 @@ def describe_concepts(collection: Collection, rows: ndarray) -> str:
     counts = np.bincount(ids, minlength=len(concepts))
     positions = count_positions(concepts, counts)
     lines = [f"{'images':>8} {'repeats':>8} {'of a step':>9}  folder"]
-    for number, (concept, count, each) in enumerate(zip(concepts, counts, positions)):
+    for number, (concept, count, slots) in enumerate(zip(concepts, counts, positions)):
         notes = [concept.path]
         if concept.share is not None:
             notes.append(f"share {concept.share:g}")
@@ -176,8 +176,7 @@ def describe_concepts(collection: Collection, rows: ndarray) -> str:
             if named == 0 < count:
                 why = "no caption has %r, so it is not trained; captions.prefix puts it before each"
                 log.warning(f"data.concepts.%d.trigger: {why}", number, concept.trigger)
-        share = each / positions.sum()
-        lines.append(f"{count:>8,} {each / max(count, 1):>8.4g} {share:>9.1%}  {', '.join(notes)}")
+        lines.append(f"{count:>8,} {slots / max(count, 1):>8.4g} {slots / positions.sum():>9.1%}  {', '.join(notes)}")
     return f"\n{_MARGIN}".join(lines)
 
 

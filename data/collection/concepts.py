@@ -31,11 +31,12 @@ CONCEPT = "concept"  # a column: the index of a row's concept
 class ConceptConfig(Strict):
     """A folder of images, in any layout of docs/collections.md.
 
-    path: below data.root, or anywhere; of nested concepts, the inner one has the image. repeats: how often an epoch
-    names each image (null: once); share: of an epoch, instead of repeats. Priors without a share are half of what has
-    none, and `repeats` counts among them. trigger: the caption of an image without a
+    path: below data.root, or anywhere; an image in nested concepts belongs to the inner concept. repeats: how often an
+    epoch names each image (null: once); share: of an epoch, instead of repeats. Priors without a share make up half of
+    the positions without a share; `repeats` weighs them against each other. trigger: the caption of an image without a
     caption and tags. captions: keys of task.captions with other values. mask: null: as the task says. is_prior: images
-    that keep what the model knows: they are not validated, and have a loss of their own. weight: a factor of the loss.
+    that preserve what the model knows; they are not validated, and have a loss of their own. weight: a factor of the
+    loss.
     """
 
     path: PathText
@@ -62,14 +63,14 @@ class ConceptConfig(Strict):
 def find_repeats(root: str) -> list[ConceptConfig]:
     """Return the folders `10_name` of sd-scripts as concepts: all folders of the root, or those in its img and reg.
 
-    There is none if another folder or an image is among them. Folders `0_name` are left out. Those of reg are priors.
-    Raises UserError (`data.root`) if all are left out.
+    The list is empty if another folder or an image is among them. Folders `0_name` are skipped. Folders of reg are
+    priors. Raises UserError (`data.root`) if all folders are skipped.
     """
     if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
         return []
     parts = [part for part in ("img", "reg") if (folder / part).is_dir()] if (folder / "img").is_dir() else [""]
     concepts = []
-    left = []
+    skipped = []
     for part in parts:
         for each in sorted(list_folder(folder / part), key=lambda each: each.name):
             if is_passed_over(each.name) or not (each.is_dir() or is_image_name(each.name)):
@@ -81,8 +82,8 @@ def find_repeats(root: str) -> list[ConceptConfig]:
             if repeats := int(match[1]):
                 concepts.append(ConceptConfig(path=path, repeats=repeats, trigger=match[2], is_prior=part == "reg"))
             else:
-                left.append(path)
-    if names := ", ".join(map(repr, left)):
+                skipped.append(path)
+    if names := ", ".join(map(repr, skipped)):
         if not concepts:
             raise UserError(
                 f"data.root: 0 repeats leave out all of {root}: {names}; rename one, or set data.concepts=[]"
@@ -100,11 +101,11 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
 def count_positions(concepts: Sequence[ConceptConfig], counts: ndarray) -> ndarray:
     """Return how many positions of an epoch each concept has, int64 [C]. counts: its samples, [C].
 
-    repeats: that many for each sample; those of priors are then made as many as the others together, by fewer samples
-    or by further rounds. share: this part of the epoch. If no concept has repeats, only the ratio of the shares counts,
+    repeats: that many for each sample. Priors then get as many positions as all other samples, by fewer samples or by
+    further rounds. share: this part of the epoch. If no concept has repeats, only the ratio of the shares counts,
     and the epoch is long enough for every sample to occur. Raises UserError (`data.concepts`).
-    Source: kohya-ss/sd-scripts:library/train_util.py, DreamBoothDataset. Differs: what is left after whole rounds is
-    shared out, and is not the first folder's.
+    Source: kohya-ss/sd-scripts:library/train_util.py, DreamBoothDataset. Differs: the positions after whole
+    rounds are divided among the priors; there the first folder gets them.
     """
     shares = np.array([concept.share or 0.0 for concept in concepts])
     fixed = counts * [0 if concept.share is not None else concept.repeats or 1 for concept in concepts]

@@ -5,10 +5,10 @@
 
 A thumbnail has the luma of 16 x 16 cells and the chroma of 4 x 4. Two pictures are alike if, whichever is mirrored,
 the thumbnails, each in shares of its contrast, differ by less than a tenth; the mean brightness counts less, and so
-does the contrast. So a copy is found that is a tenth brighter or darker, while form and colour tell pictures apart:
-flags, words on one background, letters. Of a copy that is cropped, 1 % a side is usually found, 3 % never.
-Source: perceptual hashes (Zauner 2010, imagehash) and czkawka compare signs of grey frequencies. Differs: those cannot
-tell colours, and in a drawing with few frequencies most signs are noise.
+does the contrast. So a copy may be a tenth brighter or darker, while form and colour distinguish pictures: flags, words
+on one background, letters. A copy that is cropped by 1 % a side is usually recognised, by 3 % never.
+Source: perceptual hashes (Zauner 2010, imagehash) and czkawka compare signs of grey frequencies. Differs: signs have
+no colours, and in a drawing with few frequencies most signs are noise.
 """
 
 import base64
@@ -19,11 +19,11 @@ from numpy import ndarray
 from PIL import Image
 
 _LIMIT = 0.085  # copies are at 0.00 to 0.08, the flags of Romania and Chad at 0.10
-_NOISE = 15.0  # levels, added to the contrast: JPEG changes a flat colour so
+_NOISE = 15.0  # levels, added to the contrast: JPEG changes a flat colour by as many
 _OF_MEAN = np.float32([0.15, 1, 1])  # the weights of the mean luma and chroma
 _OF_CONTRAST = 0.3  # the weight of the logarithm of the contrast
 _COARSE = 0.07  # coarse forms of alike pictures are nearer
-_NEIGHBOURS = 17  # that each picture is compared with, itself included
+_NEIGHBOURS = 17  # pictures that a picture is compared with, itself included
 _CHUNK = 2**11  # pictures at a time, whose levels fit into a cache
 # A thumbnail's cells of luma, Cb and Cr, one after another; `_weigh` adds four numbers.
 _CELLS = np.array([256, 16, 16], np.int16)
@@ -53,9 +53,9 @@ def are_alike(first: ndarray, second: ndarray) -> ndarray:
 
 
 def group_duplicates(thumbnails: Sequence[str]) -> ndarray:
-    """Return the group of each thumbnail, int64 [N]: the index of the first one that a chain of alike ones joins it to.
+    """Return the group of each thumbnail, int64 [N]: the index of the first thumbnail in a chain of alike thumbnails.
 
-    Each is compared with its nearest ones by their coarse forms.
+    Each thumbnail is compared with its nearest neighbours by their outlines.
     """
     from scipy.sparse import coo_array  # takes 0.2 s
     from scipy.sparse.csgraph import connected_components
@@ -77,7 +77,7 @@ def _split(array: ndarray) -> list[ndarray]:
 
 
 def _weigh(pictures: ndarray) -> ndarray:
-    """Return what is compared of pictures, float32 [N, 292]: form, mean brightness and colour, and contrast.
+    """Return the compared features of pictures, float32 [N, 292]: form, mean brightness and colour, and contrast.
 
     Form and means are in shares of the contrast, so they do not change when all levels are multiplied.
     """
@@ -89,7 +89,7 @@ def _weigh(pictures: ndarray) -> ndarray:
 
 
 def _outline(pictures: ndarray) -> ndarray:
-    """Return what alike pictures and their mirror images nearly agree in, [N, 20]."""
+    """Return a coarse form, [N, 20], which is nearly equal for alike pictures and their mirror images."""
     luma, _, rest = np.split(_weigh(pictures), (256, 288), axis=1)
     cells = luma.reshape(-1, 4, 4, 4, 4).sum((2, 4)) / 32**0.5
     left = cells[..., :2]

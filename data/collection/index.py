@@ -43,7 +43,7 @@ _INDEX = 19  # format version; increment it to rebuild every index
 
 @dataclass(frozen=True)
 class _Part:
-    """A folder of a collection. decisions: the corrections to take. unused: what its reading leaves."""
+    """A folder of a collection. decisions: the corrections to apply. unused: the files that no reader uses."""
 
     folder: str
     layout: Layout
@@ -55,7 +55,7 @@ class _Part:
         return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
 
     def read(self, fraction: Share, is_prior: bool = False) -> Table:
-        """Return its table with splits and corrections. is_prior: all of it is for training."""
+        """Return its table with splits and corrections. is_prior: all rows are for training."""
         table = self.layout.read()
         if is_prior:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
@@ -77,9 +77,10 @@ def index_collection(
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
-    reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
-    and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
-    corrections: take those of the collection, if it has any. tables: `table` and `columns`, as in `DataConfig`.
+    reports that. A folder is scanned at each call. An index inside a collection is never used. Files that no reader
+    uses are logged at each call. on_bad_sidecar: with `stop`, a script that reads a field refuses its faults.
+    corrections: apply the corrections of the collection, if it has any. tables: `table` and `columns`, as in
+    `DataConfig`.
 
     Raises UserError (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
@@ -135,7 +136,7 @@ def _find_parts(
     parts = []
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
-            raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
+            raise UserError(f"data.concepts.{number}.path: {folder!r} is listed twice; merge both, and their repeats")
         with _naming(number):
             parts.append(_find_part(folder, cache, unused, choice, corrections))
     return parts

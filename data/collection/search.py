@@ -47,7 +47,7 @@ def _unquote(value: str) -> str:
 
 
 class Search:
-    """The rows of a collection, found by terms. Parts that take long are kept."""
+    """Find the rows of a collection by terms. Slow intermediate results are cached."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
@@ -87,7 +87,7 @@ class Search:
         return {tags.names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
 
     def _accepts_all(self, terms: list[tuple[str, ...]]) -> ndarray:
-        """Return whether each row has what all terms ask for, bool [N]."""
+        """Return whether each row matches all terms, bool [N]."""
         chosen = np.ones(len(self.collection), bool)
         for minus, name, sign, value in terms:
             chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
@@ -114,17 +114,17 @@ class Search:
         if sign not in (":", "="):
             raise UserError(f"{name}{sign}{value}: {name} has texts; use {name}:{value} or {name}={value}")
         column = self._table[name]
-        found = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
-        return found.fill_null(False).to_numpy()
+        matches = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
+        return matches.fill_null(False).to_numpy()
 
     def _has_word(self, word: str) -> ndarray:
-        """Return whether each row has a tag; of one that nothing has, whether a name, label, tag or caption has it."""
-        found = self._has_tag("tags", word)
-        if not found.any():
-            found = self._has_tag("tags", f"*{word}*")
+        """Return whether each row has a tag, or if no row has it, whether a text of the row contains the word."""
+        has = self._has_tag("tags", word)
+        if not has.any():
+            has = self._has_tag("tags", f"*{word}*")
             for name in _WORDS:
-                found |= self._accepts(name, ":", word)
-        return found
+                has |= self._accepts(name, ":", word)
+        return has
 
     def _has_tag(self, name: str, value: str) -> ndarray:
         tags = self._lists(name)

@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 Share = float | Literal["auto"]  # of the images, for validation
 FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images agree
-# `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
+# `data.validation_fraction=auto`: a tenth. A tenth of fewer images measures next to nothing, and training needs it.
 _FRACTION = 0.1
 _LEAST_IMAGES = 100
 
@@ -49,9 +49,9 @@ def assign_validation(table: Table, fraction: Share) -> Table:
 
 
 def split_corrected(table: Table, corrected: Table, fraction: Share) -> Table:
-    """Return a corrected table with splits, those of `table`, which is without corrections.
+    """Return a corrected table with the splits of `table`, which has no corrections.
 
-    First labels and groups count as its own. Other corrections move no image to another split.
+    A first label, and a group, count as if `table` had them. Other corrections move no image to another split.
     """
     table = replace_column(table, "label", pc.coalesce(table["label"], corrected["label"]))
     if "group" in corrected.column_names:
@@ -119,7 +119,7 @@ def hash_paths(paths: pa.ChunkedArray) -> ndarray:
 def lead_rows(table: Table, prints: Sequence[str] = ("group",)) -> ndarray:
     """Return the first row of each row's group of near-duplicates, or the row itself, int64 [N].
 
-    prints: columns that may tell the group; the first one with a value does.
+    prints: columns that may name the group; the first column with a value does.
     """
     rows = np.arange(len(table))
     for name in prints:
@@ -133,5 +133,5 @@ def count_twins(table: Table) -> dict[str, int]:
     """Return how many images of `val` and of `test` have an equal or similar image in training, without weight 0."""
     table = table.filter(pc.not_equal(table["weight"], 0.0))
     leads = lead_rows(table, FINGERPRINTS)
-    train, *held = (leads[pc.equal(table["split"], split).to_numpy()] for split in SPLITS)
-    return {split: int(np.isin(each, train).sum()) for split, each in zip(SPLITS[1:], held)}
+    train, *others = (leads[pc.equal(table["split"], split).to_numpy()] for split in SPLITS)
+    return {split: int(np.isin(rows, train).sum()) for split, rows in zip(SPLITS[1:], others)}

@@ -56,7 +56,7 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 by default; JPEG XL's decoder turns, but for a JPEG within."""
+    """Return the EXIF orientation, 1 by default; the decoder of JPEG XL rotates, unless the file has a JPEG inside."""
     if image.format == "JXL" and not image.jpeg:
         return 1
     try:

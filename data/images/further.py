@@ -11,7 +11,7 @@ from types import ModuleType
 
 from data.layouts.names import FURTHER, is_raw
 
-# The first bytes of files that a package reads; an AVIF may begin as HEIF does, and names its kind a little later.
+# The first bytes of files that a package reads; an AVIF may begin as HEIF does, and states its kind a little later.
 _BEGINS = {
     "pillow-heif": re.compile(rb"....ftyp(he|(mif1|msf1)(?!.{0,40}avi[fs]))", re.DOTALL),
     "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
@@ -20,7 +20,7 @@ FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL"}  # Pillow's names
 _JXL_START = re.compile(rb"\xff\x0a|.*?jxl(?:c|p....)\xff\x0a", re.DOTALL)  # of the codestream, bare or in a box
 _JXL_RATIOS = 1, 1, 1.2, 4 / 3, 1.5, 16 / 9, 1.25, 2  # width to height, by code from 1
 _JXL_BITS = 9, 13, 18, 30  # of a side, by code
-_TURNS = {3: 3, 5: 8, 6: 6}  # LibRaw's numbers of a rotation, and those of EXIF
+_TURNS = {3: 3, 5: 8, 6: 6}  # EXIF's number of a rotation, by LibRaw's
 
 
 def package_of(content: bytes, name: str) -> str | None:

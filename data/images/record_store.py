@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
 _USES = "uses"
 _KEY = "S32"
-_is_record = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp").fullmatch  # or what a killed process left
+_is_record = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp").fullmatch  # or a temporary file of a killed process
 _FULL = 0.9  # eviction removes the oldest records down to this share of the limit
 
 
@@ -46,7 +46,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.own = own_cache(folder)  # where this user writes; what is in `folder` is read, too
+        self.own = own_cache(folder)  # where this user writes; records in `folder` are read, too
 
     def _file(self, key: str) -> Path:
         file = self.folder / key[:2] / key

@@ -1,4 +1,4 @@
-"""What is measured of the files of a collection, once: the sizes of images and hashes of files."""
+"""Measure the files of a collection once: the sizes of images, and the hashes of files."""
 
 import functools
 import os

@@ -234,7 +234,7 @@ class UnreadableLog:
 class TrainStream:
     """The endless stream of training steps: each is a list of this rank's micro-batches on the device.
 
-    prepare: completes a batch of them.
+    prepare: completes a micro-batch.
     """
 
     def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:

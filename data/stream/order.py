@@ -65,7 +65,7 @@ class Turns:
     """The samples of an epoch's slots, where concepts occur more or less often than once (`count_positions`).
 
     The slots of a concept are divided over its groups by their samples. The samples of a concept in a group take turns:
-    an epoch goes on where the one before ended. groups: of each slot, [slots].
+    an epoch continues where the previous epoch ended. groups: of each slot, [slots].
     """
 
     def __init__(self, concepts: ndarray, groups: ndarray, positions: ndarray, seed: int) -> None:
@@ -88,9 +88,9 @@ class Turns:
 
 
 class Sampler:
-    """An order of rows: every row once per epoch, in another order each epoch. Subclasses have others.
+    """An order of rows: every row once per epoch, in another order each epoch. Subclasses define other orders.
 
-    chunk: number of consecutive positions with one shape; None: no groups. turns: rows occur as they say.
+    chunk: number of consecutive positions with one shape; None: no groups. turns: how often rows occur.
     """
 
     chunk: int | None = None
@@ -166,7 +166,7 @@ class BlockSampler(Sampler):
     About one in `window` samples shares the block of its neighbour. Therefore a block should not hold a single class;
     job=pack shuffles rows before it writes shards.
 
-    reads_ahead: whether a run reads the blocks of a window before it is drawn from (data/stream/read_ahead.py).
+    reads_ahead: whether a run reads the blocks of a window before it draws from them (data/stream/read_ahead.py).
     """
 
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:

@@ -1,4 +1,4 @@
-"""Write corrections into the sidecars of a folder, and take that back (prepare.py job=apply_corrections)."""
+"""Write corrections into the sidecars of a folder, or undo that (prepare.py job=apply_corrections)."""
 
 import json
 import os
@@ -99,9 +99,9 @@ def _find_changes(row: Json, now: Json) -> Json:
 
 
 def _rewrite(texts: Mapping[str, str], row: Json, now: Json) -> dict[str, str]:
-    """Return the texts of an image's sidecars that change, by suffix. texts: of all; row, now: what they say.
+    """Return the new texts of an image's sidecars, by suffix. texts: before; row, now: their values before and after.
 
-    What goes before the others is the last, and has all at once: the job finds its place after a kill.
+    The sidecar that readers prefer comes last, with all changes at once, so that a killed job can continue.
     """
     record = load_json(texts.get(".json") or "{}", "its .json")
     if not isinstance(record, dict):
@@ -138,7 +138,7 @@ def _restore(root: Path) -> str:
 
 
 def _read(root: Path, name: str) -> bytes:
-    """Return the content of a file; none without it. Raises UserError (`data.root`) for one outside the collection."""
+    """Return the content of a file; empty without it. Raises UserError (`data.root`) for one outside the collection."""
     if not (root / name).resolve().is_relative_to(root.resolve()):
         raise UserError(f"data.root: {str(root / name)!r} leads out of the collection; edit it where it is")
     return (root / name).read_bytes() if (root / name).is_file() else b""

@@ -1,4 +1,4 @@
-"""job=cache: what the caches hold, and which records no run uses; removes these, or fills the cache of images."""
+"""job=cache: list the caches and the records that no run uses; remove these, or fill the cache of images."""
 
 import time
 from contextlib import suppress
@@ -51,15 +51,13 @@ def manage_caches(job: Cache, data: DataConfig) -> str:
 def _fill(job: Cache, data: DataConfig) -> str:
     """Decode each image that the cache lacks."""
     if not data.cache.disk_gib:
-        raise UserError(
-            "data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as in the training"
-        )
+        raise UserError("data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as for training")
     collection = load_collection(data)
     channels = 1 if job.fill == "grey" else 3
     source = open_images(collection, data, {"channels": channels, "shortest_px": job.shortest_px})
 
     def keep(row: int) -> None:
-        with suppress(UnreadableImage):  # a training says which
+        with suppress(UnreadableImage):  # training names it
             source.read(row)
 
     rows = np.flatnonzero(collection.weights() > 0).tolist()

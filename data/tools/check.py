@@ -38,18 +38,18 @@ def check(job: Check, data: DataConfig) -> str:
     """Check the collection. Raises UserError (`data.root`, `job.report`)."""
     faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
     kinds = Counter(kind for _, kind, _ in faults).most_common()
-    found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
+    summary = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
     if faults:
         reasons = {}
         for path, _, reason in faults:
             reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
-        found += f" ({list_files(job.report, job.name, reasons)})"
+        summary += f" ({list_files(job.report, job.name, reasons)})"
     collection = load_collection(data)
     paths = [] if collection.is_packed or not job.verify else collection.table["path"].to_pylist()
     facts = measure_files(Path(data.root), paths, data.max_pixels)
     copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
     if copies:
-        line = "%s images show the picture of another one: prepare.py job=duplicates data.root=%s lists them"
+        line = "%s images show the same picture as another image: prepare.py job=duplicates data.root=%s lists them"
         log.warning(line, f"{copies:,}", data.root)
     tables = _count_values(collection, facts)
     tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
@@ -58,14 +58,14 @@ def check(job: Check, data: DataConfig) -> str:
             log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
     pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
     page = save_report(Path(job.report) / job.name, data.root, _summarise(collection), tables, pictures)
-    return f"{describe_collection(collection)}; {found or 'no fault'}; {copies:,} copies; {page}"
+    return f"{describe_collection(collection)}; {summary or 'no fault'}; {copies:,} copies; {page}"
 
 
 def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
     """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
 
-    If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not
-    matter.
+    If any image has a sidecar, images without a sidecar are faults. A manifest replaces sidecars, so bad sidecars are
+    not.
     """
     unused = Unused()
     manifest = find_manifest(root)
@@ -76,8 +76,8 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
         table = read_table(manifest, unused, data.choice().columns)
     images = sorted(folder.images)
     for path, fact in zip(images, measure_files(root, images, data.max_pixels) if job.verify else ()):
-        if odd := fact.reason or fact.remark:
-            yield path, fact.kind or odd.partition(" (")[0], odd
+        if fault := fact.reason or fact.remark:
+            yield path, fact.kind or fault.partition(" (")[0], fault
     for reason, names in unused.items():
         if is_fault(reason) or reason.startswith((ORPHANS, ROWS, UNNAMED)):
             yield from _same_fault(names, reason)
@@ -93,9 +93,9 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
         gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
         yield from _same_fault(lacking, "an image without a row in the manifest")
         yield from _same_fault(gone, "a row of the manifest without a file")
-    bare = [path for path in images if path not in folder.sidecars]
-    if len(bare) < len(images):
-        yield from _same_fault(bare, "an image without a sidecar")
+    without = [path for path in images if path not in folder.sidecars]
+    if len(without) < len(images):
+        yield from _same_fault(without, "an image without a sidecar")
 
 
 def _same_fault(paths: list[str], fault: str) -> Iterator[tuple[str, str, str]]:
@@ -126,9 +126,9 @@ def _summarise(collection: Collection) -> dict[str, float]:
 
 def _measurements(facts: list[FileFacts]) -> dict[str, np.ndarray]:
     """Return the measured values of each kind, if images were measured."""
-    found = [fact for fact in facts if fact.kind is None]
-    values = {name: np.array([getattr(fact, name) for fact in found], float) for name in _DRAWN}
-    return values | {"aspect": values["width"] / values["height"]} if found else {}
+    readable = [fact for fact in facts if fact.kind is None]
+    values = {name: np.array([getattr(fact, name) for fact in readable], float) for name in _DRAWN}
+    return values | {"aspect": values["width"] / values["height"]} if readable else {}
 
 
 def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:

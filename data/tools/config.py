@@ -34,9 +34,10 @@ class Tool(Strict):
 
 
 class Check(Tool):
-    """Count the values of a collection, list its faults, and write both as an HTML page into the folder `report`.
+    """Count the values of a collection, list the faults, and write both as an HTML page into the folder `report`.
 
-    verify: decode every image, for unreadable ones and for formats, brightness and sharpness. Shards are not decoded.
+    verify: decode every image, to find unreadable images and to measure formats, brightness and sharpness. Shards are
+    not decoded.
     """
 
     main: ClassVar[str] = "data.tools.check:check"
@@ -85,12 +86,12 @@ class Finder(Tool):
 
 
 class Duplicates(Finder):
-    """Write a table of groups of duplicates, and exclude or list all images but one of each.
+    """Write a table of groups of duplicates, and exclude or list all images but one of each group.
 
-    One of the test split is kept before others, then the one with the most of label, rating, tags and caption, then the
-    largest. Images of the test split stay, and so do those with a label, rating or tag that the kept one lacks: these
-    are listed apart. match: near: one picture in several sizes, formats or brightnesses, or mirrored; exact: equal
-    bytes.
+    An image of the test split is kept first, then the image with the most labels, ratings and tags, then an image with
+    a caption, then the largest. Images of the test split stay, and so do images with a label, rating or tag that the
+    kept image lacks: these are listed apart. match: near: one picture in several sizes, formats or brightnesses, or
+    mirrored; exact: equal bytes.
     """
 
     main: ClassVar[str] = "data.tools.duplicates:exclude_duplicates"
@@ -99,7 +100,7 @@ class Duplicates(Finder):
 
 
 class Filter(Finder):
-    """Exclude or list the images that terms find (data/collection/search.py); null: restore earlier ones."""
+    """Exclude or list the images that terms find (data/collection/search.py); null: restore excluded images."""
 
     main: ClassVar[str] = "data.tools.exclude:filter_images"
     name: Literal["filter"]
@@ -107,7 +108,7 @@ class Filter(Finder):
 
 
 class Copy(Tool):
-    """Copy the images that terms find (null: all), and what belongs to them; nothing is overwritten.
+    """Copy the images that terms find (null: all), and their sidecars and rows; nothing is overwritten.
 
     find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
     modification time are skipped, so a killed job continues. longest_px: reduce images with a longer side to it.
@@ -121,11 +122,10 @@ class Copy(Tool):
 
 
 class ApplyCorrections(Tool):
-    """Write what corrections.jsonl says into sidecars. undo: write back what they were.
+    """Write the corrections of corrections.jsonl into sidecars. undo: restore the sidecars.
 
-    UNDO has a line for each sidecar: its bytes before (none: no file) and after.
-
-    A label becomes that of `x.json`, which goes before the folder's name; tags stay in the file that has them.
+    The file UNDO has a line for each sidecar: the bytes before (null: no file) and after. A label is written into
+    `x.json`, which readers prefer to the folder's name, and tags into the file that has the tags.
     """
 
     main: ClassVar[str] = "data.tools.apply_corrections:apply_corrections"
@@ -136,7 +136,7 @@ class ApplyCorrections(Tool):
 class Cache(Tool):
     """List the caches; with `apply`, remove the records that no run has used for `unused_days`.
 
-    fill: keep all images in `data.cache.folder`, as a training with this `shortest_px` reads them; grey: one channel.
+    fill: decode all images into `data.cache.folder`, as training with this `shortest_px` reads them; grey: one channel.
     """
 
     main: ClassVar[str] = "data.tools.cache:manage_caches"
@@ -159,9 +159,9 @@ class Machine(Tool):
 
 
 class Labels(Tool):
-    """Rank labels and tags by how probably they are wrong, and images without a label by how much one would tell.
+    """Rank labels and tags by how probably they are wrong, and images without a label by what one would teach.
 
-    weights: a run or a file whose features tell; null: a network that has not seen the labels.
+    weights: a run or a file that gives the features; null: a network that has not seen the labels.
     """
 
     main: ClassVar[str] = "engine.frozen.labels_job:rank_labels"

@@ -1,4 +1,4 @@
-"""job=duplicates: find images that show one picture, exclude all but one, and name those that contradict it."""
+"""job=duplicates: find groups of images that show one picture, exclude all but one, and list contradictions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def exclude_duplicates(job: Duplicates, data: DataConfig) -> str:
     root = check_root(data.root)
     table = load_collection(data).table
     refuse_shards(root, table)
-    found = {  # without images that other jobs exclude: a group must not keep one of those
+    found = {  # without images that other jobs exclude: a group must not keep such an image
         row["path"]: row for row, why in zip(table.to_pylist(), read_reasons(table))
         if row["weight"] or not why or why.startswith(f"{job.name}: ")
     }  # fmt: skip
@@ -51,17 +51,17 @@ def exclude_duplicates(job: Duplicates, data: DataConfig) -> str:
     listing = list_files(job.report, "same_picture", others)
     if others:
         log.warning(
-            "%s images show the picture of another one and have another label, rating or tag; they stay. %s lists "
-            "them: put right what is wrong, then run job=manifest and this job again", f"{len(others):,}", listing,
+            "%s images show the same picture as another image, but have another label, rating or tag, so they stay. %s "
+            "lists them: correct the wrong ones, then run job=manifest and this job again", f"{len(others):,}", listing,
         )  # fmt: skip
     return exclude_found(job, data, reasons)
 
 
 def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[str, str]) -> None:
-    """Add why images of a group are excluded, and what those say that contradict a kept one; both by path.
+    """Add the reasons why images of a group are excluded, and the contradictions of the other images; both by path.
 
-    images: in the order in which they are kept. One is excluded if a kept one is alike and says all that it says. In a
-    long chain the ends are not alike, so several may be kept.
+    images: the most worth keeping first. An image is excluded if it is like a kept image that has all its claims. The
+    ends of a long chain are not alike, so several images may be kept.
     """
     pictures = read_thumbnails([image["thumbnail"] for image in images])
     kept = []
@@ -81,14 +81,14 @@ def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[s
 
 
 def _rank(image: Image) -> tuple[Any, ...]:
-    """Sort tests first, then what says most, then what has a caption, then the largest."""
+    """Sort by test split, then by the number of claims, then by caption, then by size."""
     pixels = image["width"] * image["height"]
     is_other = image["split"] != TEST
     return is_other, -len(image["claims"]), not image["caption"], -pixels, -image["size"], image["path"]
 
 
 def read_claims(row: Image) -> frozenset[str]:
-    """Return what a row says of its picture: label, rating and tags, whose spelling makes no difference."""
+    """Return the claims of a row about its picture: label, rating and tags, in one spelling."""
     claims = {f"label {row['label']}"} if row["label"] else set()
     for tag in map(parse_tag, (*row["tags"], f"rating:{row['rating'] or ''}")):
         if tag.name:

@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 class Form(NamedTuple):
-    """A table whose first column has ids of images; `paths` are these, one for each of its rows.
+    """A table whose first column has ids of images; paths: the image of each row.
 
     has_probs: whether the other columns are named as classes or tags, and take their probabilities; else the second
     column takes the class, or the tags.
@@ -24,16 +24,16 @@ class Form(NamedTuple):
     has_probs: bool
 
     def fill(self, predicted: Iterable[Row]) -> Iterator[Row]:
-        """Yield the rows of the table with predictions; that of an image that cannot be read stays as it is.
+        """Yield the rows of the table with predictions; the row of an unreadable image stays unchanged.
 
         predicted: with `probs` by name if `has_probs`, else as predict.py writes them.
         """
-        found = {row["path"]: row for row in predicted}
+        by_path = {row["path"]: row for row in predicted}
         ids, first, *_ = self.columns
         for path, row in zip(self.paths, self.rows):
-            values = found[path].get("probs", {})
+            values = by_path[path].get("probs", {})
             if not self.has_probs:
-                values = {first: found[path].get("class", found[path].get("tags", row[first]))}
+                values = {first: by_path[path].get("class", by_path[path].get("tags", row[first]))}
             yield {"path": path, **row, **values, ids: row[ids]}
 
 

@@ -38,7 +38,7 @@ class FileFacts(NamedTuple):
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. thumbnail:
     see data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
     levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
-    remark: what is odd about a readable one.
+    remark: an oddity of a readable file.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 

@@ -50,7 +50,7 @@ _READ_AT_ONCE = 256
 
 
 def pack(job: Pack, data: DataConfig) -> str:
-    """Pack. Raises UserError as `pack` does."""
+    """Write the shards. Raises UserError as `write_shards` does."""
     collection = load_collection(data)
     collection.refuse_faults(*FIELDS)
     table = write_shards(job, collection)
@@ -76,10 +76,9 @@ def write_shards(job: Pack, collection: Collection) -> pa.Table:
         for name, rows in track(shards.items(), len(shards), "packing the images"):
             if name not in packed:
                 write = functools.partial(_write_shard, collection=collection, rows=rows, classes=classes)
-                places = write_atomically(output / name, write)
-                found = [{"shard": name, **place} for place in places]
-                journal.add(found)
-                members += found
+                places = [{"shard": name, **place} for place in write_atomically(output / name, write)]
+                journal.add(places)
+                members += places
         table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
         columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
         for name, values in {**columns, "size": columns["length"]}.items():

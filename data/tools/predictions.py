@@ -56,7 +56,7 @@ class ImageList(NamedTuple):
 def list_images(source: str | Sequence[str], key: str) -> ImageList:
     """Return the images of a file, a folder (recursively), a pattern, a list of these, or `-` (stdin, one per line).
 
-    Raises UserError (`key`) if one of them has no image.
+    Raises UserError (`key`) if one of these has no image.
     """
     names = [source] if isinstance(source, str) else source
     if source == "-":
@@ -100,7 +100,7 @@ def _list_folder(path: Path, unused: Unused) -> list[Path]:
 class Predicted:
     """The rows of a prediction, in its journal, which also has the rows of a killed call of the same command.
 
-    A row counts while its image is unchanged. known: for each path in the journal, whether its row counts.
+    A row counts while its image is unchanged. known: for each path in the journal, whether the row counts.
     """
 
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
@@ -276,8 +276,8 @@ def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> li
 
 def split_series(tag: Tag) -> list[Tag]:
     """Return a character `name_(series)` as two tags, and another tag as it is."""
-    found = _SERIES.fullmatch(tag.name) if tag.category == CHARACTER else None
-    return [tag] if found is None else [Tag(CHARACTER, found[1]), Tag(CATEGORIES["copyright"], found[2])]
+    match = _SERIES.fullmatch(tag.name) if tag.category == CHARACTER else None
+    return [tag] if match is None else [Tag(CHARACTER, match[1]), Tag(CATEGORIES["copyright"], match[2])]
 
 
 def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
@@ -309,12 +309,12 @@ def embedding_rows(vectors: Iterable[np.ndarray]) -> list[Row]:
 
 
 def stack_rows(rows: Iterable[Row], key: str) -> tuple[list[str], np.ndarray]:
-    """Return the paths and embeddings [N, D] of the readable images of `key`. Raises UserError if there are none."""
+    """Return the paths and embeddings [N, D] of the readable images. Raises UserError (`key`) if all are unreadable."""
     rows = list(rows)
-    found = [(row["path"], np.frombuffer(base64.b64decode(row["vector"]), "<f4")) for row in rows if "vector" in row]
-    if not found:
+    pairs = [(row["path"], np.frombuffer(base64.b64decode(row["vector"]), "<f4")) for row in rows if "vector" in row]
+    if not pairs:
         raise UserError(f"{key}: {rows[0]['path']} cannot be read, nor can any other image ({rows[0]['error']})")
-    paths, vectors = zip(*found)
+    paths, vectors = zip(*pairs)
     return list(paths), np.stack(vectors)
 
 

@@ -142,8 +142,8 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[Tensor]) -> tuple[
     for sample in samples:
         inputs = model.form.to_input(sample)
         expected = dict(zip(model.form.outputs.values(), model(inputs), strict=True))
-        found = session.run(None, {model.form.input: inputs.numpy()})
-        outputs = dict(zip(expected, map(torch.from_numpy, found), strict=True))
+        arrays = session.run(None, {model.form.input: inputs.numpy()})
+        outputs = dict(zip(expected, map(torch.from_numpy, arrays), strict=True))
         for name, target in expected.items():
             absolute.append(float((outputs[name] - target).abs().max()))
             scale = max(float(target.abs().max()), _LEAST_OUTPUT)

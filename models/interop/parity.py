@@ -28,10 +28,10 @@ def vary_weights(network: nn.Module) -> nn.Module:
     return varied
 
 
-def refuse_difference(found: float, tolerance: float, what: str) -> None:
+def refuse_difference(difference: float, tolerance: float, what: str) -> None:
     """Raise UserError (`tolerance`) if a difference is above the tolerance or NaN."""
-    if not found <= tolerance:
+    if not difference <= tolerance:
         raise UserError(
-            f"tolerance: {what} differs from PyTorch by {found:.2e}, more than {tolerance:.0e}; the file was not kept. "
-            "Raise tolerance if that is small enough for you"
+            f"tolerance: {what} differs from PyTorch by {difference:.2e}, more than {tolerance:.0e}; the file was not "
+            "kept. Raise tolerance if that is small enough for you"
         )

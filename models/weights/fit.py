@@ -105,10 +105,10 @@ def _adapt_channels(name: str, weight: Tensor, target: Tensor) -> Tensor:
 
 
 class TimmFamily:
-    """What a network of timm says of its weights; ConvNeXtV2 and FCMAE say it themselves.
+    """What timm states about the weights of a network; ConvNeXtV2 and FCMAE have the same attributes.
 
-    first_convolutions: the names of the weights that read the images. head_prefixes, norm_prefixes: of what a state may
-    lack, the head and the final norm. They are empty if timm does not state them.
+    first_convolutions: the names of the weights that read the images. head_prefixes, norm_prefixes: of the head
+    and the final norm, which a state may lack. All are empty if timm does not state them.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -125,7 +125,7 @@ def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def family_of(network: nn.Module) -> Any:
-    """Return what answers as TimmFamily does: a network of ours itself."""
+    """Return the attributes of TimmFamily for a network; a network of ours has them itself."""
     return network if hasattr(network, "head_prefixes") else TimmFamily(network)
 
 
@@ -136,7 +136,7 @@ def refuse_misfits(given: Tensors, wanted: Tensors, file: str = "the checkpoint"
         has = str(tuple(given[name].shape)) if name in given else "missing"
         wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
         if has == wants and not (given[name].is_floating_point() and wanted[name].is_floating_point()):
-            has = f"{has} {given[name].dtype}"  # all floats are of one kind
+            has = f"{has} {given[name].dtype}"  # all floats are one kind
             wants = f"{wants} {wanted[name].dtype}"
         if has != wants:
             rows.append((name, has, wants))

@@ -154,7 +154,7 @@ def _find_origin(source: str, path: Path, layout: str, metadata: Json) -> Json:
 
 
 def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated: Any) -> tuple[Any, str]:
-    """Return the licence of a file that is not a run's, and who states it."""
+    """Return the licence of a file that is not a run's, and the source of that statement."""
     if stated is not None:
         return stated, "the file states it"
     config = _read_config_beside(path)

@@ -21,7 +21,7 @@ _CACHED = "models--timm--"  # begins the name of a repository's folder in the ca
 
 
 def read_timm(network: nn.Module) -> tuple[State, Json]:
-    """Return timm's weights for a timm network, and their origin. A head for other classes is left away.
+    """Return timm's weights for a timm network, and their origin. A head for other classes is dropped.
 
     Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
     """
@@ -50,7 +50,7 @@ def read_timm(network: nn.Module) -> tuple[State, Json]:
 
 
 def find_config(name: str) -> Any:
-    """Return what timm states for a network's weights, or None if it has none of this name."""
+    """Return timm's configuration of a network's weights, or None without weights of this name."""
     import timm
 
     try:
