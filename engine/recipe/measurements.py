@@ -166,12 +166,13 @@ def measure(
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     most_px = max(_MOST_PX, *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
+    small = sample.small
     step_sec = time_network(timm_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
     mirrors = 1.0
     colours = True
     if labels is not None:
-        mirrors = compare_mirrored(sample.small, sample.labels)
-        colours = tells_colour(sample.small, sample.labels)
+        mirrors = compare_mirrored(small, sample.labels)
+        colours = tells_colour(small, sample.labels)
     network = None
     if pretrained is None:
         side = max(config.augment.image_size_hw)
@@ -190,12 +191,11 @@ def measure(
     # After the first epoch the memory cache has all images.
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
-    border = round(sample.small[:, :, 0].median().item())
-    is_grey = bool((sample.small == sample.small[:, :1]).all())
-    validation = len(collection.rows("val"))
+    border = round(small[:, :, 0].median().item())
+    is_grey = bool((small == small[:, :1]).all())
     return Measurements(
         images=len(rows),
-        validation=validation,
+        validation=len(collection.rows("val")),
         side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}  # with usual values
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
 _GROUP_PATIENCE = 4  # the timeout of collectives, as a multiple of the watchdog's, which names the rank
@@ -52,11 +53,8 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     SLURM_STEP_NUM_TASKS identifies a step: SLURM_NTASKS is also set in the shell of a batch script.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        address = env.get("MASTER_ADDR", "127.0.0.1")
-        port = int(env.get("MASTER_PORT", "29500"))
-        return World(
-            int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), "torchrun", address, port
-        )
+        rank, size, local, port = (int(env.get(name, usual)) for name, usual in _TORCHRUN.items())
+        return World(rank, size, local, "torchrun", env.get("MASTER_ADDR", "127.0.0.1"), port)
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, size, local = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
