@@ -19,9 +19,7 @@ from pydantic import Field, create_model
 from data.layouts.remote import is_remote
 from data.layouts.walk import check_root
 from engine.tasks.config import TaskTrainingConfig
-from utils.config.command_line import Job
 from utils.config.entry_point import Command
-from utils.start import open_name
 
 
 class KindRow(NamedTuple):
@@ -68,10 +66,9 @@ def training_schema(script: str) -> type[TaskTrainingConfig]:
 
 def training_command(script: str) -> Command[TaskTrainingConfig]:
     """Return the command of a root script that trains."""
-    return Command(script, _train, training_schema(script))
+    return Command(script, "engine.train:train", training_schema(script), check=_check_root)
 
 
-def _train(config: TaskTrainingConfig, job: Job) -> str | None:
+def _check_root(config: TaskTrainingConfig) -> None:
     if config.data.name != "glyphs" and not is_remote(config.data.root):
         check_root(config.data.root)  # as reading it does, but before torch is imported
-    return open_name("engine.train:train")(config, job)

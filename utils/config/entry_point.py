@@ -100,6 +100,9 @@ class Command(Generic[Schema]):
     main: Main | str  # or a name, `module:function`, imported after the validation
     schema: type[Schema]
     config_dir: Path = CONF
+    check: Callable[[Schema], None] = lambda config: (
+        None
+    )  # refuses a configuration before the main function is imported
 
     def __call__(self) -> None:
         """Run the command in sys.argv and exit with its status."""
@@ -145,9 +148,11 @@ class Command(Generic[Schema]):
                 sys.stdout.write(hide_secrets(OmegaConf.to_yaml(values)))
                 sys.exit()
             job = follow_init_from(values, job)
-            return validate(values, self.schema), job
+            config = validate(values, self.schema)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(hydra_problem(error, self.schema)) from None
+        self.check(config)
+        return config, job
 
     def load(self) -> Main:
         """Return the main function."""
