@@ -43,6 +43,13 @@ from viewer.site import Page
 _SHOWN = 60  # tiles, until the browser says how many it has room for
 search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 _COUNTED = 500  # values in the table
+_CHANGES = {  # by the title of a button: a field, and the new value from the old one and the typed text
+    "Relabel": ("label", lambda was, text: to_nfc(text.strip()) or was),
+    "Add tags": ("tags", lambda had, text: [*dict.fromkeys([*had, *split_tags(text)])]),
+    "Take tags away": ("tags", lambda had, text: [tag for tag in had if tag not in split_tags(text)]),
+    "Leave out": ("weight", lambda was, text: 0.0),
+    "Take in": ("weight", lambda was, text: was or 1.0),
+}
 _STYLE = """
 .browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 380px }
 @media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
@@ -217,18 +224,11 @@ class Browser:
             self._box.close()
 
     def _build_bar(self, labels: list[str]) -> None:
-        text = ui.input(placeholder="a label, or tags", autocomplete=labels).props("aria-label='a label, or tags'")
-        words = lambda: split_tags(text.value or "")  # noqa: E731
-        changes = {
-            "Relabel": ("label", lambda was: to_nfc((text.value or "").strip()) or was),
-            "Add tags": ("tags", lambda had: [*dict.fromkeys([*had, *words()])]),
-            "Take tags away": ("tags", lambda had: [tag for tag in had if tag not in words()]),
-            "Leave out": ("weight", lambda was: 0.0),
-            "Take in": ("weight", lambda was: was or 1.0),
-        }
+        self._text = ui.input(placeholder="a label, or tags", autocomplete=labels)
+        self._text.props("aria-label='a label, or tags'")
         ui.button("Mark all found", on_click=lambda: self.mark(self.rows))
         ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
-        for title, change in changes.items():
+        for title, change in _CHANGES.items():
             ui.button(title, on_click=functools.partial(self._decide, *change))
         ui.button("Group", on_click=self._group)
         ui.button("Undo", on_click=self._undo)
@@ -288,7 +288,8 @@ class Browser:
         rows = value_rows(search_of(self.collection), self.rows, column)
         return {"shown": column, "images": "count", "share": "share", "lift": "x usual"}, rows
 
-    async def _decide(self, field: str, change: Callable[[Any], Any]) -> None:
+    async def _decide(self, field: str, make: Callable[[Any, str], Any]) -> None:
+        change = functools.partial(make, text=self._text.value or "")
         lines = await asyncio.to_thread(decide_all, self.collection, self.marked, field, change, name_tab())
         if lines:
             self._done.append(lines)
@@ -296,7 +297,7 @@ class Browser:
 
     async def _group(self) -> None:
         number = zlib.crc32(min(self.marked, default="").encode())
-        await self._decide("group", lambda was: number)
+        await self._decide("group", lambda was, text: number)
 
     async def _undo(self) -> None:
         lines = self._done.pop() if self._done else []

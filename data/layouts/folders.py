@@ -43,8 +43,10 @@ def read_folder(folder: Folder) -> pa.Table:
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     if slashed := sorted(path for path in folder.images if "\\" in path):
-        what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
-        log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
+        log.warning(
+            "data.root: %s names with backslashes, as an archive of Windows leaves them, are read as folders: %s",
+            f"{len(slashed):,}", show_some(slashed),
+        )  # fmt: skip
     known = dict.fromkeys(folder.images, Sidecar())
     for number, reader in enumerate(READERS):
         found = _read_form(folder, reader)

@@ -39,8 +39,10 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
     path = check_root(root)
     if (manifest := find_manifest(path)) is not None:
         if choice.table not in ("auto", "none"):
-            what = "is not read, because the manifest goes first; move it away to read the table"
-            log.warning("data.table: %s %s: %s", choice.table, what, manifest)
+            log.warning(
+                "data.table: %s is not read, because the manifest goes first; move it away to read the table: %s",
+                choice.table, manifest,
+            )  # fmt: skip
         find_changed(path, manifest)
         return Layout([manifest], partial(read_listed, path, manifest, unused, choice.columns))
     folder = scan_folder(path, unused, choice)

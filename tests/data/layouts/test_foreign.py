@@ -12,8 +12,8 @@ from PIL import Image
 
 from data.images.bytes import open_contents
 from data.open import open_images
+from tests.data.collection.test_collection import columns, put
 from tests.data.collection.test_collection import load as load_into
-from tests.data.collection.test_collection import put
 from tests.data.layouts.test_manifest import write_rows
 from tests.support import data_config, encoded, refuses
 
@@ -63,12 +63,12 @@ def test_tar_files_give_images_and_what_is_beside_them(format, tmp_path, load):
     write_tar(tmp_path / "root/x-train-0.tar", train, format)
     write_tar(tmp_path / "root/val/0.tar", {"a.png": png(9), "a.json": record(caption="A cat.", tags=["cat"])}, format)
     found = load(tmp_path / "root")
-    rows = {row.path: row for row in map(found.row, range(len(found)))}
-    assert rows.keys() - {f"x-train-0.tar/{deep}"} == {"val/0.tar/a.png", "x-train-0.tar/a.png", "x-train-0.tar/b.PNG"}
-    one, dog, cat = (rows[path] for path in ("x-train-0.tar/a.png", "x-train-0.tar/b.PNG", "val/0.tar/a.png"))
-    assert one.label == "3" and [found.row(int(row)).path for row in found.rows("val")] == ["val/0.tar/a.png"]
-    assert (dog.label, dog.tags, dog.rating, dog.caption) == ("dog", ("one", "two"), "general", "one, two")
-    assert (cat.label, cat.tags, cat.rating, cat.caption) == (None, ("cat",), None, "A cat.")
+    rows = columns(found, "path", "split", "label", "tags", "rating", "caption")
+    assert [row for row in rows if row[0] != f"x-train-0.tar/{deep}"] == [
+        ("val/0.tar/a.png", "val", None, ["cat"], None, "A cat."),
+        ("x-train-0.tar/a.png", "train", "3", [], None, None),
+        ("x-train-0.tar/b.PNG", "train", "dog", ["one", "two"], "general", "one, two"),
+    ]
     contents = open_contents(found)
     levels = [Image.open(io.BytesIO(contents.read(row))).getpixel((0, 0)) for row in range(len(found))]
     assert sorted(levels) == [1, 2, 9] if format == tarfile.USTAR_FORMAT else [1, 2, 4, 9]
@@ -129,7 +129,7 @@ def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
     members |= {"x.left.png": png(3), "x.right.png": png(4), "x.cls": b"2", "y.png": png(5), "y.seg.png": png(6)}
     write_tar(tmp_path / "root/0.tar", members)
     found = load(tmp_path / "root")
-    assert [(row.path, row.label, row.caption) for row in map(found.row, range(len(found)))] == [
+    assert columns(found, "path", "label", "caption") == [
         ("0.tar/22.05.jpg", None, "own"),
         ("0.tar/22.06.JPG", "1", None),
         ("0.tar/x.left.png", "2", None),
@@ -144,15 +144,10 @@ def test_folders_in_a_tar_file_are_classes_unless_texts_describe_the_images(tmp_
     members = {"train/cat/0.png": png(1), "train/dog/1.png": png(2), "val/cat/2.png": png(3), "val/._a.png": b"x"}
     write_tar(tmp_path / "root/0.tar", members | {"val/cat/2-masklabel.png": png(4)})
     found = load(tmp_path / "root")
-    assert [(row.split, row.label) for row in map(found.row, range(3))] == [
-        ("train", "cat"),
-        ("train", "dog"),
-        ("val", "cat"),
-    ]
-    assert len(found) == 3 and "2 masks, hidden names and thumbnails in shards: 0.tar/val/._a.png" in log.text
+    assert columns(found, "split", "label") == [("train", "cat"), ("train", "dog"), ("val", "cat")]
+    assert "2 masks, hidden names and thumbnails in shards: 0.tar/val/._a.png" in log.text
     write_tar(tmp_path / "two/0.tar", {"cat/0.png": png(1), "cat/0.txt": b"x", "cat/0.caption": b"A cat sits."})
-    row = load(tmp_path / "two").row(0)
-    assert (row.label, row.tags, row.caption) == (None, ("x",), "A cat sits.")
+    assert columns(load(tmp_path / "two"), "label", "tags", "caption") == [(None, ["x"], "A cat sits.")]
     assert "1 folders in shards with texts, which are no classes: 0.tar/cat" in log.text
 
 
@@ -226,11 +221,11 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
     rows["score"] = [0.5, 1.5, 2]
     write_rows(root / f"train/metadata.{form}", rows)
     found = load(root)
-    assert [(row.path, row.label, row.caption, row.tags) for row in map(found.row, range(len(found)))] == [
-        ("train/c/0.png", "A", "one", ("a", "b")),
-        ("train/c/2.png", "c", None, ()),
-        ("train/x/1.png", "B", "two", ()),
-        ("val/c/0.png", "c", None, ()),
+    assert columns(found, "path", "label", "caption", "tags") == [
+        ("train/c/0.png", "A", "one", ["a", "b"]),
+        ("train/c/2.png", "c", None, []),
+        ("train/x/1.png", "B", "two", []),
+        ("val/c/0.png", "c", None, []),
     ]
     assert f"1 rows of tables without an image: gone.png in train/metadata.{form}" in log.text
     assert NAMED + "score" in log.text

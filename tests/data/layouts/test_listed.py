@@ -34,9 +34,8 @@ def read(tmp_path):
     ],
 )
 def test_forms_of_one_table(text, choice, read):
-    assert read(
-        "p/images/a.png p/images/b.png p/images/c.png p/images/d.png".replace("p/", ""), {"t.csv": text}, **choice
-    ) == [f"images/{name}.png train {label}" for name, label in zip("abcd", "xyxy")]
+    found = read("images/a.png images/b.png images/c.png images/d.png", {"t.csv": text}, **choice)
+    assert found == [f"images/{name}.png train {label}" for name, label in zip("abcd", "xyxy")]
 
 
 def test_names_in_both_splits_are_those_of_the_tables_split(read):

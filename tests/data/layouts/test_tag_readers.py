@@ -29,14 +29,8 @@ def write(root, name, content):
 
 
 def rows(root):
-    table = load(root, root / ".cache").table
-    ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(table)
-    return {
-        path: (tags, rating, caption, number)
-        for path, tags, rating, caption, number in zip(
-            *(table[name].to_pylist() for name in ("path", "tags", "rating", "caption")), ids
-        )
-    }
+    found = load(root, root / ".cache").table.to_pylist()
+    return {row["path"]: (row["tags"], row["rating"], row["caption"], row.get("id")) for row in found}
 
 
 def refused(root, *parts):
