@@ -1,1 +1,1 @@
-"""What the features of a frozen network tell of a collection."""
+"""What the features of a frozen network tell about a collection."""

@@ -1,4 +1,4 @@
-"""Whose features tell of a collection: a network that has not seen its labels, if this machine has one.
+"""Choose a frozen network for features of a collection: one that has not seen the labels, if there is one.
 
 frozen = choose_frozen(None, collection, runtime)
 """
@@ -44,10 +44,10 @@ def choose_cpu() -> Runtime:
 
 
 def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen:
-    """Return a network for features, and say which in a line.
+    """Return a network for features, and log its name.
 
-    weights: a run or a file that the user names by the configuration key `key`. Else it is a network of timm whose
-    weights are in the cache or can be fetched, else the newest FCMAE run on the collection, else `PIXELS`. Raises
+    weights: a run or a file that the user names by the configuration key `key`. Without it, the network is one of timm
+    with weights in the cache or on the hub, else the newest FCMAE run on the collection, else `PIXELS`. Raises
     UserError (`key`) for weights that cannot be used.
     """
     frozen = None
@@ -59,7 +59,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
             frozen = open_frozen_timm(name, runtime)
             break
         except UserError as error:  # a damaged file, or a preprocessing that cannot be stated
-            log.info("features: %s is left out: %s", name, error)
+            log.info("features: %s is skipped: %s", name, error)
     if frozen is None and (run := _find_fcmae(collection)) is not None:
         frozen = _open_own(RunReader(run).weights("last"), collection, runtime)
     frozen = frozen or PIXELS
@@ -68,9 +68,9 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
 
 
 def open_frozen_timm(name: str, runtime: Runtime) -> Frozen:
-    """Return a network of timm with its weights. On a CPU its images have `CPU_PX`, if they are not smaller anyway.
+    """Return a network of timm with weights. On a CPU, images have at most `CPU_PX`.
 
-    Raises UserError if the weights, or what timm states for their images, cannot be used.
+    Raises UserError if the weights, or the preprocessing that timm states, cannot be used.
     """
     stated = stated_preprocessing(timm_config(name))
     if runtime.device.type == "cpu":
@@ -86,7 +86,7 @@ def open_frozen_timm(name: str, runtime: Runtime) -> Frozen:
 
 
 def _open_own(path: Path, collection: Collection, runtime: Runtime) -> Frozen:
-    """Return the network of a weight file. It is blind only if its run trained without labels, or on other images."""
+    """Return the network of a weight file. It is blind if its run trained without labels or on other images."""
     predictor = load_predictor(path, runtime.device)
     run = run_of(path)
     is_blind = run is not None and (_trains_blind(run) or not _trains_on(run, collection))
@@ -96,13 +96,13 @@ def _open_own(path: Path, collection: Collection, runtime: Runtime) -> Frozen:
 
 def _find_fcmae(collection: Collection) -> Path | None:
     """Return the newest FCMAE run on the collection that has weights."""
-    found = {}
+    times = {}
     for path in find_runs([_RUNS]):
         run = RunReader(path)
         with suppress(UserError):  # a damaged run
             if _trains_blind(run) and _trains_on(run, collection):
-                found[path] = run.weights("last").stat().st_mtime
-    return max(found, key=found.__getitem__, default=None)
+                times[path] = run.weights("last").stat().st_mtime
+    return max(times, key=times.__getitem__, default=None)
 
 
 def _trains_blind(run: RunReader) -> bool:

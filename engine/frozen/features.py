@@ -1,4 +1,4 @@
-"""Features of a collection's images by a network that is not trained here, kept by weights and image.
+"""Features of images by a frozen network, stored by weights and image.
 
 features, rows = read_features(frozen, collection, config.data, rows, runtime)
 """
@@ -32,7 +32,7 @@ _BATCH = 32
 
 
 class Frozen(NamedTuple):
-    """A network that gives features. version: of its weights; says: its name for a line, and what it was trained on."""
+    """A network that gives features. version: of the weights; says: its name and its training data, for a line."""
 
     predictor: Predictor
     version: str
@@ -55,7 +55,7 @@ PIXELS = Frozen(
 
 
 class FeatureStore:
-    """Features of the images of a collection, or of a list of files: a record for each, by weights and file state."""
+    """Features of the images of a collection or of a list of files: records by weights and file state."""
 
     def __init__(self, contents: Files, frozen: Frozen, precision: str = "fp32") -> None:
         self._contents = contents
@@ -64,7 +64,7 @@ class FeatureStore:
         self._writes = True  # until the disk refuses
 
     def key(self, row: int) -> str | None:
-        """Return the key of a row's record; None if it cannot be kept. Ask before the image is read."""
+        """Return the key of a row's record; None if it cannot be stored. Call it before the image is read."""
         return image_key(self._contents, row, self._inputs)
 
     def get(self, key: str | None) -> np.ndarray | None:
@@ -73,7 +73,7 @@ class FeatureStore:
         return None if content is None else content.view(np.float32)
 
     def put(self, key: str | None, features: np.ndarray) -> None:
-        """Keep features float32 [D]. If that fails, warn and keep no more."""
+        """Store features float32 [D]. After a failure, warn and store no more."""
         if key is None or not self._writes:
             return
         self._writes = False
@@ -91,16 +91,16 @@ def read_features(
     deadline: float = math.inf,
     tell: Callable[[float], None] = lambda share: None,
 ) -> tuple[Tensor, np.ndarray]:
-    """Return features float32 [N, D] of the rows whose image can be read, and these rows [N], in their order.
+    """Return features float32 [N, D] of the rows whose image can be read, and these rows [N], in order.
 
-    Only new and changed images are read. This process does it alone, whatever the ranks. deadline: on the monotonic
-    clock; the rows that it leaves no time for are left out. tell: called with the share of these that is read.
-    Raises UserError (`data.root`) if no image can be read.
+    Only new and changed images are read, by this process alone. deadline: on the monotonic clock; later rows are
+    skipped. tell: called with the share of the images that is read. Raises UserError (`data.root`) if no image can be
+    read.
     """
     store = FeatureStore(open_contents(collection), frozen, runtime.precision)
     keys = [store.key(row) for row in rows.tolist()]
-    found = dict(enumerate(map(store.get, keys)))
-    missing = np.array([place for place, vector in found.items() if vector is None], dtype=np.int64)
+    features = dict(enumerate(map(store.get, keys)))
+    missing = np.array([place for place, vector in features.items() if vector is None], dtype=np.int64)
     if len(missing):
         predictor = frozen.predictor
         source = open_images(collection, config, predictor.preprocessing)
@@ -115,12 +115,12 @@ def read_features(
                 vectors = predictor.embed(batch["images"])
             for vector, weight, place in zip(vectors, batch["weight"].tolist(), places):
                 if weight > 0:
-                    found[place] = vector
+                    features[place] = vector
                     store.put(keys[place], vector)
             tell(min(number * _BATCH / len(missing), 1.0))
             if time.monotonic() > deadline:
                 break
-    kept = [place for place, vector in found.items() if vector is not None]
-    if not kept:
+    features = {place: vector for place, vector in features.items() if vector is not None}
+    if not features:
         raise UserError(f"data.root: no image of {str(collection.root)!r} can be read")
-    return torch.from_numpy(np.stack([found[place] for place in kept])), rows[kept]
+    return torch.from_numpy(np.stack([*features.values()])), rows[[*features]]

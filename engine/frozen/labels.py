@@ -1,7 +1,7 @@
-"""Which labels are probably wrong, by the features of a frozen network: what all other images say of each one.
+"""Find labels that are probably wrong: compare the label of an image with the prediction from all other images.
 
-An image's own label has no part in what is predicted for it, so a wrong one cannot hide itself. All is float64, exact
-and without random numbers.
+Predictions come from the features of a frozen network. The label of an image has no part in the prediction for the
+image, so a wrong label cannot hide. All arithmetic is float64, exact and without random numbers.
 
 right, probs = judge_classes(features, labels)
 right = judge_tags(features, targets)
@@ -17,23 +17,23 @@ from torch.nn import functional as F
 
 from utils.ranks.signals import check_stop
 
-_MOST_LANDMARKS = 2_000  # images that others are compared with; all of a smaller collection
+_MOST_LANDMARKS = 2_000  # images that all images are compared with
 _PENALTIES = (0.1, 0.3, 1.0, 3.0)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
 _EM_ROUNDS = 15
-_PAIR_ERRORS = 0.1  # errors that each pair of classes has from the start, relative to the mean of those found
-_EQUAL_PAIRS = 1e3  # all pairs are alike
-_MOST_PROBABLE = 0.99  # at most, of what other images say of a tag
-_MISSING_SHARE = 0.1  # of an image's tags are taken to be missing, and as many too many
-_LEAST_GAIN = 0.05  # nats for each wrong label by which pairs of classes must explain half of the labels better
+_PAIR_ERRORS = 0.1  # the prior errors of a pair of classes, as a multiple of the mean
+_EQUAL_PAIRS = 1e3  # a prior that makes all pairs equal
+_MOST_PROBABLE = 0.99  # bounds the probability of a tag by other images
+_MISSING_SHARE = 0.1  # the prior share of missing tags, and of superfluous tags
+_LEAST_GAIN = 0.05  # nats a wrong label: pairs of classes must explain half of the labels better by this
 
 
 def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """Yield for each of `_PENALTIES` what a kernel ridge regression without an image predicts for it, [N, K].
+    """Yield the leave-one-out predictions of a kernel ridge regression, [N, K], for each of `_PENALTIES`.
 
-    features: [N, D]. targets: [N, K] float64. The kernel is Gaussian, on the roots of the features at length 1, and as
-    wide as images are apart. Of many images, some are its landmarks (Nystrom); no target has a part in this choice.
+    features: [N, D]. targets: [N, K] float64. The kernel is Gaussian, on the roots of the features at length 1, with
+    the mean distance of images as its width. Some of many images are landmarks (Nystrom), chosen without the targets.
     Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
     """
     points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
@@ -52,16 +52,15 @@ def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probability that each label [N] is right, and those of the classes by the other images alone [N, K].
+    """Return the probabilities that labels [N] are right, and of the classes by the other images alone [N, K].
 
-    Every class has an image.
-
-    Ridge scores become probabilities by one scale. If labels are exchanged between certain classes, this is learnt from
-    all labels together. Else discriminants of the scores are added if the labels are then more probable.
+    Every class has an image. One scale turns ridge scores into probabilities. If labels are exchanged between certain
+    classes, expectation maximisation learns the pairs from all labels. Otherwise discriminants of the scores are added
+    if they make the labels more probable.
     """
     logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
-    half = torch.arange(len(labels))[:, None] % 2  # the errors learnt from it foretell the other
-    by_pairs, by_any = (_explain(logits, labels, each, half)[1] for each in (_PAIR_ERRORS, _EQUAL_PAIRS))
+    half = torch.arange(len(labels))[:, None] % 2  # errors learned from one half predict the other
+    by_pairs, by_any = (_explain(logits, labels, prior, half)[1] for prior in (_PAIR_ERRORS, _EQUAL_PAIRS))
     right, _ = _explain(logits, labels, _PAIR_ERRORS)
     if ((by_pairs / by_any).log() * (1 - half)).mean() < _LEAST_GAIN * (1 - right.mean()):
         right, _ = _explain(logits, labels, _EQUAL_PAIRS)
@@ -72,19 +71,19 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the probability that each of the targets, bool [N, T], is right: whether an image has a tag.
+    """Return the probabilities that targets, bool [N, T], are right. A target states whether an image has a tag.
 
-    A tag is too much where the other images give it less than is usual, not where it is rare.
+    A tag is superfluous if the other images make it less probable than usual. A rare tag is not.
     """
     given = targets.double()
-    found = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
-    odds = found.logit(eps=1 - _MOST_PROBABLE)
+    predicted = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
+    odds = predicted.logit(eps=1 - _MOST_PROBABLE)
     usual = given.mean(dim=0).logit(eps=1 - _MOST_PROBABLE)
     return (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """Return the scores [N, K] and scale under which the labels are most probable, if a share of them is wrong."""
+    """Return the scaled scores [N, K] that make the labels most probable, if a share of the labels is wrong."""
 
     def loss(logits: Tensor) -> float:
         right = logits.softmax(dim=1).gather(1, labels[:, None])
@@ -94,9 +93,9 @@ def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
 
 
 def _discriminate(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return minus the squared distances [N, K] of scores [N, K] to the classes, by how they vary within classes.
+    """Return the negative squared distances [N, K] of scores [N, K] to the classes, whitened by the scatter in classes.
 
-    weights: of the images [N]. The mean of an image's own class is that without it.
+    weights: of the images [N]. The mean of an image's class leaves the image out.
     Source: Hastie, Tibshirani & Buja 1994, Flexible discriminant analysis by optimal scoring.
     """
     given = F.one_hot(labels) * weights[:, None]
@@ -110,10 +109,10 @@ def _discriminate(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def _explain(logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the probability that a label is right, [N], and the one that it is given, [N, 1].
+    """Return the probabilities that labels are right, [N], and that they are given, [N, 1].
 
-    logits: of the classes [N, K] without the label. A share of the labels is wrong; the share and the pairs of classes
-    are learnt by expectation and maximisation. known: 1 for the images to learn from [N, 1].
+    logits: of the classes [N, K] without the label. A share of the labels is wrong. Expectation maximisation learns the
+    share and the pairs of classes. known: 1 for the images to learn from [N, 1].
     """
     beliefs = logits.softmax(dim=1)
     given = F.one_hot(labels).double() * known

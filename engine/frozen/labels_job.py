@@ -1,4 +1,4 @@
-"""job=labels: the labels and tags of a collection that are probably wrong, by what all other images say of each."""
+"""job=labels: rank the labels and tags of a collection that all other images contradict."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +35,14 @@ from utils.record.report import TableRow
 from utils.record.run_reader import CONFIG_FILE
 from utils.record.tables import LABELS
 
-_LEAST_IMAGES = 2  # images of a class: the others say nothing of what one alone has
+_LEAST_IMAGES = 2  # of a class: other images say nothing about the class of a single image
 _LEAST_TAGGED = 5  # images of a tag
-_MOST_CELLS = 2**24  # images times tags: of more, the most frequent tags are judged
-_ROWS_PER_ERROR = 2  # rows of tags, as a multiple of those that are probably wrong
+_MOST_CELLS = 2**24  # images times tags; above, only the most frequent tags are judged
+_ROWS_PER_ERROR = 2  # rows of tags in the table for one that is probably wrong
 _GUESSES = 3
-_NEIGHBOURS = 6  # images around one, itself left out
-_NEXT_IMAGES = 200  # images to label next
-_MOST_ROWS = 10_000  # rows of the table, as many as the page shows
+_NEIGHBOURS = 6  # of an image in the table
+_NEXT_IMAGES = 200  # to label next
+_MOST_ROWS = 10_000  # of the table; the page shows as many
 
 _Read = Callable[[np.ndarray], tuple[Tensor, np.ndarray]]
 
@@ -50,7 +50,7 @@ _Read = Callable[[np.ndarray], tuple[Tensor, np.ndarray]]
 def rank_labels(job: Labels, data: DataConfig) -> str:
     """Write the tables and a page. Raises UserError (`data.root`, `job.weights`, `job.report`).
 
-    They are in the folder `labels`; if the images have classes and tags, those of the tags are in `tags`.
+    The folder is `labels`. If the images have classes and tags, the tables of tags are in `tags`.
     """
     collection = load_collection(data)
     used = collection.weights() > 0
@@ -72,24 +72,24 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
     frozen = choose_frozen(job.weights, collection, runtime, "job.weights")
     read = partial(read_features, frozen, collection, data, runtime=runtime)
     about = {"root": str(Path(collection.root).resolve()), "says": frozen.says}
-    said = []
+    lines = []
     for name, (judge, rows) in zip((job.name, "tags"), judges.items()):
         folder = Path(job.report) / name
-        found = judge(collection, read, rows)
+        suspects = judge(collection, read, rows)
         with output_errors("job.report", folder):
             write_json(folder / CONFIG_FILE, {"script": "prepare", "data": data.model_dump(mode="json")})
-            for file, table in found.files.items():
+            for file, table in suspects.files.items():
                 write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
-        tables = {"suspects": found.files[LABELS].to_pylist(), "growth": found.growth}
+        tables = {"suspects": suspects.files[LABELS].to_pylist(), "growth": suspects.growth}
         title = f"{collection.root}, by the features of {frozen.says}"
-        page = save_report(folder, title, found.figures, tables, {})
+        page = save_report(folder, title, suspects.figures, tables, {})
         view = shlex.join(["python", "view.py", f"runs={job.report}"])
-        said.append(f"{found.line}; {view} shows them under /review?run=0/{name}; {page}")
-    return "; ".join(said)
+        lines.append(f"{suspects.line}; {view} shows them under /review?run=0/{name}; {page}")
+    return "; ".join(lines)
 
 
 class _Suspects(NamedTuple):
-    """What is found of labels or tags. files: tables by their names; line: for the log."""
+    """Suspicious labels or tags. files: tables by file name; line: for the log."""
 
     files: dict[str, pa.Table]
     figures: dict[str, int]
@@ -98,9 +98,9 @@ class _Suspects(NamedTuple):
 
 
 def mark_tags(collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows [N] of images with tags, names [T], and which row has which tag, bool [N, T].
+    """Return the rows [N] of images with tags, the names of tags [T], and a mask of the tags of rows, bool [N, T].
 
-    Images with unknown tags are left out.
+    Images with unknown tags are skipped.
     """
     table = collection.table
     used = (collection.weights() > 0) & (pc.list_value_length(table["tags"]).to_numpy() > 0)
@@ -118,7 +118,7 @@ def mark_tags(collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
-    """Rank the labels of rows, and the images without one; measure how far more labels would take a classifier."""
+    """Rank the labels of rows and the images without a label. Estimate how much more labels would help a classifier."""
     features, rows = read(rows)
     labels = np.array(collection.table["label"].take(rows).to_pylist())
     names, given = np.unique(labels, return_inverse=True)
@@ -151,15 +151,15 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
 
 
 def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
-    """Rank which tags the images of rows lack, or have too many."""
-    features, found = read(rows)
-    has = has[np.isin(rows, found)]
+    """Rank the missing and the superfluous tags of rows."""
+    features, read_rows = read(rows)
+    has = has[np.isin(rows, read_rows)]
     right = judge_tags(features, torch.from_numpy(has))
     wrong = round((1 - right).sum().item())
     order = right.flatten().argsort(stable=True)[: min(_ROWS_PER_ERROR * wrong, _MOST_ROWS)].numpy()
     images, tags = np.divmod(order, len(names))
     columns = {"tag": names[tags], "given": has[images, tags]}
-    paths = collection.table["path"].take(found)
+    paths = collection.table["path"].take(read_rows)
     files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
     count = int(has.sum())
     line = f"about {wrong:,} tags are probably missing or too many, of {count:,}"
@@ -169,16 +169,16 @@ def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read
 def _rank(
     columns: Mapping[str, Sequence], right: Tensor, features: Tensor, images: Tensor, paths: pa.ChunkedArray
 ) -> pa.Table:
-    """Return the table of labels of images, the most suspicious first, with the images most like each."""
+    """Return the table of labels of images, the most suspicious first, with the most similar images."""
     names = np.array(paths.to_pylist())
     near = find_nearest(features[images], features, min(_NEIGHBOURS + 1, len(features)))[1]
-    neighbours = [names[each[each != image].numpy()].tolist() for each, image in zip(near, images)]
+    neighbours = [names[rows[rows != image].numpy()].tolist() for rows, image in zip(near, images)]
     shared = {"path": names[images.numpy()], "probability": right.numpy(), "rank": range(1, len(images) + 1)}
     return pa.table({**shared, **columns, "neighbours": neighbours})
 
 
 def _describe(growth: Sequence[TableRow]) -> str:
-    """Return what twice as many labels promise, as the end of a sentence."""
+    """Return the accuracy with twice as many labels, as the end of a sentence."""
     if not growth:
         return ""
     now, twice = growth

@@ -1,4 +1,4 @@
-"""Which images to label next: those from which a classifier on frozen features learns most about all others.
+"""Order images for labels: a classifier on frozen features learns most from the first ones about all other images.
 
 rows = order_next(features, labelled, predict_classes(features, labelled, labels)[0], 20)
 """
@@ -12,7 +12,7 @@ from utils.ranks.signals import check_stop
 
 _AXES = 64  # principal axes of the features; more cost time and change little
 _LABEL_VARIANCE = 0.1  # variance of a label, where the features of an image have length 1
-_COPY_SIMILARITY = 0.9  # cosine similarity from which two images count as copies, such as one saved again as a JPEG
+_COPY_SIMILARITY = 0.9  # the cosine similarity of copies, such as an image that was saved again as a JPEG
 _IMAGES_AT_ONCE = 2_000  # images
 
 
@@ -20,10 +20,10 @@ _IMAGES_AT_ONCE = 2_000  # images
 def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) -> list[int]:
     """Return up to `count` rows of images without a label, the most useful first.
 
-    features: float32 [N, D]. labelled: rows [L]; probs: of the classes, as the labels foretell them [N, K]. Each label
-    reduces the variance of a regression on the features; the next image is the one that reduces its sum over all images
-    most. An image counts the less, the more probable its first class is than the second. Without labels all count
-    alike, so typical ones come first. Copies of an image that is taken come last.
+    features: float32 [N, D]. labelled: rows [L]; probs: of the classes, predicted from the labels [N, K]. A label
+    reduces the variance of a regression on the features; the next image reduces the sum over all images most. The more
+    probable the first class of an image is than the second, the less the image counts. Without labels, all images count
+    equally, so typical images come first. Copies of a chosen image come last.
 
     Source: Yu, Bi & Tresp 2006, Active learning via transductive experimental design, sequential. Differs: the weights.
     """
@@ -34,7 +34,7 @@ def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) ->
     known = points[labelled]
     spread = torch.linalg.inv(known.T @ known + _LABEL_VARIANCE * torch.eye(points.shape[1]))
     moments = (doubts * points.T) @ points
-    late = torch.zeros(len(points))  # copies that are taken; infinite for images that are taken themselves
+    late = torch.zeros(len(points))  # the number of chosen copies; infinite for a chosen image
     for part in features[labelled].split(_IMAGES_AT_ONCE):
         late += (features @ part.T > _COPY_SIMILARITY).sum(dim=1)
     late[labelled] = torch.inf
@@ -52,9 +52,9 @@ def order_next(features: Tensor, labelled: Tensor, probs: Tensor, count: int) ->
 
 
 def predict_classes(features: Tensor, labelled: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Return the probabilities of the classes for each image [N, K], and the share of labels that the others foretell.
+    """Return the probabilities of the classes for images [N, K], and the share of labels that other images predict.
 
-    labels: classes [L] of the rows `labelled`. Of fewer than two classes, all images are alike.
+    labels: classes [L] of the rows `labelled`. With fewer than two classes, all images have equal probabilities.
     """
     classes, labels = labels.unique(return_inverse=True)
     if len(classes) < 2:
@@ -64,5 +64,5 @@ def predict_classes(features: Tensor, labelled: Tensor, labels: Tensor) -> tuple
 
 
 def reduce_features(features: Tensor, count: int) -> Tensor:
-    """Return features [N, C] on their widest principal axes, the widest last. Their mean is 0."""
+    """Return features [N, C] with mean 0 on their widest principal axes, the widest last."""
     return features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -count:]

@@ -1,4 +1,4 @@
-"""What the images that have labels propose for all others, in closed form: fast enough to follow each key on a page.
+"""Propose labels from the labelled images, in closed form: fast enough to follow every key on a page.
 
 points, says = read_points(collection, config, rows, tell)      once: features on their principal axes
 points = turn(points)                                           once
@@ -21,43 +21,43 @@ from engine.frozen.order import order_next, predict_classes, reduce_features
 from optim.ridge import standardise
 from utils.record.figures import interval, show_interval
 
-_AXES = 256  # of the features; they propose as well as all
-_LEAST_LABELS = 20  # images with labels
-_NEXT_IMAGES = 96  # images to label next
+_AXES = 256  # of the features; more axes propose no better
+_LEAST_LABELS = 20
+_NEXT_IMAGES = 96  # to label next
 
 
 def read_points(
     collection: Collection, config: DataConfig, rows: np.ndarray, tell: Callable[[float], None]
 ) -> tuple[Tensor, str]:
-    """Return the features of rows on their principal axes, float32 [N, C], and a line about their network.
+    """Return the features of rows on their principal axes, float32 [N, C], and a line about the network.
 
-    An image that cannot be read is in the middle. tell: called with the share of new images that is read. Of 1,280
-    features, an image takes 10 KiB of memory meanwhile, and 1 KiB afterwards. Raises UserError (`data.root`).
+    An unreadable image is in the middle. tell: called with the share of new images that is read. With 1,280 features,
+    an image takes 10 KiB of memory while it is read, then 1 KiB. Raises UserError (`data.root`).
     """
     runtime = choose_cpu()
     frozen = choose_frozen(None, collection, runtime, "data.root")
     features, known = read_features(frozen, collection, config, rows, runtime, tell=tell)
     mean, scale = standardise(features)
-    found = reduce_features(features.sub_(mean).div_(scale), _AXES)
-    points = torch.zeros(len(rows), found.shape[1])
-    points[torch.from_numpy(np.isin(rows, known))] = found
+    reduced = reduce_features(features.sub_(mean).div_(scale), _AXES)
+    points = torch.zeros(len(rows), reduced.shape[1])
+    points[torch.from_numpy(np.isin(rows, known))] = reduced
     return points, frozen.says
 
 
 def turn(points: Tensor) -> Tensor:
     """Return points [N, C] turned at random, so that all features have about the same variance.
 
-    A regression that standardises its features would else count the narrow axes as much as the wide ones.
+    Otherwise a regression on standardised features would count narrow axes as much as wide axes.
     """
     noise = torch.randn(2 * points.shape[1:], generator=torch.Generator().manual_seed(0))
     return points @ torch.linalg.qr(noise).Q
 
 
 def propose(points: Tensor, labels: Mapping[int, Any]) -> tuple[list[int], list, list[float], str]:
-    """Return images to label next, the class of each image [N], its probability, and how good the classes are.
+    """Return images to label next, the classes of all images [N], their probabilities, and a line about the accuracy.
 
-    labels: by image, a class or whether it has a tag. Of less than 20 images, or of one class, only the order follows.
-    points: those of `turn`.
+    points: from `turn`. labels: by image, the class or whether it has a tag. Less than 20 labels, or labels of one
+    class, give only the order.
     """
     known = torch.tensor([*labels], dtype=torch.long)
     names, given = np.unique([*labels.values()], return_inverse=True)

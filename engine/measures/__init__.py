@@ -1,5 +1,5 @@
 """Measures of an evaluation, exact on any number of ranks.
 
-`add(...)` takes a batch without waiting for the device. `reduce()` returns the result over all ranks; every rank calls
-it once, at the end.
+`add(...)` takes a batch without waiting for the device. `reduce()` returns the result over all ranks. All ranks call
+`reduce()` once, at the end.
 """

@@ -47,22 +47,20 @@ class Confusion:
 
     def macro_scalars(self) -> dict[str, float]:
         """Return the mean accuracy and mean F1 over the classes that have samples."""
-        held = np.flatnonzero(self.samples)
-        samples = self.samples[held]
-        correct = self.correct[held]
+        classes = np.flatnonzero(self.samples)
+        samples = self.samples[classes]
+        correct = self.correct[classes]
         return {
             "mean_class_accuracy": float((correct / samples).mean()),
-            "macro_f1": float((2 * correct / (samples + self.predicted[held])).mean()),
+            "macro_f1": float((2 * correct / (samples + self.predicted[classes])).mean()),
         }
 
     def class_rows(self, names: Sequence[str]) -> list[Json]:
-        """Return a row per class, with None for scores that would divide by zero and for missing confusions."""
+        """Return a row for each class, with None for scores that would divide by zero and for missing confusions."""
         worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
         rows = []
-        for number, name in enumerate(names):
-            samples = int(self.samples[number])
-            predicted = int(self.predicted[number])
-            correct = int(self.correct[number])
+        columns = (column.tolist() for column in (self.samples, self.predicted, self.correct))
+        for number, (name, samples, predicted, correct) in enumerate(zip(names, *columns)):
             row = {"class": name, "samples": samples, "predicted": predicted, "correct": correct}
             row["recall"] = correct / samples if samples else None
             row["precision"] = correct / predicted if predicted else None
@@ -80,7 +78,7 @@ class Confusion:
         ]
 
     def most_confused(self, most: int) -> list[int]:
-        """Return up to `most` classes from the most confused pairs, or the first with samples if none is confused.
+        """Return up to `most` classes of the most confused pairs, or the first ones with samples without confusions.
 
         Confusions count in both directions; ties go to the lower class.
         """

@@ -8,12 +8,12 @@ from engine.measures.confusion import Confusion
 from engine.measures.tag_scores import Group
 from utils.record import pictures
 
-_WHOLE_MATRIX = 40  # up to this many classes, all are drawn
-_PART_OF_MATRIX = 24  # otherwise, this many of the most confused ones
+_WHOLE_MATRIX = 40  # classes; a larger matrix is drawn in part
+_PART_OF_MATRIX = 24  # the number of the most confused classes in that part
 
 
 def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the whole confusion matrix, or with many classes only the most confused ones."""
+    """Draw the whole confusion matrix, or only the most confused of many classes."""
     samples = confusion.samples
     number = len(class_names)
     wrong = f"{int((samples - confusion.correct).sum()):,} of {int(samples.sum()):,}"
@@ -26,34 +26,34 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 
-def draw_predictions(kept: Mapping[str, np.ndarray], class_names: Sequence[str]) -> np.ndarray:
-    """Draw mistakes; `kept` has images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
+def draw_predictions(samples: Mapping[str, np.ndarray], class_names: Sequence[str]) -> np.ndarray:
+    """Draw mistakes. samples: images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
     captions = []
-    for label, predicted, prob in zip(kept["labels"], kept["predicted"], kept["prob"]):
+    for label, predicted, prob in zip(samples["labels"], samples["predicted"], samples["prob"]):
         true, wrong = (pictures.legible(class_names[index]) for index in (label, predicted))
         lines = (pictures.shorten(true, 20), f"→ {pictures.shorten(wrong, 14)} ({prob:.2f})")
         captions.append([(line, pictures.WRONG) for line in lines])
     title = "Mistakes, the most confident first\ntrue → predicted (probability)"
-    return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title)
+    return pictures.image_grid(samples["images"].transpose(0, 2, 3, 1), captions, title)
 
 
-def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+def draw_tag_mistakes(samples: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """Draw the images with the highest losses and their worst tags.
 
-    kept: images, uint8 [N, C, H, W]; wrong, missed: [N, k] indices of false positives and false negatives;
+    samples: images, uint8 [N, C, H, W]; wrong, missed: [N, k] indices of false positives and false negatives;
     wrong_prob, missed_prob: [N, k] probabilities of these mistakes.
     """
     captions = []
-    for index in range(len(kept["images"])):
+    for index in range(len(samples["images"])):
         lines = []
         for kind, sign, color in (("wrong", "+", pictures.WRONG), ("missed", "-", pictures.RIGHT)):
-            for tag, prob in zip(kept[kind][index], kept[f"{kind}_prob"][index]):
+            for tag, prob in zip(samples[kind][index], samples[f"{kind}_prob"][index]):
                 if prob > 0.5:
                     name = pictures.shorten(pictures.legible(names[tag]), 22)
                     lines.append((f"{sign} {name} ({prob if kind == 'wrong' else 1 - prob:.2f})", color))
         captions.append(lines)
     title = "Highest losses\n+ false positives, in red; - false negatives, in blue (probability of the tag)"
-    return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title, columns=4, tile_px=226)
+    return pictures.image_grid(samples["images"].transpose(0, 2, 3, 1), captions, title, columns=4, tile_px=226)
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:

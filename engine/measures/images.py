@@ -1,4 +1,4 @@
-"""How well images are reconstructed."""
+"""Measure how well images are reconstructed."""
 
 import torch
 from torch import Tensor

@@ -6,15 +6,15 @@ from torch.nn import functional as F
 
 from utils.ranks.signals import check_stop
 
-_QUERIES_AT_ONCE = 2_000  # queries between two looks for a stop request
+_QUERIES_AT_ONCE = 2_000  # between two checks for a stop request
 
 
 def find_nearest(queries: Tensor, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the similarities [M, count], largest first, and rows of the features [N, C] nearest to queries [M, C]."""
     features = F.normalize(features, dim=1)
-    found = []
+    nearest = []
     for block in F.normalize(queries, dim=1).split(_QUERIES_AT_ONCE):
         check_stop(alone=True)
-        found.append((block @ features.T).topk(count, dim=1))
-    similarities, rows = zip(*found)
+        nearest.append((block @ features.T).topk(count, dim=1))
+    similarities, rows = zip(*nearest)
     return torch.cat(similarities), torch.cat(rows)

@@ -1,7 +1,7 @@
 """Probes of frozen features: k nearest neighbours, and a linear classifier.
 
-Both are fitted to labelled training images and evaluated on labelled validation images, in float64 on the CPU of rank
-0, so the scores do not depend on the ranks. They use no random numbers and no gradients, so a probe does not change the
+The probes are fitted to labelled training images and evaluated on labelled validation images, in float64 on the CPU of
+rank 0, so the scores do not depend on the ranks. They use no random numbers and no gradients, so they do not change the
 run. The linear classifier is a ridge regression on one-hot labels; leave-one-out scores choose its penalty.
 """
 
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 # Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; facebookresearch/dino:eval_knn.py.
 TEMPERATURE = 0.07
-_FIELDS = "labels", "sample_id", "weight"
+_FIELDS = ("labels", "sample_id", "weight")  # of a batch
 Pairs = Iterable[tuple[Tensor, Batch]]  # features [B, C] and their batch
 
 
@@ -44,8 +44,8 @@ def measure_probes(train: Pairs, val: Pairs, k: int) -> dict[str, float]:
     Samples of a class without training images count as errors. If a set is empty or features are not finite, warn and
     return nothing.
     """
-    collected = (*gather_features(train), *gather_features(val))
-    return distributed.rank_zero_call(lambda: _score(*collected, k))
+    samples = (*gather_features(train), *gather_features(val))
+    return distributed.rank_zero_call(lambda: _score(*samples, k))
 
 
 def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from itertools import chain, repeat
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ log = get_logger(__name__)
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _DEFAULT_EDGE = int(edge_below(DEFAULT_LOGIT))
 _PERCENT_EDGES = edge_below(logit(np.arange(100) / 100))
-_PRIOR_POSITIVES = 50  # weight of a category's threshold in a tag's, in positives of the tag
+_PRIOR_POSITIVES = 50  # the weight of a category's threshold in the threshold of a tag
 _Z = 1.645  # of the normal distribution at 95 %
-_RECALL_MARGIN = 0.1  # how precisely `balanced` knows a recall of 0.5
+_RECALL_MARGIN = 0.1  # `balanced` needs to know a recall of 0.5 to this margin
 _HARDEST_TAGS = 100  # rows of the table
 _HARDEST_SUPPORT = 10  # the least positives of a tag in it
 Rates = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall and F1
@@ -41,7 +41,7 @@ def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> Rates
 
 
 def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[Json]:
-    """Return a row for each of 100 thresholds: decisions of at least this probability, and the correct ones, [BINS]."""
+    """Return the rows of 100 thresholds: decisions of at least a probability, and the correct ones, [BINS]."""
     names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
     columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
     rows = zip(*(column[_PERCENT_EDGES].tolist() for column in columns))
@@ -49,7 +49,7 @@ def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positi
 
 
 def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
-    """Return the edge nearest to where rising precision meets falling recall, or the last edge if they never meet."""
+    """Return the edge nearest to the point where precision meets recall, or the last edge if they never meet."""
     above = np.flatnonzero(precision >= recall)
     edge = int(above[0]) if len(above) else len(precision) - 1
     gaps = np.abs(precision - recall)
@@ -58,7 +58,7 @@ def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of tags. Its curves are over the edges."""
+    """A group of tags, with curves over the edges."""
 
     num_tags: int  # tags with positives
     num_empty: int  # tags without positives
@@ -98,7 +98,7 @@ class Group:
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the tags of each group as bool [T], by name: all but ratings, then each category."""
+    """Return the tags of groups as bool [T], by name: all tags but ratings, then the categories."""
     categories = np.asarray(vocabulary.categories)
     is_rating = categories == RATING
     members = {"all": ~is_rating | is_rating.all()}
@@ -135,10 +135,10 @@ class TagScores:
         support, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
         self.support = support.astype(np.int64)
         self.best_edge = edges.astype(np.int64)
-        held = support > 0
-        if not held.any():
+        has_positives = support > 0
+        if not has_positives.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
-        means = member @ np.stack([held, ~held, np.nan_to_num(self.ap)], axis=1)
+        means = member @ np.stack([has_positives, ~has_positives, np.nan_to_num(self.ap)], axis=1)
         self.groups: dict[str, Group] = {}
         for name, (size, empty, ap), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
             counted = curves[:2].astype(np.int64)
@@ -160,27 +160,29 @@ class TagScores:
             row = {"tag": name, "category": category_name(category), "training_images": count, "support": support}
             tags.append(row | dict(zip(names, values if support else repeat(None))))
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
-        held = {name: group for name, group in self.groups.items() if group.num_tags}
-        decisions = (decision_rows(name, group.predicted, group.tp, group.support) for name, group in held.items())
-        groups = [{"group": name, **group.row()} for name, group in held.items()]
-        rows = [*chain.from_iterable(decisions)]
-        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST_TAGS], "decisions": rows}
+        decisions = []
+        groups = []
+        for name, group in self.groups.items():
+            if group.num_tags:
+                decisions += decision_rows(name, group.predicted, group.tp, group.support)
+                groups.append({"group": name, **group.row()})
+        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST_TAGS], "decisions": decisions}
 
 
 def is_fitted(leads: Tensor) -> Tensor:
-    """Return which samples thresholds are fitted to, bool [B]; others measure them. leads: `Collection.leads`, [B]."""
+    """Return the samples that thresholds are fitted to, bool [B]; the others measure them. leads: of samples, [B]."""
     return rng.uniform(leads, ()) < 0.5
 
 
 def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: float) -> ThresholdTable:
     """Return the thresholds fitted to `fitted` and measured on `reported`, the scores of other images.
 
-    For each category and for all tags (micro): `balanced` is P = R; `high_precision` is the lowest threshold with at
-    least `precision`, `high_recall` the highest with at least `recall`, both with 95 % confidence (`lower_bound`). A
-    category with too few positives for such a promise has the threshold of all tags; a promise that is not kept is
-    noted in its row and logged.
-    For each tag with n positives, in logits: (n * best + 50 * balanced) / (n + 50), rounded down to an edge. `best`
-    reaches the tag's best F1; `balanced` is its category's threshold.
+    For categories and for all tags (micro): `balanced` is P = R; `high_precision` is the lowest threshold with at least
+    `precision`, `high_recall` the highest threshold with at least `recall`, both with 95 % confidence (`lower_bound`).
+    A category with too few positives for a promise has the threshold of all tags; the row of a broken promise has a
+    note, which is logged.
+    For a tag with n positives, in logits: (n * best + 50 * balanced) / (n + 50), rounded down to an edge. `best`
+    reaches the best F1 of the tag; `balanced` is the threshold of its category.
     """
     vocabulary = fitted.vocabulary
     names = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
@@ -217,15 +219,15 @@ def lower_bound(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarr
     return (rate * count + _Z**2 / 2 - _Z * spread) / (count + _Z**2)
 
 
-_Choice = tuple[int, str | None]  # an edge, and a note if its promise is not kept
+_Choice = tuple[int, str | None]  # an edge, and a note for a broken promise
 
 
 def _choose_edges(
     group: Group, least_precision: float, least_recall: float, overall: Sequence[_Choice] | None = None
 ) -> list[_Choice]:
-    """Return the choice for each of CATEGORY_PROFILES. overall: those of all tags, for a group with few positives.
+    """Return the choices for CATEGORY_PROFILES. overall: the choices of all tags, for a group with few positives.
 
-    Decisions on the tags of an image are not independent, so a rate counts at most as many samples as there are images.
+    Decisions on the tags of an image are not independent, so a rate has at most as many samples as there are images.
     """
     precision, recall, _ = group.micro()
     images = group.predicted[0] / (group.num_tags + group.num_empty)

@@ -1,4 +1,4 @@
-"""Counts of a tagger's evaluation: for each tag, two histograms of its logits, and its highest logits.
+"""Counts of a tagger's evaluation: for each tag, two histograms of the logits, and the highest logits.
 
 The histograms hold the samples without and with the tag. Counts are exact at their edges, which include the
 probabilities 0.35, 0.5 and 0.65. The 1,296 bins are 0.0155 logits wide from -10.9 to 5, where rare tags are decided,
@@ -69,7 +69,7 @@ class TagCounts:
             yield tags, tails[:, 1], tails.sum(1)
 
     def at(self, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return true positives and predictions [T], each tag at its own edge. edges: [T] indices."""
+        """Return true positives and predictions [T] at an edge for each tag. edges: indices [T]."""
         index = torch.from_numpy(edges).to(self.histograms.device)[:, None]
         parts = [(tp.gather(1, index[tags]), both.gather(1, index[tags])) for tags, tp, both in self.tails()]
         return tuple(torch.cat(column)[:, 0].cpu().numpy() for column in zip(*parts))

@@ -12,14 +12,14 @@ from utils.ranks import distributed
 
 
 class TopSamples:
-    """Keep the samples with the highest scores over batches and ranks; ties go to the lower sample_id."""
+    """Collect the samples with the highest scores over batches and ranks. On a tie, the lower sample_id wins."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._kept: State = {}
 
     def add(self, score: Tensor, eligible: Tensor, fields: Tensors) -> None:
-        """Add a batch: score [B], eligible [B] bool, and the fields to keep, which include sample_id [B]."""
+        """Add a batch: score [B], eligible [B] bool, and fields of the samples, which include sample_id [B]."""
         best = self._best({**fields, "score": torch.where(eligible, score.double(), -torch.inf)})
         self._kept = self._best(_join([self._kept, best])) if self._kept else best
 

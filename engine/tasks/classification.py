@@ -101,8 +101,8 @@ class ClassificationTask(MixingTask):
         """
         from engine.measures.promise import make_promise
 
-        report, decided = self._measure(batches, leads)
-        return report, make_promise(decided, risk)
+        report, answers = self._measure(batches, leads)
+        return report, make_promise(answers, risk)
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
         """Return the report, and the right and wrong answers by probability. With leads, only they count."""

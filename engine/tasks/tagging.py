@@ -52,7 +52,7 @@ log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
 _SHOWN_MISTAKES = 24  # images in the picture
-_SHOWN_TAGS = 3  # tags of each kind of mistake under an image
+_SHOWN_TAGS = 3  # of a kind of mistake, under an image
 _LOWEST_BIAS = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
 
@@ -70,7 +70,7 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss per sample and tag, float32 [B, T]: the cross-entropy, the focal or the asymmetric loss.
 
-    The focal loss is that of Lin et al. 2017 (arXiv 1708.02002), equation 5.
+    The focal loss follows Lin et al. 2017 (arXiv 1708.02002), equation 5.
     The focusing weights of the asymmetric loss get no gradient, as in the published training.
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
     Differs: gamma+ is 0, its published value; log p is exact even for a positive with p < 1e-8, which therefore keeps
@@ -100,7 +100,7 @@ class TaggingTask(MixingTask):
         self.vocabulary = vocabulary_of(setup.facts)
         self.loss = setup.task.loss
         self.append_to = setup.task.append_to
-        self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
+        self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # for `describe_images`
         self.mirror = None
         self._priors = None
         # Facts for training only; weight files do not have them.
@@ -112,7 +112,7 @@ class TaggingTask(MixingTask):
                 head.bias.data.copy_(prior_bias(self._priors))
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file. The head of one of our taggers is matched by the tags' names."""
+        """Load the network of a run or file. The head of a tagger of Atelier is matched by the names of tags."""
         super().initialise(source)
         if source is not None:
             continue_head(self.network, source, self.vocabulary, self._priors)
@@ -131,7 +131,7 @@ class TaggingTask(MixingTask):
         return self.mixing(self.normalise(images), targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""
+        """Return the losses of the samples [B], summed over tags. NaN targets are ignored."""
         return tag_loss(self.loss, logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
     # -------------------------------------------------------------------------------------------------- evaluation
@@ -144,7 +144,7 @@ class TaggingTask(MixingTask):
         return self._measure(loaders["val"], None)[0]
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None) -> tuple[Report, list[TagCounts]]:
-        """Return the report, and the counts of samples to fit thresholds to and of others; without leads, of all."""
+        """Return the report and counts: of the samples that thresholds are fitted to and of the others, or of all."""
         means = Means()
         worst = TopSamples(_SHOWN_MISTAKES)
         parts = [TagHistograms(len(self.vocabulary)) for _ in range(1 if leads is None else 2)]
@@ -162,41 +162,42 @@ class TaggingTask(MixingTask):
         counts = [part.reduce() for part in parts]
         scores = TagScores(reduce(TagCounts.join, counts), self.vocabulary)
         measured = means.reduce()
-        kept = worst.reduce()
+        mistakes = worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {
                 "pr_curves": lambda: draw_pr_curves(scores.groups),
-                "mistakes": lambda: draw_tag_mistakes(kept, self.vocabulary.names),
+                "mistakes": lambda: draw_tag_mistakes(mistakes, self.vocabulary.names),
             }
         return report, counts
 
     def describe_images(self, batch: Batch) -> pa.Table:
-        """Return the tags, those above `thresholds`, the errors and the loss.
+        """Return the tags, the predicted tags above `thresholds`, the errors and the loss.
 
-        wrong_by, missed_by: how far the probability of each error is from the tag's threshold.
+        wrong_by, missed_by: the distances of the errors' probabilities from the thresholds.
         """
         logits, targets, loss = self._predict(batch)
         probs = logits.sigmoid().cpu().numpy()
         targets = targets.cpu().numpy()
         has = targets == 1
-        found = probs >= self.thresholds
-        masks = {"tags": has, "prediction": found, "wrong": found & (targets == 0), "missed": has & ~found}
+        predicted = probs >= self.thresholds
+        wrong = predicted & (targets == 0)
+        masks = {"tags": has, "prediction": predicted, "wrong": wrong, "missed": has & ~predicted}
         names = np.broadcast_to(np.array(self.vocabulary.names, object), probs.shape)
         columns = {name: _select(names, mask, pa.string()) for name, mask in masks.items()}
         distance = np.abs(probs - self.thresholds)
-        columns["probability"] = _select(probs, found, pa.float32())
+        columns["probability"] = _select(probs, predicted, pa.float32())
         columns |= {f"{name}_by": _select(distance, masks[name], pa.float32()) for name in ("wrong", "missed")}
         return pa.table({**columns, "loss": loss.cpu().numpy()})
 
     def calibrate(
         self, batches: Iterable[Batch], leads: np.ndarray, precision: float, recall: float
     ) -> tuple[Report, ThresholdTable]:
-        """Measure all samples, as `evaluate`; fit thresholds on one half of them, and measure these on the other.
+        """Measure all samples, as `evaluate`. Fit thresholds to one half of them, and measure these on the other half.
 
         leads: `Collection.leads`, so that near-duplicates are in one half. With `append_to`, tags that the samples do
-        not label keep the thresholds that they had.
+        not label keep their thresholds.
         """
         report, halves = self._measure(batches, leads)
         if not all(counts.histograms[:, 1].any() for counts in halves):
@@ -219,37 +220,37 @@ class TaggingTask(MixingTask):
             self.thresholds = np.float32(table.of_tags(self.vocabulary, PER_TAG))
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits and targets [B, T], and the cross-entropy [B], by which runs of all losses are compared."""
+        """Return logits and targets [B, T], and the cross-entropy [B], which compares runs with different losses."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
         return logits, targets, bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
 
 def _select(values: np.ndarray, mask: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Return a list for each row: its values where the mask is true."""
-    return pa.array([row[kept] for row, kept in zip(values, mask)], pa.list_(kind))
+    """Return lists of the values of the rows where the mask is true."""
+    return pa.array([row[chosen] for row, chosen in zip(values, mask)], pa.list_(kind))
 
 
 def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> State:
-    """Return each image [B] and its worst tags of each kind of mistake, with the error of their probabilities."""
-    found = {name: batch[name] for name in ("sample_id", "images")}
+    """Return the images [B] and their worst tags of both kinds of mistakes, with the error of the probabilities."""
+    mistakes = {name: batch[name] for name in ("sample_id", "images")}
     errors = {"wrong": probs * (targets == 0), "missed": (1 - probs) * (targets == 1)}
     for name, error in errors.items():
-        found[f"{name}_prob"], found[name] = error.topk(min(_SHOWN_TAGS, error.shape[1]))
-    return found
+        mistakes[f"{name}_prob"], mistakes[name] = error.topk(min(_SHOWN_TAGS, error.shape[1]))
+    return mistakes
 
 
 def prior_bias(priors: Tensor) -> Tensor:
-    """Return biases with which an untrained head predicts each tag's frequency; priors: [T], shares of images."""
+    """Return biases with which an untrained head predicts the frequencies of tags. priors: shares of images [T]."""
     return priors.logit(eps=1e-6).clamp(_LOWEST_BIAS, 0.0)
 
 
 @about("init_from")
 @torch.no_grad()
 def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
-    """Copy the head's rows for the tags of `init_from`; do nothing unless it is one of our taggers.
+    """Copy the head's rows for the tags of `init_from`. Do nothing unless it is a tagger of Atelier.
 
-    The row of a new tag starts as the mean of all rows of `init_from`, with the bias for its own frequency.
+    The row of a new tag starts as the mean of all rows of `init_from`, with the bias for the frequency of the tag.
     Raises UserError (`init_from`) if the file's vocabulary does not fit its head.
     """
     if source.source == "timm" or is_meta(network):
@@ -258,15 +259,15 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     state, metadata = read_weights(path, which=source.weights)
     if "tag_names" not in metadata:
         return
-    known = read_facts(path, metadata).columns
+    columns = read_facts(path, metadata).columns
     state = convert_state(network, state)[1]
-    pairs = {row: known[key] for key, row in vocabulary.columns.items() if key in known}
+    pairs = {row: columns[key] for key, row in vocabulary.columns.items() if key in columns}
     for name, head in output_layers(network, "init_from", "name another file").items():
         for part, parameter in head.named_parameters():
             values = state.get(f"{name}.{part}", torch.empty(0))
-            if values.shape != (len(known), *parameter.shape[1:]):
+            if values.shape != (len(columns), *parameter.shape[1:]):
                 raise UserError(
-                    f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger"
+                    f"init_from: {path} has no head of its {len(columns)} tags; name the file of a whole tagger"
                 )
             parameter.copy_(prior_bias(priors) if part == "bias" else values.mean(0))
             parameter[list(pairs)] = values[list(pairs.values())].to(parameter)
@@ -280,14 +281,14 @@ def index_of(collection: Collection, setup: Setup) -> TagIndex:
     )
 
 
-def append_tags(known: Vocabulary, found: Vocabulary) -> Vocabulary:
-    """Return a tagger's vocabulary, and after it the tags of another that it lacks; ratings are not added."""
-    rows = [row for key, row in found.columns.items() if key not in known.columns and key[0] != RATING]
+def append_tags(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
+    """Return the vocabulary of a tagger, followed by the tags of another vocabulary that it lacks, without ratings."""
+    rows = [row for key, row in wanted.columns.items() if key not in known.columns and key[0] != RATING]
     if not rows:
         raise UserError(
-            f"task.append_to: it has all {len(found):,} tags; lower task.min_count, or name a task.vocabulary with more"
+            f"task.append_to: it has all {len(wanted):,} tags; lower task.min_count, or name a longer task.vocabulary"
         )
-    return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(found))))
+    return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(wanted))))
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
