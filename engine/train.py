@@ -19,7 +19,6 @@ from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
 from engine.run.first_samples import draw_first_samples
 from engine.run.start import build_task, describe_run, open_run
-from engine.run.timing import fit_minutes
 from engine.tasks.kind import open_kind
 from utils.config.command_line import Job
 from utils.io.files import output_errors, refuse_links_out
@@ -82,7 +81,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
                 kind.write(path, setup)
         run.evaluator.finish = finish
         stages.end("task")
-        fit_minutes(run)
+        if config.loop.minutes is not None:
+            from engine.run.timing import fit_minutes
+
+            fit_minutes(run)
         log.debug("%s", stages.end("timing"))
         run.fit([line.replace("{run}", shlex.quote(str(path))).replace("{data}", words) for line in commands])
     return None

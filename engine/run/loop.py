@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.evaluation import Evaluator
-from engine.run.pace import Pace
 from engine.run.recorder import Recorder
 from engine.run.summary import report_end
 from engine.task import Streams, Task, fingerprint_helpers
@@ -29,6 +29,9 @@ from utils.ranks import distributed
 from utils.ranks.signals import Stopped, is_stop_requested
 from utils.record.logging import get_logger
 from utils.record.run_folder import RunFolder, git_state
+
+if TYPE_CHECKING:
+    from engine.run.pace import Pace
 
 log = get_logger(__name__)
 

@@ -25,7 +25,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import check_copy, choose_checkpoint
 from engine.run.loop import Run
-from engine.run.pace import read_minutes
 from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
@@ -87,7 +86,11 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, path: Path, runtime: Runtime) -> Plan:
     """Return the run's plan, and log the start screen. path: its folder."""
-    known = None if config.loop.minutes is None else read_minutes(path, config.loop.minutes)
+    known = None
+    if config.loop.minutes is not None:
+        from engine.run.pace import read_minutes
+
+        known = read_minutes(path, config.loop.minutes)
     if config.loop.early_stop_epochs is not None and streams.evaluation_samples == 0:
         raise UserError(
             f"loop.early_stop_epochs: {config.loop.early_stop_epochs:g}, but there are no validation images; set "

@@ -40,8 +40,6 @@ def fit_minutes(run: Run) -> None:
     Raises UserError (`loop.minutes`) if no step fits.
     """
     minutes = run.config.loop.minutes
-    if minutes is None:
-        return
     length = read_minutes(run.folder.path, minutes)
     speed = None
     finish = run.evaluator.finish

@@ -84,6 +84,8 @@ class ImageTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file, and its head or decoder if `keep_head`."""
+        if source is None:
+            return
         from models.weights.initialise import initialise_from
 
         self.origin = initialise_from(self.network, source, keep_head=self.keep_head, class_names=self.class_names)

@@ -4,9 +4,10 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from engine.update.batch_size import MicroBatches
-from engine.update.graphs import Prepare, UpdateGraphs
 from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
@@ -32,6 +32,9 @@ from utils.errors import UserError
 from utils.io.files import Json, Values
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+
+if TYPE_CHECKING:
+    from engine.update.graphs import UpdateGraphs
 
 log = get_logger(__name__)
 
@@ -63,7 +66,7 @@ class Learner:
         if config.runtime.offload:
             for network in networks_of(task, task.offloaded).values():
                 network.to("cpu")  # the task brings it to the device itself
-        self.prepare: Prepare = dict
+        self.prepare: Callable[[Batch], Batch] = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
@@ -122,8 +125,9 @@ class Learner:
         """Seed what the pass of a micro-batch draws."""
         rng.seed_micro_step(self.seed, self.step, part, distributed.rank(), self.runtime.device)
 
-    def record_updates(self) -> UpdateGraphs:
+    def record_updates(self) -> "UpdateGraphs":
         """Return what records updates of one micro-batch."""
+        from engine.update.graphs import UpdateGraphs
 
         def gradients(batch: Batch, progress: Tensor) -> StepResult:
             return self._gradients([batch], progress, self._buffers.copy(), seeds=False)

@@ -27,17 +27,15 @@ RELEASED_LICENCE = "cc-by-nc-4.0"
 
 @about("init_from")
 def initialise_from(
-    network: nn.Module, source: InitFrom | None, *, keep_head: bool, class_names: Sequence[str] | None = None
-) -> Json | None:
-    """Load the weights named by `init_from` and return their origin; do nothing for None.
+    network: nn.Module, source: InitFrom, *, keep_head: bool, class_names: Sequence[str] | None = None
+) -> Json:
+    """Load the weights named by `init_from` and return their origin.
 
     With `keep_head` and `class_names`, the file must have a head for these classes, and its rows are put into their
     order. If the file does not name its classes, their number must fit, and they are assumed to be in this order. On
     the meta device, only names and shapes are checked. Raises UserError that begins with `init_from:`, with
     `init_weights:` if the file lacks the requested average, or with `task.head:`.
     """
-    if source is None:
-        return None
     known = None
     if source.source == "timm":
         state, origin = read_timm(network)

@@ -54,7 +54,8 @@ class MultiCropTask(Task):
         self.config = setup.task
 
     def initialise(self, source):
-        self.origin = initialise_from(self.student, source, keep_head=False)
+        if source is not None:
+            self.origin = initialise_from(self.student, source, keep_head=False)
         self.teacher.load_state_dict(self.student.state_dict())
 
     def forward(self, batch, progress):
