@@ -210,11 +210,10 @@ class Saver:
             "lr": learner.schedule.lr,
             "average": averaged,
             "precision": learner.runtime.precision,
-            "epoch": round(learner.plan.epoch_at(learner.step), 2),
-            **self._facts,
         }
+        metadata["epoch"] = round(learner.plan.epoch_at(learner.step), 2)
         origin = {"origin": task.origin} if task.origin else {}
-        return {**metadata, **origin, **task.metadata}
+        return {**metadata, **self._facts, **origin, **task.metadata}
 
 
 # ------------------------------------------------------------------------------------------------ keeping and removing
