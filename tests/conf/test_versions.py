@@ -51,6 +51,8 @@ def test_an_older_run_has_what_held_before_and_a_key_that_was_cut_while_on_is_re
     task = {"name": "tagging", "loss": {**loss, "gamma": 2.0, "alpha": 0.25}}
     loop = {"early_stop_least": 0.0, "checkpoint_mirror": None}
     assert read_saved(older) == {"seed": 0, "loop": loop, "task": task}
-    judged = read_saved({"task": {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}})
-    with refuses("task.judge.prompts: 8 in the run, None now"):
-        check_resumable(judged, {"task": {**judged["task"], "judge": None}}, [], "RUN")
+    judged = {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}
+    assert "judge" not in read_saved({"task": judged})["task"]
+    audited = read_saved({"loop": {"audit_every": 100}})
+    with refuses("loop.audit_every: 100 in the run, None now"):
+        check_resumable(audited, {"loop": {**audited["loop"], "audit_every": None}}, [], "RUN")

@@ -25,19 +25,20 @@ LATER = {
     "task[diffusion].lora.layers": {},
     "task[diffusion].preference_beta": None,
 }
-# By key, the value that means off.
-CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": None}
+# By key, the value that means off; ...: any value, because the key changed no weights.
+CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": ...}
 
 
 def read_saved(values: Values) -> Json:
     """Return a copy of saved values with the keys that came later, without the keys that were cut and are off.
 
-    A key that was cut and is on stays: the schema of a weight file, or the comparison of a resumption, refuses it.
+    A key that was cut stays if it is on and changed weights: the schema of a weight file, or the comparison of a
+    resumption, refuses it.
     """
     saved = fill(values, LATER)
     for key, off in CUT.items():
         group, name = _find(saved, key)
-        if group.get(name, off) == off:
+        if off is ... or group.get(name, off) == off:
             group.pop(name, None)
     return saved
 
