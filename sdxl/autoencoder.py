@@ -31,7 +31,7 @@ from sdxl.autoencoder_losses import PatchDiscriminator, PerceptualNetwork, absol
 from sdxl.caches.buckets import fitted_views
 from sdxl.config import SDXLConfig
 from sdxl.kind import BucketedKind, Reading, find_buckets
-from sdxl.networks import describe, open_networks
+from sdxl.networks import describe_base, open_networks
 from sdxl.settle import settle_vae
 from sdxl.step import to_bytes, to_levels
 from utils.contracts import Batch, State
@@ -91,7 +91,7 @@ class AutoencoderTask(Task):
         """Keep the VAE of the base model, and set `origin` to its description."""
         model = self._model
         if path := model.vae or model.path:
-            licence = stated_license(path) if model.vae else describe(path)["license"]
+            licence = stated_license(path) if model.vae else describe_base(path)["license"]
             self.origin = {"source": path, "layout": "VAE", "license": licence}
 
     # ------------------------------------------------------------------------------------------------------ training

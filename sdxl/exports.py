@@ -22,7 +22,7 @@ from sdxl.files.tokenizer import build_tokenizer
 from sdxl.lora import lora
 from sdxl.lora.changes import READERS
 from sdxl.lora.files import adapter_state
-from sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
+from sdxl.networks import Networks, describe_base, load_networks, load_vae, open_networks
 from sdxl.pictures.sampling import scheduler_config
 from sdxl.step import decode_to_levels
 from sdxl.vae import unlike_sdxls
@@ -97,7 +97,7 @@ def _write_whole(write: Any, weights: OpenedTask, path: Path, config: ExportConf
     dtype = DTYPES[config.precision]
     noise = weights.setup.task.stated_noise
     write(path, networks, dtype=dtype, **noise)
-    said = describe(path)
+    said = describe_base(path)
     read = load_networks(path)
     wrong = [name for name, value in noise.items() if (said[name] or False) != value]
     for part, state in checkpoints.cast_states(networks, dtype, folds=path.is_file()).items():

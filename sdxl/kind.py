@@ -33,7 +33,7 @@ from sdxl.caches.text_cache import TextCache, vary_caption
 from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig
 from sdxl.files.family import ENCODERS
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
-from sdxl.networks import base_files, describe, frozen_dtype, load_vae, open_networks, settle_model
+from sdxl.networks import base_files, describe_base, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.pictures.novelty import trained_stream
 from sdxl.pictures.prompts import count_brackets
 from sdxl.pictures.texts import text_field
@@ -184,7 +184,7 @@ class DiffusionKind(BucketedKind):
 
 def check_noise(path: str, noise: NoiseConfig) -> None:
     """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
-    source = describe(path)
+    source = describe_base(path)
     if unread := source["unread"]:
         log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
     if noise.convert:

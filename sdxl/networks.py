@@ -66,7 +66,7 @@ def settle_model(model: SDXLConfig) -> SDXLConfig:
     Raises UserError (`model.path`) for a base model that is no SDXL, and for its VAE.
     """
     if model.path is not None:
-        describe(model.path)
+        describe_base(model.path)
     with about("model.vae" if model.vae else "model.path"):
         values = settle_values(
             model.vae_values, model.vae or (model.path and local_base(model.path)), is_replaced=model.vae is not None
@@ -147,7 +147,7 @@ def load_networks(
     another kind of checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
     """
     path = local_base(path)
-    describe(path)  # refuses other kinds of checkpoints
+    describe_base(path)  # refuses other kinds of checkpoints
     return _load(path, PARTS, dtypes, values) if dtypes else {}
 
 
@@ -245,7 +245,7 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 
 
 @about("model.path")
-def describe(path: str | Path) -> Json:
+def describe_base(path: str | Path) -> Json:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
     `layout`, `license`, `prediction_type` (epsilon if a file does not say, `is_stated`), `zero_terminal_snr`, `shift`
@@ -307,7 +307,7 @@ def _describe_file(path: Path) -> Json:
 
 
 def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
-    """Return whether a file's noise table has zero terminal SNR, or what is wrong with it (see `describe`)."""
+    """Return whether a file's noise table has zero terminal SNR, or what is wrong with it (see `describe_base`)."""
     with readable(path, "safetensors"), safe_open(path, "pt") as file:
         values = file.get_tensor(name).double().flatten()
     alphas = values.sqrt() if name == "alphas_cumprod" else (1 + values.square()).rsqrt()

@@ -13,8 +13,8 @@ from models.interop.metadata import dict_of
 from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import ADAPTED
 from sdxl.memory import fit_memory
-from sdxl.networks import describe, open_networks, settle_model
-from sdxl.pictures.prompts import count_brackets, read_prompts
+from sdxl.networks import describe_base, open_networks, settle_model
+from sdxl.pictures.prompts import count_brackets, read_prompt_file
 from utils.errors import UserError, about
 from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
@@ -36,7 +36,7 @@ def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
         return config
     changes = {}
     own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    base = own if path is None or noise.convert else describe(path)
+    base = own if path is None or noise.convert else describe_base(path)
     kind = base["prediction_type"] if noise.prediction_type == "auto" else noise.prediction_type
     if noise.zero_terminal_snr == "auto":
         # A file that does not say it is sampled without.
@@ -71,7 +71,7 @@ def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:
     samples = config.task.samples
     key = "task.samples.prompts"
     if isinstance(samples.prompts, str):
-        config = config.changed({key: read_prompts(samples.prompts, samples.image_size_hw, key)})
+        config = config.changed({key: read_prompt_file(samples.prompts, samples.image_size_hw, key)})
     texts = [prompt.words for prompt in config.task.samples.complete_all()]
     count_brackets(texts, config.task.captions.emphasis, f"{key} (task.captions.emphasis)")
     return config

@@ -48,10 +48,10 @@ from sdxl.files.tokenizer import LENGTH
 from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.files import adapter_state
 from sdxl.lora.lora import ADAPTED, LoRA
-from sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
+from sdxl.networks import Networks, base_files, describe_base, freeze_unused, open_networks
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
-from sdxl.pictures.texts import read_texts
+from sdxl.pictures.texts import texts_of
 from sdxl.step import (
     LATENT_DRAW,
     NoiseLevel,
@@ -150,7 +150,7 @@ class DiffusionTask(Task):
     def initialise(self, source: InitFrom | None) -> None:
         """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
         if (path := self._model.path) is not None:
-            known = describe(path)
+            known = describe_base(path)
             self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
             if not self.alphas.is_meta:
                 first, *_ = base_files(self._model, ("unet",))
@@ -325,7 +325,7 @@ class DiffusionTask(Task):
         if MASK in batch:
             images = images * nn.functional.interpolate(self._find_counts(batch), images.shape[-2:])
         texts = []
-        for fit, weight, caption in zip(batch["fit"].tolist(), batch["loss_weight"].tolist(), read_texts(batch)):
+        for fit, weight, caption in zip(batch["fit"].tolist(), batch["loss_weight"].tolist(), texts_of(batch)):
             height, width, top, left, *_ = fit
             texts.append(f"of {height} x {width}, crop {top}, {left}, weight {weight:.3g}\n{caption or '(no caption)'}")
         return images, texts

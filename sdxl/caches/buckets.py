@@ -42,7 +42,7 @@ def assign(sizes_hw: ndarray, buckets_hw: ndarray) -> ndarray:
     return order[np.searchsorted(between, np.log(sizes_hw[:, 0] / sizes_hw[:, 1]))]
 
 
-class Fit(NamedTuple):
+class BucketFit(NamedTuple):
     """How images fill their buckets: resize, optional flip, crop; each field is int64 [..., 2].
 
     crop_top_left: in the resized and flipped image, so it matches what the network sees. (If the crop came before the
@@ -59,22 +59,24 @@ class Fit(NamedTuple):
         return np.concatenate([self.original_hw, self.crop_top_left, self.target_hw], axis=-1)
 
 
-FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
+# From row, key and group to the fit, and whether the image is mirrored.
+FindFit = Callable[[int, int, int], tuple[BucketFit, bool]]
+CornerRule = Callable[[ndarray], ndarray]  # from the excess sizes of images to the corners of their crops
 
 
-def fit_into(size_hw: ndarray, bucket_hw: ndarray, choose_corner: Callable[[ndarray], ndarray] | None = None) -> Fit:
+def fit_into(size_hw: ndarray, bucket_hw: ndarray, choose_corner: CornerRule | None = None) -> BucketFit:
     """Return how images fill buckets, int64 [..., 2], at the smallest size that covers the bucket.
 
-    choose_corner: maps the excess size to the corners of the crops; None: centre crops.
+    choose_corner: None for centre crops.
     """
     zoom = (bucket_hw / size_hw).max(axis=-1, keepdims=True)
     resized_hw = np.maximum(bucket_hw, np.round(size_hw * zoom).astype(np.int64))
     slack = resized_hw - bucket_hw
     corner = slack // 2 if choose_corner is None else choose_corner(slack)
-    return Fit(*np.broadcast_arrays(size_hw, resized_hw, corner, bucket_hw))
+    return BucketFit(*np.broadcast_arrays(size_hw, resized_hw, corner, bucket_hw))
 
 
-def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
+def place(image: Tensor, fit: BucketFit, flip: bool) -> Tensor:
     """Resize, flip and crop an image [C, H, W] into its bucket: [C, h, w]."""
     image = resize(image, fit.resized_hw.tolist(), "bicubic")
     top, left = fit.crop_top_left.tolist()
@@ -138,7 +140,7 @@ class Buckets:
         first, end = np.searchsorted(self.rows, (row, row + 1))
         return int(first + np.searchsorted(self.groups[first:end], group))
 
-    def draw_fit(self, row: int, key: int, group: int) -> tuple[Fit, bool]:
+    def draw_fit(self, row: int, key: int, group: int) -> tuple[BucketFit, bool]:
         """Return how the image of a sample fills its bucket, and whether it is mirrored, from the sample's key."""
         generator = torch.Generator().manual_seed(rng.hash_counters(key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < self.config.flip)
@@ -222,9 +224,9 @@ def choose_pairs(collection: Collection, buckets: Buckets, rows: ndarray) -> tup
 
 
 def fitted_views(find_fit: FindFit) -> Views:
-    """Return the views of an image in its bucket: `images`, and `fit` (`Fit.conditions`), which are of one fit."""
+    """Return the views of an image in its bucket: `images`, and `fit`, the conditions of the same `BucketFit`."""
 
-    def fit(draw: Draw) -> tuple[Fit, bool]:
+    def fit(draw: Draw) -> tuple[BucketFit, bool]:
         return find_fit(draw.index, draw.key, draw.group)
 
     return {

@@ -22,7 +22,7 @@ from data.images.record_store import TensorStore, record_key
 from data.stream.loader import EvaluationStream, Example, Loader, UnreadableLog
 from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
-from sdxl.caches.buckets import Buckets, Fit, fit_into, place
+from sdxl.caches.buckets import BucketFit, Buckets, fit_into, place
 from sdxl.config import CHANNELS, STRIDE_PX
 from utils import rng
 from utils.contracts import LoaderMachine
@@ -80,9 +80,9 @@ class LatentCache(Source):
         """A hash of all keys, by configuration key."""
         return {self.store.config_key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
-    def fit(self, number: int, variant: int) -> Fit:
+    def fit(self, number: int, variant: int) -> BucketFit:
         """Return the fit of a sample, by its index in `buckets`."""
-        return Fit(*(part[number, variant] for part in self.fits))
+        return BucketFit(*(part[number, variant] for part in self.fits))
 
     @torch.no_grad()
     def fill(
@@ -123,10 +123,10 @@ class LatentCache(Source):
         self.store.finish()
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
-        """Return `latent_mean` and `latent_logvar` [4, h, w] of a row in a bucket, and `fit` [6]: `Fit.conditions`.
+        """Return `latent_mean`, `latent_logvar` [4, h, w] and `fit` [6] (`BucketFit.conditions`) of a row in a bucket.
 
         key: the key of the draw, which decides between the image and its mirror image.
-        Of a pair, the tensors of the rejected picture are added, as `rejected_latent_mean` and so on.
+        A pair also has the tensors of its rejected picture, as `rejected_latent_mean` and so on.
         Raises UnreadableImage if a record is missing.
         """
         variant = self._variant_of(key)
@@ -135,7 +135,7 @@ class LatentCache(Source):
             record |= _rename(self.read_variant(rejected[row], group, variant))
         return record
 
-    def find_fit(self, row: int, key: int, group: int) -> tuple[Fit, bool]:
+    def find_fit(self, row: int, key: int, group: int) -> tuple[BucketFit, bool]:
         """Return the fit of a record, and whether it is of the mirror image; as for `read`."""
         variant = self._variant_of(key)
         return self.fit(self.buckets.number_of(row, group), variant), variant == 1

@@ -31,7 +31,7 @@ READERS: dict[AdapterKind, str] = {
 WHOLE = 10_000  # the rank that LyCORIS takes for a LoKr whose second matrix is whole
 
 
-class Change(NamedTuple):
+class LayerChange(NamedTuple):
     """A layer's change."""
 
     tensors: Tensors  # by name

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.exports.config import ExportConfig
 from sdxl.exports import DTYPES
 from sdxl.files.family import draw_networks
-from sdxl.lora.changes import Change
+from sdxl.lora.changes import LayerChange
 from sdxl.lora.files import read_lora
 from sdxl.lora.lora import ADAPTED, find_layers, write_kohya
 from sdxl.networks import load_networks
@@ -47,7 +47,7 @@ def extract(base: str, tuned: str) -> Iterator[tuple[str, Tensor, int]]:
                 yield name, difference, 0
 
 
-def factorise(difference: Tensor, rank: int) -> tuple[Change, float]:
+def factorise(difference: Tensor, rank: int) -> tuple[LayerChange, float]:
     """Return the LoRA of a rank that is nearest to a difference [out, in, ...], and its error.
 
     The error is the norm of what is lost, as a share of the norm of the difference.
@@ -59,7 +59,7 @@ def factorise(difference: Tensor, rank: int) -> tuple[Change, float]:
     left, values, right = torch.svd_lowrank(matrix, min(2 * rank, *matrix.shape), niter=4)
     up = (left * values)[:, :rank].view(len(matrix), rank, *[1] * (difference.ndim - 2))
     down = right.T[:rank].view(rank, *difference.shape[1:])
-    change = Change({"lora_A.weight": down, "lora_B.weight": up}, float(rank))
+    change = LayerChange({"lora_A.weight": down, "lora_B.weight": up}, float(rank))
     return change, float((matrix - change.matrix()).norm() / matrix.norm())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.interop.metadata import dict_of
 from sdxl.config import LoRAConfig
 from sdxl.files.family import PARTS
-from sdxl.lora.changes import Change
+from sdxl.lora.changes import LayerChange
 from sdxl.lora.lora import find_layers, kohya_name
 from sdxl.networks import unused_layer
 from utils.contracts import State
@@ -29,7 +29,7 @@ _ENDINGS = {
 }
 
 
-def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Change]:
+def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerChange]:
     """Return the changes in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
 
     networks: SDXL's; only their shapes are used. Raises UserError for a LoRA of another base model or kind, or other
@@ -69,7 +69,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Change
             alpha = parts.pop("alpha", None)
             if "dora_scale" in parts and parts["dora_scale"].ndim == 1:
                 parts["dora_scale"] = parts["dora_scale"].view(-1, *[1] * (weight.ndim - 1))
-            change = Change(parts, 1.0)
+            change = LayerChange(parts, 1.0)
             if alpha is None:
                 given = stated.get(f"{name.partition('.')[0]}.lora_alpha", change.rank)
                 alpha = own.layers.get(name, own).alpha if own else given
@@ -83,9 +83,9 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Change
     return changes
 
 
-def _fits(change: Change, weight: Tensor) -> bool:
+def _fits(change: LayerChange, weight: Tensor) -> bool:
     """Return whether a change is for a layer of this weight, on the meta device."""
-    change = Change({name: tensor.to("meta") for name, tensor in change.tensors.items()}, 1.0)
+    change = LayerChange({name: tensor.to("meta") for name, tensor in change.tensors.items()}, 1.0)
     try:
         return change.matrix().shape == weight.flatten(1).shape == change.on(weight).flatten(1).shape
     except (RuntimeError, IndexError):  # of shapes

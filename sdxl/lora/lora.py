@@ -26,7 +26,7 @@ from sdxl.config import AdapterConfig, LoRAConfig
 from sdxl.files.checkpoints import GENERATIVE_MODELS, write_modelspec
 from sdxl.files.family import ENCODERS, PARTS
 from sdxl.files.names import rename, text_prefix
-from sdxl.lora.changes import Change, draw_tensors, norm_like
+from sdxl.lora.changes import LayerChange, draw_tensors, norm_like
 from sdxl.networks import unused_layer
 from utils.errors import UserError, close_names
 
@@ -62,9 +62,9 @@ class LoRALayer(nn.Module):
             change = self.change().on(layer.weight).to(inputs.dtype)
         return _apply(layer, inputs, change)
 
-    def change(self) -> Change:
+    def change(self) -> LayerChange:
         """Return the change of the layer's weight."""
-        return Change(dict(self.named_parameters()), self.alpha)
+        return LayerChange(dict(self.named_parameters()), self.alpha)
 
 
 def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class LoRA(nn.Module):
         self.detach()
         add_changes(networks, self.changes())
 
-    def changes(self) -> dict[str, Change]:
+    def changes(self) -> dict[str, LayerChange]:
         """Return the changes by the names of their layers."""
         return {name: self.get_submodule(name).change() for name in self.names}
 
@@ -144,7 +144,7 @@ def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.C
 
 
 @torch.no_grad()
-def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
+def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, LayerChange], strength: float = 1.0) -> None:
     """Change the weights of layers by name, in the weights' dtype."""
     layers = find_layers(networks)
     for name, change in changes.items():
@@ -186,7 +186,7 @@ def kohya_name(name: str) -> str:
     return f"{PARTS[network].lora}_{original}".replace(".", "_")
 
 
-def write_kohya(path: Path, changes: Mapping[str, Change], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+def write_kohya(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write changes by the names of their layers in kohya's layout, with alpha in float32.
 
     facts: for `write_modelspec`, with a `title`. Ranks that differ are "Dynamic" in the header, as in sd-scripts'
@@ -209,7 +209,7 @@ def write_kohya(path: Path, changes: Mapping[str, Change], dtype: torch.dtype, f
     write_modelspec(path, tensors, facts, metadata)
 
 
-def _join(name: str, changes: Mapping[str, Change]) -> str:
+def _join(name: str, changes: Mapping[str, LayerChange]) -> str:
     """Return a value of all changes as text."""
     values = {str(getattr(change, name)) for change in changes.values()}
     return values.pop() if len(values) == 1 else "Dynamic"

@@ -12,7 +12,7 @@ from data.open import Data
 from data.stream.loader import EvaluationStream
 from engine.frozen.features import PIXELS
 from engine.measures.neighbours import find_nearest
-from sdxl.pictures.texts import read_texts, text_field
+from sdxl.pictures.texts import text_field, texts_of
 from utils.contracts import Batch
 from utils.io.files import Json
 from utils.ranks import distributed
@@ -34,7 +34,7 @@ def find_nearest_images(pictures: Sequence[np.ndarray], trained: Iterable[Batch]
     """
     vectors = {}
     for batch in trained:
-        embedded = zip(read_texts(batch), _SMALL.embed(batch["images"]))
+        embedded = zip(texts_of(batch), _SMALL.embed(batch["images"]))
         vectors |= compress(embedded, batch["weight"] > 0)
     for part in distributed.gather_objects(vectors):
         vectors |= part

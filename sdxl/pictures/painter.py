@@ -1,6 +1,6 @@
 """Draw pictures of prompts with SDXL, a run's or a base model: predict.py prompts=FILE.
 
-    prompts = config.complete_all(read_prompts("prompts.txt", config.image_size_hw))
+    prompts = config.complete_all(read_prompt_file("prompts.txt", config.image_size_hw))
     painter = open_painter("outputs/sdxl", moved, ["style.safetensors:0.8"], device)
     draw(painter, prompts, Path("pictures"), existing=None)
 
@@ -32,8 +32,8 @@ from sdxl.exports import whole_networks
 from sdxl.files.family import ENCODERS, SAMPLERS
 from sdxl.lora.files import read_lora
 from sdxl.lora.lora import add_changes
-from sdxl.networks import Networks, base_files, describe, open_networks
-from sdxl.pictures.prompts import count_brackets, read_prompts, spell_prompt
+from sdxl.networks import Networks, base_files, describe_base, open_networks
+from sdxl.pictures.prompts import count_brackets, read_prompt_file, spell_prompt
 from sdxl.pictures.sampling import encode_prompt, sample_pictures, scheduler_config
 from sdxl.task import DiffusionTask
 from sdxl.vae import AS_STATED
@@ -116,7 +116,7 @@ def open_painter(
     with about("weights"):
         path = Path(weights) if Path(weights, "model_index.json").is_file() else find_weights(weights, "best")
         if path.is_dir() or (path.suffix == ".safetensors" and "task" not in read_weights(path, shapes_only=True)[1]):
-            facts = describe(path)
+            facts = describe_base(path)
             if wrong := facts["other_noise"] or (moved.path and "model.path is only for runs"):
                 raise UserError(f"{path} is a base model that cannot be sampled so: {wrong}")
             model = SDXLConfig.model_construct(
@@ -208,7 +208,7 @@ def draw_prompts(config: PredictConfig, job: Job) -> str:
     Those of several weights are in a folder for each, and on one page, grid.png.
     """
     device = torch.device(choose_device(config.device, "device"))
-    prompts = config.pictures.complete_all(read_prompts(config.prompts, config.pictures.image_size_hw))
+    prompts = config.pictures.complete_all(read_prompt_file(config.prompts, config.pictures.image_size_hw))
     folder = Path(config.output)
     drawn = 0
     tiles = []

@@ -1,6 +1,6 @@
 """Read files of prompts: one on each line, with the options of sd-scripts and the web UIs, or a list; write prompts.
 
-    prompts = read_prompts("prompts.txt", size_hw=(1024, 1024))
+    prompts = read_prompt_file("prompts.txt", size_hw=(1024, 1024))
 
 Source: kohya-ss/sd-scripts:library/train_util.py, line_to_prompt_dict, load_prompts;
 AUTOMATIC1111/stable-diffusion-webui:scripts/prompts_from_file.py.
@@ -39,7 +39,7 @@ class _Prompts(Strict):
     prompts: Annotated[list[PromptText], Field(min_length=1)]
 
 
-def read_prompts(file: str, size_hw: Sequence[int], key: str = "prompts") -> list[str | Prompt]:
+def read_prompt_file(file: str, size_hw: Sequence[int], key: str = "prompts") -> list[str | Prompt]:
     """Return the prompts of a .txt file, one on each line, of a .yaml or .json list of texts and mappings, or a .toml.
 
     A line of a .txt file that begins with # is a comment. size_hw: of a prompt that states its width or height alone.

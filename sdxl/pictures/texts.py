@@ -7,11 +7,11 @@ from utils.contracts import Batch
 
 
 def text_field(text: str) -> dict[str, Ragged]:
-    """Return the field `text` of a sample, for `read_texts`."""
+    """Return the field `text` of a sample, for `texts_of`."""
     return {"text": Ragged(torch.tensor([*text.encode()], dtype=torch.uint8))}
 
 
-def read_texts(batch: Batch) -> list[str]:
+def texts_of(batch: Batch) -> list[str]:
     """Return the `text` of each sample of a batch."""
     letters = bytes(batch["text"].tolist())
     ends = batch["text_offsets"].tolist()

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data.images.sizes import image_sizes
 from data.stream.order import Draw
-from sdxl.caches.buckets import Fit, assign, fit_into, fitted_views, make_buckets, place
+from sdxl.caches.buckets import BucketFit, assign, fit_into, fitted_views, make_buckets, place
 from sdxl.config import BucketConfig, sdxl_sizes
 from tests.data.collection.test_collection import load
 from tests.support import turned
@@ -58,7 +58,7 @@ def test_an_index_image_gives_back_the_recorded_coordinates(is_random, flip):
     fits = fit_into(sizes, buckets, (lambda slack: draws.integers(0, slack + 1)) if is_random else None)
     assert (buckets == fits.resized_hw).any(axis=1).all() and (fits.target_hw == buckets).all()
     for number, (height, width) in enumerate(sizes.tolist()):
-        fit = Fit(*(part[number] for part in fits))
+        fit = BucketFit(*(part[number] for part in fits))
         image = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
         placed = place(image, fit, flip=flip)
         middle = tuple((fit.target_hw // 2).tolist())  # away from the edges, where a resized ramp is not straight

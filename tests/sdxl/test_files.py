@@ -17,7 +17,7 @@ from sdxl.files.checkpoints import write_single_file
 from sdxl.files.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
 from sdxl.files.names import from_single_file, part_state, to_single_file
 from sdxl.kind import check_noise
-from sdxl.networks import describe, load_networks, open_networks
+from sdxl.networks import describe_base, load_networks, open_networks
 from sdxl.step import build_noise_table
 from sdxl.vae import AS_STATED
 from tests.small_sdxl import EPSILON, V_ZTSNR, write_base
@@ -92,7 +92,7 @@ def test_our_files_are_read_bit_exactly(networks, folder, file):
         found = load_networks(path)
         assert_same_tensors(states(found), states(networks))
         assert found["vae"].config.scaling_factor == 0.13025
-        assert {"license": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
+        assert {"license": "openrail++", **V_ZTSNR}.items() <= describe_base(path).items()
         ids = torch.randint(999, (1, 77))
         assert torch.equal(found["text_encoder"](ids)[0], networks["text_encoder"](ids)[0])
 
@@ -153,7 +153,7 @@ def test_files_of_other_programs_are_read(program, networks, file, tmp_path):
     tensors |= {name: one.clone() for name, one in beside.items()}
     save_file(tensors, path := tmp_path / "other.safetensors", metadata=metadata)
     assert_same_tensors(states(load_networks(path)), states(networks))
-    source = describe(path)
+    source = describe_base(path)
     assert (source["prediction_type"], source["zero_terminal_snr"]) == says
     assert source["other_noise"] is None and source["unread"] == []
 
@@ -166,7 +166,7 @@ def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, fil
     assert_same_tensors(
         states(load_networks(path)), {name: one.to(LOW).float() for name, one in states(networks).items()}
     )
-    assert describe(path)["unread"] == ["model_ema.w"]
+    assert describe_base(path)["unread"] == ["model_ema.w"]
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -201,7 +201,7 @@ def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
     file = shutil.copytree(folder, tmp_path / "other") / "scheduler/scheduler_config.json"
     new = {"_class_name": changes} if isinstance(changes, str) else {**read_json(file), **changes}
     file.write_text(json.dumps(new))
-    assert word in describe(tmp_path / "other")["other_noise"]
+    assert word in describe_base(tmp_path / "other")["other_noise"]
     with refuses("^task.noise: .*other"):
         check_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
     check_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
@@ -226,7 +226,7 @@ def test_a_base_model_that_says_flow_is_one(stated, folder, file, tmp_path):
     else:
         path = shutil.copytree(folder, tmp_path / "other")
         (path / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
-    assert (describe(path)["other_noise"], describe(path)["shift"]) == (None, 2.5)
+    assert (describe_base(path)["other_noise"], describe_base(path)["shift"]) == (None, 2.5)
     check_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
     with refuses("prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
         check_noise(str(path), NoiseConfig(**NOISE))
@@ -267,7 +267,7 @@ def test_folders_are_refused(file, name, value, folder, tmp_path):
 def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
     torch.save({}, path := tmp_path / "model.ckpt")
     with refuses("^model.path: .*model.ckpt is no .safetensors file"):
-        describe(path)
+        describe_base(path)
 
 
 def test_the_frozen_vae_is_in_float32(folder):
@@ -301,7 +301,7 @@ def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # no
     server.files = {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other"}
     server.files["README.md"] = b"---\nlicense: mit\n---\n"
     assert_same_tensors(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
-    assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
+    assert describe_base("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
     server.files = {}
     with refuses(r"^model\.path: hf:me/net@v2 has no model_index\.json"):
-        describe("hf:me/net@v2")
+        describe_base("hf:me/net@v2")

@@ -17,7 +17,7 @@ from optim.config import OptimConfig
 from optim.groups import build_groups
 from sdxl.config import LoRAConfig
 from sdxl.files.family import draw_networks
-from sdxl.lora.changes import Change
+from sdxl.lora.changes import LayerChange
 from sdxl.lora.files import adapter_state, describe_lora, read_lora
 from sdxl.lora.lora import LoRA, LoRALayer, add_changes, write_kohya
 from tests.support import refuses
@@ -127,7 +127,7 @@ def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
         if own is not None:
             parameter.copy_(tensors[own].view(parameter.shape))
     factor = 2.0 / rank if rank == 9 else 1.0  # PEFT scales whole matrices, too; ComfyUI and LyCORIS do not
-    wanted = layer.weight + factor * Change(tensors, 2.0).on(layer.weight)
+    wanted = layer.weight + factor * LayerChange(tensors, 2.0).on(layer.weight)
     inputs = torch.randn(2, 12, *[5] * (layer.weight.ndim - 2))
     operation = torch.nn.functional.linear if layer.weight.ndim == 2 else layer._conv_forward
     torch.testing.assert_close(operation(inputs, wanted, layer.bias), theirs(inputs), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl.config import Prompt
-from sdxl.pictures.prompts import read_prompts, spell_prompt
+from sdxl.pictures.prompts import read_prompt_file, spell_prompt
 from tests.support import refuses
 
 LINES = b"""# prompts for the samples\r
@@ -20,7 +20,7 @@ a half-timbered house, 10--20 people
 def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + LINES)
-    assert read_prompts(str(file), (512, 256)) == [
+    assert read_prompt_file(str(file), (512, 256)) == [
         Prompt(
             text="a cat on a chair",
             negative="low quality, blurry",
@@ -47,7 +47,7 @@ def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
 def test_lists_of_sd_scripts_are_read(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     wanted = [Prompt(text="a", image_size_hw=[32, 64], guidance=5.0, steps=2)]
-    assert read_prompts(str(tmp_path / name), (32, 32)) == wanted
+    assert read_prompt_file(str(tmp_path / name), (32, 32)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_lists_of_sd_scripts_are_read(name, text, tmp_path):
 def test_what_is_wrong_is_named_by_the_key_and_the_number_of_the_prompt(text, said, tmp_path):
     (tmp_path / "prompts.txt").write_text(text)
     with refuses(said):
-        read_prompts(str(tmp_path / "prompts.txt"), (64, 64))
+        read_prompt_file(str(tmp_path / "prompts.txt"), (64, 64))
     with refuses(said.replace("prompts", "task.samples.prompts", 1)):
-        read_prompts(str(tmp_path / "prompts.txt"), (64, 64), "task.samples.prompts")
+        read_prompt_file(str(tmp_path / "prompts.txt"), (64, 64), "task.samples.prompts")
 
 
 @pytest.mark.parametrize(

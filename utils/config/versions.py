@@ -25,8 +25,9 @@ LATER = {
     "task[diffusion].lora.layers": {},
     "task[diffusion].preference_beta": None,
 }
-# By key, the value that means off; ...: any value, because the key changed no weights.
-CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": ...}
+# By key, the value that means off.
+CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": None}
+_WITHOUT_WEIGHTS = {"task[diffusion].judge"}  # keys of CUT that changed no weights: they go, whatever their value
 
 
 def read_saved(values: Values) -> Json:
@@ -38,7 +39,7 @@ def read_saved(values: Values) -> Json:
     saved = fill(values, LATER)
     for key, off in CUT.items():
         group, name = _find(saved, key)
-        if off is ... or group.get(name, off) == off:
+        if key in _WITHOUT_WEIGHTS or group.get(name, off) == off:
             group.pop(name, None)
     return saved
 
