@@ -42,7 +42,7 @@ from data.stream.batch import to_device
 from engine.run.start import build_task
 from engine.tasks.kinds import training_schema
 from engine.update.runtime import choose_runtime
-from sdxl.files.checkpoints import write_diffusers
+from sdxl.files.checkpoints import save_pipeline
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.kind import DiffusionKind
@@ -108,7 +108,7 @@ def write_base(device):
     with device:
         networks = draw_networks(tiny=False)
     unfinished = Path("unfinished")
-    write_diffusers(
+    save_pipeline(
         unfinished, networks, build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
         dtype=torch.bfloat16, zeros_for_empty_prompt=True,
     )  # fmt: skip

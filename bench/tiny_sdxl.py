@@ -31,7 +31,7 @@ from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.stream.source import UnreadableImage
 from data.tools.predictions import list_images
-from sdxl.files.checkpoints import write_diffusers
+from sdxl.files.checkpoints import save_pipeline
 from sdxl.files.family import VAE_SCALING_FACTOR, draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 
@@ -135,7 +135,7 @@ def write_base(folder: Path, minutes: float, pictures: list[Image.Image]) -> flo
     images = to_tensor(pictures)
     error = train_vae(networks["vae"], images, 60 * minutes)
     scale_latents(networks["vae"], images)
-    write_diffusers(
+    save_pipeline(
         folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip

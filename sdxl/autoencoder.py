@@ -33,7 +33,7 @@ from sdxl.config import SDXLConfig
 from sdxl.kind import BucketedKind, Reading, find_buckets
 from sdxl.networks import describe_base, open_networks
 from sdxl.settle import settle_vae
-from sdxl.step import to_bytes, to_levels
+from sdxl.step import encode_images, to_bytes, to_levels
 from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
@@ -98,8 +98,7 @@ class AutoencoderTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss, the discriminator's included."""
-        images = to_levels(batch["images"])
-        decoded = self._decode(self._encode(images))
+        images, decoded = self._reconstruct(batch)
         loss, parts = self._compare(images, decoded)
         if self.discriminator is not None and torch.is_grad_enabled():
             player = self._config.discriminator
@@ -110,11 +109,9 @@ class AutoencoderTask(Task):
             loss = loss + added.where(self.updates >= player.start_step, 0.0)
         return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
 
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        """Return the mean of the latents, float32, as the caches of latents have it."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images).latent_dist.mean
+    def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the images of a batch, and what the decoder makes of the mean of their latents; both from -1 to 1."""
+        return to_levels(batch["images"]), self._decode(encode_images(self.vae, batch["images"])[0])
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return images, float32; a VAE that overflows in float16 (`force_upcast`) decodes in float32."""
@@ -172,8 +169,7 @@ class AutoencoderTask(Task):
 
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each image [B], and the decoded images."""
-        images = to_levels(batch["images"])
-        decoded = self._decode(self._encode(images))
+        images, decoded = self._reconstruct(batch)
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
         return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded

@@ -104,10 +104,6 @@ class BucketConfig(Strict):
     max_crop: Share
     flip: Fraction
 
-    def for_evaluation(self) -> "BucketConfig":
-        """Return the same buckets without chance: no flip, and crops from the centre."""
-        return self.changed({"flip": 0.0, "crop": "centre"})
-
     def sizes(self) -> list[ndarray]:
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:

@@ -9,19 +9,18 @@ import torch
 from torch import nn
 
 from engine.exports.config import FORMATS, ExportConfig, Format
-from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import base_model
 from models.interop.parity import refuse_difference
 from sdxl.config import SamplesConfig
-from sdxl.files import checkpoints
+from sdxl.files.checkpoints import cast_state, save_part, save_pipeline, save_single_file
 from sdxl.files.facts import modelspec_facts
 from sdxl.files.family import PARTS, SCHEDULE
 from sdxl.files.names import part_state
 from sdxl.files.tokenizer import build_tokenizer
-from sdxl.lora import lora
 from sdxl.lora.changes import READERS
 from sdxl.lora.files import adapter_state
+from sdxl.lora.lora import adapted_shapes, save_lora
 from sdxl.networks import Networks, describe_base, load_networks, load_vae, open_networks
 from sdxl.pictures.sampling import scheduler_config
 from sdxl.step import decode_to_levels
@@ -43,16 +42,13 @@ def write_kohya(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
     if values := unlike_sdxls(weights.setup.model.vae_values):
         log.warning("format: the LoRA learnt latents of a VAE with %s, unlike SDXL's; use it with this VAE", values)
     path = folder / FORMATS["kohya"].file
-    changes = weights.task.adapter.changes()
-    lora.write_kohya(path, changes, DTYPES[config.precision], modelspec_facts(weights, given_facts(weights, config)))
-    with torch.device("meta"):
-        shapes = open_networks(weights.setup.model, lora.ADAPTED)
-    read = adapter_state(path, shapes)
-    wanted = weights.task.adapter.state_dict()
+    adapter = weights.task.adapter
+    save_lora(path, adapter.changes(), DTYPES[config.precision], modelspec_facts(weights, config))
+    read = adapter_state(path, adapted_shapes(weights.setup.model))
     # float16 rounds tensors of smaller numbers coarsely.
     difference = max(
         float((read[name] - tensor.cpu()).abs().max() / tensor.abs().max().clamp_min(1e-3))
-        for name, tensor in wanted.items()
+        for name, tensor in adapter.state_dict().items()
     )
     refuse_difference(difference, config.accepted, path.name)
     return {"max_abs_diff": difference}
@@ -73,7 +69,7 @@ def whole_networks(weights: OpenedTask) -> Networks:
 def write_diffusers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the whole model as a folder of diffusers."""
     write = partial(
-        checkpoints.write_diffusers,
+        save_pipeline,
         tokenizer=build_tokenizer(),
         zeros_for_empty_prompt=weights.setup.task.captions.dropout_to == "zeros",
     )
@@ -82,11 +78,11 @@ def write_diffusers(weights: OpenedTask, folder: Path, config: ExportConfig) -> 
 
 def write_single_file(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write the whole model as a single file."""
-    write = partial(checkpoints.write_single_file, facts=modelspec_facts(weights, given_facts(weights, config)))
+    write = partial(save_single_file, facts=modelspec_facts(weights, config))
     return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
 
 
-def _write_whole(write: Any, weights: OpenedTask, path: Path, config: ExportConfig) -> Entry:
+def _write_whole(save: Any, weights: OpenedTask, path: Path, config: ExportConfig) -> Entry:
     """Write a file or folder, read it again, and compare its tensors, its noise schedule and what its VAE decodes.
 
     Raises UserError (`output`, `tolerance`) if something differs.
@@ -96,42 +92,41 @@ def _write_whole(write: Any, weights: OpenedTask, path: Path, config: ExportConf
         log.warning("format: other programs ignore padding_mode=%s of the VAE: pictures differ at borders", padding)
     dtype = DTYPES[config.precision]
     noise = weights.setup.task.stated_noise
-    write(path, networks, dtype=dtype, **noise)
-    said = describe_base(path)
+    save(path, networks, dtype=dtype, **noise)
+    stated = describe_base(path)
+    wrong = [name for name, value in noise.items() if (stated[name] or False) != value]
     read = load_networks(path)
-    wrong = [name for name, value in noise.items() if (said[name] or False) != value]
-    for part, state in checkpoints.cast_states(networks, dtype, folds=path.is_file()).items():
-        found = part_state(part, read[part])
-        wrong += [f"{part}.{name}" for name, one in state.items() if not torch.equal(found[name], one.float())]
+    for part, network in networks.items():
+        written = part_state(part, read[part])
+        state = cast_state(part, network, dtype, folds=path.is_file())
+        wrong += [f"{part}.{name}" for name, one in state.items() if not torch.equal(written[name], one.float())]
     if wrong:
         raise UserError(f"output: {len(wrong)} values were not written as they are, such as {wrong[0]}; check the disk")
     return _compare_vae(networks["vae"], read["vae"], config)
 
 
 def _compare_vae(vae: nn.Module, read: nn.Module, config: ExportConfig) -> Entry:
-    """Compare what both VAEs decode, each with its own values. Raises UserError (`tolerance`)."""
+    """Compare the images that both VAEs decode, with the values of each VAE. Raises UserError (`tolerance`)."""
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = (decode_to_levels(network.float(), latents) for network in (vae, read))
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
+        ours, theirs = (decode_to_levels(network.float(), latents) for network in (vae, read))
+    difference = float((theirs - ours).abs().max() / ours.abs().max())
     refuse_difference(difference, config.accepted, "the VAE in the file")
     return {"vae_max_abs_diff": difference}
 
 
 def write_vae(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
-    """Write a VAE for ComfyUI. It is read back, and its pictures are compared. A frozen encoder is the base model's."""
+    """Write a VAE for ComfyUI, with the base model's encoder; read it again, and compare its pictures."""
     path = folder / FORMATS["vae"].file
     vae = weights.task.vae
-    checkpoints.write_vae_file(
-        path, vae, DTYPES[config.precision], modelspec_facts(weights, given_facts(weights, config))
-    )
+    save_single_file(path, {"vae": vae}, dtype=DTYPES[config.precision], facts=modelspec_facts(weights, config))
     return _compare_vae(vae, load_vae(path), config)
 
 
 def write_vae_diffusers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
     """Write a VAE for diffusers."""
     vae = weights.task.vae
-    checkpoints.write_vae_folder(folder, vae, DTYPES[config.precision])
+    save_part(folder, "vae", vae, DTYPES[config.precision])
     return _compare_vae(vae, load_vae(folder), config)
 
 

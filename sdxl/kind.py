@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy import ndarray
+from torch import Generator, Tensor
 
 from data.collection.choose import training_rows
 from data.collection.collection import Collection, describe_concepts
@@ -55,7 +56,7 @@ _TEXTS_AT_ONCE = 16
 Reading = tuple[Buckets, Data, Views, Fields]
 
 Encode = Callable[[str], Tensors]  # from a caption to the network's inputs
-VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.arrange
+VaryBy = Callable[[CaptionConfig, str, Generator], str]  # as CaptionConfig.arrange
 
 
 class BucketedKind(Kind):
@@ -65,7 +66,7 @@ class BucketedKind(Kind):
         """Return nothing: weight files do not describe images."""
         return {}
 
-    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+    def read(self, data: Data, setup: Setup, rows: ndarray, parts: int, *, training: bool) -> Reading:
         """Return the buckets, data, views and fields of some rows. parts: samples of a step, over all ranks."""
         raise NotImplementedError
 
@@ -83,14 +84,14 @@ class BucketedKind(Kind):
         tables = {"buckets": partial(buckets.list_images, collection)}
         return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on, tables=tables)
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
+    def evaluation(self, data: Data, setup: Setup, rows: ndarray, *, training: bool) -> Loaders:
         """Return `val`, in buckets, with centred crops and whole captions."""
-        still = setup.task.changed({"buckets": setup.task.buckets.for_evaluation()})
+        still = setup.task.changed({"buckets.flip": 0.0, "buckets.crop": "centre"})
         buckets, read, views, fields = self.read(data, replace(setup, task=still), rows, 1, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
 
-def find_buckets(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
+def find_buckets(data: Data, setup: Setup, rows: ndarray) -> Buckets:
     """Return the buckets of some rows."""
     return make_buckets(data.collection, rows, image_sizes(data.collection, rows, SIZES), setup.task.buckets)
 
@@ -141,12 +142,12 @@ class DiffusionKind(BucketedKind):
         if collection.concepts:
             described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)
         trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
-        triggers = [captions.prefix, *(each.trigger for each in collection.concepts if not each.is_prior)]
-        if known := ", ".join(dict.fromkeys(filter(None, triggers))):
-            trained_on["trigger"] = known
+        triggers = [captions.prefix, *(concept.trigger for concept in collection.concepts if not concept.is_prior)]
+        if trigger := ", ".join(dict.fromkeys(filter(None, triggers))):
+            trained_on["trigger"] = trigger
         return replace(streams, described=described, trained_on=trained_on)
 
-    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+    def read(self, data: Data, setup: Setup, rows: ndarray, parts: int, *, training: bool) -> Reading:
         """Return the data of some rows, from files or from caches, which are filled first."""
         task = setup.task
         collection = data.collection
@@ -174,8 +175,8 @@ class DiffusionKind(BucketedKind):
 
         return buckets, read, views, add
 
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> Loaders:
-        """Return `val`, and with pictures of prompts the training images that these are compared with."""
+    def evaluation(self, data: Data, setup: Setup, rows: ndarray, *, training: bool) -> Loaders:
+        """Return `val`; if the task draws pictures, also `trained`, the training images to compare them with."""
         loaders = super().evaluation(data, setup, rows, training=training)
         if setup.task.samples.prompts:
             loaders["trained"] = trained_stream(data)
@@ -183,7 +184,7 @@ class DiffusionKind(BucketedKind):
 
 
 def check_noise(path: str, noise: NoiseConfig) -> None:
-    """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
+    """Warn of what a base model does not state. Raises UserError (`task.noise`) if it contradicts the settings."""
     source = describe_base(path)
     if unread := source["unread"]:
         log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
@@ -207,7 +208,7 @@ def check_noise(path: str, noise: NoiseConfig) -> None:
 
 
 def caption_fields(
-    collection: Collection, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, weights: np.ndarray
+    collection: Collection, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, weights: ndarray
 ) -> Fields:
     """Return a function that adds a sample's caption, position in the step, concept, and in training its weight.
 
@@ -233,7 +234,7 @@ def caption_fields(
     return add
 
 
-def _weigh_rows(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> np.ndarray:
+def _weigh_rows(collection: Collection, rows: ndarray, task: DiffusionTaskConfig) -> ndarray:
     """Return the factor of each row's loss, float64 [N], by its concept and its tags."""
     weights = np.ones(len(collection))
     if collection.concepts:
@@ -243,11 +244,10 @@ def _weigh_rows(collection: Collection, rows: np.ndarray, task: DiffusionTaskCon
     return weights
 
 
-def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, VaryBy]:
-    """Return a function from a caption to its tokens or its record in the text cache, and one that varies texts.
+def _read_texts(data: Data, setup: Setup, rows: ndarray, *, training: bool) -> tuple[Encode, VaryBy]:
+    """Return a function from a caption to its tokens or its record in the text cache, and a function that varies texts.
 
-    Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
-    cache.
+    Captions are padded to the chunks of the longest one. This warns of captions that are cut, and fills the text cache.
     """
     task = setup.task
     captions = task.captions
@@ -282,24 +282,28 @@ def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) ->
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
-        networks = open_networks(setup.model, ENCODERS, frozen=True).values()
-        return [network.to(data.machine.device) for network in networks]
+        return _open_on(data, setup.model, ENCODERS)
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
         return encode_captions(encoders(), texts, chunks, emphasis=emphasis)
 
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks, "emphasis": emphasis}
-    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
-    store.fill(texts, encode, _TEXTS_AT_ONCE)
-    return store
+    texts_cache = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
+    texts_cache.fill(texts, encode, _TEXTS_AT_ONCE)
+    return texts_cache
+
+
+def _open_on(data: Data, model: SDXLConfig, parts: Sequence[str]) -> list[torch.nn.Module]:
+    """Return frozen networks on the device."""
+    return [network.to(data.machine.device) for network in open_networks(model, parts, frozen=True).values()]
 
 
 def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
-    found = zip(("token_ids", "token_weights"), tokenize([caption], chunks, emphasis=emphasis))
-    return {name: tokens[0] for name, tokens in found if tokens is not None}
+    tokens = zip(("token_ids", "token_weights"), tokenize([caption], chunks, emphasis=emphasis))
+    return {name: tensor[0] for name, tensor in tokens if tensor is not None}
 
 
-def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, most: int) -> str:
+def _draw_variant(own: CaptionConfig, text: str, generator: Generator, *, most: int) -> str:
     """Return one of the texts of a caption in the text cache."""
     number = int(torch.randint(most if own.varies_tags else 1, (), generator=generator))
     return vary_caption(text, number, own.arrange)
@@ -313,33 +317,29 @@ def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTas
     chunks = min(max(needed), task.caption_chunks)
     if max(needed) > chunks:
         log.warning(
-            "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
-            f"{sum(number > chunks for number in needed):,}", f"{len(pairs):,}", split, chunks, max(needed),
+            "task.caption_chunks: %d of %d %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
+            sum(number > chunks for number in needed), len(pairs), split, chunks, max(needed),
         )  # fmt: skip
     return chunks
 
 
 def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
-    """Return the cache of the latents of images in their buckets. Except in a dry run, it has them all."""
+    """Return the cache of the latents of images in their buckets; it is complete, except in a dry run."""
     task = setup.task
-    decoder = data.source.decoder
-    inputs = (
-        _fingerprint(setup.model, ("vae",)),
-        decoder.background,
-        settle_model(setup.model).vae_values["padding_mode"],
-    )
+    padding = settle_model(setup.model).vae_values["padding_mode"]
+    inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, padding)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     latents = LatentCache(store, data.collection, buckets, inputs, hashes)
     if not data.dry_run and store.is_missing(latents.keys).any():
         with naming_memory("task.buckets.areas_px"):
-            vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
+            (vae,) = _open_on(data, setup.model, ("vae",))
             latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     return latents
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
-    """Return a hash of some networks' files, or of the single file that has them all."""
+    """Return a hash of the files of some networks, or of the single file that has all networks."""
     hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in base_files(model, parts)])
     dtype = str(frozen_dtype(model, parts[0])).removeprefix("torch.")
     return record_key(model.name if model.path is None else "", hashes, dtype)

@@ -1,9 +1,9 @@
 """`runtime.memory_gib`: predict the memory of SDXL's training on fake tensors, and choose what makes it fit.
 
 The forward and backward pass of the U-Net runs on tensors without memory, whose bytes are counted while they live.
-Gradients, the copies of autocast and the optimiser's state are added as if they met that peak. Not counted: fragments,
-workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, and
-the copy of the weights while their averages are evaluated.
+Gradients, the copies of autocast and the optimiser's state are added to that peak. The prediction does not count
+fragments, workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, and the copy of
+the weights while their averages are evaluated.
 """
 
 import math
@@ -29,7 +29,6 @@ from optim.config import OptimConfig
 from sdxl.config import CHANNELS
 from sdxl.files.tokenizer import LENGTH
 from sdxl.task import DiffusionTask
-from utils.config.recipe import flatten
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -181,15 +180,13 @@ def fit_memory(config: AnyConfig, start: Start) -> AnyConfig:
     least = start.job.stated("runtime.memory_gib")
     parts = predict_memory(config, precision)
     for key, value in _LADDER.items():
-        before = flatten(config.model_dump()).get(key, value)
-        if max(parts.values()) <= limit or before == value or start.job.states(key, least):
-            continue
-        if key == "optim.bf16_weights" and precision != "bf16":
+        is_useless = key == "optim.bf16_weights" and precision != "bf16"
+        if max(parts.values()) <= limit or is_useless or start.job.states(key, least):
             continue
         try:
             changed = config.changed({key: value})
             changed.check_fused(precision, distributed.planned_world_size())
-        except (ValidationError, UserError):  # such as a fused pass with accumulation
+        except (ValidationError, UserError):  # such as a fused pass with accumulation, or an optimiser without the key
             continue
         needed = predict_memory(changed, precision)
         if max(needed.values()) < max(parts.values()):

@@ -250,7 +250,7 @@ def describe_base(path: str | Path) -> Json:
 
     `layout`, `license`, `prediction_type` (epsilon if a file does not say, `is_stated`), `zero_terminal_snr`, `shift`
     (of flow's sampling, 1 if a file does not say), `other_noise` (how its noise schedule differs from SDXL's, or None),
-    `unread` (names of tensors that belong to no network), and `zeros_for_empty_prompt` (see `write_diffusers`; a single
+    `unread` (names of tensors that belong to no network), and `zeros_for_empty_prompt` (see `save_pipeline`; a single
     file's is encoded, as in ComfyUI and the web UIs).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.

@@ -5,15 +5,13 @@ They are recorded, and compared on resume.
 
 from pathlib import Path
 
-import torch
-
 from data.collection.concepts import find_repeats
 from engine.tasks.change import AnyConfig, ConfigChange, Start
 from models.interop.metadata import dict_of
 from sdxl.lora.files import describe_lora
-from sdxl.lora.lora import ADAPTED
+from sdxl.lora.lora import adapted_shapes
 from sdxl.memory import fit_memory
-from sdxl.networks import describe_base, open_networks, settle_model
+from sdxl.networks import describe_base, settle_model
 from sdxl.pictures.prompts import count_brackets, read_prompt_file
 from utils.errors import UserError, about
 from utils.io.weight_files import InitFrom
@@ -34,14 +32,13 @@ def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
     path = config.model.path
     if "auto" not in (noise.prediction_type, noise.zero_terminal_snr):
         return config
-    changes = {}
     own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
     base = own if path is None or noise.convert else describe_base(path)
     kind = base["prediction_type"] if noise.prediction_type == "auto" else noise.prediction_type
-    if noise.zero_terminal_snr == "auto":
-        # A file that does not say it is sampled without.
-        is_zero = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
-        changes["task.noise.zero_terminal_snr"] = is_zero
+    zero_terminal_snr = noise.zero_terminal_snr
+    if zero_terminal_snr == "auto":
+        # Programs sample without it if a file does not state it.
+        zero_terminal_snr = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
     if base.get("is_stated"):
         log.info("task.noise: %s predicts %s, which is trained", path, kind)
     elif base is not own and noise.prediction_type == "auto":
@@ -49,22 +46,21 @@ def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
             "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
             "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
         )  # fmt: skip
-    return config.changed({**changes, "task.noise.prediction_type": kind})
+    return config.changed({"task.noise.prediction_type": kind, "task.noise.zero_terminal_snr": zero_terminal_snr})
 
 
 def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:
-    """Return the configuration with the LoRA of `init_from`, or of the run that goes on, whose source may be gone."""
+    """Return the configuration with the LoRA of `init_from`; a resumed run has it, even if the source is gone."""
     if config.task.lora is None or config.init_from is None:
         return config
-    begun = config.run_dir and run_of(Path(config.run_dir))
-    known = begun.config if begun else {}
-    if known.get("init_from") == config.init_from and dict_of(known, "task").get("lora"):
-        return config.changed({"task.lora": known["task"]["lora"]})
-    with torch.device("meta"):
-        shapes = open_networks(config.model, ADAPTED)
-    with about("init_from"):
-        found = describe_lora(InitFrom(config.init_from, config.init_weights).find(), shapes)
-    return config.changed({"task.lora": found})
+    run = config.run_dir and run_of(Path(config.run_dir))
+    saved = run.config if run else {}
+    lora = saved.get("init_from") == config.init_from and dict_of(saved, "task").get("lora")
+    if not lora:
+        with about("init_from"):
+            path = InitFrom(config.init_from, config.init_weights).find()
+            lora = describe_lora(path, adapted_shapes(config.model))
+    return config.changed({"task.lora": lora})
 
 
 def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:
@@ -80,7 +76,6 @@ def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:
 def _find_concepts(config: AnyConfig, start: Start) -> AnyConfig:
     """Return the configuration with folders `10_name` as concepts, and the trigger in captions."""
     data = config.data
-    changes = {}
     concepts = data.concepts
     if concepts is None and data.name == "image_folder":
         concepts = find_repeats(data.root) or None
@@ -90,9 +85,9 @@ def _find_concepts(config: AnyConfig, start: Start) -> AnyConfig:
                 f"data.trigger: {data.trigger!r} is the trigger of all images; remove it where data.concepts or "
                 "task.captions.prefix states others"
             )
-        changes["task.captions.prefix"] = data.trigger
+        config = config.changed({"task.captions.prefix": data.trigger})
         concepts = concepts and [concept.without_trigger() for concept in concepts]
-    return config.changed({**changes, "data.concepts": concepts})
+    return config.changed({"data.concepts": concepts})
 
 
 CHANGES = (

@@ -47,7 +47,7 @@ from sdxl.files.names import from_single_file
 from sdxl.files.tokenizer import LENGTH
 from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.files import adapter_state
-from sdxl.lora.lora import ADAPTED, LoRA
+from sdxl.lora.lora import ADAPTED, LoRA, adapted_shapes
 from sdxl.networks import Networks, base_files, describe_base, freeze_unused, open_networks
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
@@ -97,7 +97,7 @@ class DiffusionTask(Task):
             raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
-        self.may_be_recorded = config.loss.perceptual is None  # which waits for the GPU
+        self.may_be_recorded = config.loss.perceptual is None  # the perceptual loss waits for the GPU
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
@@ -110,9 +110,7 @@ class DiffusionTask(Task):
                 freeze_unused(self.text_encoder)
         else:
             trained = ("adapter",)
-            with torch.device("meta"):
-                shapes = open_networks(setup.model, ADAPTED)
-            self.adapter = LoRA(shapes, config.lora)
+            self.adapter = LoRA(adapted_shapes(setup.model), config.lora)
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
@@ -136,7 +134,7 @@ class DiffusionTask(Task):
             self.adapter.attach(networks_of(self, ADAPTED))
 
     def use_base(self) -> bool:
-        """Draw and measure without what was trained."""
+        """Draw and measure with the base model alone."""
         if self._config.lora is None:
             self.take(open_networks(self._model, self.trained))
         else:
@@ -169,9 +167,7 @@ class DiffusionTask(Task):
             "layers of a kind that can be continued (docs/lora.md)."
         )
         if self._config.lora is not None:
-            with torch.device("meta"):
-                shapes = open_networks(self._model, ADAPTED)
-            tensors = adapter_state(path, shapes)
+            tensors = adapter_state(path, adapted_shapes(self._model))
         elif any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_single_file("unet", tensors)
         refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
@@ -189,7 +185,8 @@ class DiffusionTask(Task):
         stated = dict_of(dict_of(metadata, "task"), "noise")
         if self._config.noise.convert or not stated:
             return
-        for name, ours in self._config.noise.model_dump(include={"prediction_type", "zero_terminal_snr"}).items():
+        for name in ("prediction_type", "zero_terminal_snr"):
+            ours = getattr(self._config.noise, name)
             if stated.get(name) != ours:
                 raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
 
@@ -340,12 +337,12 @@ class DiffusionTask(Task):
         return replace(drawn, scalars=measured | drawn.scalars)
 
     def draw(self, trained: Iterable[Batch] = ()) -> Report:
-        """Return a picture of each prompt, its brightness, and the nearest of the `trained` images, if any."""
+        """Return a picture of each prompt, its brightness, and the nearest `trained` image, if there are any."""
         if not self._config.samples.prompts:
             return Report()
         pictures = self.sample()
-        found = zip(self._config.samples.complete_all(), find_nearest_images(pictures, trained))
-        rows = [{"prompt": prompt.text, **nearest} for prompt, nearest in found]
+        pairs = zip(self._config.samples.complete_all(), find_nearest_images(pictures, trained))
+        rows = [{"prompt": prompt.text, **nearest} for prompt, nearest in pairs]
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
         height = max(map(len, pictures))
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from engine.recipe.settle import make
-from sdxl.files.checkpoints import write_diffusers
+from sdxl.files.checkpoints import save_pipeline
 from sdxl.files.family import draw_networks
 from sdxl.files.tokenizer import build_tokenizer
 from sdxl.settle import CHANGES
@@ -19,7 +19,7 @@ EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False}
 def write_base(folder, networks=None, noise=V_ZTSNR):
     """Write SDXL, by default tiny networks, as a folder of diffusers."""
     networks = networks or draw_networks()
-    write_diffusers(folder, networks, build_tokenizer(), dtype=torch.float32, zeros_for_empty_prompt=False, **noise)
+    save_pipeline(folder, networks, build_tokenizer(), dtype=torch.float32, zeros_for_empty_prompt=False, **noise)
     return folder
 
 

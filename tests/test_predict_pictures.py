@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 import sdxl.pictures.painter
-from sdxl.lora.lora import write_kohya
+from sdxl.lora.lora import save_lora
 from tests.in_process import Killed, run, run_command
 from tests.sdxl.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
 from tests.sdxl.test_lora import build_lora, build_networks, vary
@@ -26,7 +26,7 @@ def prompts(place):  # noqa: F811
     """Prompts of three pictures, and a LoRA beside the base."""
     (place / "prompts.yaml").write_text(yaml.safe_dump(["a cat, outdoors", OWN]))
     (place / "cats.txt").write_text("a cat, outdoors\n\n")
-    write_kohya(
+    save_lora(
         place / "style.safetensors", vary(build_lora(build_networks())).changes(), torch.float32, {"title": "toy"}
     )
     return place

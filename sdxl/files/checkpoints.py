@@ -34,41 +34,45 @@ def write_modelspec(path: Path, tensors: Tensors, facts: Mapping[str, str], meta
     """Write a file with facts for ModelSpec.
 
     facts: `title`, `architecture` and `implementation`, which are required, `prediction_type` as diffusers names it,
-    and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix; those of sd-scripts have `ss_`.
-    metadata: of other programs.
+    and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix; facts of sd-scripts have `ss_`.
+    metadata: for other programs.
     """
     facts = {**facts, "sai_model_spec": "1.0.1"}
-    if facts.get("prediction_type"):
-        facts["prediction_type"] = PREDICTIONS[facts["prediction_type"]].names[0]
+    if prediction := facts.pop("prediction_type", None):
+        facts["prediction_type"] = PREDICTIONS[prediction].names[0]
     own = {name if name.startswith("ss_") else f"modelspec.{name}": text for name, text in facts.items()}
     write_tensors(path, tensors, {**metadata, **own})
 
 
-def write_single_file(
+def save_single_file(
     path: Path, networks: Networks, *, dtype: torch.dtype, facts: Mapping[str, str], **noise: Any
 ) -> None:
-    """Write a single file in `dtype` (for the VAE, see `cast_states`). facts: for `write_modelspec`, with a `title`.
+    """Write a single file in `dtype` (for the VAE, see `cast_state`): all networks, or the VAE alone, for ComfyUI.
 
-    noise: arguments of `scheduler_config`.
-
+    facts: for `write_modelspec`, with a `title`. noise: arguments of `scheduler_config`, for all networks.
     The VAE's values are folded into its tensors; the header keeps its padding, which other programs do not read.
     """
     tensors = {}
-    for part, state in cast_states(networks, dtype, folds=True).items():
-        tensors |= to_single_file(part, state)
-    prediction = noise["prediction_type"]
-    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base", "implementation": GENERATIVE_MODELS}
-    facts["prediction_type"] = prediction
+    for part, network in networks.items():
+        tensors |= to_single_file(part, cast_state(part, network, dtype, folds=True))
+    architecture = "stable-diffusion-xl-v1-base"
+    if "unet" not in networks:
+        architecture += "/vae"
+        tensors = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in tensors.items()}
+    prediction = noise.get("prediction_type", "")
+    facts = {**facts, "architecture": architecture, "implementation": GENERATIVE_MODELS, "prediction_type": prediction}
     if prediction == "flow":
         facts["ss_discrete_flow_shift"] = str(noise.get("shift", 1.0))
     if prediction == "v_prediction":
         tensors["v_pred"] = torch.empty(0)
         if noise["zero_terminal_snr"]:
             tensors["ztsnr"] = torch.empty(0)
-    write_modelspec(path, tensors, facts, _stated_padding(networks["vae"], tensors))
+    padding = networks["vae"].config.get("padding_mode")
+    own = {} if padding is None else {"vae": {"padding_mode": padding}}
+    write_modelspec(path, tensors, facts, {"format": "pt", **weight_metadata(own, tensors)})
 
 
-def write_diffusers(
+def save_pipeline(
     folder: Path,
     networks: Networks,
     tokenizer: "PreTrainedTokenizerBase",
@@ -85,10 +89,9 @@ def write_diffusers(
     """
     import diffusers
 
-    states = cast_states(networks, dtype)
     classes = {}
     for part in PARTS:
-        _write_part(folder / part, part, networks[part], states[part])
+        save_part(folder / part, part, networks[part], dtype)
         classes[part] = [type(networks[part]).__module__.partition(".")[0], type(networks[part]).__name__]
     second = copy.deepcopy(tokenizer)
     second.pad_token = "!"
@@ -108,45 +111,24 @@ def write_diffusers(
     write_json(folder / "model_index.json", index)
 
 
-def write_vae_folder(folder: Path, vae: nn.Module, dtype: torch.dtype) -> None:
-    """Write the VAE as diffusers' AutoencoderKL.from_pretrained(FOLDER) reads it."""
-    _write_part(folder, "vae", vae, cast_states({"vae": vae}, dtype)["vae"])
-
-
-def write_vae_file(path: Path, vae: nn.Module, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
-    """Write the VAE alone, for ComfyUI: the names in a single file, without its prefix. Else as `write_single_file`."""
-    tensors = to_single_file("vae", cast_states({"vae": vae}, dtype, folds=True)["vae"])
-    tensors = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in tensors.items()}
-    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/vae", "implementation": GENERATIVE_MODELS}
-    write_modelspec(path, tensors, facts, _stated_padding(vae, tensors))
-
-
-def _stated_padding(vae: nn.Module, tensors: Tensors) -> dict[str, str]:
-    padding = vae.config.get("padding_mode")
-    own = {} if padding is None else {"vae": {"padding_mode": padding}}
-    return {"format": "pt", **weight_metadata(own, tensors)}
-
-
-def _write_part(folder: Path, part: str, network: nn.Module, state: Tensors) -> None:
+def save_part(folder: Path, part: str, network: nn.Module, dtype: torch.dtype) -> None:
+    """Write a network into a folder of its own, as `from_pretrained(FOLDER)` of its class reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     if part.startswith("text"):
         network.config.save_pretrained(folder)
     else:
         network.save_config(folder)
-    write_tensors(folder / f"{PARTS[part].file}.safetensors", state, {"format": "pt"})
+    write_tensors(folder / f"{PARTS[part].file}.safetensors", cast_state(part, network, dtype), {"format": "pt"})
 
 
-def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, State]:
-    """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32.
+def cast_state(part: str, network: nn.Module, dtype: torch.dtype, *, folds: bool = False) -> State:
+    """Return the state of a network in a dtype. A VAE that overflows in float16, such as SDXL's, stays in float32.
 
     folds: with the VAE's values in its tensors.
     """
-    states = {}
-    for part, network in networks.items():
-        state = part_state(part, network)
-        if part == "vae" and folds:
-            state = fold_values(network, state)
-        overflows = part == "vae" and dtype == torch.float16 and network.config.force_upcast
-        own = torch.float32 if overflows else dtype
-        states[part] = {name: tensor.detach().to("cpu", own) for name, tensor in state.items()}
-    return states
+    state = part_state(part, network)
+    if part == "vae":
+        state = fold_values(network, state) if folds else state
+        if dtype == torch.float16 and network.config.force_upcast:
+            dtype = torch.float32
+    return {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}

@@ -1,14 +1,15 @@
 """The facts in the headers of SDXL's exports: ModelSpec's, and those that sd-scripts writes (`ss_`).
 
-Only what is known is written. A stranger may have made the weight file, so all values become texts.
+Unknown facts are not written. A stranger may have made the weight file, so all values become texts.
 """
 
 import json
 import math
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
+from engine.exports.config import ExportConfig
+from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
@@ -21,8 +22,9 @@ _TRAINED_ON = {
 }
 
 
-def modelspec_facts(weights: OpenedTask, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
+def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
+    """Return the facts for `write_modelspec`, and the facts of sd-scripts."""
+    given = given_facts(weights, config)
     task = weights.setup.task
     metadata = weights.metadata
     images = dict_of(metadata, "trained_on").get("images")

@@ -7,9 +7,9 @@
 | text_encoder | conditioner.embedders.0.transformer. | |
 | text_encoder_2 | conditioner.embedders.1.model. | q, k, v are one tensor; the projection is transposed |
 
-A table has module names (or prefixes of them) in both layouts; the longest match in a name is replaced. SDXL has one
-topology: three levels in the U-Net, four in the VAE. Text encoders have the prefix `text_model.` here and in published
-files. transformers' CLIPTextModel dropped it in release 5.6.
+A table has the module names (or prefixes of them) that differ between the layouts; the longest match in a name is
+replaced. SDXL has one topology: three levels in the U-Net, four in the VAE. Text encoders have the prefix `text_model.`
+here and in published files. transformers' CLIPTextModel dropped it in release 5.6.
 Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Stability-AI/generative-models.
 """
 
@@ -35,7 +35,6 @@ _UNET_RESNET = (
     ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
     ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
 )  # fmt: skip
-_VAE_RESNET = (*((name, name) for name in ("norm1", "conv1", "norm2", "conv2")), ("conv_shortcut", "nin_shortcut"))
 _VAE_ATTENTION = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
 _BIGG_LAYERS = (
     ("text_model.embeddings.token_embedding", "token_embedding"),
@@ -44,8 +43,7 @@ _BIGG_LAYERS = (
 )  # fmt: skip
 _BIGG_LAYER = (
     ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-    ("self_attn.out_proj", "attn.out_proj"), ("self_attn.in_proj_weight", "attn.in_proj_weight"),
-    ("self_attn.in_proj_bias", "attn.in_proj_bias"),
+    ("self_attn", "attn"),
 )  # fmt: skip
 _BIGG_DEPTH = 32
 _QKV = tuple(f"{name}_proj" for name in "qkv")
@@ -70,10 +68,8 @@ def _unet_table() -> Iterator[tuple[str, str]]:
 
 
 def _vae_table() -> Iterator[tuple[str, str]]:
-    yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
     for side in ("encoder", "decoder"):
         resnets = [(f"mid_block.resnets.{index}", f"mid.block_{index + 1}") for index in (0, 1)]
-        yield from ((f"{side}.{name}", f"{side}.{name}") for name in ("conv_in", "conv_out"))
         yield f"{side}.conv_norm_out", f"{side}.norm_out"
         for leaf, other in _VAE_ATTENTION:
             yield f"{side}.mid_block.attentions.0.{leaf}", f"{side}.mid.attn_1.{other}"
@@ -83,7 +79,8 @@ def _vae_table() -> Iterator[tuple[str, str]]:
             sampler = "downsample" if side == "encoder" else "upsample"
             yield f"{side}.{ours}.{level}.{sampler}rs.0.conv", f"{side}.{theirs}.{sampler}.conv"
         for ours, theirs in resnets:
-            yield from ((f"{side}.{ours}.{leaf}", f"{side}.{theirs}.{other}") for leaf, other in _VAE_RESNET)
+            yield f"{side}.{ours}", f"{side}.{theirs}"
+            yield f"{side}.{ours}.conv_shortcut", f"{side}.{theirs}.nin_shortcut"
 
 
 def _bigg_table() -> Iterator[tuple[str, str]]:
@@ -96,19 +93,19 @@ def _bigg_table() -> Iterator[tuple[str, str]]:
 @cache
 def _table(part: str, to_single: bool) -> dict[str, str]:
     makers = {"unet": _unet_table, "vae": _vae_table, "text_encoder_2": _bigg_table}
-    pairs = list(makers[part]()) if part in makers else [("text_model", "text_model")]
+    pairs = list(makers[part]()) if part in makers else []
     return dict(pairs if to_single else (pair[::-1] for pair in pairs))
 
 
-def rename(part: str, name: str, *, to_single: bool) -> str | None:
-    """Return the other layout's name for a tensor or module of a part, without the part's prefix, or None."""
+def rename(part: str, name: str, *, to_single: bool) -> str:
+    """Return the other layout's name for a tensor or module of a part, without the part's prefix."""
     table = _table(part, to_single)
     words = name.split(".")
     for end in range(len(words), 0, -1):
         other = table.get(".".join(words[:end]))
         if other is not None:
             return ".".join([other, *words[end:]])
-    return None
+    return name
 
 
 def drop_unused(names: Iterable[str], patterns: Collection[str]) -> list[str]:
@@ -117,12 +114,11 @@ def drop_unused(names: Iterable[str], patterns: Collection[str]) -> list[str]:
 
 
 def to_single_file(part: str, state: Tensors) -> State:
-    """Convert a part's tensors to the layout of a single file. Every name must be one of SDXL's."""
+    """Convert a part's tensors to the layout of a single file."""
     renamed = {}
     for name, tensor in _join_qkv(state).items() if part == "text_encoder_2" else state.items():
-        new = rename(part, name, to_single=True)
-        assert new is not None, name
-        renamed[PREFIXES[part] + new] = _reshape(part, name, tensor, to_single=True)
+        full = PREFIXES[part] + rename(part, name, to_single=True)
+        renamed[full] = _reshape(part, name, tensor, to_single=True)
     return renamed
 
 
@@ -136,7 +132,7 @@ def from_single_file(part: str, state: Tensors) -> State:
         name = full.removeprefix(PREFIXES[part])
         if name == full:
             continue
-        new = rename(part, name, to_single=False) or name
+        new = rename(part, name, to_single=False)
         renamed[new] = _reshape(part, new, tensor, to_single=False)
     return from_folder(part, _split_qkv(renamed) if part == "text_encoder_2" else renamed)
 
@@ -178,7 +174,7 @@ def from_folder(part: str, state: Tensors) -> State:
 
 
 def part_state(part: str, network: nn.Module) -> State:
-    """Return a network's tensors under the names of published folders, with any release of transformers."""
+    """Return a network's tensors under the names of published folders, whatever the release of transformers."""
     return from_folder(part, network.state_dict())
 
 

@@ -44,14 +44,14 @@ def build_tokenizer() -> "CLIPTokenizer":
     Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, SimpleTokenizer.
     """
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     package = find_spec("open_clip")  # whose import is slow
     if package is None:
         raise ModuleNotFoundError("open_clip has CLIP's vocabulary", name="open_clip")
     text = gzip.decompress(Path(package.submodule_search_locations[0], _FILE).read_bytes()).decode()
     merges = [tuple(line.split()) for line in text.split("\n")[1 : _MERGES + 1]]
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]  # of the 256 bytes
+    symbols = bytes_to_unicode().values()
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
     vocab = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)

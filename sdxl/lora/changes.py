@@ -113,8 +113,8 @@ def draw_tensors(kind: AdapterKind, weight: Tensor, rank: int, factor: int) -> S
         return _draw_lokr(weight, rank, factor)
     ones = [1] * (weight.ndim - 2)
     tensors = {
-        "lora_A.weight": nn.init.kaiming_uniform_(torch.empty(rank, *weight.shape[1:]), a=math.sqrt(5)),
-        "lora_B.weight": nn.init.kaiming_uniform_(torch.empty(out, rank, *ones)).zero_(),  # keeps the curve of a seed
+        "lora_A.weight": _draw_uniform(rank, *weight.shape[1:]),
+        "lora_B.weight": _draw_uniform(out, rank, *ones).zero_(),  # keeps the curve of a seed
     }
     if kind != "lora":
         axes = (1, weight.shape[1]) if kind == "dora" else (out, 1)
@@ -122,13 +122,18 @@ def draw_tensors(kind: AdapterKind, weight: Tensor, rank: int, factor: int) -> S
     return tensors
 
 
+def _draw_uniform(*shape: int) -> Tensor:
+    """Return the first values of torch's linear layers."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+
 def _draw_lokr(weight: Tensor, rank: int, factor: int) -> State:
     from peft.tuners.lokr.layer import factorization  # takes seconds
 
     rows, inner = factorization(len(weight), factor)
     columns, width = factorization(weight.shape[1], factor)
-    w1 = nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
-    w2 = nn.init.kaiming_uniform_(torch.empty(inner, rank), a=math.sqrt(5))
+    w1 = _draw_uniform(rows, columns)
+    w2 = _draw_uniform(inner, rank)
     if rank >= max(inner, width) / 2:
         return {"lokr_w1": w1, "lokr_w2": torch.zeros(inner, width, *weight.shape[2:])}
     return {"lokr_w1": w1, "lokr_w2_a": w2, "lokr_w2_b": torch.zeros(rank, weight[0].numel() // columns)}

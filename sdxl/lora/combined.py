@@ -15,7 +15,7 @@ from sdxl.exports import DTYPES
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import LayerChange
 from sdxl.lora.files import read_lora
-from sdxl.lora.lora import ADAPTED, find_layers, write_kohya
+from sdxl.lora.lora import ADAPTED, find_layers, save_lora
 from sdxl.networks import load_networks
 from sdxl.pictures.painter import read_strength
 from utils.config.entry_point import Job
@@ -86,6 +86,6 @@ def write_combined(config: ExportConfig, job: Job) -> str:
     path = Path(config.output, "lora.safetensors")
     with output_errors("output", path):
         title = {"title": path.parent.name}
-        write_atomically(path, lambda place: write_kohya(place, changes, DTYPES[config.precision], title))
+        write_atomically(path, lambda place: save_lora(place, changes, DTYPES[config.precision], title))
         write_json(path.with_name("errors.json"), errors)
     return f"wrote {path}: {len(errors)} layers, errors up to {max(errors.values(), default=0.0):.2g} (errors.json)"

@@ -22,12 +22,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from sdxl.config import AdapterConfig, LoRAConfig
+from sdxl.config import AdapterConfig, LoRAConfig, SDXLConfig
 from sdxl.files.checkpoints import GENERATIVE_MODELS, write_modelspec
 from sdxl.files.family import ENCODERS, PARTS
 from sdxl.files.names import rename, text_prefix
 from sdxl.lora.changes import LayerChange, draw_tensors, norm_like
-from sdxl.networks import unused_layer
+from sdxl.networks import Networks, open_networks, unused_layer
 from utils.errors import UserError, close_names
 
 ADAPTED = ("unet", *ENCODERS)
@@ -129,6 +129,12 @@ class LoRA(nn.Module):
         return {name: self.get_submodule(name).change() for name in self.names}
 
 
+def adapted_shapes(model: SDXLConfig) -> Networks:
+    """Return the networks that a LoRA may change, on the meta device."""
+    with torch.device("meta"):
+        return open_networks(model, ADAPTED)
+
+
 def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be targets, by network and name: of the U-Net, and of the text encoders, if given."""
     layers = {}
@@ -186,7 +192,7 @@ def kohya_name(name: str) -> str:
     return f"{PARTS[network].lora}_{original}".replace(".", "_")
 
 
-def write_kohya(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+def save_lora(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write changes by the names of their layers in kohya's layout, with alpha in float32.
 
     facts: for `write_modelspec`, with a `title`. Ranks that differ are "Dynamic" in the header, as in sd-scripts'

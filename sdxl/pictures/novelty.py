@@ -32,18 +32,15 @@ def find_nearest_images(pictures: Sequence[np.ndarray], trained: Iterable[Batch]
 
     novelty: 1 - the cosine of the pixels, from 0 for equal ones to 2.
     """
-    vectors = {}
+    embedded = []
     for batch in trained:
-        embedded = zip(texts_of(batch), _SMALL.embed(batch["images"]))
-        vectors |= compress(embedded, batch["weight"] > 0)
-    for part in distributed.gather_objects(vectors):
-        vectors |= part
-    if not vectors:
+        embedded += compress(zip(texts_of(batch), _SMALL.embed(batch["images"])), batch["weight"] > 0)
+    embedded = sum(distributed.gather_objects(embedded), [])
+    if not embedded:
         return []
+    paths, vectors = zip(*embedded)
     small = EvalTransform(_SMALL.preprocessing)
     views = torch.stack([small(torch.from_numpy(picture).permute(2, 0, 1)) for picture in pictures])
-    features = torch.from_numpy(np.stack([*vectors.values()]))
-    near, rows = find_nearest(torch.from_numpy(_SMALL.embed(views)), features, 1)
-    paths = [*vectors]
-    found = zip(near[:, 0].tolist(), rows[:, 0].tolist())
-    return [{"novelty": round(1 - cosine, 4), "nearest": paths[row]} for cosine, row in found]
+    near, rows = find_nearest(torch.from_numpy(_SMALL.embed(views)), torch.from_numpy(np.stack(vectors)), 1)
+    nearest = zip(near[:, 0].tolist(), rows[:, 0].tolist())
+    return [{"novelty": round(1 - cosine, 4), "nearest": paths[row]} for cosine, row in nearest]

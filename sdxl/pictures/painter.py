@@ -56,7 +56,7 @@ log = get_logger(__name__)
 class Painter:
     """SDXL's networks with all LoRAs merged, and how to sample them.
 
-    encoding: options of `encode_prompt`. hashes: of all files. loras: name, strength and hash of each.
+    encoding: options of `encode_prompt`. hashes: of all files. loras: the name, strength and hash of each LoRA.
     """
 
     name: str
@@ -108,8 +108,8 @@ def open_painter(
 ) -> Painter:
     """Open a run, a weight file, or a base model (a folder of diffusers or a single file), and merge LoRAs.
 
-    moved: the base model of the run and its VAE, if they were moved; or another VAE of a base model. loras: FILE or
-    FILE:STRENGTH. On a GPU, all but the VAE is in bfloat16. emphasis: see `DrawConfig`.
+    moved: where the base model of the run and its VAE are, if they were moved; or another VAE for a base model. loras:
+    FILE or FILE:STRENGTH. On a GPU, all networks but the VAE are in bfloat16. emphasis: see `DrawConfig`.
 
     Raises UserError (`weights`, `model.path`, `lora`).
     """
@@ -164,23 +164,23 @@ def read_strength(text: str) -> tuple[str, float]:
 def draw(
     painter: Painter, prompts: Sequence[Prompt], folder: Path, existing: Literal["skip", "overwrite"] | None
 ) -> tuple[list[Path], int]:
-    """Write NUMBER-SEED.png for each prompt. Return the files, and the number of those that were drawn now.
+    """Write NUMBER-SEED.png for each prompt. Return the files, and how many of them this call drew.
 
-    A killed call of the same command goes on. Raises UserError (`existing`) for pictures of other commands.
+    A repeated command draws the missing pictures. Raises UserError (`existing`) for pictures of other commands.
     """
     files = {folder / f"{number:05}-{prompt.seed}.png": prompt for number, prompt in enumerate(prompts)}
     texts = {file: painter.describe(prompt) for file, prompt in files.items()}
     count_brackets([prompt.words for prompt in prompts], painter.encoding["emphasis"], "prompts (pictures.emphasis)")
     refuse_links_out("output", folder)
     with open_journal("output", folder, [painter.hashes, existing, *texts.values()], is_folder=True) as journal:
-        known = {folder / name: digest for name, digest in journal.parts()}
-        others = {file for file in files if file not in known and file.exists()}
+        written = {folder / name: digest for name, digest in journal.parts()}
+        others = {file for file in files if file not in written and file.exists()}
         if others and existing is None:
             raise UserError(
                 f"existing: null, but {min(others)} is a picture of another command; set skip or overwrite, or name "
                 "another output"
             )
-        done = {file for file, digest in known.items() if file.is_file() and sha256_file(file) == digest}
+        done = {file for file, digest in written.items() if file.is_file() and sha256_file(file) == digest}
         if existing == "skip":
             done |= others
         waiting = [file for file in files if file not in done]
@@ -205,7 +205,7 @@ def to_png(pixels: np.ndarray, parameters: str) -> bytes:
 def draw_prompts(config: PredictConfig, job: Job) -> str:
     """Draw the pictures of `prompts`. Return the line of the result.
 
-    Those of several weights are in a folder for each, and on one page, grid.png.
+    With several weights, each has a folder, and grid.png shows all pictures.
     """
     device = torch.device(choose_device(config.device, "device"))
     prompts = config.pictures.complete_all(read_prompt_file(config.prompts, config.pictures.image_size_hw))
@@ -218,8 +218,8 @@ def draw_prompts(config: PredictConfig, job: Job) -> str:
         if not config.dry_run:
             files, new = draw(painter, prompts, place, config.existing)
             drawn += new
-            pictures = [np.asarray(Image.open(file)) for file in files]
-            tiles += [(picture, f"{place.name}: {each.text}") for picture, each in zip(pictures, prompts)]
+            pairs = zip(files, prompts)
+            tiles += [(np.asarray(Image.open(file)), f"{place.name}: {prompt.text}") for file, prompt in pairs]
         del painter  # before the next one is opened
     total = len(prompts) * len(config.weights)
     if config.dry_run:

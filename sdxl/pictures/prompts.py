@@ -25,13 +25,13 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_FIELDS = {  # of options: of sd-scripts' lines, of the web UIs, of sd-scripts' .toml and .json
+_FIELDS = {  # by option of sd-scripts' lines, of the web UIs, and of sd-scripts' .toml and .json
     "n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps", "prompt": "text",
     "negative_prompt": "negative", "width": "width", "height": "height", "seed": "seed", "cfg_scale": "guidance",
     "steps": "steps", "scale": "guidance", "sample_steps": "steps",
 }  # fmt: skip
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
-_WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # that the web UIs read as commands; CLIP reads no capitals
+_WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # the web UIs read them as commands; CLIP ignores capitals
 _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts
 
 
@@ -42,8 +42,8 @@ class _Prompts(Strict):
 def read_prompt_file(file: str, size_hw: Sequence[int], key: str = "prompts") -> list[str | Prompt]:
     """Return the prompts of a .txt file, one on each line, of a .yaml or .json list of texts and mappings, or a .toml.
 
-    A line of a .txt file that begins with # is a comment. size_hw: of a prompt that states its width or height alone.
-    key: of the configuration, which messages name. Raises UserError for a wrong entry, by its number from 0.
+    A line of a .txt file that begins with # is a comment. size_hw: the other side of a prompt with one side.
+    key: the key of the configuration that messages name. Raises UserError for a wrong entry, by its number from 0.
     """
     path = Path(file)
     with about(key), readable(path, ".txt, .yaml, .json or .toml"):
@@ -60,7 +60,7 @@ def read_prompt_file(file: str, size_hw: Sequence[int], key: str = "prompts") ->
         else:
             lines = [line.strip() for line in text.split("\n")]
             lines = [line for line in lines if line and not line.startswith("#")]
-            prompts = [_read_line(line, size_hw) for line in lines]
+            prompts = [_read_line(line) for line in lines]
             if unread := {name for line in lines for name in _OPTION.findall(line)} - _FIELDS.keys():
                 names = ", ".join(sorted(unread))
                 log.warning("%s: %s has options that are not read: %s; read: %s", key, path, names, ", ".join(_FIELDS))
@@ -72,8 +72,8 @@ def read_prompt_file(file: str, size_hw: Sequence[int], key: str = "prompts") ->
         raise ConfigError(*(line.replace("prompts", key, 1) for line in error.args)) from None
 
 
-def _read_line(line: str, size_hw: Sequence[int]) -> str | Json:
-    """Return a prompt of a line, with its options. A number that cannot be read stays a text, which is refused."""
+def _read_line(line: str) -> str | Json:
+    """Return the prompt of a line, with its options. A number that cannot be read stays a text, which is refused."""
     text, *pieces = _OPTION.split(line)
     values = {"text": text.strip()}
     for name, piece in zip(pieces[::2], pieces[1::2]):
@@ -98,7 +98,7 @@ def _rename(values: Json, size_hw: Sequence[int]) -> Json:
 
 
 def count_brackets(texts: Collection[str], emphasis: bool, what: str) -> None:
-    """Log how many texts have brackets of emphasis, and how they are read. what: the texts."""
+    """Log how many texts have brackets of emphasis, and how they are read. what: the name of the texts."""
     count = sum(read_emphasis(text).plain != text for text in texts if MARK.search(text))
     if count:
         how = "emphasis" if emphasis else "text"
@@ -106,7 +106,7 @@ def count_brackets(texts: Collection[str], emphasis: bool, what: str) -> None:
 
 
 def spell_prompt(text: str, emphasis: bool) -> str:
-    """Return a prompt as the web UIs write it, which they read as we have read `text`.
+    """Return a prompt in the spelling of the web UIs: they read it as `read_emphasis` reads `text`.
 
     Source: AUTOMATIC1111/stable-diffusion-webui:modules/prompt_parser.py.
     """

@@ -7,7 +7,7 @@ from utils.contracts import Batch
 
 
 def text_field(text: str) -> dict[str, Ragged]:
-    """Return the field `text` of a sample, for `texts_of`."""
+    """Return the field `text` of a sample, which `texts_of` reads."""
     return {"text": Ragged(torch.tensor([*text.encode()], dtype=torch.uint8))}
 
 

@@ -127,8 +127,8 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
         batch = {"images": images, "key": torch.arange(4), "weight": torch.ones(4), "sample_id": torch.arange(4)}
         last, discriminator = task.vae.decoder.conv_out.weight, task.discriminator
         if size == 4:
-            decoded = task._decode(task._encode(images / 127.5 - 1))
-            ours = task._compare(images / 127.5 - 1, decoded)[0].mean()
+            levels, decoded = task._reconstruct(batch)
+            ours = task._compare(levels, decoded)[0].mean()
             theirs = -discriminator(decoded).mean()
             norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (ours, theirs)]
             balances.append(float(norms[0] / (norms[1] + 1e-4)))

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl.config import NoiseConfig, SDXLConfig
-from sdxl.files.checkpoints import write_single_file
+from sdxl.files.checkpoints import save_single_file
 from sdxl.files.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
 from sdxl.files.names import from_single_file, part_state, to_single_file
 from sdxl.kind import check_noise
@@ -51,7 +51,7 @@ def folder(networks, tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(networks, folder):
     file = folder.parent / "sdxl.safetensors"
-    write_single_file(file, networks, **V_ZTSNR, dtype=torch.float32, facts=FACTS)
+    save_single_file(file, networks, **V_ZTSNR, dtype=torch.float32, facts=FACTS)
     return file
 
 
@@ -112,7 +112,7 @@ def test_marks_and_metadata_of_a_single_file(networks, file, tmp_path):
     assert shapes["v_pred"].shape == shapes["ztsnr"].shape == (0,)
     wanted = {"modelspec.prediction_type": "v", "modelspec.title": "toy", "modelspec.sai_model_spec": "1.0.1"}
     assert wanted.items() <= texts.items()
-    write_single_file(tmp_path / "half.safetensors", networks, dtype=torch.float16, facts=FACTS, **EPSILON)
+    save_single_file(tmp_path / "half.safetensors", networks, dtype=torch.float16, facts=FACTS, **EPSILON)
     shapes, texts = read_header(tmp_path / "half.safetensors")
     assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
     dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}

@@ -19,7 +19,7 @@ from sdxl.config import LoRAConfig
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import LayerChange
 from sdxl.lora.files import adapter_state, describe_lora, read_lora
-from sdxl.lora.lora import LoRA, LoRALayer, add_changes, write_kohya
+from sdxl.lora.lora import LoRA, LoRALayer, add_changes, save_lora
 from tests.support import refuses
 
 ALL = ["unet.*", "text_encoder*"]
@@ -101,8 +101,8 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
     lora.attach(networks)
     wanted = run(networks)
     assert (wanted - plain).abs().max() > 0.1
-    write_kohya(tmp_path / "lora.safetensors", lora.changes(), torch.float32, FACTS)
-    write_kohya(tmp_path / "half.safetensors", lora.changes(), torch.float16, FACTS)
+    save_lora(tmp_path / "lora.safetensors", lora.changes(), torch.float32, FACTS)
+    save_lora(tmp_path / "half.safetensors", lora.changes(), torch.float16, FACTS)
     tensors = load_file(tmp_path / "half.safetensors")
     assert all(one.dtype == (torch.float32 if ".alpha" in name else torch.float16) for name, one in tensors.items())
     others = build_networks()
@@ -148,10 +148,10 @@ def test_a_file_is_continued_as_it_is_and_written_as_it_was(kind, tmp_path):
     own = {conv: {"kind": kind, "rank": 1, "alpha": 5.0, "factor": -1}}
     theirs = vary(build_lora(networks, kind=kind, targets=[conv, "text_encoder.*mlp.fc1"], layers=own))
     file, other = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    write_kohya(file, theirs.changes(), torch.float32, FACTS)
+    save_lora(file, theirs.changes(), torch.float32, FACTS)
     lora = LoRA(networks, describe_lora(file, networks))
     lora.load_state_dict(adapter_state(file, networks))
-    write_kohya(other, lora.changes(), torch.float32, FACTS)
+    save_lora(other, lora.changes(), torch.float32, FACTS)
     torch.testing.assert_close(load_file(other), load_file(file))
 
 

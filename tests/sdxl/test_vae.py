@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl.config import SDXLConfig
-from sdxl.files.checkpoints import write_single_file
+from sdxl.files.checkpoints import save_single_file
 from sdxl.files.family import PREFIXES, draw_networks, list_configs
 from sdxl.files.names import part_state, to_single_file
 from sdxl.networks import load_networks, load_vae, settle_model
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
     for parameter in networks["vae"].parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     write_base(place / "model", networks)
-    write_single_file(place / "model.safetensors", networks, **NOISE)
+    save_single_file(place / "model.safetensors", networks, **NOISE)
     single = to_single_file("vae", part_state("vae", networks["vae"]))
     save_file(single, place / "prefixed.safetensors")
     plain = {name.removeprefix(PREFIXES["vae"]): one for name, one in single.items()}
@@ -126,7 +126,7 @@ def test_exports_carry_the_values_for_programs_that_do_not_read_them(place, tmp_
     encoded = encode_images(networks["vae"], image)
     plain = encode_images(load_vae(place / "model"), image)
     assert not torch.allclose(encoded[0], plain[0], atol=1e-3)  # other padding
-    write_single_file(tmp_path / "file.safetensors", networks, **NOISE)
+    save_single_file(tmp_path / "file.safetensors", networks, **NOISE)
     for path in (tmp_path / "file.safetensors", write_base(tmp_path / "folder", networks)):
         read = load_networks(path)["vae"]
         assert (decode_latents(read, latents).int() - decode_latents(networks["vae"], latents).int()).abs().max() <= 1
