@@ -2,8 +2,8 @@
 
 Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
 image in its bucket, in evaluation the whole bucket. Training decodes the mean of the latents: the variance of an
-untrained encoder hides the image. The loss is pixels + weight x perceptual distance; with a discriminator,
-also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
+untrained encoder hides the image. The loss is pixels + weight x perceptual distance. A discriminator adds its hinge
+loss, and a loss of the decoder, with a weight that makes both gradients of the last layer equally large.
 
 Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
@@ -129,7 +129,10 @@ class AutoencoderTask(Task):
         return pixel + self._config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
 
     def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the decoder's loss against the discriminator, and the discriminator's, each with its own gradients."""
+        """Return the decoder's loss against the discriminator, and the loss of the discriminator.
+
+        A loss has gradients for its own player alone.
+        """
         still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
         return theirs, hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
@@ -163,8 +166,8 @@ class AutoencoderTask(Task):
             figures, decoded = self._measure(batch)
             valid = batch["weight"] > 0
             means.add(figures, valid)
-            kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
-            worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": to_bytes(decoded)})
+            shown = {"decoded": to_bytes(decoded), "psnr": figures["psnr"]}
+            worst.add(-figures["psnr"], valid, {"sample_id": batch["sample_id"], "images": batch["images"], **shown})
         return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
 
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
@@ -175,12 +178,12 @@ class AutoencoderTask(Task):
         return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded
 
 
-def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Draw the worst images: as they are, decoded, and the difference, amplified."""
-    images, decoded = (kept[name].transpose(0, 2, 3, 1) for name in ("images", "decoded"))
+def _draw_worst(worst: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Draw the worst images: the original, the decoded image, and the difference, amplified."""
+    images, decoded = (worst[name].transpose(0, 2, 3, 1) for name in ("images", "decoded"))
     difference = np.abs(images.astype(int) - decoded) * _AMPLIFIED
     rows = np.concatenate([images, decoded, difference.clip(0, 255).astype(np.uint8)])
-    captions = [[(f"{psnr:.1f} dB", pictures.WRONG)] for psnr in kept["psnr"]]
+    captions = [[(f"{psnr:.1f} dB", pictures.WRONG)] for psnr in worst["psnr"]]
     title = f"Lowest PSNR; from the top: images, decoded, {_AMPLIFIED} x difference"
     return pictures.image_grid(rows, captions * 3, title, columns=len(images), tile_px=226)
 

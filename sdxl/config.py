@@ -49,7 +49,7 @@ _Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CH
 
 
 class VAEValues(TypedDict, total=False):
-    """How outputs become latents, and the padding of convolutions. What is absent is as the VAE states it."""
+    """How outputs become latents, and the padding of convolutions. An absent value is as the VAE states it."""
 
     __pydantic_config__ = ConfigDict(**Strict.model_config)
 
@@ -108,8 +108,7 @@ class BucketConfig(Strict):
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:
             return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
-        areas = sorted(set(self.areas_px))
-        return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in areas]
+        return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in sorted(set(self.areas_px))]
 
     def of_areas(self, areas_px: list[int]) -> "BucketConfig":
         """Return the buckets of other areas, with sides in proportion."""
@@ -169,16 +168,11 @@ class AdapterConfig(Strict):
 
 
 class LoRAConfig(AdapterConfig):
-    """Describe a LoRA, or another kind of adapter. layers: those with values of their own, by name."""
+    """A LoRA, or another kind of adapter. layers: by name, the layers with other values."""
 
     # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
     targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
     layers: dict[str, AdapterConfig]
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether there are targets in the text encoders."""
-        return any(pattern.startswith("text_encoder") for pattern in self.targets)
 
 
 _Size = Annotated[list[Annotated[Side, Field(multiple_of=STRIDE_PX)]], Field(min_length=2, max_length=2)]
@@ -186,7 +180,7 @@ _Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
 
 
 class Prompt(Strict):
-    """A picture's text with settings of its own; None: that of all prompts.
+    """A picture's text and settings; None: the setting of all prompts.
 
     negative: "" is the empty prompt, as in training. guidance_rescale: Lin et al. 2023, section 3.4.
     """
@@ -219,14 +213,14 @@ class PictureConfig(Strict):
     guidance: Factor
 
     def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
-        """Return a prompt with all settings. seed: if it has none."""
+        """Return a prompt with all settings. seed: for a prompt without a seed."""
         own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
         shared = self.model_dump(include=Prompt.model_fields.keys())
         return Prompt.model_construct(**{**shared, "seed": seed, **own})
 
 
 class SamplesConfig(PictureConfig):
-    """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
+    """Pictures of an evaluation, one for each prompt, with fixed noise: the N-th prompt has the seed N, or its own."""
 
     prompts: Annotated[  # or a file of them (sdxl/pictures/prompts.py)
         Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
@@ -239,7 +233,7 @@ class SamplesConfig(PictureConfig):
 
 
 class DrawConfig(PictureConfig):
-    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own.
+    """Settings of prompts that state none. seeds: a prompt without a seed is drawn with each of them.
 
     emphasis: whether brackets are emphasis; None: as the weights were trained, and text for a base model.
     """
@@ -267,7 +261,7 @@ class LatentPerceptualConfig(Strict):
 class NoiseConfig(Strict):
     """The prediction type and the noise schedule.
 
-    auto: those of the base model; to convert one, or without one, v_prediction with zero terminal SNR.
+    auto: as the base model; to convert a base model, or without one, v_prediction with zero terminal SNR.
     convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
     offset: strength of a random brightness in the noise; 0 is off.
     """
@@ -331,7 +325,8 @@ class DiffusionTaskConfig(TaskConfig):
     @property
     def trains_text(self) -> bool:
         """Whether the text encoders change in training."""
-        return self.train_text_encoders or (self.lora is not None and self.lora.trains_text)
+        targets = [] if self.lora is None else self.lora.targets
+        return self.train_text_encoders or any(pattern.startswith("text_encoder") for pattern in targets)
 
     @property
     def stated_noise(self) -> Json:

@@ -138,8 +138,7 @@ def describe_use(form: Format, metadata: Values, file: str) -> str:
     task = metadata["task"]
     if form.is_adapter and task["lora"]["kind"] != "lora":
         return f"Read by {READERS[task['lora']['kind']]}."
-    base = base_model(metadata)
-    loaded = Template(form.load).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
+    loaded = Template(form.load).substitute(file=file, base=repr(base_model(metadata) or "PATH OF THE BASE MODEL"))
     if "samples" not in task:
         return _fill("program_vae", load=loaded)
     samples = SamplesConfig.model_validate(task["samples"])

@@ -1,8 +1,8 @@
-"""The latent perceptual loss: what the VAE's decoder makes of predicted latents, beside what it makes of the true ones.
+"""The latent perceptual loss: the distance of predicted and true latents in the features of the VAE's decoder.
 
 Source: Berrada et al. 2024 (arXiv 2411.04873), section 3; their program in huggingface/diffusers:
 examples/research_projects/lpl/lpl_loss.py, with shared norms and power law.
-Differs: outliers are values beyond four standard deviations, in all features; theirs are beyond quantiles.
+Differs: outliers are values beyond four standard deviations, in all features; in the paper, beyond quantiles.
 """
 
 import torch
@@ -14,7 +14,7 @@ _LEAST_NORM = 0.1  # of a position, as a share of the image's mean
 
 
 def decoder_features(vae: nn.Module, z: Tensor) -> list[Tensor]:
-    """Return what the decoder's middle block and each up block make of the VAE's outputs z [B, 4, h, w], float32.
+    """Return the outputs of the decoder's middle block and up blocks, float32, for the VAE's outputs z [B, 4, h, w].
 
     Blocks are computed again in the backward pass, because activations at full resolution are large.
     """

@@ -37,7 +37,7 @@ _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
 _FREE = (*SDXLS, "shift_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
-# What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
+# Defaults of a scheduler's file. It must state the betas of SCHEDULE: diffusers has other defaults.
 _SCHEDULE_DEFAULTS = {
     "num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,
     "prediction_type": "epsilon",
@@ -61,9 +61,9 @@ _OTHERS = {
 
 
 def settle_model(model: SDXLConfig) -> SDXLConfig:
-    """Return the config with all values of its VAE, so that files that change later change nothing.
+    """Return the config with all values of its VAE, so that later changes of files have no effect.
 
-    Raises UserError (`model.path`) for a base model that is no SDXL, and for its VAE.
+    Raises UserError (`model.path`, `model.vae`) for a base model that is no SDXL, and for a wrong VAE.
     """
     if model.path is not None:
         describe_base(model.path)
@@ -121,14 +121,14 @@ class _Float8(nn.Module):
 
 
 def store_in_float8(unet: nn.Module) -> None:
-    """Store the weights of a frozen U-Net's linear layers and convolutions in float8, but of its first and last one."""
+    """Store the weights of a frozen U-Net's linear layers and inner convolutions in float8."""
     for name, layer in list(unet.named_modules()):
         if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
             register_parametrization(layer, "weight", _Float8())
 
 
 def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
-    """Return the dtype of a part that is not trained; bfloat16 is the one that float8 is cast to.
+    """Return the dtype of a part that is not trained; weights in float8 are cast to bfloat16.
 
     The VAE is always in float32: bfloat16 changes latents 20 times as much as the cache's rounding, for all epochs.
     """
@@ -195,11 +195,11 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     for part, network in networks.items():
         refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
         # All of diffusers' configuration counts; transformers' also describes other things than the network.
-        known = configs[part] if part.startswith("text") else dict(network.config)
+        wanted = configs[part] if part.startswith("text") else dict(network.config)
         for name, other in stated.get(part, {}).items():
             # 0, false and null are the same here.
-            if name in known and name not in _FREE and (other or None) != (known[name] or None):
-                raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {known[name]!r}")
+            if name in wanted and name not in _FREE and (other or None) != (wanted[name] or None):
+                raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {wanted[name]!r}")
     return networks
 
 
@@ -207,8 +207,8 @@ def _read_upcast(path: Path, shapes: Tensors, stated: Values) -> bool:
     """Return whether a VAE overflows in float16. Raises UserError if it is none of SDXL's kind."""
     inner = shapes.get("decoder.conv_in.weight")
     if inner is None or inner.ndim != 4 or inner.shape[1] != CHANNELS:
-        found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
-        raise UserError(f"{path} has {found}; SDXL needs one with latents of {CHANNELS} channels")
+        given = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
+        raise UserError(f"{path} has {given}; SDXL needs a VAE with latents of {CHANNELS} channels")
     upcast = stated.get("force_upcast", True)
     if not isinstance(upcast, bool):
         raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")
@@ -246,7 +246,7 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 
 @about("model.path")
 def describe_base(path: str | Path) -> Json:
-    """Return what a folder or file says of itself, JSON values; None is unknown.
+    """Return the facts that a folder or file states, JSON values; None is unknown.
 
     `layout`, `license`, `prediction_type` (epsilon if a file does not say, `is_stated`), `zero_terminal_snr`, `shift`
     (of flow's sampling, 1 if a file does not say), `other_noise` (how its noise schedule differs from SDXL's, or None),

@@ -82,7 +82,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _BINS = 5  # ranges of timesteps with a logged error each
-_LEAST_AREA = 1e-6  # of a mask that is divided by, so that an empty one trains nothing
+_LEAST_AREA = 1e-6  # divisor for smaller masks, so that an empty mask trains nothing
 
 
 class DiffusionTask(Task):
@@ -146,10 +146,10 @@ class DiffusionTask(Task):
         return {name: base_files(self._model, (name,)) for name in self.helpers}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
+        """Continue a LoRA or trained networks, or begin with the base model (`model.path`); set `origin`."""
         if (path := self._model.path) is not None:
-            known = describe_base(path)
-            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
+            facts = describe_base(path)
+            self.origin = {"source": path, "layout": facts["layout"], "license": facts["license"]}
             if not self.alphas.is_meta:
                 first, *_ = base_files(self._model, ("unet",))
                 self.origin["sha256"] = distributed.rank_zero_call(lambda: hash_once(first, FILE_HASHES))
@@ -158,7 +158,7 @@ class DiffusionTask(Task):
                 self._continue(source)
 
     def _continue(self, source: InitFrom) -> None:
-        """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
+        """Load a LoRA, or the trained networks. Raises UserError for other networks or another noise schedule."""
         path = source.find()
         tensors, metadata = read_weights(path, source.weights)
         self._refuse_other_noise(path, metadata)
@@ -260,7 +260,7 @@ class DiffusionTask(Task):
         return figures, timesteps
 
     def _find_counts(self, batch: Batch) -> Tensor:
-        """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
+        """Return the weight of the loss at each place, float32 [B, 1, h, w]."""
         return batch[MASK].float().clamp(min=self._config.mask.floor)
 
     def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from utils.io.files import Json, readable
 from utils.io.weight_files import find_weights, is_run
 from utils.io.weights import hash_tensors, read_weights
 
-_OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
+_OWN = "vae."  # prefix of tensors in the weights of finetune_vae.py
 _VALUES = TypeAdapter(VAEValues)
 AS_STATED: VAEValues = {}
 SDXLS: VAEValues = {
@@ -39,12 +39,11 @@ def vae_files(path: str | Path) -> list[Path]:
 
     Weights of finetune_vae.py come last, after the files of the VAE that they were trained from.
     """
-    path = Path(path)
-    if path.is_dir() and not is_run(path):
-        return weight_files(_folder(path), "vae")
-    file = find_weights(str(path), "best")
-    began = _began_with(file)
-    return [*([] if began is None else vae_files(began)), file]
+    place = _locate(path)
+    if place.is_dir():
+        return weight_files(place, "vae")
+    base = _base_of(place)
+    return [*([] if base is None else vae_files(base)), place]
 
 
 def read_vae(path: str | Path, read: Callable[[Path], Tensors]) -> State:
@@ -59,20 +58,21 @@ def read_vae(path: str | Path, read: Callable[[Path], Tensors]) -> State:
 
 
 def stated_config(path: str | Path) -> Json:
-    """Return what a VAE says of itself: config.json of its folder, or `vae` in the header that Atelier writes."""
-    path = Path(path)
-    if path.is_dir() and not is_run(path):
-        return read_config(_folder(path) / "config.json")
-    file = find_weights(str(path), "best")
-    beside = file.with_name("config.json")
-    if beside.is_file() and file.stem.startswith("diffusion_pytorch_model"):
+    """Return the configuration of a VAE: config.json of its folder, or `vae` in the header that Atelier writes."""
+    place = _locate(path)
+    beside = place / "config.json" if place.is_dir() else place.with_name("config.json")
+    if place.is_dir() or (beside.is_file() and place.stem.startswith("diffusion_pytorch_model")):
         return read_config(beside)
-    metadata = _header(file)
-    own = metadata["model"].get("vae_values") if _began_with(file) is not None else metadata.get("vae")
-    return own if isinstance(own, dict) else {}
+    metadata = _header(place)
+    values = metadata.get("vae") if _base_of(place) is None else metadata["model"].get("vae_values")
+    return values if isinstance(values, dict) else {}
 
 
-def _folder(path: Path) -> Path:
+def _locate(path: str | Path) -> Path:
+    """Return the folder of a VAE of diffusers, or its weight file."""
+    path = Path(path)
+    if is_run(path) or not path.is_dir():
+        return find_weights(str(path), "best")
     return path / "vae" if (path / "vae").is_dir() else path
 
 
@@ -82,32 +82,33 @@ def _header(file: Path) -> Json:
     return read_weights(file, shapes_only=True)[1]
 
 
-def _began_with(file: Path) -> str | None:
-    """Return the VAE that weights of finetune_vae.py began with, None for other files."""
+def _base_of(file: Path) -> str | None:
+    """Return the VAE from which finetune_vae.py trained the weights of a file, None for other files."""
     metadata = _header(file)
     model = metadata.get("model")
     if not isinstance(model, dict):
         return None
-    began = model.get("vae") or model.get("path")
-    if not isinstance(began, str) or metadata.get("script") != "finetune_vae":
+    base = model.get("vae") or model.get("path")
+    if not isinstance(base, str) or metadata.get("script") != "finetune_vae":
         raise UserError(f"{file} holds no VAE: name a run of finetune_vae.py that began with a file or folder")
-    place = local_base(began)
+    place = local_base(base)
     if not place.exists():
         raise UserError(
-            f"{file} began with {began}, which does not exist; restore it, or name the VAE that export.py writes: "
+            f"{file} began with {base}, which does not exist; restore it, or name the VAE that export.py writes: "
             "format=vae run_dir=RUN model.path=NEW"
         )
     return str(place)
 
 
 def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
-    """Raise UserError if the encoder is not that with which finetune_vae.py trained a run's decoder."""
-    if path.suffix != ".safetensors" and not is_run(path):
+    """Raise UserError if finetune_vae.py trained a run's decoder with another encoder."""
+    place = _locate(path)
+    if place.suffix != ".safetensors":
         return
-    frozen = _header(find_weights(str(path), "best")).get("frozen")
+    frozen = _header(place).get("frozen")
     for name in ("encoder", "quant_conv") if isinstance(frozen, dict) else ():
-        found = hash_tensors(vae.get_submodule(name).state_dict())[:16]
-        if frozen.get(_OWN + name, found) != found:
+        digest = hash_tensors(vae.get_submodule(name).state_dict())[:16]
+        if frozen.get(_OWN + name, digest) != digest:
             raise UserError(f"{path} was trained with another frozen {name}; restore the VAE that it began with")
 
 
@@ -115,10 +116,10 @@ def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
 
 
 def settle_values(given: VAEValues, path: str | Path | None, *, is_replaced: bool = False) -> VAEValues:
-    """Return the values of a run: given ones, else those that the VAE at `path` states, else SDXL's.
+    """Return the values of a run: the given values, else the values that the VAE at `path` states, else SDXL's.
 
-    is_replaced: another VAE than the base model's. Raises UserError if it states statistics of its latents that are not
-    given: SDXL's U-Net has not been trained with any.
+    is_replaced: the VAE is not the base model's. Raises UserError if such a VAE states statistics of latents that the
+    command does not: SDXL's U-Net was trained without any.
     """
     if path is None:
         return {**SDXLS, **given}
@@ -126,16 +127,16 @@ def settle_values(given: VAEValues, path: str | Path | None, *, is_replaced: boo
     stated = {name: config[name] for name in SDXLS if config.get(name) is not None}
     shift = [config.get("shift_factor") or 0.0] * CHANNELS
     with readable(Path(path), "VAE"):
-        known = _VALUES.validate_python({**SDXLS, "latents_mean": shift, **stated})
-    is_shift = known["latents_mean"] in (shift, SDXLS["latents_mean"])
-    has_statistics = not is_shift or known["latents_std"] != SDXLS["latents_std"]
+        values = _VALUES.validate_python({**SDXLS, "latents_mean": shift, **stated})
+    is_shift = values["latents_mean"] in (shift, SDXLS["latents_mean"])
+    has_statistics = not is_shift or values["latents_std"] != SDXLS["latents_std"]
     if is_replaced and has_statistics and "latents_mean" not in given:
         raise UserError(
-            f"{path} states latents_mean {known['latents_mean']} and latents_std {known['latents_std']}, with which "
+            f"{path} states latents_mean {values['latents_mean']} and latents_std {values['latents_std']}, with which "
             "SDXL's U-Net was not trained; set 'model.vae_values={latents_mean: [0.0, 0.0, 0.0, 0.0], latents_std: "
             "[1.0, 1.0, 1.0, 1.0]}' to keep the U-Net's latents, or the stated numbers, which takes a long run"
         )
-    return {**known, **given}
+    return {**values, **given}
 
 
 def unlike_sdxls(values: VAEValues) -> Json:

@@ -88,9 +88,9 @@ def place(image: Tensor, fit: BucketFit, flip: bool) -> Tensor:
 class Buckets:
     """The buckets of a collection's rows, a sample for each row and bucket; with assign=all, a row has several.
 
-    rows: the row of each sample, int64 [N], ascending. groups: its bucket, an index into `sizes_hw` [K, 2]; ascending
-    within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason. rejected: of each row the
-    one of its rejected picture, for all rows (`choose_pairs`).
+    rows: the row of each sample, int64 [N], ascending. groups: the bucket of each sample, an index into `sizes_hw`
+    [K, 2]; ascending within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
+    rejected: for each row of the collection, the row of its rejected picture (`choose_pairs`).
     """
 
     config: BucketConfig
@@ -119,8 +119,7 @@ class Buckets:
 
     def count(self) -> list[list[int]]:
         """Return height, width and number of images of each bucket."""
-        counts = np.bincount(self.groups, minlength=len(self.sizes_hw))
-        return np.column_stack([self.sizes_hw, counts]).tolist()
+        return np.column_stack([self.sizes_hw, np.bincount(self.groups, minlength=len(self.sizes_hw))]).tolist()
 
     def list_images(self, collection: Collection) -> list[Json]:
         """Return a row for each sample, and for each image without a bucket: its size, its bucket and how it fits."""
@@ -195,7 +194,7 @@ def make_buckets(collection: Collection, rows: ndarray, sizes_hw: ndarray, confi
     }
     kept = known & ~too_small & ~too_long
     buckets, groups = np.unique(target[kept], axis=0, return_inverse=True)
-    # Once in a bucket, even if two areas gave it.
+    # An image is in a bucket once, even if two areas have this bucket.
     _, firsts = np.unique(rows[kept] * len(buckets) + groups.reshape(-1), return_index=True)
     dropped = {}
     for reason, chosen in reasons.items():
@@ -215,12 +214,12 @@ def choose_pairs(collection: Collection, buckets: Buckets, rows: ndarray) -> tup
     names = pc.replace_substring_regex(collection.table["path"], r"\.[^./]+$", "")
     others = pc.replace_substring_regex(names, r"(^|/)chosen/", r"\1rejected/")
     rejected = pc.index_in(others, value_set=names).fill_null(-1).to_numpy()
-    its = rejected[buckets.rows]
-    has_other = np.isin(its + 1j * buckets.groups, buckets.rows + 1j * buckets.groups)
-    is_chosen = np.isin(buckets.rows, rows) & (its != buckets.rows)
-    kept = {name: getattr(buckets, name)[is_chosen & has_other] for name in ("rows", "groups", "image_hw")}
+    partners = rejected[buckets.rows]
+    has_other = np.isin(partners + 1j * buckets.groups, buckets.rows + 1j * buckets.groups)
+    is_chosen = np.isin(buckets.rows, rows) & (partners != buckets.rows)
+    pairs = {name: getattr(buckets, name)[is_chosen & has_other] for name in ("rows", "groups", "image_hw")}
     dropped = buckets.dropped | {"chosen, without a rejected one of their bucket": buckets.rows[is_chosen & ~has_other]}
-    return replace(buckets, **kept, dropped=dropped), replace(buckets, rejected=rejected)
+    return replace(buckets, **pairs, dropped=dropped), replace(buckets, rejected=rejected)
 
 
 def fitted_views(find_fit: FindFit) -> Views:

@@ -1,4 +1,4 @@
-"""The facts in the headers of SDXL's exports: ModelSpec's, and those that sd-scripts writes (`ss_`).
+"""The facts in the headers of SDXL's exports, under the names of ModelSpec and of sd-scripts (`ss_`).
 
 Unknown facts are not written. A stranger may have made the weight file, so all values become texts.
 """
@@ -45,8 +45,8 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
         size = dict_of(metadata, "trained_on").get("batch_size")
         described += f"{f' of {size} samples' if size else ''} on {images} images"
     facts["description"] = given["description"] or described
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
-    return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
+    stated = {name: value for name, value in facts.items() if value not in (None, "")}
+    return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in stated.items()}
 
 
 def _describe_training(task: DiffusionTaskConfig, metadata: Values) -> Json:

@@ -69,9 +69,8 @@ def tokenize(captions: Sequence[str], chunks: int, *, emphasis: bool = False) ->
     for number, caption in enumerate(captions):
         for chunk, tokens in enumerate(_fill_chunks(caption, emphasis)[:chunks]):
             if tokens:
-                values = torch.tensor(tokens, dtype=torch.float64)  # exact for ids
-                ids[number, chunk, 1 : len(tokens) + 1] = values[:, 0].long()
-                weights[number, chunk, 1 : len(tokens) + 1] = values[:, 1].float()
+                place = number, chunk, slice(1, len(tokens) + 1)
+                ids[place], weights[place] = map(torch.tensor, zip(*tokens))
     return ids, weights if emphasis else None
 
 

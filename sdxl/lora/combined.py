@@ -1,4 +1,4 @@
-"""export.py with `lora` or `rank`: LoRAs of anybody as one, one of another rank, or one of two checkpoints.
+"""export.py with `lora` or `rank`: merge LoRAs, lower the rank of a LoRA, or make one of two checkpoints.
 
 Source: kohya-ss/sd-scripts:networks/svd_merge_lora.py and extract_lora_from_models.py, which take a whole SVD.
 """
@@ -50,7 +50,7 @@ def extract(base: str, tuned: str) -> Iterator[tuple[str, Tensor, int]]:
 def factorise(difference: Tensor, rank: int) -> tuple[LayerChange, float]:
     """Return the LoRA of a rank that is nearest to a difference [out, in, ...], and its error.
 
-    The error is the norm of what is lost, as a share of the norm of the difference.
+    The error is the norm of the lost part, as a share of the norm of the difference.
     Source: Halko et al. 2011 (arXiv 0909.4061), algorithm 5.1. With twice the columns, the
     error is within 1e-4 of SVD's.
     """
@@ -75,13 +75,13 @@ def write_combined(config: ExportConfig, job: Job) -> str:
             raise UserError(f"{key}: lora and rank write a LoRA without this; remove it")
     torch.manual_seed(0)
     if config.model.path and not config.lora:
-        found = extract(config.model.path, config.weights)
+        differences = extract(config.model.path, config.weights)
     else:
         sources = [(find_weights(name, "best"), strength) for name, strength in map(read_strength, config.lora)]
-        found = merge([(config.find(), 1.0), *sources])
+        differences = merge([(config.find(), 1.0), *sources])
     changes = {}
     errors = {}
-    for name, difference, rank in found:
+    for name, difference, rank in differences:
         changes[name], errors[name] = factorise(difference, config.rank or rank)
     path = Path(config.output, "lora.safetensors")
     with output_errors("output", path):

@@ -45,7 +45,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
         network, _, inside = name.partition(".")
         names |= dict.fromkeys([_flat(name), _flat(f"{PARTS[network].lora}_{inside}"), kohya_name(name)], name)
     unused = _flat(unused_layer(networks["text_encoder"]))
-    found = {}
+    tensors_of = {}
     for full, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if full.endswith(ending)), "")
         stem = _flat(full.removesuffix(ending))
@@ -56,7 +56,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
                 f"{other}its tensor {full[:200]} is of another layer, or of a kind that is not read "
                 "(norms, Tucker, OFT, full matrices, ...); name another file"
             )
-        found.setdefault(names[stem], {})[_ENDINGS[ending]] = tensor.float()
+        tensors_of.setdefault(names[stem], {})[_ENDINGS[ending]] = tensor.float()
     changes = {}
     with readable(path, "LoRA"):
         own = _own_config(metadata)
@@ -64,7 +64,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
         for key, value in stated.items():
             if value and key.endswith(("alpha_pattern", "use_rslora")):
                 raise ValueError(f"lora_adapter_metadata has {key}, which is not supported")
-        for name, parts in found.items():
+        for name, parts in tensors_of.items():
             weight = layers[name].weight
             alpha = parts.pop("alpha", None)
             if "dora_scale" in parts and parts["dora_scale"].ndim == 1:
@@ -97,13 +97,13 @@ def _flat(name: str) -> str:
 
 
 def _own_config(metadata: Values) -> LoRAConfig | None:
-    """Return the configuration in the metadata of a run of ours, if there is one."""
+    """Return the configuration in the metadata of Atelier's files, None for other files."""
     stated = dict_of(metadata, "task").get("lora")
     return None if stated is None else LoRAConfig.model_validate(stated)
 
 
 def adapter_state(path: Path, networks: Mapping[str, nn.Module]) -> State:
-    """Return the tensors of a file as those of a `LoRA`."""
+    """Return the state of a `LoRA` with the tensors of a file."""
     state = {}
     for name, change in read_lora(path, networks).items():
         state |= {f"{name}.{key}": tensor for key, tensor in change.tensors.items()}
@@ -115,7 +115,7 @@ def describe_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoRAConfig:
     with readable(path, "LoRA"):
         if (own := _own_config(read_weights(path, shapes_only=True)[1])) is not None:
             return own
-        found = {name: change.settings() for name, change in read_lora(path, networks).items()}
-        usual, *_ = found.values()
-        different = {name: settings for name, settings in found.items() if settings != usual}
-        return LoRAConfig.model_validate({**usual, "targets": list(found), "layers": different})
+        layers = {name: change.settings() for name, change in read_lora(path, networks).items()}
+        usual, *_ = layers.values()
+        different = {name: settings for name, settings in layers.items() if settings != usual}
+        return LoRAConfig.model_validate({**usual, "targets": list(layers), "layers": different})

@@ -34,7 +34,7 @@ ADAPTED = ("unet", *ENCODERS)
 
 
 class LoRALayer(nn.Module):
-    """The update of one layer. The tensors are float32; what they make is cast to the dtype of the layer's input."""
+    """The update of one layer. The tensors are float32; their product is cast to the dtype of the layer's input."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, config: AdapterConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def begin(self, layer: nn.Module) -> None:
-        """Give a DoRA that has no magnitude yet that of the layer's weight."""
+        """Set the magnitude of a new DoRA to the magnitude of the layer's weight."""
         if self.kind.startswith("dora") and not self.dora_scale.any():
             self.dora_scale.copy_(norm_like(self.dora_scale, layer.weight))
 
@@ -106,7 +106,7 @@ class LoRA(nn.Module):
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Let the networks be as they are without the updates."""
+        """Switch the updates off for a while."""
         self.is_on = False
         try:
             yield

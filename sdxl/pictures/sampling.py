@@ -45,7 +45,7 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool, s
 def encode_prompt(
     encoders: Sequence[nn.Module], prompt: Prompt, *, zeros_for_empty_prompt: bool, emphasis: bool
 ) -> EncodedPrompt:
-    """Encode a prompt and its negative, each with the chunks that it needs, repeated to the same length.
+    """Encode a prompt and its negative, with as many chunks as they need, repeated to the same length.
 
     emphasis: as for `tokenize`.
     To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.

@@ -104,9 +104,8 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "openrail++" and front["pipeline_tag"] == "text-to-image"
     assert front["widget"] == [{"text": prompt} for prompt in PROMPTS] and "![samples](samples.png)" in card
-    assert "- author: `Ann`\n- trigger: `sks`\n" in card
-    assert (place / "lora_kohya/samples.png").is_file() and str(place) not in card and "N/A" not in card
-    assert "- images: `12`\n- validation images: `3`\n- fingerprint: `" in card and "data.root" not in card
+    assert "- trigger: `sks`\n" in card and "- images: `12`\n" in card
+    assert (place / "lora_kohya/samples.png").is_file() and str(place) not in card
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
@@ -181,11 +180,7 @@ def test_a_base_that_lies_elsewhere_is_named_and_a_lora_needs_none(place, tmp_pa
         (tmp_path / "moved").rename(place / "base")
 
 
-def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_are_refused(place):
-    other = ["task.noise.prediction_type=epsilon", "task.noise.zero_terminal_snr=false", "dry_run=true"]
-    with refuses("^task.noise: base .*prediction_type=v_prediction"):
-        run("finetune_sdxl", [*SHORT, *other], place)
-    run("finetune_sdxl", [*SHORT, *other, "task.noise.convert=true"], place)
+def test_a_lora_of_a_whole_unet_is_refused(place):
     with refuses("^format: kohya is for a LoRA"):
         run("export", ["run_dir=whole", "format=kohya", "output=refused"], place)
     assert not (place / "refused").exists()

@@ -9,12 +9,9 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
-from bench.measure import read_values
-from optim.config import OptimConfig
-from optim.groups import build_groups
 from sdxl.config import LoRAConfig
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import LayerChange
@@ -153,17 +150,6 @@ def test_a_file_is_continued_as_it_is_and_written_as_it_was(kind, tmp_path):
     lora.load_state_dict(adapter_state(file, networks))
     save_lora(other, lora.changes(), torch.float32, FACTS)
     torch.testing.assert_close(load_file(other), load_file(file))
-
-
-def test_a_rule_of_lora_plus_meets_the_b_matrices_alone():
-    task = nn.Module()
-    task.adapter = build_lora(build_networks())
-    values = read_values("optim", "adamw")
-    rules = [{"match": "*.lora_B.weight", "lr_scale": 16.0}]
-    groups = build_groups(task, {}, TypeAdapter(OptimConfig).validate_python({**values, "rules": rules}))
-    named = {scale: [n for g in groups if g["lr_scale"] == scale for n in g["names"]] for scale in (1.0, 16.0)}
-    assert all(name.endswith("lora_B.weight") for name in named[16.0])
-    assert all(name.endswith("lora_A.weight") for name in named[1.0]) and len(named[1.0]) == len(named[16.0])
 
 
 def test_targets_that_match_nothing_are_refused():
