@@ -91,6 +91,7 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
     every = _evaluate_every(config, total, epoch_length / size, reads / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     ends = tuple(round(total * share) for share in shares)
+    rate = config.optim.base_lr * size / 256 if config.optim.lr is None else config.optim.lr
     return Plan(
         world_size=world_size,
         batch_size=size,
@@ -99,7 +100,7 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
         epoch_length=epoch_length,
         total_steps=total,
         warmup_steps=warmup,
-        lr=config.optim.base_lr * size / 256 if config.optim.lr is None else config.optim.lr,
+        lr=rate,
         evaluate_every_epochs=every,
         range_test_steps=_count_test_steps(config, total),
         phase_ends=ends,

@@ -91,16 +91,17 @@ class Card:
         name = dict_of(self.metadata, "task").get("name")
         output = self.metadata["output"]
         pipeline = OUTPUTS[output].pipeline if output else _PIPELINES.get(name)
+        relation = "adapter" if self.form.is_adapter else "finetune"
         front = {
             "license": licence if is_known else "other",
             "license_name": None if is_known else licence,
             "base_model": base,
-            "base_model_relation": base and ("adapter" if self.form.is_adapter else "finetune"),
+            "base_model_relation": base and relation,
             "library_name": self.form.library,
             "pipeline_tag": pipeline,
-            "tags": ["atelier", *([str(name)] if name else [])],
-            "widget": [{"text": prompt} for prompt in self._prompts()] or None,
         }
+        front["tags"] = ["atelier", *([str(name)] if name else [])]
+        front["widget"] = [{"text": prompt} for prompt in self._prompts()] or None
         if results and pipeline:
             front["model_name"] = self.weights.title
         return ModelCardData(**hide_secrets_in(front), eval_results=_list_results(results, pipeline))
