@@ -193,9 +193,10 @@ def measure(
     reference = max(time_of_ranks / first_sec, after_first)
     border = round(small[:, :, 0].median().item())
     is_grey = bool((small == small[:, :1]).all())
+    validation = len(collection.rows("val"))
     return Measurements(
         images=len(rows),
-        validation=len(collection.rows("val")),
+        validation=validation,
         side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,

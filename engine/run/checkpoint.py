@@ -201,11 +201,12 @@ class Saver:
     def _metadata(self, learner: Learner, *, averaged: bool) -> Json:
         """Return the metadata of a weight file."""
         task = learner.task
+        run = self.folder
         metadata = {
             "format": 1,
-            "script": self.folder.job.script,
-            "task": self.folder.config["task"],
-            "model": self.folder.config["model"],
+            "script": run.job.script,
+            "task": run.config["task"],
+            "model": run.config["model"],
             "step": learner.step,
             "lr": learner.schedule.lr,
             "average": averaged,
