@@ -5,6 +5,7 @@ states is never replaced: a default leaves it alone, and a key that asks for ano
 """
 
 import textwrap
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +140,9 @@ def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
     A default run folder is named by these values: the run in it has the same.
     """
     run = run_of(Path(config.run_dir)) if config.run_dir else None
-    saved = flatten(run.config) if run else {}
+    saved = {}
+    with suppress(UserError):  # a damaged config.json; the newest checkpoint has the recipe, too
+        saved = flatten(run.config) if run else {}
     keys = _EARLIER & saved.keys() & flatten(config.model_dump()).keys()
     return config.changed({key: saved[key] for key in keys if not start.job.states(key, By.EXPERIMENT)})
 
