@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from engine.config import TrainingConfig
-from engine.task import Streams
+from engine.task import COMPARED, Streams
 from optim.config import OneCycleConfig
 from utils.record.logging import get_logger
 
@@ -87,7 +87,8 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
     micro, accum = loop.micro_batches(world_size, streams.train.chunk)
     total = _count_steps(config, epoch_length) if steps is None else steps
     warmup = _count_warmup(config, epoch_length / size, total)
-    reads = sum(loader.samples for loader in streams.evaluation.values())  # of an evaluation, with a probe's
+    # An evaluation reads the images of all loaders, a probe's too.
+    reads = sum(loader.samples for name, loader in streams.evaluation.items() if name != COMPARED)
     every = _evaluate_every(config, total, epoch_length / size, reads / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     ends = tuple(round(total * share) for share in shares)

@@ -24,6 +24,7 @@ from utils.io.weights import hash_tensors
 
 Use = Literal["training", "evaluation", "export"]
 Loaders = dict[str, Iterable[Batch]]  # of an evaluation, by name
+COMPARED = "trained"  # a loader of training images that pictures are compared with; the plan of a run ignores it
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 IMAGE_HASHES = Path("outputs/cache/image_hashes.jsonl")
 

@@ -24,7 +24,7 @@ from data.stream.source import IMAGE, Source
 from data.tags.captions import CaptionConfig, Captions, count_caption_tags, describe_captions
 from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
-from engine.task import FILE_HASHES, IMAGE_HASHES, Loaders, Streams
+from engine.task import COMPARED, FILE_HASHES, IMAGE_HASHES, Loaders, Streams
 from engine.tasks.kind import Kind, Setup
 from engine.update.batch_size import naming_memory
 from sdxl.caches.buckets import Buckets, choose_pairs, fitted_views, make_buckets
@@ -176,10 +176,10 @@ class DiffusionKind(BucketedKind):
         return buckets, read, views, add
 
     def evaluation(self, data: Data, setup: Setup, rows: ndarray, *, training: bool) -> Loaders:
-        """Return `val`; if the task draws pictures, also `trained`, the training images to compare them with."""
+        """Return `val`; if the task draws pictures, also the training images to compare them with."""
         loaders = super().evaluation(data, setup, rows, training=training)
         if setup.task.samples.prompts:
-            loaders["trained"] = trained_stream(data)
+            loaders[COMPARED] = trained_stream(data)
         return loaders
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from engine.measures.means import measure_means
 from engine.task import (
+    COMPARED,
     FILE_HASHES,
     Loaders,
     Report,
@@ -333,7 +334,7 @@ class DiffusionTask(Task):
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
         measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
-        drawn = self.draw(loaders.get("trained", ()))
+        drawn = self.draw(loaders.get(COMPARED, ()))
         return replace(drawn, scalars=measured | drawn.scalars)
 
     def draw(self, trained: Iterable[Batch] = ()) -> Report:
