@@ -14,7 +14,7 @@ import sdxl.pictures.painter
 from sdxl.lora.lora import save_lora
 from tests.in_process import Killed, run, run_command
 from tests.sdxl.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
-from tests.sdxl.test_lora import build_lora, build_networks, vary
+from tests.sdxl.test_lora_layers import build_lora, build_networks, vary
 from tests.small_sdxl import paint
 
 SIZE = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]

@@ -171,7 +171,7 @@ ExportConfig: author description trigger            # tests/sdxl/test_diffusion_
 HubConfig: dry_run private                          # after an export: tests/test_weights_commands.py
 ProdigyConfig: name extra                           # tests/engine/test_resume.py
 RuleConfig: lr_scale weight_decay freeze_steps      # tests/optim
-AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora.py
+AdapterConfig: factor                               # of kind lokr: tests/sdxl/test_lora_layers.py
 PageConfig: host port open token start              # tests/viewer/test_pages.py, test_start.py
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.py
