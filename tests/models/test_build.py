@@ -14,7 +14,10 @@ SMALL = {
     "family": "convnextv2", "name": "convnextv2_test", "in_channels": 3, "depths": [1, 1], "dims": [4, 8],
     "stem_stride": 4, "drop_path_rate": 0, "head_init_scale": 0.001,
 }  # fmt: skip
-TIMM = {"family": "timm", "name": "resnet18", "in_channels": 3, "drop_path_rate": None}
+TIMM = {
+    "family": "timm", "name": "resnet18", "in_channels": 3, "drop_path_rate": None, "image_size_hw": None,
+    "channels": None, "pretrained": "auto",
+}  # fmt: skip
 
 
 def parse(values):

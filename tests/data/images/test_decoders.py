@@ -115,5 +115,5 @@ def test_an_identity_names_all_that_pixels_depend_on(monkeypatch):
     found = {first.identity(), *(replace(first, **{key: value}).identity() for key, value in changes.items())}
     assert set(changes) == set(asdict(first)) and len(found) == 5
     assert replace(first, background=[255, 255, 255]).identity() == first.identity()
-    monkeypatch.setattr(decode, "version", lambda name: "0")
+    monkeypatch.setattr("data.images.open.version", lambda name: "0")
     assert first.identity() not in found
