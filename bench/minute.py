@@ -74,7 +74,7 @@ def time_updates(words, run_dir):
 
     values, job = train.main.compose([*words, f"run_dir={run_dir}"])
     with chdir(ROOT), mock.patch.object(Run, "fit", time_phases):
-        train.main.run(validate(values, train.main.schema), job)
+        train.main.load()(validate(values, train.main.schema), job)
     return sum(found)
 
 

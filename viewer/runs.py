@@ -4,7 +4,6 @@ import asyncio
 import math
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from urllib.parse import quote
@@ -62,7 +61,7 @@ def _fold(index: RunIndex, path: Path, states: list[RunState]) -> Json:
     share = mean(job["share"] for job in jobs)
     steps = f"{sum(job['state'] == 'finished' for job in jobs)} of {len(jobs)} runs"
     ranking = safe_lines(sweep_table([state.job for state in states]))
-    first = make_row(index, replace(ranked[0], path=path, state=state, changed=max(state.changed for state in states)))
+    first = make_row(index, ranked[0]._replace(path=path, state=state, changed=max(state.changed for state in states)))
     return first | {"link": "", "jobs": jobs, "ranking": ranking, "share": share, "steps": steps}
 
 
