@@ -4,6 +4,7 @@ What is read while the configuration is validated does not count. The training s
 runs are counted together; finetune_sdxl.py has the loop, the optimisers and the trackers of them all.
 """
 
+import re
 import shlex
 import shutil
 import sys
@@ -50,10 +51,12 @@ def record_reads(monkeypatch):
         cls = type(owner)
         if not name.startswith("_") and name in (copied if cls is Runtime else cls.model_fields):
             caller = sys._getframe(1).f_code
-            # Validators stand in the rooms' config.py; a description is no use of a value, nor is a copy into Runtime.
+            # A validator (`_name`, `check_x`) or a description is no use of a value, nor is a copy into Runtime.
             model = "MachineConfig" if cls is Runtime else owner_of(cls, name).__name__
             is_copy = caller.co_name == "choose_runtime" and model == "MachineConfig" and name in copied
-            if not is_copy and caller.co_name != "describe" and not caller.co_filename.endswith("config.py"):
+            in_schema = caller.co_filename.endswith("config.py")
+            is_check = in_schema and re.search(r"(^|\.)(_|check_|describe)", caller.co_qualname)
+            if not is_copy and caller.co_name != "describe" and not is_check:
                 seen.add(f"{model}.{name}")
         return object.__getattribute__(owner, name)
 
@@ -176,6 +179,8 @@ PageConfig: host port open token start              # tests/viewer/test_pages.py
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.py
 ConceptConfig: mask                                 # with task.mask: tests/sdxl/test_masks.py
+BucketConfig: min_px max_px                         # tests/sdxl/test_buckets.py
+PerceptualConfig: path lpips                        # tests/sdxl/slow_perceptual.py
 LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual.py
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
