@@ -157,6 +157,10 @@ def _convert(subsets: list[_Options], notes: list[str]) -> Json:
     is_several = len(places) < len(subsets)
     root = os.path.commonpath(places)
     sizes = sorted({subset.size_hw for subset in subsets})
+    if is_several:
+        notes.append("image_dir: of a folder that is there several times, the first subset counts, in each resolution")
+    elif len(sizes) > 1:
+        notes.append("resolution: the size of an image decides between several, not its subset")
     captions = [subset.captions() for subset in places.values()]
     common = {key: value for key, value in captions[0].items() if all(own[key] == value for own in captions)}
     if any(own["shuffle"] and (own["prefix"] or own["suffix"]) for own in captions):
