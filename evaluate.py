@@ -24,7 +24,7 @@ begin(__doc__)
 from engine.judging.config import EvaluateConfig
 from utils.config.entry_point import Command
 
-main = Command("evaluate", "engine.evaluate:run", EvaluateConfig)
+main = Command("evaluate", "engine.judging.evaluate:run", EvaluateConfig)
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,9 @@ from utils.start import open_name
 def main(config: ExportConfig, job: Job) -> str:
     """Export weights, or a LoRA of other LoRAs or checkpoints."""
     is_combined = config.lora or config.rank
-    return open_name("sdxl.lora.combined:write_combined" if is_combined else "engine.export:export")(config, job)
+    return open_name("sdxl.lora.combined:write_combined" if is_combined else "engine.exports.export:export")(
+        config, job
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Config(PredictConfig):
 @entry_point("predict", Config)
 def main(config: Config, job: Job) -> str:
     """Predict images, or draw pictures."""
-    name = "engine.predict:predict" if config.prompts is None else "sdxl.pictures.painter:draw_prompts"
+    name = "engine.judging.predict:predict" if config.prompts is None else "sdxl.pictures.painter:draw_prompts"
     return open_name(name)(config, job)
 
 

@@ -12,9 +12,9 @@ import torch
 import torchvision.transforms.v2
 from PIL import Image
 
-import engine.evaluate
-import engine.export
-import engine.predict
+import engine.exports.export
+import engine.judging.evaluate
+import engine.judging.predict
 import engine.tasks.classification
 import engine.tasks.fcmae
 import engine.tasks.tagging

@@ -44,6 +44,7 @@ ALLOWED = {
         "models",
         "data",
         *DATA,
+        "data/tools",
     },
     "engine/train": {"utils", *ENGINE, "engine/tasks", "engine/recipe", "models", "data", *DATA},
     "sdxl": {
@@ -64,8 +65,6 @@ ALLOWED = {
     | {"engine/train", "models", "data", *DATA, "data/tools", "sdxl", "viewer"},
     "submit": {"utils"},
 }
-for _main in ("engine/evaluate", "engine/predict", "engine/export"):  # of the root scripts, as engine/train
-    ALLOWED[_main] = ALLOWED["engine/train"] | {"engine/exports", "engine/judging", "data/tools"}
 FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most
 
 
