@@ -37,6 +37,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values,
     groups = {group["names"][0]: group for group in optimizer.param_groups}
     names = list(chain.from_iterable(group["names"] for group in groups.values()))
     parameters = dict(zip(names, parameters_of(optimizer)))
+    numbers = {name: number for number, name in enumerate(names)}
     state = {}
     for full, value in [*tensors.items(), *others.items()]:
         name, _, key = full.rpartition("/")
@@ -51,5 +52,5 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Tensors, others: Values,
         if skips_on_device(optimizer):
             # A file stores no memory layout, the kernels do not check it, and load_state_dict does not restore it.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
-        state.setdefault(names.index(name), {})[key] = value
+        state.setdefault(numbers[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,7 +7,7 @@ folders come last. A file beside an image of its name is a sidecar, whatever its
 
 import re
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from data.layouts.names import OURS, POSTS, SUFFIXES, is_data
@@ -29,8 +29,7 @@ class Reader(NamedTuple):
 
     def open(self) -> Callable[..., Any]:
         """Import the function and return it."""
-        module, _, name = self.place.partition(":")
-        return getattr(import_module(module), name)
+        return resolve_name(self.place)
 
 
 _POSTS = "|".join(map(re.escape, POSTS))

@@ -55,7 +55,7 @@ class RemoteCopy:
         if self._url is None or not (last or self._copied.done()):
             return
         self._report()
-        self.checkpoint = (self._run / _newest(_names_in(self._run))).parent
+        self.checkpoint = (self._run / _newest_in(self._run)).parent
         self._copied = self._thread.submit(self._copy)
         if last:
             self._report()
@@ -93,7 +93,7 @@ class RemoteCopy:
         uses the folder.
         """
         with output_errors("run_dir", self._run), locked(self._run):
-            here = _newest(_names_in(self._run))
+            here = _newest_in(self._run)
             try:
                 store = self._open()
                 names = store.find("")
@@ -137,6 +137,12 @@ def _names_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
+def _newest_in(run: Path) -> str:
+    """Return the mark of the newest whole checkpoint of a run folder; "" if there is none."""
+    marks = run.glob(f"checkpoints/[!.]*/{_MARK}")
+    return max((path.relative_to(run).as_posix() for path in marks), default="")
+
+
 def _in_order(names: Iterable[str], checkpoints: Sequence[str]) -> list[str]:
     """Return the files to copy: the files outside of checkpoints, the files of some checkpoints, and their marks last.
 
@@ -149,5 +155,5 @@ def _in_order(names: Iterable[str], checkpoints: Sequence[str]) -> list[str]:
 
 
 def _newest(names: list[str]) -> str:
-    """Return the mark of the newest whole checkpoint among the files of a run folder or copy; "" if there is none."""
+    """Return the mark of the newest whole checkpoint among the files of a copy; "" if there is none."""
     return max((name for name in names if _WHOLE.fullmatch(name)), default="")

@@ -100,9 +100,8 @@ class Command(Generic[Schema]):
     main: Main | str  # or a name, `module:function`, imported after the validation
     schema: type[Schema]
     config_dir: Path = CONF
-    check: Callable[[Schema], None] = lambda config: (
-        None
-    )  # refuses a configuration before the main function is imported
+    # Refuses a configuration before the main function is imported.
+    check: Callable[[Schema], None] = lambda config: None
 
     def __call__(self) -> None:
         """Run the command in sys.argv and exit with its status."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ def default_run_dir(config: Json, job: Job) -> Path:
     return Path(config["run_dir"] or f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}")
 
 
+@cache  # a start needs it at three places
 def git_state() -> Json:
     """Return the commit and the changed files of the code; both are None outside a git checkout.
 

@@ -136,4 +136,4 @@ def test_the_environment_says_what_ran(monkeypatch, tmp_path):
     assert state["command"] == ["finetune.py", "seed=1"] and state["runtime"] == "device=cpu"
     assert {"python", "torch", "numpy", "pillow", "simplejpeg", "threads", "world_size", "git"} <= set(state)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
-    assert git_state() == {"commit": None, "changed_files": None}
+    assert git_state.__wrapped__() == {"commit": None, "changed_files": None}
