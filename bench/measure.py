@@ -64,7 +64,7 @@ class Comparison:
     clock: Callable[[], float] | None = None
 
 
-Settings = Iterable[tuple[str, Callable[[], "Comparison | Iterable[Row]"]]]  # rows: of what is measured in another way
+Settings = Iterable[tuple[str, Callable[[], "Comparison | Iterable[Row]"]]]  # rows: figures that no comparison gives
 
 
 def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5) -> None:

@@ -13,7 +13,7 @@ log = get_logger(__name__)
 
 
 _LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, with any batch size
-# `loop.evaluate_every_epochs=auto`: 5 evaluations, or more as long as all together read a fifth of what training reads.
+# `loop.evaluate_every_epochs=auto`: at least 5 evaluations; more while they read at most a fifth of training's images.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
 # Small collections have short epochs: at least 25 updates lie between two evaluations, and a run has at most 20.

@@ -66,7 +66,7 @@ class ConvNeXtV2(nn.Module):
     Differs: 2 to 5 stages, and stem stride 2.
     """
 
-    # The weights that read the images, and prefixes of what a state may lack: the head, and the final norm.
+    # The weights that read the images, and prefixes of weights that a file may lack: the head and the final norm.
     first_convolutions = ("downsample_layers.0.0.weight",)
     head_prefixes = ("head.",)
     norm_prefixes = ("norm.",)

@@ -20,7 +20,7 @@ from utils.errors import UserError
 def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
     """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
 
-    Wait for the device only if the optimiser cannot skip a step there.
+    This waits for the device only if the optimiser cannot skip a step there.
     """
     skip = 1.0 - applied
     skips = skips_on_device(optimizer)

@@ -184,7 +184,7 @@ class DiffusionKind(BucketedKind):
 
 
 def check_noise(path: str, noise: NoiseConfig) -> None:
-    """Warn of what a base model does not state. Raises UserError (`task.noise`) if it contradicts the settings."""
+    """Warn of facts that a base model's file lacks. Raises UserError (`task.noise`) if the file contradicts the key."""
     source = describe_base(path)
     if unread := source["unread"]:
         log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])

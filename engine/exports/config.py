@@ -41,11 +41,11 @@ class WeightsChoice(Strict):
 class Format(NamedTuple):
     """All that export.py knows of a format.
 
-    file: the file that names the export. write: the name `module:function` of what writes and compares the files: from
-    the weights, an empty folder and the settings (ExportConfig) to the report. of: what the format holds, outputs of
-    models/outputs.py or tasks without one. library: the hub's name of the library that loads it. template: the program
-    of the card, in models/interop/snippets. use: the name of what writes another program, with the call `load`. With
-    neither, `load` says how to use it, or the format is for Atelier's own commands.
+    file: the file that names the export. write: `module:function`, which writes and compares the files; it takes
+    the weights, an empty folder and the settings (ExportConfig), and returns the report. of: the outputs
+    (models/outputs.py) or tasks that the format can have. library: the hub's name of the library that loads it.
+    template: the program of the card, in models/interop/snippets. use: the name of what writes another program, with
+    the call `load`. With neither, `load` says how to use it, or the format is for Atelier's own commands.
     """
 
     file: str

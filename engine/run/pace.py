@@ -70,7 +70,7 @@ class Speed(NamedTuple):
     epoch: int  # steps
 
     def seconds_to(self, step: int) -> float:
-        """Return the seconds of so many steps."""
+        """Return the seconds that the first `step` steps take."""
         return min(step, self.epoch) * self.first + max(0, step - self.epoch) * self.later
 
     def count(self, seconds: float) -> int:

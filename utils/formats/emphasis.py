@@ -20,7 +20,7 @@ MARK = re.compile(
 
 
 class Emphasis(NamedTuple):
-    """A text without its marks.
+    """A text without marks of emphasis.
 
     chunks: (text, weight) of each part, between BREAKs. spans: the first and last bracket of pairs.
     """

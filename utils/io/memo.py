@@ -31,7 +31,7 @@ _YOUNG_SEC = 2  # the tick of the coarsest file system
 
 
 def own_cache(path: Path) -> Path:
-    """Return a path in outputs/cache, or its like in the user's own cache folder if this user may not write it.
+    """Return a path in outputs/cache, or the same path in the user's own cache folder if this user may not write there.
 
     A clone may be another user's, or read-only. Other paths, which a user has named, are returned as they are.
     """

@@ -1,7 +1,7 @@
 """Ranks and collectives.
 
 torchrun, SLURM or plain `python` start the processes. Without a process group, the world has one rank.
-torch is imported when there is something to do between ranks: commands that need no network start a second earlier.
+torch is imported at the first collective: commands that need no network start a second earlier.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class Watchdog:
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
 
     def _unchanged_sec(self, what: str, rank: int, value: str | int, now: float) -> float:
-        """Return for how long a rank has told the same."""
+        """Return for how many seconds a rank has published the same value."""
         before, since = self._last.get((what, rank), (None, now))
         if value != before:
             self._last[what, rank] = value, now

@@ -97,7 +97,7 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _names(curves: Curves, kind: str) -> set[str]:
-    """Return the figures of one kind of rows; those of the averaged weights have the name of the weights' own."""
+    """Return the names of figures in one kind of rows; a figure of the averaged weights has the plain name."""
     return {name.removeprefix("ema/") for name in curves.names(kind) if not name.startswith("data/")}
 
 
