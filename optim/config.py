@@ -31,7 +31,7 @@ class _Optim(Strict):
 
     @property
     def keeps_layout(self) -> bool:
-        """Whether parameters keep their memory; bitsandbytes replaces the memory of parameters that are not contiguous."""
+        """Whether parameters keep their memory; bitsandbytes replaces that of parameters that are not contiguous."""
         return not getattr(self, "opt", "").startswith("bnb")
 
 
