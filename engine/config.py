@@ -65,6 +65,7 @@ class _LoopConfig(Strict):
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None
     ema_warmup: bool
+    ema_start_steps: CountOrZero
     log_every_steps: Count
     evaluate_every_epochs: Literal["auto"] | Duration
     checkpoint_every_steps: Count
@@ -120,11 +121,12 @@ class RuntimeConfig(MachineConfig):
 class _LRFinderConfig(Strict):
     """The range test before the first update, which finds the peak learning rate (engine/run/lr_finder.py).
 
-    enabled: auto makes a test unless `optim.lr` is set or the run is short.
+    enabled: auto makes a test unless `optim.lr` is set or the run is short. only: make the test, and end.
     """
 
     enabled: Literal["auto"] | bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
+    only: bool
 
 
 class TrainingConfig(Strict):

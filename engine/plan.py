@@ -161,6 +161,8 @@ def _evaluate_every(config: TrainingConfig, total: int, per_epoch: float, share:
 
 def _count_test_steps(config: TrainingConfig, total: int) -> int:
     finder = config.lr_finder
+    if finder.only:
+        return finder.steps
     if not finder.enabled or config.optim.lr is not None:
         return 0
     if finder.enabled == "auto" and finder.steps > _TEST_SHARE * total:

@@ -1,5 +1,7 @@
 """Build a network from the `model` group of the configuration."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -8,20 +10,25 @@ from models.small_maps import use_small_maps
 from utils.errors import UserError, close_names
 from utils.io.files import Json
 
+# The arguments with which networks of timm that need one image size take others.
+_ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
 
-def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
+
+def build_network(config: ModelConfig, num_classes: int, *, any_size: bool = False) -> nn.Module:
     """Build the network with random weights; `num_classes` 0 makes no head.
 
+    any_size: let a network of one image size take others: a ViT resamples its position embeddings. The weights are
+    the same.
     Raises UserError (`model.name`, or the key of an argument that the network does not have) if timm cannot build it.
     """
     if isinstance(config, TimmConfig):
-        return _build_timm(config, num_classes)
+        return _build_timm(config, num_classes, any_size=any_size)
     from models.convnextv2 import ConvNeXtV2
 
     return ConvNeXtV2(**config.model_dump(exclude={"family", "name"}), num_classes=num_classes)
 
 
-def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> None:
+def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int], *, any_size: bool = False) -> None:
     """Raise UserError (`augment.image_size_hw`) if the network does not take images of this size.
 
     The total stride of a ConvNeXt V2 must divide both sides. A timm network is tried on the meta device, which needs
@@ -38,7 +45,7 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
         return
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            network = _build_timm(config, num_classes=1).eval()
+            network = _build_timm(config, num_classes=1, any_size=any_size).eval()
     except UserError:
         raise
     except Exception:  # it cannot be built on the meta device
@@ -73,7 +80,7 @@ def timm_arguments(config: TimmConfig) -> Json:
     return sizes
 
 
-def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
+def _build_timm(config: TimmConfig, num_classes: int, *, any_size: bool = False) -> nn.Module:
     """Build a timm network without weights, and so without network access."""
     import timm  # takes 0.8 s, so only where it is used
 
@@ -83,6 +90,10 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     extra = timm_arguments(config)
     if config.drop_path_rate is not None:
         extra["drop_path_rate"] = config.drop_path_rate
+    if any_size:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            arguments = inspect.signature(type(_build_timm(config, num_classes))).parameters
+        extra |= {name: value for name, value in _ANY_SIZE.items() if name in arguments}
     try:
         network = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra

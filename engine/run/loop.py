@@ -25,6 +25,7 @@ from engine.update.runtime import Runtime
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable, recipe_hash
 from utils.contracts import Batch
+from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, is_stop_requested
 from utils.record.logging import get_logger
@@ -101,11 +102,17 @@ class Run:
         """
         plan = self.plan
         started = time.perf_counter()
+        only = self.config.lr_finder.only
+        if only and self.step > 0:
+            raise UserError(
+                f"lr_finder.only: the test comes before the first update, and {self.folder.path} has {self.step}; give "
+                "another run_dir, or set it to false"
+            )
         if self.is_complete:
             done = f"{self.step} of {plan.total_steps} steps are done"
             log.info("the run is complete: %s; raise loop.total_epochs, or give another run_dir", done)
             return
-        if self.step == 0 and plan.total_steps > 0:
+        if self.step == 0 and plan.total_steps > 0 and not only:
             self.evaluator.begin()
         if self.step == 0 and plan.range_test_steps:
             from engine.run.lr_finder import find_lr
@@ -114,6 +121,9 @@ class Run:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
+        if only:
+            log.info("lr_finder.only: ends after the test; without it, the same command trains")
+            return
         if plan.total_steps == 0:
             self.evaluator.evaluate()
             self.save(last=True)

@@ -56,6 +56,7 @@ class Setup:
     preprocessing: Values = field(default_factory=dict)
     # Facts about the training collection, such as class names (JSON values).
     facts: Values = field(default_factory=dict)
+    any_size: bool = False  # training has images of several sizes (`loop.phases`)
 
     def normalise(self) -> Normalise:
         """Return the normalisation of images."""
@@ -79,7 +80,7 @@ class ImageTask(Task):
     def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
         check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
-        self.network = build_network(setup.model, num_classes=outputs)
+        self.network = build_network(setup.model, num_classes=outputs, any_size=setup.any_size)
         self.normalise = setup.normalise()
 
     def initialise(self, source: InitFrom | None) -> None:
@@ -139,7 +140,7 @@ class Kind:
         """Return the setup of a new run. facts: of the run, for one of its phases."""
         if facts is None:
             facts = self.find_facts(config, collection)
-        return Setup(config.model, config.task, self.preprocessing(config), facts)
+        return Setup(config.model, config.task, self.preprocessing(config), facts, config.loop.phases is not None)
 
     def build(self, setup: Setup) -> Task:
         """Return the task with random weights."""
@@ -176,7 +177,7 @@ class Kind:
         for each in config.at_phases():
             own = self.set_up(each, data.collection, setup.facts)
             if self.model is ModelConfig:
-                check_image_size(own.model, tuple(each.augment.image_size_hw))
+                check_image_size(own.model, tuple(each.augment.image_size_hw), any_size=True)
             earlier.append(self.training(data, own, each).train)
         streams = self.training(data, setup, config)
         return replace(

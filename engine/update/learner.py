@@ -116,7 +116,7 @@ class Learner:
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
-            decay = ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup)
+            decay = ema_decay_at(self.step - loop.ema_start_steps, loop.ema_decay, warmup=loop.ema_warmup)
             self.averages.update(decay, result.applied)
         self.step += 1
         return result

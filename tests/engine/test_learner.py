@@ -94,13 +94,13 @@ def test_a_state_saved_in_files_continues_bit_for_bit(case, tmp_path):
 
 
 def test_the_average_is_that_of_the_weights_after_each_update():
-    learner, batch = make_learner("loop.ema_decay=0.9", "loop.ema_warmup=true"), make_batch()
+    learner, batch = make_learner("loop.ema_decay=0.9", "loop.ema_warmup=true", "loop.ema_start_steps=2"), make_batch()
 
     def weights():
         return {name: tensor.double() for name, tensor in learner.state()[0]["weights"].items()}
 
     average = weights()
-    for decay in (1 / 10, 2 / 11, 3 / 12, 4 / 13):
+    for decay in (0, 0, 1 / 10, 2 / 11, 3 / 12, 4 / 13):
         learner.update([batch])
         average = {name: decay * average[name] + (1 - decay) * tensor for name, tensor in weights().items()}
     found = learner.state()[0]["average_weights"]

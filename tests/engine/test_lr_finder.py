@@ -11,8 +11,8 @@ import torch
 from engine.run.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
-from tests.in_process import TINY, configure, make_images, run
-from tests.support import assert_same_tensors, rows
+from tests.in_process import TINY, configure, make_images, run, run_command
+from tests.support import assert_same_tensors, refuses, rows
 from utils.config.messages import ConfigError
 from utils.io.files import read_json
 from utils.io.weights import read_weights
@@ -185,6 +185,18 @@ def rate_of_cycle(steps, peak, update):
 
 def found_by(run_dir):
     return read_json(run_dir / "lr_finder.json")
+
+
+def test_the_test_alone_ends_and_the_same_command_without_it_trains(searched, monkeypatch):
+    folder, base = searched
+    words = [*base, *SEARCH[1:], f"run_dir={folder}/alone"]
+    assert run_command("finetune", [*words, "lr_finder.only=true"], folder, monkeypatch) == 0
+    assert found_by(folder / "alone")["taken"] == found_by(folder / "run")["taken"]
+    assert (folder / "alone/plots/lr_finder_plot.png").exists()
+    assert not (folder / "alone/weights/last_weights.safetensors").exists()
+    run("finetune", words, folder)
+    with refuses(r"^lr_finder.only: .*alone has 100;"):
+        run("finetune", [*words, "lr_finder.only=true"], folder)
 
 
 def test_the_run_equals_one_whose_rate_was_given(searched):

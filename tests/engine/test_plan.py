@@ -25,7 +25,7 @@ def plan(*, epoch_length, world_size=1, reads=0, finder=None, optim=None, warmup
         loop=_LoopConfig.model_validate(read("loop", "default", **loop)),
         optim=TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
         schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", "cosine", **(warmup or {}))),
-        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100} | (finder or {})),
+        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100, "only": False} | (finder or {})),
     )
     train = SimpleNamespace(epoch_length=epoch_length, chunk=None)
     loaders = {"val": SimpleNamespace(samples=reads)}

@@ -8,7 +8,7 @@ from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.convnextv2 import ConvNeXtV2
 from tests.models.outcome import outcome
-from tests.support import refuses
+from tests.support import assert_same_tensors, refuses
 
 SMALL = {
     "family": "convnextv2", "name": "convnextv2_test", "in_channels": 3, "depths": [1, 1], "dims": [4, 8],
@@ -62,6 +62,18 @@ def test_an_image_size_is_tried_without_drawing_anything():
     with refuses(r"^augment\.image_size_hw: .*=\[224,224\]"):
         check_image_size(parse({**TIMM, "name": "vit_tiny_patch16_224"}), (64, 64))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_network_of_one_size_takes_others_with_the_same_weights_and_outputs(name):
+    networks = []
+    for any_size in (False, True):
+        torch.manual_seed(0)
+        networks.append(build_network(parse({**TIMM, "name": name}), 2, any_size=any_size).eval())
+    assert_same_tensors(*(network.state_dict() for network in networks))
+    with torch.no_grad():
+        assert torch.equal(*(network(torch.ones(1, 3, 224, 224)) for network in networks))
+    check_image_size(parse({**TIMM, "name": name}), (64, 64), any_size=True)
 
 
 def test_a_vit_is_made_for_another_size():

@@ -7,7 +7,7 @@ determinism belong to the recipe), tracking, the probe, folders and cache sizes.
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
-from utils.config.versions import CUT, fill
+from utils.config.versions import CUT, NEWER, fill, without
 from utils.errors import UserError
 from utils.io.files import Json, Values, canonical_json, sha256_text
 
@@ -33,6 +33,7 @@ FREE_KEYS = (
     "loop.checkpoint_mirror",
     "task.probe.*",
     "optim.fused_backward",  # changes no bit
+    "lr_finder.only",
 )
 
 
@@ -58,7 +59,7 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 
 def recipe_hash(config: Values) -> str:
     """Return 8 hexadecimal digits that identify the recipe."""
-    kept = {key: value for key, value in flatten(fill(config, CUT)).items() if not is_free(key)}
+    kept = {key: value for key, value in flatten(without(fill(config, CUT), NEWER)).items() if not is_free(key)}
     return sha256_text(canonical_json(kept))[:8]
 
 

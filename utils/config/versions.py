@@ -1,7 +1,7 @@
 """Keys that came after the first release, and keys that were cut since: what saved values of any release mean today.
 
 The configuration of a run and the metadata of a weight file reach the schemas, which have no defaults, through
-`read_saved`. A new key of conf/ needs a row in LATER, a key that goes one in CUT (tests/conf/test_versions.py).
+`read_saved`. A new key of conf/ needs a row in NEWER, a key that goes one in CUT (tests/conf/test_versions.py).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,13 @@ from typing import Any
 
 from utils.io.files import Json, Values
 
-# By key, the value that held before; task[tagging]: of a task of that name, model[timm]: of a model of that family.
+# By key, the value that held before. At this value a key is not in a recipe's hash, so that older runs are found.
+NEWER = {
+    "loop.ema_start_steps": 0,
+    "lr_finder.only": False,
+}
+# The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
+# model of that family.
 LATER = {
     "data.concepts": None,
     "data.trigger": None,
@@ -24,6 +30,7 @@ LATER = {
     "task[tagging].loss.alpha": 0.25,
     "task[diffusion].lora.layers": {},
     "task[diffusion].preference_beta": None,
+    **NEWER,
 }
 # By key, the value that means off.
 CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": None}
@@ -36,11 +43,10 @@ def read_saved(values: Values) -> Json:
     A key that was cut stays if it is on and changed weights: the schema of a weight file, or the comparison of a
     resumption, refuses it.
     """
-    saved = fill(values, LATER)
-    for key, off in CUT.items():
+    saved = without(fill(values, LATER), CUT)
+    for key in _WITHOUT_WEIGHTS:
         group, name = _find(saved, key)
-        if key in _WITHOUT_WEIGHTS or group.get(name, off) == off:
-            group.pop(name, None)
+        group.pop(name, None)
     return saved
 
 
@@ -51,6 +57,16 @@ def fill(values: Values, rows: Mapping[str, Any]) -> Json:
         group, name = _find(filled, key)
         group.setdefault(name, value)
     return filled
+
+
+def without(values: Values, rows: Mapping[str, Any]) -> Json:
+    """Return a copy of values without the keys that have the value of `rows`."""
+    kept = deepcopy(dict(values))
+    for key, value in rows.items():
+        group, name = _find(kept, key)
+        if group.get(name, value) == value:
+            group.pop(name, None)
+    return kept
 
 
 def _find(values: Any, key: str) -> tuple[Json, str]:
