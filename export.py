@@ -7,7 +7,6 @@
     python export.py format=page run_dir=RUN                          one HTML file that predicts in a browser
     python export.py format=wd14 run_dir=RUN                          for a tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
-    python export.py format=timm run_dir=RUN hub=OWNER/NAME           uploads them, private, as one commit
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...
     python export.py format=kohya weights=A lora=[B:0.5] output=FOLDER        two LoRAs of anybody in one (docs/lora.md)
     python export.py format=kohya weights=A rank=8 output=FOLDER               a smaller one

@@ -401,7 +401,6 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
         "dry_run": False,
         "lora": [],
         "model": {"path": None, "vae": None},
-        "hub": {"name": None, "private": True, "dry_run": False},
     }
     values |= {"format": form, **settings}
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,9 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from utils.config.bounds import Positive, Width
 from utils.config.schema import PathList, PathText, Strict
@@ -90,14 +90,6 @@ FORMATS = {
 }
 
 
-class HubConfig(Strict):
-    """An upload to the hub; name: OWNER/NAME."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None
-    private: bool
-    dry_run: bool
-
-
 class ExportConfig(WeightsChoice):
     """conf/export.yaml, checked."""
 
@@ -113,7 +105,6 @@ class ExportConfig(WeightsChoice):
     card: PathText | None
     lora: PathList
     rank: Width | None
-    hub: HubConfig
     dry_run: bool
 
     @property

@@ -3,24 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-from engine.exports.card import REPORT, add_report
+from engine.exports.card import add_report
 from engine.exports.config import ExportConfig
 from engine.exports.formats import find_format, write_export
 from engine.exports.opened_task import open_task
-from models.interop.metadata import dict_of, licence_entry, refuse_licence
+from models.interop.metadata import dict_of, licence_entry
 from utils.config.entry_point import Job
 from utils.errors import about
 from utils.io.files import refuse_links_out
-from utils.io.hub import upload
 from utils.io.journal import open_journal
-from utils.io.safe_text import Lines
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 
 def export(config: ExportConfig, job: Job) -> str:
-    """Write, compare and perhaps upload the files of a format; return the line of the result."""
+    """Write and compare the files of a format; return the line of the result."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
         weights = open_task(config.find(), base=config.model)
@@ -28,8 +23,6 @@ def export(config: ExportConfig, job: Job) -> str:
         origin = {**dict_of(weights.metadata, "origin"), "license": config.license}
         weights = replace(weights, metadata={**weights.metadata, "origin": origin})
     find_format(config.format, weights)
-    if config.hub.name is not None:
-        refuse_licence(weights.metadata)
     if config.dry_run:
         return "dry run: nothing is written"
 
@@ -45,15 +38,4 @@ def export(config: ExportConfig, job: Job) -> str:
         add_report(folder, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['license']})" if "license" in report else ""
-    wrote = f"wrote {folder / report['file']}{licence}  {line}"
-
-    # ---------------------------------------------------------------------------------------------------- 3. The hub
-    if config.hub.name is None:
-        return wrote
-    files = {name: folder / name for name in (*report["files"], REPORT)}
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    shown = "".join(f"\n  {name}  {size:,} bytes" for name, size in sizes.items())
-    log.info("hub: %s, %d files, %s bytes%s", config.hub.name, len(files), f"{sum(sizes.values()):,}", Lines(shown))
-    if config.hub.dry_run:
-        return f"{wrote}; hub.dry_run: nothing is uploaded"
-    return f"{wrote}; {config.hub.name} has commit {upload(files, config.hub.name, private=config.hub.private)}"
+    return f"wrote {folder / report['file']}{licence}  {line}"

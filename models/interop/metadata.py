@@ -3,7 +3,6 @@
 import re
 
 from models.outputs import OUTPUTS
-from utils.errors import UserError
 from utils.io.files import Values
 
 
@@ -37,18 +36,6 @@ def licence_entry(metadata: Values) -> dict[str, str]:
     """Return `license` for an exported file, or nothing without a licence."""
     licence = licence_of(metadata)
     return {} if licence is None else {"license": licence}
-
-
-def refuse_licence(metadata: Values) -> None:
-    """Raise UserError (`license`) if the licence of the source weights is unknown, or forbids to share changed ones."""
-    licence = licence_of(metadata) or ""
-    if licence == "unknown":
-        reason = "is unknown, and the hub shows one"
-    elif re.search(r"\bnd\b", licence.lower()):
-        reason = f"is {licence}, which forbids to share changed weights"
-    else:
-        return
-    raise UserError(f"license: the licence of the source weights {reason}; set license=NAME if you know another one")
 
 
 def label_names(metadata: Values) -> list[str]:

@@ -70,7 +70,7 @@ def write_combined(config: ExportConfig, job: Job) -> str:
     """
     if config.format != "kohya":
         raise UserError(f"format: {config.format}, but lora and rank make a LoRA; set format=kohya")
-    for key in ("hub.name", "card", "license", "author", "description", "trigger", "dry_run"):
+    for key in ("card", "license", "author", "description", "trigger", "dry_run"):
         if attrgetter(key)(config):
             raise UserError(f"{key}: lora and rank write a LoRA without this; remove it")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""No file of an export names a folder, the user or the machine of its run: hub= uploads every one."""
+"""No file of an export names a folder, the user or the machine of its run: it may be given to others."""
 
 import shutil
 import socket

@@ -129,13 +129,6 @@ def literal(value: Any) -> Any:
     return json.loads(_INTERPOLATION.sub(r"\1\1\\\\${", json.dumps(value)))
 
 
-def _name_mapping(word: str, script: Script) -> Iterator[str]:
-    key, _, value = word.partition("=")
-    field = script.schema.model_fields.get(key)
-    has_name = "name" in getattr(field and field.annotation, "model_fields", ())
-    yield f"{key}.name={value}" if has_name and not (script.config_dir / key).is_dir() else word
-
-
 def _name_job(word: str, script: Script) -> Iterator[str]:
     fields = script.schema.model_fields
     group = re.match(r"([a-z_]+)(\.[a-z_]+)*(=|$)", word)
@@ -175,7 +168,6 @@ class Spelling(NamedTuple):
 _PATHS = Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_path)
 # In order. The run folder records the words after all spellings but the last one.
 SPELLINGS = (
-    Spelling("`hub=X`", "`hub.name=X`: the value of a mapping that is no group is its name", _name_mapping),
     Spelling("`output=X`", "`job.output=X`, in scripts with jobs: keys of no group are those of the job", _name_job),
     _PATHS,
     Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),

@@ -1,11 +1,10 @@
-"""The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`, and uploads as one commit.
+"""The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`.
 
-Both go on where a killed command has stopped. The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
+A killed download goes on where it has stopped. The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -18,25 +17,12 @@ log = get_logger(__name__)
 
 _PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file
-_STALLED_SEC = 60.0  # without an answer; huggingface_hub then tries again, five times
 _MAX_LICENCE = 200  # characters
 
 
 def is_reference(source: str) -> bool:
     """Return whether a source is on the hub."""
     return source.startswith(_PREFIX)
-
-
-@contextmanager
-def _hub_errors(name: str, advice: str) -> Iterator[None]:
-    """Turn an error of the hub or of the way to it into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise errors of many classes
-        reason = hide_secrets(" ".join((str(error) or type(error).__name__).split()))
-        raise UserError(f"{name}: {reason}; {advice}") from None
 
 
 def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:
@@ -91,13 +77,16 @@ def _fetch_first(
 
     is_offline = False
     for name in names:
-        with _hub_errors(f"hf:{repository}@{revision}", "check the name, the revision, your token and the network"):
-            try:
-                return name, Path(hf_hub_download(repository, name, revision=revision, local_files_only=is_offline))
-            except LocalEntryNotFoundError:
-                is_offline = True
-            except EntryNotFoundError:
-                continue
+        try:
+            return name, Path(hf_hub_download(repository, name, revision=revision, local_files_only=is_offline))
+        except LocalEntryNotFoundError:
+            is_offline = True
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the libraries raise errors of many classes
+            reason = hide_secrets(" ".join((str(error) or type(error).__name__).split()))
+            advice = "check the name, the revision, your token and the network"
+            raise UserError(f"hf:{repository}@{revision}: {reason}; {advice}") from None
     if not is_needed:
         return None
     if is_offline:
@@ -106,21 +95,3 @@ def _fetch_first(
             f"is a network: hf download {repository} {names[0]} --revision {revision}, then copy the cache (HF_HOME)"
         )
     raise UserError(f"hf:{repository}@{revision} has no {' or '.join(names)}; name another repository or a file of it")
-
-
-def upload(files: Mapping[str, Path], name: str, *, private: bool) -> str:
-    """Upload files, by their names in a model repository, as one commit; return its hash.
-
-    What an interrupted upload has stored is not sent again. Raises UserError (`hub`).
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.utils import get_session
-
-    get_session().timeout = _STALLED_SEC
-    api = HfApi(library_name="atelier")
-    with _hub_errors(f"hub: {name}", "the export is kept; the same command continues (a token: HF_TOKEN)"):
-        api.create_repo(name, private=private, exist_ok=True)
-        if private and not api.repo_info(name).private:
-            raise UserError(f"hub.private: true, but {name} is public; set hub.private=false, or another name")
-        additions = [CommitOperationAdd(inside, str(path)) for inside, path in files.items()]
-        return api.create_commit(name, additions, commit_message="Export of Atelier").oid

@@ -1,39 +1,23 @@
 """The hub: what huggingface_hub is asked for, and what its answers and errors become."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from huggingface_hub.utils import get_session
 
 from tests.support import refuses
 from utils.io import hub
-from utils.io.safe_text import hide_secrets
 
 TOKEN = "a-token-of-no-known-form"
-COMMIT = "1234567890" * 4
 
 
 class Hub:
     """A hub with one repository. files: by name; error: what the next call raises."""
 
     def __init__(self, cache):
-        self.cache, self.files, self.private, self.is_offline, self.error = cache, {}, True, False, None
-
-    def create_repo(self, name, private, exist_ok):
-        assert exist_ok and name == "me/net"
-
-    def repo_info(self, name):
-        return SimpleNamespace(private=self.private)
-
-    def create_commit(self, name, additions, commit_message):
-        if self.error is not None:
-            raise self.error
-        self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in additions}
-        return SimpleNamespace(oid=COMMIT)
+        self.cache, self.files, self.is_offline, self.error = cache, {}, False, None
 
     def download(self, repository, name, revision, local_files_only):
+        if self.error is not None:
+            raise self.error
         path = self.cache / repository / revision / name
         if path.is_file():
             return str(path)
@@ -49,39 +33,16 @@ class Hub:
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     server = Hub(tmp_path / "hub")
-    for name in ("create_repo", "repo_info", "create_commit"):
-        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", getattr(server, name))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", server.download)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server
 
 
-@pytest.fixture
-def files(tmp_path):
-    (tmp_path / "net.bin").write_bytes(b"weights")
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    return {"net.bin": tmp_path / "net.bin", "inner/README.md": tmp_path / "README.md"}
-
-
-def test_an_upload_is_one_commit(server, files):
-    assert hub.upload(files, "me/net", private=True) == COMMIT
-    assert server.files == {name: path.read_bytes() for name, path in files.items()}
-    assert get_session().timeout.read == 60  # then huggingface_hub tries again
-    assert COMMIT in hide_secrets(f"commit {COMMIT}") and COMMIT in hide_secrets(f"hf:me/net@{COMMIT}")
-
-
-def test_a_hub_that_refuses_is_named_without_the_token(server, files):
+def test_a_hub_that_refuses_is_named_without_the_token(server):
     server.error = OSError(f"403 Forbidden: no, {TOKEN}")
-    with refuses("^hub: me/net: 403 Forbidden: .*the same command continues") as refused:
-        hub.upload(files, "me/net", private=True)
+    with refuses("^hf:me/net@main: 403 Forbidden: ") as refused:
+        hub.fetch("hf:me/net@main", ["net.bin"])
     assert TOKEN not in str(refused.value)
-
-
-def test_a_private_upload_into_a_public_repository_is_refused(server, files):
-    server.private = False
-    with refuses(r"^hub\.private: "):
-        hub.upload(files, "me/net", private=True)
-    assert not server.files
 
 
 def test_a_reference_is_read_from_the_hub_and_then_from_its_cache(server):
