@@ -5,7 +5,6 @@
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
     python predict.py weights=RUN input=FOLDER output=submission.csv form=sample_submission.csv   of a competition
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
-    python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
     python predict.py weights=RUN_OR_BASE prompts=FILE output=FOLDER lora=[FILE:0.8]     SDXL: a picture of each prompt
     python predict.py weights=[BASE,RUN,FILE] prompts=FILE output=FOLDER    the pictures of several weights, on one page
 

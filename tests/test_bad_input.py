@@ -56,7 +56,6 @@ WRONG = {
     "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors",
     "predict weights=pretrained input=images output=found.csv": "output: pretrained",
     "predict weights=tuned input=images output=x.txt": "output: x.txt",
-    "predict weights=tuned input=file.npz output=x.csv like=images/val/A/000.png": "input: file.npz",
 }
 
 

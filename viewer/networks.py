@@ -123,8 +123,11 @@ class Networks:
         image: encoded, and its name. tell: called with the share of new images that is read; it may raise. Features are
         kept by the state of each image's file. Raises UnreadableImage, UserError.
         """
+        import torch
+
         from engine.frozen.choose import choose_cpu
         from engine.frozen.features import Frozen, read_features
+        from engine.measures.neighbours import find_nearest
 
         predictor, version = self.get(self.find(weights))
         with self._lock:
@@ -132,8 +135,8 @@ class Networks:
         frozen = Frozen(predictor, version, weights)
         rows = np.flatnonzero(collection.weights())
         features, rows = read_features(frozen, collection, config, rows, choose_cpu(), tell=tell)
-        best = predictions.rank_images(rows.tolist(), features.numpy(), query, _NEAREST)
-        return {row["path"]: row["similarity"] for row in best}
+        near, best = find_nearest(torch.from_numpy(query)[None], features, min(_NEAREST, len(rows)))
+        return dict(zip(rows[best[0]].tolist(), near[0].tolist()))
 
 
 def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:

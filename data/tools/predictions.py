@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -156,8 +155,8 @@ class RowFile(Destination):
     def __init__(self, file: Path, columns: list[str], *, keep: bool, choose: Choose = iter) -> None:
         if file.suffix not in (".jsonl", ".csv"):
             raise UserError(
-                f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file; without like also .npz, and for "
-                "tags FOLDER/ or beside"
+                f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file, for embeddings .npz, for tags "
+                "FOLDER/ or beside"
             )
         self._file = file
         self._columns = columns if file.suffix == ".csv" else None
@@ -308,50 +307,24 @@ def embedding_rows(vectors: Iterable[np.ndarray]) -> list[Row]:
     return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")} for vector in vectors]
 
 
-def stack_rows(rows: Iterable[Row], key: str) -> tuple[list[str], np.ndarray]:
-    """Return the paths and embeddings [N, D] of the readable images. Raises UserError (`key`) if all are unreadable."""
-    rows = list(rows)
-    pairs = [(row["path"], np.frombuffer(base64.b64decode(row["vector"]), "<f4")) for row in rows if "vector" in row]
-    if not pairs:
-        raise UserError(f"{key}: {rows[0]['path']} cannot be read, nor can any other image ({rows[0]['error']})")
-    paths, vectors = zip(*pairs)
-    return list(paths), np.stack(vectors)
-
-
 @dataclass(frozen=True)
 class Embeddings(Destination):
-    """The paths and embeddings of images and the hash of the weights, as .npz."""
+    """The paths and embeddings [N, D] of the readable images and the hash of the weights, as .npz."""
 
     file: Path
     weights: str
 
     def write_all(self, rows: Iterable[Row]) -> None:
-        """Write the file."""
-        paths, vectors = stack_rows(rows, "input")
+        """Write the file. Raises UserError (`input`) if no image can be read."""
+        pairs = [
+            (row["path"], np.frombuffer(base64.b64decode(row["vector"]), "<f4")) for row in rows if "vector" in row
+        ]
+        if not pairs:
+            raise UserError("input: no image can be read; see the warnings")
+        paths, vectors = map(np.stack, zip(*pairs))
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as stream:
-                np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(self.weights))
+                np.savez(stream, paths=paths, vectors=vectors, weights=np.array(self.weights))
 
         write_atomically(self.file, write)
-
-
-def read_embeddings(file: Path, weights: str) -> dict[str, np.ndarray]:
-    """Return embeddings by path. Raises UserError (`input`) if the file has none, or is from other weights."""
-    try:
-        with np.load(file) as arrays:
-            vectors = dict(zip(arrays["paths"].tolist(), arrays["vectors"]))
-            source = arrays["weights"].item()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"input: {file} has no embeddings ({error}); predict.py output=x.npz writes them") from None
-    if source != weights:
-        raise UserError(f"input: {file} has embeddings from other weights; write it again with these")
-    return vectors
-
-
-def rank_images(paths: Sequence[Any], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
-    """Return rows for the `top` images whose vectors [N, D] have the highest cosine with `query` [D]."""
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
-    cosine = vectors @ query / np.maximum(norms, np.finfo(np.float32).tiny)
-    order = np.argsort(-cosine, kind="stable")[:top]
-    return [{"path": paths[index], "similarity": round(float(cosine[index]), 6)} for index in order]

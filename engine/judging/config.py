@@ -85,8 +85,7 @@ class PredictConfig(Strict):
     output: PathText  # a file, FOLDER/ or `beside`
     form: PathText | None  # a CSV file, whose ids and columns the output has
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
-    like: PathText | None
-    top: Count  # the number of classes, or with `like` of images
+    top: Count  # the number of classes
     threshold: Fraction | None  # for every tag or class; None: from `thresholds`, of tags by `profile`
     thresholds: Annotated[  # a table, or the threshold of each category
         Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
@@ -110,8 +109,8 @@ class PredictConfig(Strict):
             raise ValueError("weights: several are for prompts=FILE; name one")
         if self.prompts is not None and self.existing == "append":
             raise ValueError("existing: append is for .txt files; set skip or overwrite")
-        if self.form is not None and (self.like or self.prompts or not self.output.endswith(".csv")):
-            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or like and prompts")
+        if self.form is not None and (self.prompts or not self.output.endswith(".csv")):
+            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or prompts")
         if self.prompts is None and self.lora:
             raise ValueError("lora: is for pictures of SDXL; add prompts=FILE")
         if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):

@@ -1,7 +1,6 @@
 """The main function of predict.py for images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,7 @@ from data.tools.predictions import (
     embedding_rows,
     find_excluded,
     list_images,
-    rank_images,
-    read_embeddings,
     spell_tags,
-    stack_rows,
 )
 from engine.config import MachineConfig
 from engine.exports.opened_task import load_predictor
@@ -39,7 +35,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.vocabulary import CATEGORIES
 from utils.hardware import choose_device
-from utils.io.files import output_errors, sha256_file, sha256_text
+from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weight_files import find_weights
 from utils.record.logging import get_logger
@@ -71,15 +67,10 @@ def choose_destination(
 ) -> Destination:
     """Return the destination of the predictions. weights: the hash of the weights.
 
-    Raises UserError (`output`, `existing`, `like`) if the destination does not suit the weights.
+    Raises UserError (`output`, `existing`) if the destination does not suit the weights.
     """
     output = Path(config.output)
     columns = predictor.output.columns
-    if config.like is not None:
-        batches = predict_all(predictor, list_images(config.like, "like").paths, config, embed_with(predictor))
-        query = stack_rows(chain.from_iterable(batches), "like")[1][0]
-        most_like = lambda rows: rank_images(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
-        return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
     if output.suffix == ".npz":
         return Embeddings(output, weights)
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
@@ -146,11 +137,6 @@ def predict_all(
         yield rows
 
 
-def embed_with(predictor: Predictor) -> Predict:
-    """Return the function from images to rows with their embeddings."""
-    return lambda images: embedding_rows(predictor.embed(images))
-
-
 def name_probs(predictor: Predictor) -> Predict:
     """Return the function from images to rows with all probabilities by name."""
 
@@ -185,26 +171,19 @@ def predict(config: PredictConfig, job: Job) -> str:
     with about("weights"):
         weights = find_weights(config.weights[0], "best", onnx_first=True)
         predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
-    is_search = config.like is not None or config.output.endswith(".npz")
-    if config.dry_run and is_search:
+    embeds = config.output.endswith(".npz")
+    if config.dry_run and embeds:
         return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
     version = sha256_file(weights)
     rules = read_rules(config.text, "text.")
-    is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
-    stored = read_embeddings(Path(config.input), version) if is_stored else {}
-    images = ImageList("", []) if is_stored else list_images(config.input, "input")
+    images = list_images(config.input, "input")
     form = read_form(Path(config.form), images.paths, predictor.names) if config.form else None
-    options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
+    options = predictor.options(config.top, np.float32(0.0)) if embeds else choose_rows(config, predictor, weights)
     destination = choose_destination(config, predictor, images, version, form, options)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
-    if is_stored:
-        with output_errors("output", Path(config.output)):
-            rows = zip(stored, embedding_rows(stored.values()))
-            destination.write_all({"path": path, **row} for path, row in rows)
-        return f"wrote {config.output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
     command = list_inputs(config, options, version, rules)
@@ -212,7 +191,9 @@ def predict(config: PredictConfig, job: Job) -> str:
     with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
         paths = choose_paths(config, images, destination, predicted.known)
-        make_rows = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
+        make_rows = lambda images: predictor.rows(images, options)  # noqa: E731
+        if embeds:
+            make_rows = lambda images: embedding_rows(predictor.embed(images))  # noqa: E731
         if form is not None and form.has_probs:
             make_rows = name_probs(predictor)
         batches = predict_all(predictor, paths, config, make_rows)
