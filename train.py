@@ -1,12 +1,16 @@
-r"""Train a classifier: find the learning rate, then train one cycle, with live plots.
+r"""Train a classifier or a tagger, by a plan for some minutes or by a recipe.
 
-    python train.py                                                       the embedded glyphs
-    python train.py data.root=PATH                      class folders, with or without train/ and val/
+    python train.py data.root=PATH loop.minutes=10 run_dir=outputs/mine                  class folders or a table
+    python train.py task=tagging data.root=PATH loop.minutes=10 run_dir=outputs/tags     a tagger
+    python train.py data.root=PATH loop.minutes=10 dry_run=true       check the data and the settings, without training
+
+    python train.py                                                   the embedded glyphs, by conf/train.yaml
     python train.py model.name=convnext_atto optim=adamw data.root=PATH
     python train.py --multirun optim.lr=0.1,0.4 sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data.root=PATH
 
-The same command resumes a run. finetune.py has the defaults for initial weights (init_from).
+With loop.minutes the program measures machine and images, chooses network, image size, augmentation and rate, and says
+why. The same command resumes a run. finetune.py has the defaults for initial weights (init_from).
 """
 
 from utils.start import begin

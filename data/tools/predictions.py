@@ -39,6 +39,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_LINE = re.compile(rb"""^(["']?)(.+?)\1\r?$""", re.MULTILINE)  # of stdin; Windows and `ls -Q` write quotes
 _SERIES = re.compile(r"(.+)_\(([^()]+)\)")
 
 Row = dict[str, Any]
@@ -59,7 +60,7 @@ def list_images(source: str | Sequence[str], key: str) -> ImageList:
     """
     names = [source] if isinstance(source, str) else source
     if source == "-":
-        names = [os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line]
+        names = [os.fsdecode(name) for _, name in _LINE.findall(sys.stdin.buffer.read())]
     folders = set()
     paths = {}
     absent = []

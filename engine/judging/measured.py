@@ -89,7 +89,10 @@ class Measured:
             task.to(memory_format=torch.channels_last)
         loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
         if len(self.rows) == 0:
-            raise UserError(f"split: {self.data.collection.root} has no image of split={self.split}; set another one")
+            raise UserError(
+                f"split: {self.data.collection.root} has no image of split={self.split}; set another one, such as "
+                "split=all, or train with validation images (data.validation_fraction=0.1)"
+            )
         if loaders["val"].samples < len(self.rows):
             self._report_unlabelled(loaders["val"].samples)
         return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}

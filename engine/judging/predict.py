@@ -199,4 +199,5 @@ def predict(config: PredictConfig, job: Job) -> str:
         batches = predict_all(predictor, paths, config, make_rows)
         predicted.write(join_texts(batches, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
-    return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
+    present = len(images.paths) - len(paths)
+    return f"wrote {written}: {len(paths)} images" + (f", {present} there already" if present else "")

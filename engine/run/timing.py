@@ -16,7 +16,6 @@ from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.pace import Length, Pace, Speed, read_minutes
 from engine.update.runtime import Runtime
-from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
@@ -30,6 +29,7 @@ _MOST_TIMED_UPDATES = 50  # of a timing
 _FEW_UPDATES = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
 _DRAIN_FACTOR = 2  # times the batches read ahead are used up first: the timing then waits for data as the run will
 _TIMED_BATCHES = 8  # of an evaluation
+_LEAST_SHARE = 0.1  # of the minutes is for updates, even if the start has taken the others
 _END_SEC = 4.5  # the last pictures and weights
 _NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; on an idle GPU the times are equal
 
@@ -37,7 +37,7 @@ _NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; on an idle GPU t
 def fit_minutes(run: Run) -> None:
     """Give the run the number of steps that fit into its minutes, measured now or by its first start.
 
-    Raises UserError (`loop.minutes`) if no step fits.
+    Steps have a tenth of the minutes at least: if the start took too long, the run takes longer than its minutes.
     """
     minutes = run.config.loop.minutes
     length = read_minutes(run.folder.path, minutes)
@@ -46,13 +46,14 @@ def fit_minutes(run: Run) -> None:
     end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
     if length is None:
         speed = _time_steps(run, _TIMING_SHARE * 60 * minutes)
-        length = _measure_length(run, minutes, speed, end_sec)
+        length, late_sec = _measure_length(run, minutes, speed, end_sec)
+        end_sec -= late_sec
     run.pace = Pace(run.folder.path, length, run.recorder.clock.mark(run.step), speed, end_sec)
     run.use_length(length.steps_before(run.step))
 
 
-def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> Length:
-    """Time an evaluation. Return the length of the run, with the number of steps that fit."""
+def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> tuple[Length, float]:
+    """Time an evaluation. Return the length of the run, with the number of steps that fit, and the seconds beyond."""
 
     def plan_of(steps: int) -> Plan:
         return plan_streams(run.config, run.streams, run.plan.world_size, steps)
@@ -60,17 +61,19 @@ def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> L
     run.evaluator.seconds = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - end_sec
-    steps = distributed.rank_zero_call(lambda: _count_steps(left, speed, run.evaluator.seconds, plan_of))
+    least = _LEAST_SHARE * 60 * minutes + run.evaluator.seconds if run.evaluator.finish is None else left
+    most = max(left, least)
+    steps = max(1, distributed.rank_zero_call(lambda: _count_steps(most, speed, run.evaluator.seconds, plan_of)))
+    plan = plan_of(steps)
+    late_sec = speed.seconds_to(steps) + plan.evaluations_after(0) * run.evaluator.seconds - left
     step = f"{speed.first:.3g} s, after the first epoch {speed.later:.3g} s"
     measured = f"a step takes {step}, an evaluation {run.evaluator.seconds:.3g} s, the start took {start_sec:.3g} s"
-    if steps < 1 and run.evaluator.finish is None:
-        raise UserError(f"loop.minutes: {minutes:g} are too few: {measured}; set more")
-    steps = max(1, steps)
-    plan = plan_of(steps)
     warmup = f", {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ""
     length = f"{steps:,} steps, {plan.epoch_at(steps):.3g} epochs{warmup}"
     log.info("loop.minutes=%g: %s; %s", minutes, length, measured)
-    return Length(minutes=minutes, steps=steps, words=list(run.folder.job.planned))
+    if late_sec > 0:
+        log.warning("loop.minutes: %g are too few: the run takes about %.3g s more", minutes, late_sec)
+    return Length(minutes=minutes, steps=steps, words=list(run.folder.job.planned)), max(0.0, late_sec)
 
 
 def _count_steps(left: float, speed: Speed, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:

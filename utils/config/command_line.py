@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from utils.config.help import CONF, read_defaults
 from utils.config.recipe import flatten
-from utils.config.schema import path_keys
+from utils.config.schema import list_keys, path_keys
 from utils.config.sweep_config import FLAGS
 from utils.errors import about
 from utils.io.files import readable
@@ -103,6 +103,36 @@ class Script(NamedTuple):
     typed: set[str]
 
 
+# Words that people type first, and the keys that scripts without this word have.
+_OTHER_NAMES = {
+    "data.root": ["input", "run_dir"],
+    "epochs": ["loop.total_epochs"],
+    "input": ["data.root"],
+    "output": ["run_dir"],
+    "run_dir": ["weights", "runs"],
+    "steps": ["loop.total_steps"],
+    "weights": ["init_from"],
+}
+
+
+def _name_usual(word: str, script: Script) -> Iterator[str]:
+    key, equals, value = word.partition("=")
+    known = list_keys(script.schema)
+    if equals or key in known or re.match(r"-|~\w", key):  # or Hydra removes the key
+        names = [key, *_OTHER_NAMES.get(key, ())]
+    else:
+        names = ["data.root", "input", "run_dir"]
+        word = f"{names[0]}={word}"
+    name = next((name for name in names if {name, f"job.{name}"} & known), names[0])
+    yield word.replace(names[0], name, 1)
+
+
+def join_spaces(words: Sequence[str]) -> list[str]:
+    """Return words in which `KEY = VALUE`, typed with spaces, is one word."""
+    text = re.sub(r"\0?=\0(?![-\0]|[^\0]*=)|\0=", "=", "\0".join(words))
+    return text.split("\0") if words else []
+
+
 def _quote_path(word: str, script: Script) -> Iterator[str]:
     """Quote a path, so that Hydra takes it literally.
 
@@ -136,7 +166,7 @@ def _name_job(word: str, script: Script) -> Iterator[str]:
 
 
 def _choose_folder(word: str, script: Script) -> Iterator[str]:
-    if word.startswith("data.root=") and not script.typed & {"data", _EXPERIMENT}:
+    if word.lstrip("+").startswith("data.root=") and not script.typed & {"data", _EXPERIMENT}:
         usual = read_defaults(script.config_dir / f"{script.name}.yaml").get("data", "")
         if usual in ("glyphs", None):
             yield "data=image_folder"
@@ -168,6 +198,7 @@ class Spelling(NamedTuple):
 _PATHS = Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_path)
 # In order. The run folder records the words after all spellings but the last one.
 SPELLINGS = (
+    Spelling("`PATH`, `epochs=X`", "`data.root=PATH`, `loop.total_epochs=X`: the names of these keys", _name_usual),
     Spelling("`output=X`", "`job.output=X`, in scripts with jobs: keys of no group are those of the job", _name_job),
     _PATHS,
     Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),

@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, literal, quote_paths, respell
+from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, join_spaces, literal, quote_paths, respell
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.recipe import flatten
@@ -65,7 +65,7 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     """
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
     is_chosen = job.states("model.family")
-    run = None if is_chosen or not source or "model" not in values else run_of(Path(source))
+    run = None if is_chosen or not source or "model" not in values else run_of(Path(source).expanduser())
     model = {} if run is None else run.config.get("model")
     if not isinstance(model, dict) or "name" not in model:
         return job
@@ -137,6 +137,7 @@ class Command(Generic[Schema]):
 
     def prepare(self, arguments: list[str]) -> tuple[Schema, Job]:
         """Return the checked configuration and the job. A sweep, or `--cfg`, ends the process instead."""
+        arguments = join_spaces(arguments)
         for word in arguments:
             _check_word(word)
         try:
@@ -159,7 +160,7 @@ class Command(Generic[Schema]):
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
-        typed = {word.partition("=")[0] for word in words}
+        typed = {word.partition("=")[0].lstrip("+") for word in words}
         script = Script(self.script, self.schema, self.config_dir, typed)
         words = respell(words, script, *SPELLINGS)
         groups = f"hydra.searchpath=['file://{CONF}']"

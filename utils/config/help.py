@@ -46,7 +46,7 @@ def read_defaults(file: Path) -> dict[str, str | None]:
 def show_help(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
     """Return the help of a script; `words` may choose other files of groups (optim=sgd)."""
     title, _, examples = documentation.partition("\n")
-    lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
+    lines = [title, examples.rstrip(), _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
     chosen = dict(word.partition("=")[::2] for word in words)
     names = {}
     for group, name in read_defaults(CONF / f"{script.stem}.yaml").items():
@@ -58,7 +58,7 @@ def show_help(script: Path, documentation: str, words: Sequence[str] = ()) -> st
             lines += ["", f"{group}={name}  ({', '.join(known)})"]
         if name in known:
             lines += [f"  {line}" for line in _read(CONF / group, name)]
-    return "\n".join([*lines, "", "Examples:", examples])
+    return "\n".join([*lines, ""])
 
 
 def _read(folder: Path, name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from utils.config.help import CONF, list_options
 from utils.config.recipe import flatten
-from utils.config.schema import Strict, path_keys, walk_keys
+from utils.config.schema import Strict, list_keys
 from utils.errors import UserError, close_names
 
 Schema = TypeVar("Schema", bound=Strict)
@@ -95,11 +95,12 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
             )
         case "model_type" | "model_attributes_type" | "dict_type":
             return key, f"must be a group of keys, {found}"
-    return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, {found}"
+    text = re.sub("than or equal to 0[.]0{9,}1$", "than 0", error["msg"])  # `Positive`
+    return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', text)}, {found}"
 
 
 def _unknown(key: str, schema: type[Strict]) -> str:
-    known = {known for known, _ in walk_keys(schema) if not _CHOICES.fullmatch(known)}
+    known = {known for known in list_keys(schema) if not _CHOICES.fullmatch(known)}
     return f"unknown key; {close_names(key, known - {key})}"
 
 
@@ -112,10 +113,7 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals or key.startswith("-"):
-            known = {name for name, _ in walk_keys(schema)}
-            is_key = key in known or key.startswith("-")  # a word alone is mostly a folder
-            advice = close_names(key.lstrip("-"), known) if is_key else close_names("", path_keys(schema))
-            return f"{key}: write KEY=VALUE, without dashes; {advice}"
+            return f"{key}: write KEY=VALUE, without dashes; {close_names(key.lstrip('-'), list_keys(schema))}"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         cause = error.__cause__

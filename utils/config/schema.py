@@ -4,6 +4,7 @@ YAML holds the values, the models hold the types and limits (docs/configuration.
 `config.py`.
 """
 
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from functools import cache, reduce
@@ -32,7 +33,9 @@ class Strict(BaseModel):
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
 _IS_PATH = "path"
 _IS_SHORT = Field(min_length=1, max_length=4095, pattern=r"^([^/\x00]{0,255}(/|$))+$")
-PathText = Annotated[str, _IS_SHORT, AfterValidator(find_path), _IS_PATH]  # as the file system spells it
+PathText = Annotated[  # as the file system spells it
+    str, _IS_SHORT, AfterValidator(os.path.expanduser), AfterValidator(find_path), _IS_PATH
+]
 _IS_TERMS = "terms"
 TermsText = Annotated[str, _IS_TERMS]  # what data/collection/search.py finds; quoted, too, because of its = < and "
 
@@ -60,6 +63,12 @@ def _parts(annotation: Any) -> Iterator[Any]:
     if typing.get_origin(annotation) is not dict:
         for part in typing.get_args(annotation):
             yield from _parts(part)
+
+
+@cache
+def list_keys(schema: type[BaseModel]) -> set[str]:
+    """Return the dotted keys of a schema."""
+    return {key for key, _ in walk_keys(schema)}
 
 
 @cache

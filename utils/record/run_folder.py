@@ -61,6 +61,8 @@ class RunFolder(NamedTuple):
 def default_run_dir(config: Json, job: Job) -> Path:
     """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run; it may not exist."""
     model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
+    if job.script == "train" and config["loop"]["minutes"] and not job.states("model"):
+        model = "planned"  # the plan may take any network
     return Path(config["run_dir"] or f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}")
 
 

@@ -2,11 +2,13 @@
 folders; most in the test's own process, some as real processes.
 """
 
+from pathlib import Path
+
 import pytest
 
 from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
-from utils.config.command_line import FILE_SPELLING, SPELLINGS
+from utils.config.command_line import FILE_SPELLING, SPELLINGS, join_spaces
 from utils.config.entry_point import entry_point, quote_paths
 from utils.config.help import ROOT
 from utils.errors import UserError
@@ -145,6 +147,24 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
 def test_a_folder_is_of_the_users_own_images(words, data):
     values, job = compose("train", words)
     assert values.data.name == job.choices["data"] == data
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "read"),
+    [
+        ("train", "{here}", "data.root={here}"),
+        ("train", "data.root = {here}", "data.root={here}"),
+        ("train", "data.root= ~", "data.root={home}"),
+        ("train", "data.root={here} epochs=3", "data.root={here} loop.total_epochs=3"),
+        ("predict", "run_dir={here} {here} output=x.csv", "weights={here} input={here} output=x.csv"),
+        ("evaluate", "run_dir={here} input={here}", "job.run_dir={here} data.root={here}"),
+        ("export", "{here} format=onnx", "run_dir={here} format=onnx"),
+    ],
+)
+def test_what_people_type_first_is_understood(script, typed, read, tmp_path):
+    places = {"here": tmp_path, "home": Path.home()}
+    found, plain = (configure(script, join_spaces(words.format(**places).split()))[0] for words in (typed, read))
+    assert found == plain
 
 
 def test_each_word_that_is_read_as_another_has_its_line_on_the_page():

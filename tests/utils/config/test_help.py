@@ -27,7 +27,7 @@ def test_help_imports_nothing_slow():
 def test_help_has_the_docstring_and_the_keys_of_each_file(script):
     text = show_help(FILES[script], TEXTS[script])
     title, _, examples = TEXTS[script].partition("\n")
-    assert text.startswith(title + "\n") and text.endswith(examples)
+    assert text.startswith(f"{title}\n{examples.rstrip()}\n")
     config, job = configure(script, MANDATORY.get(script, "").split())
     for group, name in job.choices.items():
         assert f"\n{group}={'null' if name == 'None' else name}  (" in text

@@ -82,7 +82,6 @@ FROM_HYDRA = {
     "+optim=adan": "Multiple values for optim ... adan",
     "optim.betas=[0.9": "optim.betas: '[0.9' ... quotes",
     "optim.lr": "optim.lr: ... KEY=VALUE",
-    "/a/folder": "/a/folder: ... data.root",
     "--lr=1": "--lr: ... close: optim.lr",
     "lr=1": "lr: ... close: optim.lr",
     "seed=${nothing}": "seed: ... 'nothing' not found",
