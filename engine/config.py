@@ -58,7 +58,7 @@ class _LoopConfig(Strict):
     early_stop_least: Annotated[float, Field(ge=0)]  # a smaller change is no improvement
     batch_size: Count
     micro_batch_size: Literal["auto"] | Count  # auto: all samples of a rank
-    sampling: Literal["shuffled", "blocks", "balanced"]
+    sampling: Literal["shuffled", "balanced"]
     find: TermsText | None  # training images, by the terms of data/collection/search.py
     per_class: Count | Share | None
     count: Count | None

@@ -153,7 +153,7 @@ class Images(Source):
         self.listing = images
         self.contents = open_contents(images)
         self.decoder = decoder
-        self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
+        self.prefetch = self.contents.prefetch
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the decoded image of a row. Raises UnreadableImage."""

@@ -24,7 +24,7 @@ from data.collection.collection import Collection
 from data.config import CacheConfig
 from data.images.bytes import Images, image_key
 from data.images.record_store import LimitedStore
-from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
+from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils.errors import UserError
 from utils.hardware import free_memory
 from utils.ranks import distributed
@@ -86,10 +86,6 @@ class Cached(Source):
         """Return whether a row has a record."""
         place = self.key_of(row)
         return place is not None and self.records.has(place)
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the file of the inner source, unless the row is cached."""
-        return None if self.has(row) else self.inner.file_of(row)
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows that are not cached. Lazily, because most sources ignore it."""

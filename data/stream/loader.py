@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.collection.collection import Collection, Row
 from data.stream.batch import Packed, Ragged, Sample, collate, pack, to_device
 from data.stream.order import (
-    BlockSampler,
     Draw,
     Sampler,
     Views,
@@ -36,7 +35,6 @@ from data.stream.order import (
     plan_batches,
     train_batches,
 )
-from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
 from utils.contracts import Batch, LoaderMachine, State, Tensors
@@ -269,8 +267,6 @@ class TrainStream:
         rank = distributed.rank()
         ranks = distributed.world_size()
         draws = train_batches(self.sampler, batch_size, micro_batch_size, start_step, rank, ranks)
-        if isinstance(self.sampler, BlockSampler) and self.sampler.reads_ahead and rank == 0:
-            draws = read_ahead(draws, self.loader.source, self.sampler)
         batches = self.loader.load(draws)
         while True:
             if self.loader.windows is not None:

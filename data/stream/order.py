@@ -9,14 +9,12 @@ tables.
 """
 
 import itertools
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy import ndarray
 from torch import Tensor
 
@@ -24,8 +22,6 @@ from data.collection.collection import Collection
 from data.collection.concepts import count_positions, share_out
 from utils import rng
 from utils.errors import UserError
-from utils.hardware import free_memory
-from utils.ranks import distributed
 
 
 @lru_cache(maxsize=4096)
@@ -158,52 +154,6 @@ class _BalancedSampler(Sampler):
         return number, epoch * rounds + extra_of_class + turn
 
 
-class BlockSampler(Sampler):
-    """Every sample once per epoch, in blocks of neighbours, so that shards are read nearly in sequence.
-
-    Each epoch splits the rows, as a circle with a random start, into blocks of `block` rows. The blocks are ordered
-    randomly, and `window` blocks at a time are shuffled together; remaining rows come at the end of the last window.
-    About one in `window` samples shares the block of its neighbour. Therefore a block should not hold a single class;
-    job=pack shuffles rows before it writes shards.
-
-    reads_ahead: whether a run reads the blocks of a window before it draws from them (data/stream/read_ahead.py).
-    """
-
-    def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
-        super().__init__(rows, seed)
-        self.block = block
-        self.window = block * window
-        self.reads_ahead = False
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Return (row, 0)."""
-        window = self.window_at(position)
-        epoch, offset = divmod(window.start, self.epoch_length)
-        order = _order(self.seed, rng.hash_counters(epoch, offset // self.window, 3), len(window))
-        return self._row(window.start + order(position - window.start)), 0
-
-    def window_at(self, position: int) -> range:
-        """Return the positions of the window that has this one."""
-        offset = position % self.epoch_length
-        start = offset - offset % self.window
-        first = position - offset + start
-        return range(first, first + min(self.window, self.epoch_length - start))
-
-    def stored_rows(self, window: range) -> list[int]:
-        """Return the rows of a window, block after block."""
-        return [self._row(position) for position in window]
-
-    def _row(self, position: int) -> int:
-        """Return the row at a position before windows are shuffled."""
-        epoch, offset = divmod(position, self.epoch_length)
-        blocks = self.epoch_length // self.block
-        block, inner = divmod(offset, self.block)
-        if block < blocks:  # a full block
-            block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
-        first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
-        return int(self.rows[(first + block * self.block + inner) % self.epoch_length])
-
-
 class GroupedSampler(Sampler):
     """Samples in chunks of fixed size with one group (one shape) each; the chunks of an epoch are shuffled.
 
@@ -250,7 +200,7 @@ def build_sampler(
 ) -> Sampler:
     """Return the sampler for `loop.sampling`, which alone decides how often a position names a row.
 
-    name: shuffled, blocks, or balanced over the classes of the training split; with groups, and of concepts, shuffled.
+    name: shuffled, or balanced over the classes of the training split; with groups, and of concepts, shuffled.
     groups, chunk: as in `GroupedSampler`. Balanced sampling raises UserError if an image has no label.
     """
     turns = None
@@ -262,10 +212,6 @@ def build_sampler(
         return GroupedSampler(rows, groups, chunk, seed, turns)
     if name == "shuffled" or turns is not None:
         return Sampler(rows, seed, turns)
-    if name == "blocks":
-        sampler = BlockSampler(_as_stored(rows, collection), seed)
-        sampler.reads_ahead = _has_room_for(sampler.window, collection)
-        return sampler
     class_ids = collection.class_ids(collection.class_names("train"))[rows]
     if without := np.count_nonzero(class_ids < 0):
         raise UserError(
@@ -273,22 +219,6 @@ def build_sampler(
             "none; set loop.sampling=shuffled"
         )
     return _BalancedSampler(np.asarray(rows), class_ids, seed)
-
-
-def _has_room_for(window: int, collection: Collection) -> bool:
-    """Return whether the page cache has room for two windows of local shards, on a single node."""
-    is_one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not (is_one_node and collection.is_packed):
-        return False
-    return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
-
-
-def _as_stored(rows: Sequence[int], collection: Collection) -> ndarray:
-    """Return rows in storage order: by shard and offset, else by path."""
-    if not collection.is_packed:
-        return np.sort(rows)
-    order = pc.sort_indices(collection.table, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
-    return order[np.isin(order, rows)].astype(np.int64)
 
 
 def train_batches(

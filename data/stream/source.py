@@ -51,10 +51,6 @@ class Source:
         """Return the record that replaces an unreadable one, with the shape of a group; its weight is 0."""
         raise NotImplementedError
 
-    def file_of(self, row: int) -> FileRange | None:
-        """Return what `read` reads of a local disk, or None."""
-        return None
-
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows of a batch, if single reads are slow."""
 

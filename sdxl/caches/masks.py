@@ -117,7 +117,7 @@ class Masked(Source):
         self._masks = masks
         self._buckets = buckets
         self._find_fit = find_fit
-        self.file_of, self.prefetch, self.readings = inner.file_of, inner.prefetch, inner.readings
+        self.prefetch, self.readings = inner.prefetch, inner.readings
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return a record with its mask. Raises UnreadableImage for either."""

@@ -1,7 +1,6 @@
 """The stream. Properties of every sampler, purity of positions, exactness over ranks and micro-batches."""
 
 import itertools
-import os
 import random
 from collections import Counter
 from itertools import islice
@@ -10,9 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data.stream import read_ahead
 from data.stream.order import (
-    BlockSampler,
     GroupedSampler,
     Sampler,
     Turns,
@@ -22,7 +19,6 @@ from data.stream.order import (
     plan_batches,
     train_batches,
 )
-from data.stream.source import FileRange
 from tests.support import refuses
 from utils import rng
 
@@ -35,7 +31,6 @@ CHUNK = 4
 CONCEPTS, POSITIONS = np.repeat([0, 1, 3], [5, 30, 2]), np.array([15, 12, 0, 3])  # three times, a share, none, a share
 SAMPLERS = {
     "shuffled": lambda seed: Sampler(ROWS, seed),
-    "blocks": lambda seed: BlockSampler(ROWS, seed, block=5, window=3),
     "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
     "concepts": lambda seed: Sampler(ROWS, seed, Turns(CONCEPTS, GROUPS * 0, POSITIONS, seed)),
@@ -80,7 +75,7 @@ def test_a_far_position_is_found_at_once(monkeypatch, name):
 
 def test_an_empty_split_is_refused():
     none = np.empty(0, dtype=np.int64)
-    for make in (Sampler, BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
+    for make in (Sampler, lambda *given: GroupedSampler(none, none, 4, 0)):
         with refuses(r"^data\.root: there is no sample"):
             make(none, 0)
 
@@ -89,43 +84,12 @@ def test_an_empty_split_is_refused():
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 37, 60, 64, 1000])
-def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
+def test_every_epoch_of_a_shuffled_stream_is_a_permutation(count):
     rows = np.arange(count) * 5
-    for sampler in (Sampler(rows, 2**40), BlockSampler(rows, 3, block=5, window=3)):
-        assert sampler.epoch_length == count and sampler.chunk is None
-        for epoch in (0, 1, 999):
-            assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
-
-
-# --- blocks
-
-
-def test_a_window_has_whole_blocks_of_neighbours():
-    found = epoch_rows(BlockSampler(np.arange(67), 0, block=5, window=3), 1)
-    for start in (0, 15, 30, 45):  # the last window has one block and the two rows that fill none
-        rows = {*found[start : start + 15]}
-        begins = [row for row in rows if (row - 1) % 67 not in rows]
-        assert len(rows) == 15 and len(begins) <= 3, "a row in it whose neighbour is not begins a block"
-
-
-def test_each_window_is_read_while_the_one_before_is_drawn_from(tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr(os, "pread", lambda file, length, start: read.append(start // 10**6))
-    monkeypatch.setattr(read_ahead, "Thread", lambda target, args, **_: SimpleNamespace(start=lambda: target(*args)))
-    (tmp_path / "shard").touch()
-    source = SimpleNamespace(file_of=lambda row: FileRange(tmp_path / "shard", row * 10**6, 10))
-    sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
-    batches = train_batches(sampler, 5, 5, 0)
-    for number, batch in enumerate(islice(read_ahead.read_ahead(batches, source, sampler), 30)):
-        assert batch[0].position == 5 * number
-        known = sampler.window_at(sampler.window_at(5 * number).stop).stop
-        assert sorted(read) == sorted(sampler.at(position)[0] for position in range(15, known))
-
-
-def test_near_ranges_are_read_as_one():
-    parts = [FileRange("a", 10, 2**23), FileRange("b", 9, 1), FileRange("a", 0, 9), FileRange("a", 2**20, 5)]
-    joined = [FileRange("a", 0, 9), FileRange("a", 10, 2**23), FileRange("b", 9, 1)]
-    assert read_ahead.join_ranges(parts) == joined
+    sampler = Sampler(rows, 2**40)
+    assert sampler.epoch_length == count and sampler.chunk is None
+    for epoch in (0, 1, 999):
+        assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
 
 
 # --- concepts

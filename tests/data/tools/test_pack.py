@@ -17,7 +17,6 @@ import data.tools.pack
 from data.images.bytes import DAMAGED_SHARD, member_key, open_contents
 from data.images.sizes import image_sizes
 from data.layouts.table import replace_column
-from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.in_process import run
@@ -77,9 +76,6 @@ def test_a_packed_collection_is_the_collection(collections, place):
     assert len(splits) == len(shards(place / "packed")) > 3  # each of one split
     labels = [row["label"] for row in table.to_pylist() if row["split"] == "train"]
     assert labels != sorted(labels)  # training rows are mixed
-    sampler = build_sampler("blocks", packed.rows("train"), packed, 0)
-    places = [(packed.row(row).shard, packed.row(row).offset) for row in sampler.rows.tolist()]
-    assert places == sorted(places) and sorted(sampler.rows) == packed.rows("train").tolist()
 
 
 def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
