@@ -160,7 +160,7 @@ class TrainingConfig(Strict):
         elif phase.image_size_hw is None and phase.areas_px is not None and buckets and not buckets.sizes_hw:
             values["task"]["buckets"] = buckets.of_areas(phase.areas_px).model_dump()
         else:
-            areas = "areas_px with task.buckets.sizes_hw=null"
+            areas = "areas_px with task.buckets.sizes_hw=null and fit=null"
             raise ValueError(f"{key}: set one size: image_size_hw, or for SDXL and its VAE {areas}")
         try:
             return validate(values, type(self))

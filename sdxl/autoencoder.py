@@ -32,7 +32,7 @@ from sdxl.caches.buckets import fitted_views
 from sdxl.config import SDXLConfig
 from sdxl.kind import BucketedKind, Reading, find_buckets
 from sdxl.networks import describe_base, open_networks
-from sdxl.settle import settle_vae
+from sdxl.settle import FIT, settle_vae
 from sdxl.step import encode_images, to_bytes, to_levels
 from utils.contracts import Batch, State
 from utils.errors import UserError
@@ -193,7 +193,7 @@ class AutoencoderKind(BucketedKind):
 
     model = SDXLConfig
     task = AutoencoderTask
-    changes = (ConfigChange(settle_vae, "the VAE has these values"), *Kind.changes)
+    changes = (ConfigChange(settle_vae, "the VAE has these values"), FIT, *Kind.changes)
     next_commands = ("python export.py format=vae run_dir={run}",)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:

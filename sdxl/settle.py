@@ -5,9 +5,12 @@ They are recorded, and compared on resume.
 
 from pathlib import Path
 
+from data.collection.choose import training_rows
 from data.collection.concepts import find_repeats
+from data.images.sizes import SIZES, image_sizes
 from engine.tasks.change import AnyConfig, ConfigChange, Start
 from models.interop.metadata import dict_of
+from sdxl.caches.buckets import choose_sizes
 from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import adapted_shapes
 from sdxl.memory import fit_memory
@@ -90,11 +93,31 @@ def _find_concepts(config: AnyConfig, start: Start) -> AnyConfig:
     return config.changed({"data.concepts": concepts})
 
 
+def _fit_buckets(config: AnyConfig, start: Start) -> AnyConfig:
+    """Return the configuration with the sizes of `task.buckets.fit`."""
+    buckets = config.task.buckets
+    if buckets.fit is None:
+        return config
+    collection = start.collection(config.data)
+    sizes_hw = image_sizes(collection, training_rows(collection, config.loop), SIZES)
+    image_hw = sizes_hw[(sizes_hw > 0).all(axis=1)]
+    chosen = []
+    for sizes in buckets.sizes():
+        fitted, after = choose_sizes(sizes, image_hw, buckets.fit)
+        before = choose_sizes(sizes, image_hw, len(sizes))[1]
+        shares = "%d of %d sizes; cropped of an image in the mean: %.1f %% before, %.1f %% after"
+        log.info(f"task.buckets.fit: {shares}", len(fitted), len(sizes), 100 * before, 100 * after)
+        chosen.append(fitted.tolist())
+    return config.changed({"task.buckets.sizes_hw": chosen})
+
+
+FIT = ConfigChange(_fit_buckets, "these sizes crop the images least", "task.buckets.fit")
 CHANGES = (
     ConfigChange(settle_vae, "the VAE has these values"),
     ConfigChange(_settle_noise, "the base model was trained so"),
     ConfigChange(_continue_lora, "the LoRA goes on", "init_from"),
     ConfigChange(_read_prompts, "task.samples.prompts is a file"),
     ConfigChange(_find_concepts, "data.root and data.trigger say so"),
+    FIT,
     ConfigChange(fit_memory, "runtime.memory_gib is to suffice"),
 )

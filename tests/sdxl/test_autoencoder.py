@@ -26,6 +26,7 @@ from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base
 from tests.support import TINY, assert_same_tensors, checkpoint_tensors, make_collection, refuses, rows
+from utils.io.files import read_json
 
 SHORT = [
     *TINY["autoencoder"], "model.path=base", "data.root=images", "runtime=reference", "runtime.device=cpu",
@@ -61,6 +62,19 @@ def test_both_players_resume_exactly_and_the_encoder_stays(place):
     assert evaluated[-1]["ema/loss"] < evaluated[0]["ema/loss"] and {"ema/psnr", "ema/ssim"} < evaluated[0].keys()
     begun = [row["discriminator"] for row in rows(place / "run/metrics.jsonl", "train")]
     assert len({round(value, 4) for value in begun}) == 6
+
+
+def test_a_run_keeps_the_sizes_that_crop_least_and_goes_on_with_them(place):
+    rule = ["areas_px=[4096]", "step_px=32", "min_px=32", "max_px=128", "fit=1"]
+    base = [word for word in SHORT if "sizes_hw" not in word]
+    words = [*base, *(f"task.buckets.{word}" for word in rule), "task.discriminator.weight=0", "run_dir=fitted"]
+    for steps in (1, 2):
+        run("finetune_vae", [*words, f"loop.total_steps={steps}"], place)
+    buckets = read_json(place / "fitted/config.json")["task"]["buckets"]
+    log = (place / "fitted/log.txt").read_text()
+    assert buckets["sizes_hw"] == [[[64, 64]]] and "task.buckets.fit: 1 of 5 sizes" in log and "resumed from" in log
+    with refuses("^task.buckets.sizes_hw: .*task.buckets.fit"):
+        run("finetune_vae", [*words, "task.buckets.sizes_hw=[[[64,64],[96,64]]]"], place)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Buckets: the rule, the nearest ratio, fits whose coordinates an index image gives back, images that fit nowhere."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,12 @@ from pydantic import ValidationError
 
 from data.images.sizes import image_sizes
 from data.stream.order import Draw
-from sdxl.caches.buckets import BucketFit, assign, fit_into, fitted_views, make_buckets, place
+from sdxl.caches.buckets import BucketFit, assign, choose_sizes, fit_into, fitted_views, make_buckets, place
 from sdxl.config import BucketConfig, sdxl_sizes
 from tests.data.collection.test_collection import load
 from tests.support import turned
 
-RULE = {"areas_px": [1024**2], "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
+RULE = {"areas_px": [1024**2], "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None, "fit": None}
 POLICY = {
     "assign": "no_upscale",
     "crop": "centre",
@@ -46,6 +47,19 @@ def test_the_nearest_ratio_is_chosen_by_its_logarithm():
     found = assign(sizes, buckets)
     assert np.allclose(distance[np.arange(5000), found], distance.min(axis=1))
     assert assign(np.array([[1, 1], [3, 3]]), np.array([[64, 64], [32, 32], [64, 32]])).tolist() == [0, 0]
+
+
+def test_the_chosen_sizes_crop_least_of_all_choices():
+    sizes, image_hw = sdxl_sizes(1024**2, 128, 512, 2048), np.random.default_rng(0).integers(300, 2000, (60, 2))
+
+    def lost(chosen):
+        target = chosen[assign(image_hw, chosen)]
+        return (1 - (target / (image_hw * (target / image_hw).max(axis=1, keepdims=True))).prod(axis=1)).mean()
+
+    for count in (1, 2, 4, 100):
+        chosen, cropped = choose_sizes(sizes, image_hw, count)
+        least = min(lost(np.array(some)) for some in combinations(sizes.tolist(), min(count, len(sizes))))
+        assert len(chosen) == min(count, len(sizes)) and cropped == pytest.approx(lost(chosen)) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -24,7 +24,7 @@ from tests.data.collection.test_collection import load
 from tests.support import refuses
 
 CONFIG = BucketConfig(
-    areas_px=[96**2], step_px=32, min_px=64, max_px=128, sizes_hw=None, assign="no_upscale",
+    areas_px=[96**2], step_px=32, min_px=64, max_px=128, sizes_hw=None, fit=None, assign="no_upscale",
     crop="centre", small="keep", max_upscale=8.0, max_crop=0.9, flip=0.0,
 )  # fmt: skip
 RECIPE = ("0" * 64, "white", False)

@@ -14,6 +14,8 @@ from utils.io.files import Json, Values
 NEWER = {
     "loop.ema_start_steps": 0,
     "lr_finder.only": False,
+    "task[diffusion].buckets.fit": None,
+    "task[autoencoder].buckets.fit": None,
 }
 # The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
 # model of that family.
