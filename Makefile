@@ -38,7 +38,7 @@ $(EXTRAS): $(STAMP)-%: requirements-%.txt $(STAMP)
 	$(PIP)
 
 install-sdxl: $(STAMP)-sdxl  ## add requirements-sdxl.txt, which finetune_sdxl.py needs, to .venv
-install-formats: $(STAMP)-formats  ## add requirements-formats.txt to .venv: HEIC, JPEG XL, and the previews in raw photographs
+install-formats: $(STAMP)-formats  ## add requirements-formats.txt to .venv: HEIC, JPEG XL, DICOM, and the previews in raw photographs
 install-cloud: $(STAMP)-cloud  ## add requirements-cloud.txt, which data.root and loop.checkpoint_mirror of s3://... need, to .venv
 install-view: $(STAMP)-view  ## add requirements-view.txt, which view.py needs, to .venv
 

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from data.images.open import ORIENTATION, Unsupported
+from data.images.further import Unsupported
+from data.images.open import ORIENTATION
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,7 +30,12 @@ def load_upright(image: Image.Image) -> Image.Image:
 
     Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
+    box = image.tile[0][1] if image.format == "GIF" and image.tile else None
     image.load()
+    if box not in (None, (0, 0, *image.size)):  # outside its first frame, a GIF is transparent, as browsers have it
+        frame = image.convert("RGBA").crop(box)
+        image = Image.new("RGBA", image.size)
+        image.paste(frame, box)
     if image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         image = Image.fromarray(65535 - np.asarray(image).astype(np.uint16))
     method = UPRIGHT.get(read_orientation(image))

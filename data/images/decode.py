@@ -17,22 +17,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
-from data.images.open import LACKS_END, decoder_versions, open_image
+from data.images.further import REMARK
+from data.images.open import decoder_versions, open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_RULES = 4  # version of conversion and resizing; increment it to invalidate cached images
+_RULES = 5  # version of conversion and resizing; increment it to invalidate cached images
 
 
 @functools.cache
-def _say_end_lacks() -> None:
-    """Log once in a process that a JPEG has been read whose end marker is missing."""
-    log.warning(
-        "a JPEG without an end marker is read, because all its data are there; prepare.py job=check lists such files"
-    )
+def _say_once(remark: str) -> None:
+    """Log a remark about an image once in a process."""
+    log.warning("%s; prepare.py job=check lists such files", remark)
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Decoder:
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
         with open_image(content, name, self.max_pixels) as image:
-            if LACKS_END in image.info:
-                _say_end_lacks()
+            if REMARK in image.info:
+                _say_once(image.info[REMARK])
             return self._decode(image)
 
     def _decode(self, image: Image.Image) -> Tensor:

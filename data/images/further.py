@@ -1,4 +1,4 @@
-"""Formats that packages of requirements-formats.txt read: HEIF, JPEG XL, and the previews in raw photographs.
+"""Formats that packages of requirements-formats.txt read: HEIF, JPEG XL, DICOM, and the previews in raw photographs.
 
 A package is imported at the first file that needs it: together they take half a second.
 """
@@ -15,12 +15,18 @@ from data.layouts.names import FURTHER, is_raw
 _BEGINS = {
     "pillow-heif": re.compile(rb"....ftyp(he|(mif1|msf1)(?!.{0,40}avi[fs]))", re.DOTALL),
     "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+    "pydicom": re.compile(rb".{128}DICM", re.DOTALL),
 }
-FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL"}  # Pillow's names
+REMARK = "remark"  # in `info`: an oddity of an image that is read
+FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL", "pydicom": "DICOM"}  # Pillow's names, and ours
 _JXL_START = re.compile(rb"\xff\x0a|.*?jxl(?:c|p....)\xff\x0a", re.DOTALL)  # of the codestream, bare or in a box
 _JXL_RATIOS = 1, 1, 1.2, 4 / 3, 1.5, 16 / 9, 1.25, 2  # width to height, by code from 1
 _JXL_BITS = 9, 13, 18, 30  # of a side, by code
 _TURNS = {3: 3, 5: 8, 6: 6}  # EXIF's number of a rotation, by LibRaw's
+
+
+class Unsupported(ValueError):
+    """A valid image that has no 8-bit form."""
 
 
 def package_of(content: bytes, name: str) -> str | None:
@@ -39,6 +45,8 @@ def load_package(package: str) -> ModuleType:
         module.register_heif_opener(decode_threads=1, thumbnails=False)
     elif package == "pillow-jxl-plugin":
         module.JpegXLImagePlugin.DECODE_THREADS = 0
+    elif package == "pydicom":  # else a line for each odd value of a header
+        module.config.settings.reading_validation_mode = module.config.IGNORE
     return module
 
 

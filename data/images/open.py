@@ -15,8 +15,9 @@ from importlib.metadata import version
 import PIL
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from data.images.dicom import read_dicom
 from data.images.further import FORMATS as FURTHER_FORMATS
-from data.images.further import count_jxl_pixels, load_package, package_of, read_preview
+from data.images.further import REMARK, Unsupported, count_jxl_pixels, load_package, package_of, read_preview
 from data.images.jpeg import complete, lacks_end
 from data.layouts.names import INSTALL
 from data.stream.source import UnreadableImage
@@ -45,17 +46,14 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 NO_DECODER = "its decoder is not installed"
-LACKS_END = "lacks end marker"  # in `info` of a JPEG whose end marker is missing, but whose data are whole
+_LACKS_END = "a JPEG without an end marker, which is read, because all its data are there"
 ORIENTATION = 0x0112  # the tag of EXIF
+_BITS = 0x0102  # a tag of TIFF
 RAW = "raw"  # the format of an image that is the preview in a raw photograph
 
 # Pillow's warnings (truncated EXIF, a palette with transparency, a broken animation) would add a line to the log for
 # each image and worker. `max_pixels` limits sizes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class Unsupported(ValueError):
-    """A valid image that has no 8-bit form."""
 
 
 def decoder_versions() -> str:
@@ -105,6 +103,8 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
     package = package_of(content, name)
     formats = (*FORMATS, "TGA") if name.lower().endswith(_TGA_SUFFIX) else FORMATS
     turn = 1
+    if package == "pydicom":
+        return read_dicom(content, max_pixels, header)
     if package == "rawpy":
         content, turn = read_preview(content)
     elif package is not None:
@@ -120,12 +120,13 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
         if image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height} pixels"
             raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} that max_pixels allows")
+        _correct_tiles(image, content)
         if image.format == "PNG" and not header:
             _scale_transparency(image)
             image.load()
         if image.format in ("JPEG", "MPO") and not header and lacks_end(content):
             image = load(complete(content, image.mode))
-            image.info[LACKS_END] = True
+            image.info[REMARK] = _LACKS_END
         if package == "rawpy":
             image.format = RAW
             image.getexif().setdefault(ORIENTATION, turn)
@@ -140,6 +141,18 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
             with suppress(Exception):
                 return load(_select_chunks(content, kept))
         raise
+
+
+def _correct_tiles(image: Image.Image, content: bytes) -> None:
+    """Let Pillow read all 16 bits of planes of a TIFF, of which it takes 8, and no alpha in a TGA that states none."""
+    modes = {}
+    if image.format == "TGA" and image.mode == "RGBA" and not content[17] & 15:
+        image._mode = "RGB"
+        modes = {"BGRA": "BGRX"}
+    elif image.format == "TIFF" and 16 in image.tag_v2.get(_BITS, ()):
+        modes = {band: f"{band};16{'LB'[content[:1] == b'M']}" for band in image.mode}
+    for row, tile in enumerate(image.tile if modes else ()):
+        image.tile[row] = tile._replace(args=(modes.get(tile.args[0], tile.args[0]), *tile.args[1:]))
 
 
 def _scale_transparency(image: Image.Image) -> None:
@@ -179,6 +192,8 @@ def _explain(error: Exception) -> tuple[str, str]:
             return TOO_LARGE, f"{text.partition(' exceeds')[0]} is more than max_pixels allows"
         case Unsupported():
             return UNSUPPORTED, text
+        case RuntimeError() if "missing dependencies" in text:  # of pydicom
+            return NO_DECODER, text
         case MemoryError():
             return NO_MEMORY, "not enough memory to decode it"
         case OSError(errno=int()):
@@ -189,7 +204,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 def _explain_header(head: bytes) -> tuple[str, str]:
     """Return the kind of fault for a file that no reader accepted, and details, from its first bytes."""
     Image.init()
-    for name in FORMATS:
+    allowed = (*FORMATS, *FURTHER_FORMATS.values())
+    for name in filter(Image.OPEN.__contains__, allowed):
         if Image.OPEN[name][1](head):
             return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
-    return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(FORMATS)}"
+    return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(allowed)}"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from data.layouts.dicom import read_fields
 from data.layouts.names import IMAGE_SUFFIXES
 from data.layouts.places import lacks_labels
 from data.layouts.readers import READERS, Reader
@@ -47,13 +48,13 @@ def read_folder(folder: Folder) -> pa.Table:
             "data.root: %s names with backslashes, as an archive of Windows leaves them, are read as folders: %s",
             f"{len(slashed):,}", show_some(slashed),
         )  # fmt: skip
-    known = dict.fromkeys(folder.images, Sidecar())
+    known = dict.fromkeys(folder.images, Sidecar()) | read_fields(folder)
     for number, reader in enumerate(READERS):
         found = _read_form(folder, reader)
         if reader.is_whole and found:
             for later in READERS[number + 1 :]:
                 unused.add(f"{later.name} beside {reader.name}", *folder.files.get(later.name, ()))
-            return _build_rows(folder, found)
+            return _build_rows(folder, {path: sidecar.updated(known[path]) for path, sidecar in found.items()})
         for path, sidecar in found.items():
             known[path] = sidecar.updated(known[path])
     _check_places(folder)
@@ -81,6 +82,11 @@ def _build_rows(folder: Folder, sidecars: Mapping[str, Sidecar]) -> pa.Table:
     more = [each or {} for each in fields.pop("more")]
     for name in {name: None for each in more for name in each}:
         fields[name] = [each.get(name) for each in more]
+    for ours, theirs in folder.choice.columns.items():
+        if theirs in fields:
+            values = fields.pop(theirs)
+            numbers = {value: number for number, value in enumerate(sorted({*values} - {None}))}
+            fields[ours] = [*map(numbers.get, values)] if ours == "group" else values
     return build_table({"path": [*sidecars], "size": [folder.images[path] for path in sidecars], **fields})
 
 

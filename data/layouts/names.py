@@ -9,11 +9,13 @@ _RAW = (
     ".kdc .dcr .mos"
 )
 RAW_SUFFIXES = tuple(_RAW.split())
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What the packages of requirements-formats.txt read: by package, the module and the endings.
 FURTHER = {
     "pillow-heif": ("pillow_heif", (".heic", ".heif", ".hif", ".heics", ".heifs")),
     "pillow-jxl-plugin": ("pillow_jxl", (".jxl",)),
     "rawpy": ("rawpy", RAW_SUFFIXES),
+    "pydicom": ("pydicom", DICOM_SUFFIXES),
 }
 INSTALL = "make install-formats"
 MISSING = {ending: name for name, (module, endings) in FURTHER.items() if not find_spec(module) for ending in endings}

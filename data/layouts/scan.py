@@ -10,7 +10,6 @@ from data.layouts.names import (
     CORRECTIONS,
     OURS,
     SHARD_SUFFIXES,
-    is_image_name,
     is_mask_name,
     is_raw,
     is_sidecar,
@@ -19,7 +18,7 @@ from data.layouts.names import (
 from data.layouts.places import place_images
 from data.layouts.readers import SIDECARS, TABLES, find_form, has_reader
 from data.layouts.unused import ORPHANS, Unused
-from data.layouts.walk import walk_folders
+from data.layouts.walk import is_picture, walk_folders
 from utils.errors import about
 from utils.io.names import Names
 
@@ -61,7 +60,7 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
     for folder, entries, names in walk_folders(
         root, unused, lambda path: has_reader(path) or find_form(path) == TABLES
     ):
-        here = set(filter(is_image_name, names))
+        here = {name for name in names if is_picture(root, folder + name)}
         raw = set(filter(is_raw, names))
         stems = {os.path.splitext(name)[0] for name in here - raw} if raw else ()
         twins = {name for name in raw if os.path.splitext(name)[0] in stems}

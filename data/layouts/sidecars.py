@@ -58,7 +58,8 @@ class Sidecar(NamedTuple):
             return self
         known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
         faults = filter(None, (self.sidecar_fault, newer.sidecar_fault))
-        return known._replace(sidecar_fault="\n".join(faults) or None)
+        more = {**(self.more or {}), **(newer.more or {})} or None
+        return known._replace(sidecar_fault="\n".join(faults) or None, more=more)
 
 
 def decode(content: bytes) -> str:

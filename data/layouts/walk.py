@@ -6,9 +6,10 @@ A file or a folder that cannot be read is added to `Unused` with the reason. All
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from data.layouts.names import RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
+from data.layouts.names import MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
 from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
@@ -76,9 +77,19 @@ def walk_folders(
                 else:
                     below.append((f"{path}/", (*chain, os.path.realpath(entry.path))))
             names = {entry.name for entry in files}
-            unused.add_files(*(folder + name for name in names if not takes(folder + name)))
+            others = (folder + name for name in names if not takes(folder + name))
+            unused.add_files(*(path for path in others if not is_picture(root, path)))
             yield folder, files, names
         level = below
+
+
+def is_picture(root: Path, path: str) -> bool:
+    """Return whether a file has the name of an image, or is a DICOM without an ending: IM0001, 1.2.840.113619.2."""
+    if is_image_name(path) or os.path.splitext(path)[1].strip(".0123456789") or ".dcm" in MISSING:
+        return is_image_name(path)
+    with suppress(OSError), open(root / path, "rb") as stream:
+        return stream.read(132).endswith(b"DICM") and not path.endswith("DICOMDIR")
+    return False
 
 
 def _list_below(root: Path, folder: str, unused: Unused) -> list[os.DirEntry[str]]:

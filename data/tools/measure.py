@@ -17,7 +17,8 @@ from PIL import Image
 
 from data.collection.duplicates import draw_thumbnail
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
-from data.images.open import LACKS_END, NO_DECODER, NO_MEMORY, NOT_OPENED, UNLIMITED, open_image, read_file
+from data.images.further import REMARK
+from data.images.open import NO_DECODER, NO_MEMORY, NOT_OPENED, UNLIMITED, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import sha256_text
@@ -64,7 +65,7 @@ class FileFacts(NamedTuple):
 
 def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
-    cache_key = f"2 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
+    cache_key = f"3 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
         [Path(root, path) for path in paths],
@@ -101,13 +102,15 @@ def _measure_image(image: Image.Image) -> FileFacts:
     mode = image.mode
     orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
-    transparent = int(is_transparent(image))
+    transparent = int(is_transparent(upright))
     pixels = convert(upright, 3, background_rgb(DEFAULT))
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
     edges = np.diff(levels, 2, axis=0)[:, 1:-1] + np.diff(levels, 2, axis=1)[1:-1]
-    remark = "a JPEG without an end marker, which is read" if LACKS_END in image.info else None
+    remark = image.info.get(REMARK)
+    if (pixels == pixels[0, 0]).all():
+        remark = f"a picture of one colour, or wholly transparent ({', '.join(map(str, pixels[0, 0]))})"
     top = np.asarray(upright).max() if upright.mode.startswith("I;16") else 0
     if 0 < top < _NEARLY_BLACK:
         remark = f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"

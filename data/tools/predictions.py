@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.layouts.names import IMAGE_SUFFIXES, is_image_name, is_passed_over
+from data.layouts.names import IMAGE_SUFFIXES, is_passed_over
 from data.layouts.sidecars import decode
 from data.layouts.table import show_some
 from data.layouts.unused import UNREAD, Unused, say_unused
-from data.layouts.walk import NOT_UTF8, walk_folders
+from data.layouts.walk import NOT_UTF8, is_picture, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
 from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
@@ -89,10 +89,14 @@ def _list_folder(path: Path, unused: Unused) -> list[Path]:
     if path.is_dir():
         walked = walk_folders(path, unused, follows_links=False)  # outputs beside images stay in the folder
         found = itertools.chain.from_iterable(map(folder.__add__, names) for folder, _, names in walked)
-        return sorted(path / name for name in found if is_image_name(name))
+        return sorted(path / name for name in found if is_picture(path, name))
     files = []
     for file in map(Path, glob.iglob(str(path), recursive=True)):
-        if file.is_file() and is_image_name(file.name) and not any(map(is_passed_over, {*file.parts} - {*path.parts})):
+        if (
+            file.is_file()
+            and is_picture(file.parent, file.name)
+            and not any(map(is_passed_over, {*file.parts} - {*path.parts}))
+        ):
             files.append(file)
     return sorted(files)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from data.images.sizes import read_upright_size
 from data.stream.source import UnreadableImage
 from data.tools.measure import measure_file
-from tests.support import read_image, turned
+from tests.support import encoded, read_image, turned
 
 MAX_PIXELS = 10_000_000
 
@@ -51,6 +51,50 @@ def test_lossless_formats_come_back_as_they_were(tmp_path, name):
     pixels = read(tmp_path / name)
     assert pixels.dtype == np.uint8 and pixels.shape == (16, 32, 3) and pixels.flags.writeable
     assert np.array_equal(pixels, np.array(picture(size=(32, 16))))
+
+
+def planar_tiff(order, bits):
+    """Return a TIFF of a red and a blue pixel, whose planes are stored one after another."""
+    planes = np.array([[1, 0], [0, 0], [0, 1]]) * (2**bits - 1)
+    data = planes.astype(f"{order}u{bits // 8}").tobytes()
+    starts = [8 + row * len(data) // 3 for row in range(3)]
+    tags = {256: [2], 257: [1], 258: [bits] * 3, 259: [1], 262: [2], 273: starts, 277: [3], 278: [1]}
+    tags |= {279: [len(data) // 3] * 3, 284: [2]}
+    place = 8 + len(data) + 6 + 12 * len(tags)
+    entries, further = b"", b""
+    for tag, values in tags.items():
+        value = struct.pack(f"{order}{len(values)}H", *values).ljust(4, b"\0")
+        if len(value) > 4:
+            value, further = struct.pack(f"{order}I", place + len(further)), further + value
+        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + value
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + further
+
+
+def partial_gif():
+    """Return a GIF of 8 x 4 pixels, whose only frame is green and covers the right half."""
+    gif = bytearray(encoded(Image.new("RGB", (4, 4), "lime"), "GIF"))
+    gif[6:8] = struct.pack("<H", 8)
+    start = gif.index(b"\x2c\0\0\0\0\4\0\4\0")
+    gif[start + 1 : start + 3] = struct.pack("<H", 4)
+    return bytes(gif)
+
+
+TGA_WITHOUT_ALPHA = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 2, 1, 32, 0x20) + bytes(
+    [0, 0, 255, 0, 255, 0, 0, 0]
+)
+RARE = {
+    **{f"{bits}{order}.tif": (planar_tiff(order, bits), [RED, BLUE]) for bits in (8, 16) for order in "<>"},
+    "x.gif": (partial_gif(), [WHITE] * 4 + [LIME] * 4),
+    "x.tga": (TGA_WITHOUT_ALPHA, [RED, BLUE]),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_forms_give_the_pixels_that_they_state(name, tmp_path):
+    content, row = RARE[name]
+    (tmp_path / name).write_bytes(content)
+    assert [tuple(pixel) for pixel in read(tmp_path / name)[0].tolist()] == row
 
 
 def test_an_icon_is_read_at_its_largest_size_on_white(tmp_path):

@@ -58,7 +58,7 @@ def test_only_the_end_marker_may_be_missing(kind, seed, share, channels):
 
 
 def test_the_verdict_is_the_same_in_every_command(tmp_path, log):
-    decode._say_end_lacks.cache_clear()
+    decode._say_once.cache_clear()
     content = encoded(photo(), progressive=True)
     for length, kind, remark in ((len(content), None, False), (-2, None, True), (-40, CUT_OFF, False)):
         (tmp_path / "x.jpg").write_bytes(content[:length])

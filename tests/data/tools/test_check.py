@@ -74,10 +74,12 @@ def test_the_test_split_stays_and_its_copies_leave_training(tmp_path):
     assert "0 training, 0 validation and 2 test images" in found
 
 
-def test_brightness_and_sharpness(tmp_path):
+def test_brightness_and_sharpness_and_pictures_that_show_nothing(tmp_path):
     Image.new("L", (7, 2), 51).save(tmp_path / "b.png")
     facts = measure_file(str(tmp_path / "b.png"), 10**6)
-    assert (facts.brightness, facts.sharpness) == (0.2, 0.0)
+    assert (facts.brightness, facts.sharpness) == (0.2, 0.0) and "one colour" in facts.remark
+    Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "b.png")
+    assert "transparent" in measure_file(str(tmp_path / "b.png"), 10**6).remark
     noise = Image.effect_noise((80, 80), 50)
     noise.save(tmp_path / "c.png")
     levels = np.asarray(noise, float)
