@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -25,7 +25,7 @@ from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.formats.emphasis import escape, read_emphasis
 from utils.formats.spelling import is_sentence, parse_tag, split_tags, with_spaces
-from utils.formats.vocabulary import GENERAL, RATING, category_name
+from utils.formats.vocabulary import RATING
 from utils.io.files import Values
 from utils.record.logging import get_logger
 
@@ -40,22 +40,6 @@ _COMMA = "\ue000"  # stands for a comma within emphasis; Unicode gives it no mea
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
 
-Category = Literal["artist", "character", "copyright", "general", "meta", "rating", "quality", "year"]
-# Tags that published SDXL models were trained with. Collections state them as general or meta, if at all.
-_KNOWN = {
-    "quality": re.compile(
-        r"masterpiece|(amazing|best|great|good|high|normal|average|medium|low|bad|worst)_quality"
-        r"|(very_)?(aesthetic|displeasing)|score_\d(_up)?"
-    ),
-    "year": re.compile(r"year_\d{4}|newest|recent|late|mid|early|oldest"),
-}
-
-
-class Text(str):
-    """A text of a row. tags: the row's tags, which state the categories of the tags in it."""
-
-    tags: Sequence[str] = ()
-
 
 class CaptionConfig(Strict):
     """How the text of a row becomes the caption of a sample.
@@ -64,11 +48,10 @@ class CaptionConfig(Strict):
     a caption at random (the first in evaluation), always the first, or all as one text. caption_dropout: probability
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
     The text is split into tags at commas, unless it is a sentence (`is_sentence`). The first `keep_first` tags
-    stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
-    these categories come first, in this order; tags of other categories follow. dropout: by category, in place of
-    `tag_dropout`. keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a
-    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept, with
-    a comma between, or none where a space is: "a photo of ". A caption with the prefix somewhere gets no second one.
+    stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest.
+    keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a second one stay at
+    the end; the separator is removed. prefix, suffix: texts around every caption that is kept, with a comma between, or
+    none where a space is: "a photo of ". A caption with the prefix somewhere gets no second one.
     emphasis: brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
     """
 
@@ -77,8 +60,6 @@ class CaptionConfig(Strict):
     keep_first: CountOrZero
     shuffle: bool
     tag_dropout: Fraction
-    order: list[Category] | None
-    dropout: dict[Category, Fraction] | None
     keep_tokens_separator: Annotated[str, Field(min_length=1)] | None
     caption_dropout: Fraction
     dropout_to: Literal["empty", "zeros"]
@@ -99,7 +80,7 @@ class CaptionConfig(Strict):
     @property
     def varies_tags(self) -> bool:
         """Whether captions vary from sample to sample."""
-        return self.shuffle or self.tag_dropout > 0 or any((self.dropout or {}).values())
+        return self.shuffle or self.tag_dropout > 0
 
     def read(self, row: Row) -> list[str]:
         """Return the texts of a row, at least one, which may be empty. Only `lines=one_of` returns several."""
@@ -109,10 +90,7 @@ class CaptionConfig(Strict):
             lines = [tags] if tags or not lines else lines
         if self.lines == "join":
             lines = [_SEPARATOR.join(lines)]
-        texts = list(map(Text, lines[:1] if self.lines == "first" else lines))
-        for text in texts:
-            text.tags = row.tags or ()
-        return texts
+        return lines[:1] if self.lines == "first" else lines
 
     def draw(self, texts: list[str], generator: Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
@@ -135,43 +113,25 @@ class CaptionConfig(Strict):
         parts = text.split(self.keep_tokens_separator, 2) if self.keep_tokens_separator else [text]
         split = [self._split_marked(part) for part in parts]
         tags = [*itertools.chain(*split)]
-        if (generator is None and not self.order) or (tags and is_sentence(tags)):
+        if generator is None or (tags and is_sentence(tags)):
             tags = [text] if len(parts) == 1 else tags
         else:
             first = self.keep_first if len(parts) == 1 else len(split[0])
             end = len(tags) - len(split[2]) if len(parts) == 3 else len(tags)
-            tags[first:end] = self._choose(tags[first:end], text, generator)
+            tags[first:end] = self._vary(tags[first:end], generator)
         text = _SEPARATOR.join(tags)
         has_prefix = re.search(rf"(?<!\w){re.escape(self.prefix.strip())}(?!\w)", text, re.IGNORECASE)
         text = text if has_prefix else _join(self.prefix, text)
         return _join(text, self.suffix)
 
-    def _choose(self, tags: list[str], text: str, generator: Generator | None) -> list[str]:
-        """Return the tags of a text in their order. A generator drops some of them."""
+    def _vary(self, tags: list[str], generator: Generator) -> list[str]:
+        """Return the tags that are not dropped, in a random order with `shuffle`."""
         import torch
 
-        categories = self.find_categories(tags, text)
-        kept = torch.arange(len(tags))
-        if generator is not None:
-            dropout = self.dropout or {}
-            rates = torch.tensor([dropout.get(category, self.tag_dropout) for category in categories])
-            kept = kept[torch.rand(len(tags), generator=generator) >= rates]
-            if self.shuffle:
-                kept = kept[torch.randperm(len(kept), generator=generator)]
-        ranks = {category: rank for rank, category in enumerate(self.order or ())}
-        chosen = sorted(kept.tolist(), key=lambda index: ranks.get(categories[index], len(ranks)))
-        return [tags[index] for index in chosen]
-
-    def find_categories(self, pieces: Sequence[str], text: str) -> list[str]:
-        """Return the category of each tag of a text: of the row's tag, its own, or by _KNOWN; else general."""
-        stated = {tag.name: tag.category for tag in map(parse_tag, getattr(text, "tags", ()))}
-        found = []
-        for piece in pieces:
-            own, name = parse_tag(next(iter(self.split(piece)), piece))
-            category = category_name(stated.get(name) or own or GENERAL)
-            known = [kind for kind, names in _KNOWN.items() if names.fullmatch(name)]
-            found.append(known[0] if known and category in ("general", "meta") else category)
-        return found
+        kept = (torch.rand(len(tags), generator=generator) >= self.tag_dropout).nonzero()[:, 0]
+        if self.shuffle:
+            kept = kept[torch.randperm(len(kept), generator=generator)]
+        return [tags[index] for index in kept.tolist()]
 
     def split(self, text: str) -> list[str]:
         """Split a text into tags, without emphasis."""

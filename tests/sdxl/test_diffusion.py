@@ -261,7 +261,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     own = [*SHORT, *RESUMED, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
     own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[96,64]]]"]
     own += ["task.buckets.assign=all", "task.captions.emphasis=true"]
-    own += ["task.captions.order=[year,general]", "task.captions.dropout={general: 0.5}"]
+    own += ["task.captions.shuffle=true", "task.captions.tag_dropout=0.5"]
     own += ["task.mask={source: masks, floor: 0.1, normalise: true}"]
     for number in range(4):
         image = Image.open(place / f"images/train/A/00{number}.png")

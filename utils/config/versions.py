@@ -35,7 +35,13 @@ LATER = {
     **NEWER,
 }
 # By key, the value that means off.
-CUT = {"loop.audit_every": None, "runtime.parallel": "ddp", "task[diffusion].judge": None}
+CUT = {
+    "loop.audit_every": None,
+    "runtime.parallel": "ddp",
+    "task[diffusion].judge": None,
+    "task[diffusion].captions.order": None,
+    "task[diffusion].captions.dropout": None,
+}
 _WITHOUT_WEIGHTS = {"task[diffusion].judge"}  # keys of CUT that changed no weights: they go, whatever their value
 
 

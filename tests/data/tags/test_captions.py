@@ -3,10 +3,8 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from data.tags.captions import CaptionConfig, describe_captions
 from tests.data.collection.test_collection import load
@@ -15,7 +13,7 @@ from tests.support import refuses
 PLAIN = {
     "source": "caption", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
     "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "", "lines": "one_of", "emphasis": False,
-    "order": None, "dropout": None, "keep_tokens_separator": None, "suffix": "",
+    "keep_tokens_separator": None, "suffix": "",
 }  # fmt: skip
 
 
@@ -114,51 +112,15 @@ def test_captions_are_dropped_with_the_probability_stated():
     assert config(caption_dropout=1.0).arrange("a", torch.Generator()) == "a"
 
 
-CATEGORIES = ["artist", "character", "copyright", "general", "quality", "year"]
-BY_CATEGORY = {
-    "a.txt": "Year 2023, solo, best quality, (miku:1.1), kantoku, highres, artist:x",
-    "a.json": json.dumps({"tags": {"artist": ["Kantoku"], "character": ["miku"], "general": ["solo"]}}),
-    "b.json": json.dumps({"tags": ["character:mid", "meta:highres", "1girl", "copyright:vocaloid", "masterpiece"]}),
-    "c.txt": "miku, 1girl, |||, late, kantoku, solo, ||| a b, c",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("row", "changed", "wanted"),
-    [
-        (0, {}, "(miku:1.1), kantoku, artist:x, solo, highres, best quality, Year 2023"),
-        (0, {"keep_first": 2}, "Year 2023, solo, (miku:1.1), kantoku, artist:x, highres, best quality"),
-        (0, {"order": None, "prefix": "p", "suffix": "s"}, f"p, {BY_CATEGORY['a.txt']}, s"),
-        (1, {"source": "tags"}, "mid, vocaloid, 1girl, masterpiece, highres"),
-        (2, {"keep_tokens_separator": "|||", "suffix": "s"}, "miku, 1girl, kantoku, solo, late, a b, c, s"),
-        (2, {"keep_tokens_separator": "|||", "order": None}, "miku, 1girl, late, kantoku, solo, a b, c"),
-    ],
-)
-def test_tags_are_ordered_by_the_category_that_the_row_states(tmp_path, row, changed, wanted):
-    order = ["character", "artist", "copyright", "meta", "general", "quality", "year"]
-    order = order if row != 1 else CATEGORIES
-    captions = config(**{"order": order, "emphasis": row == 0, **changed})
-    read = captions.read(collection_of(tmp_path, BY_CATEGORY).row(row))
-    assert captions.draw(read, None, captions.arrange) == (wanted, False)
-    assert captions.arrange(read[0], torch.Generator()) == wanted
-
-
-def test_tags_are_dropped_by_category_and_shuffled_within_one(tmp_path):
-    captions = config(
-        order=CATEGORIES, dropout={"artist": 0.2, "general": 1.0, "meta": 0.0}, tag_dropout=0.5, shuffle=True
-    )
-    tags = ["g1", "g2", "meta:m", "best quality", *(f"artist:a{n}" for n in range(50))]
-    files = {"a.json": json.dumps({"tags": tags})}
-    text = captions.read(collection_of(tmp_path, files, ["a.png"]).row(0))[0]
-    drawn = [captions.arrange(text, torch.Generator().manual_seed(key)).split(", ") for key in range(60)]
-    for tags in drawn:
-        artists = [tag for tag in tags if tag.startswith("a")]
-        assert tags in ([*artists, "m"], [*artists, "best quality", "m"]) and artists != sorted(artists)
-    lengths = [len(tags) - 1 - ("best quality" in tags) for tags in drawn]
-    assert abs(np.mean(lengths) / 50 - 0.8) < 0.03 and 15 < sum("best quality" in tags for tags in drawn) < 45
-    for wrong in ({"order": ["artists"]}, {"dropout": {"artists": 0.1}}):
-        with pytest.raises(ValidationError, match="artist"):
-            config(**wrong)
+def test_tags_beside_separators_stay_at_both_ends():
+    captions = config(keep_tokens_separator="|||", suffix="s", shuffle=True)
+    text = "miku, 1girl, |||, late, kantoku, solo, ||| a b, c"
+    drawn = {captions.arrange(text, torch.Generator().manual_seed(key)) for key in range(50)}
+    assert len(drawn) == 6
+    for caption in drawn:
+        tags = caption.split(", ")
+        assert tags[:2] == ["miku", "1girl"] and tags[5:] == ["a b", "c", "s"]
+    assert captions.arrange(text) == "miku, 1girl, late, kantoku, solo, a b, c, s"
 
 
 # What is said of them.
