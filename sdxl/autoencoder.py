@@ -12,6 +12,7 @@ Differs: the adaptive weight is that of the step before, from the gradients of a
 from collections.abc import Mapping
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -98,7 +99,7 @@ class AutoencoderTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss, the discriminator's included."""
-        images, decoded = self._reconstruct(batch)
+        images, decoded, _ = self._reconstruct(batch)
         loss, parts = self._compare(images, decoded)
         if self.discriminator is not None and torch.is_grad_enabled():
             player = self._config.discriminator
@@ -109,9 +110,10 @@ class AutoencoderTask(Task):
             loss = loss + added.where(self.updates >= player.start_step, 0.0)
         return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
 
-    def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the images of a batch, and what the decoder makes of the mean of their latents; both from -1 to 1."""
-        return to_levels(batch["images"]), self._decode(encode_images(self.vae, batch["images"])[0])
+    def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the images of a batch, what the decoder makes of them, both from -1 to 1, and the latents' mean."""
+        latents = encode_images(self.vae, batch["images"])[0]
+        return to_levels(batch["images"]), self._decode(latents), latents
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return images, float32; a VAE that overflows in float16 (`force_upcast`) decodes in float32."""
@@ -159,23 +161,51 @@ class AutoencoderTask(Task):
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
-        """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones."""
+        """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones.
+
+        Table: `latents`. `scaling_factor` is the one that they imply.
+        """
         means = Means()
         worst = TopSamples(_WORST)
+        latents = []
         for batch in loaders["val"]:
-            figures, decoded = self._measure(batch)
+            figures, decoded, found = self._measure(batch)
             valid = batch["weight"] > 0
+            latents.append(found[valid].cpu())
             means.add(figures, valid)
             shown = {"decoded": to_bytes(decoded), "psnr": figures["psnr"]}
             worst.add(-figures["psnr"], valid, {"sample_id": batch["sample_id"], "images": batch["images"], **shown})
-        return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
+        rows, factor = describe_latents(np.concatenate(distributed.gather_objects(torch.cat(latents).numpy())))
+        stated = self.vae.config.scaling_factor
+        log.info("latents: a scaling factor of %.4g gives them a deviation of 1; the VAE states %.4g", factor, stated)
+        drawn = {"worst": _draw_worst(worst.reduce())}
+        return Report({**means.reduce(), "scaling_factor": factor}, {"latents": rows}, drawn)
 
-    def _measure(self, batch: Batch) -> tuple[State, Tensor]:
-        """Return the figures of each image [B], and the decoded images."""
-        images, decoded = self._reconstruct(batch)
+    def _measure(self, batch: Batch) -> tuple[State, Tensor, Tensor]:
+        """Return the figures of each image [B], the decoded images, and the moments of the latents."""
+        images, decoded, latents = self._reconstruct(batch)
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
-        return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded
+        figures = {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}
+        return figures, decoded, measure_latents(latents)
+
+
+def measure_latents(latents: Tensor) -> Tensor:
+    """Return mean, mean square, least and greatest value of each image and channel, float64 [B, 4, C]."""
+    values = latents.double().flatten(2)
+    return torch.stack([values.mean(2), values.square().mean(2), values.amin(2), values.amax(2)], dim=1)
+
+
+def describe_latents(moments: np.ndarray) -> tuple[list[Json], float]:
+    """Return mean, deviation and range of each channel, and the scaling factor that gives latents a deviation of 1.
+
+    moments: `measure_latents` of all images.
+    Source: Rombach et al. 2022, appendix G. Differs: all validation images instead of a first batch.
+    """
+    mean, square = moments[:, :2].mean(axis=0)
+    columns = {"channel": np.arange(len(mean)), "mean": mean, "deviation": np.sqrt(square - mean**2)}
+    columns |= {"least": moments[:, 2].min(axis=0), "greatest": moments[:, 3].max(axis=0)}
+    return pa.table(columns).to_pylist(), float((square.mean() - mean.mean() ** 2) ** -0.5)
 
 
 def _draw_worst(worst: Mapping[str, np.ndarray]) -> np.ndarray:

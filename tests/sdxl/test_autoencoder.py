@@ -18,6 +18,7 @@ from engine.plan import Plan
 from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
+from sdxl.autoencoder import describe_latents, measure_latents
 from sdxl.autoencoder_losses import PatchDiscriminator, absolute_error, hinge, pyramid_distance
 from sdxl.files.family import draw_networks
 from sdxl.files.names import from_single_file, part_state
@@ -25,7 +26,7 @@ from sdxl.networks import load_vae
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base
-from tests.support import TINY, assert_same_tensors, checkpoint_tensors, make_collection, refuses, rows
+from tests.support import TINY, assert_same_tensors, checkpoint_tensors, make_collection, read_table, refuses, rows
 from utils.io.files import read_json
 
 SHORT = [
@@ -60,6 +61,8 @@ def test_both_players_resume_exactly_and_the_encoder_stays(place):
     evaluated = rows(place / "run/metrics.jsonl", "evaluate")
     assert list(evaluated[0])[3:5] == ["ema/loss", "ema/psnr"]  # the first ones are shown
     assert evaluated[-1]["ema/loss"] < evaluated[0]["ema/loss"] and {"ema/psnr", "ema/ssim"} < evaluated[0].keys()
+    assert len({row["ema/scaling_factor"] for row in evaluated}) == 1  # the encoder's latents
+    assert len(read_table(place / "run/tables/latents.csv")) == 4
     begun = [row["discriminator"] for row in rows(place / "run/metrics.jsonl", "train")]
     assert len({round(value, 4) for value in begun}) == 6
 
@@ -129,6 +132,16 @@ def test_figures_equal_numpys():
     np.testing.assert_allclose(measure_ssim(images, other), found.mean(axis=1), rtol=1e-4, atol=1e-5)
 
 
+def test_latents_are_described_by_channel_with_the_factor_that_they_imply():
+    latents = torch.randn(6, 4, 8, 8) * torch.arange(1, 5).view(4, 1, 1) + 3
+    described, factor = describe_latents(np.concatenate([measure_latents(part) for part in latents.split(4)]))
+    values = latents.double().numpy()
+    for channel, row in enumerate(described):
+        own = values[:, channel]
+        assert list(row.values()) == pytest.approx([channel, own.mean(), own.std(), own.min(), own.max()])
+    assert (values * factor).std() == pytest.approx(1)
+
+
 def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batches():
     config, _ = configure("finetune_vae", [*SHORT, "model.path=null", "task.discriminator.start_step=0"])
     balances = []
@@ -141,7 +154,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
         batch = {"images": images, "key": torch.arange(4), "weight": torch.ones(4), "sample_id": torch.arange(4)}
         last, discriminator = task.vae.decoder.conv_out.weight, task.discriminator
         if size == 4:
-            levels, decoded = task._reconstruct(batch)
+            levels, decoded, _ = task._reconstruct(batch)
             ours = task._compare(levels, decoded)[0].mean()
             theirs = -discriminator(decoded).mean()
             norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (ours, theirs)]
