@@ -1,6 +1,7 @@
 """Predict classes, tags or features of images with a run, a weight file or an ONNX file; draw pictures with SDXL.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
+    python predict.py weights=RUN input=FOLDER sort=SORTED threshold=0.7    copies, in a folder of each class
     python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
     python predict.py weights=RUN input=FOLDER output=submission.csv form=sample_submission.csv   of a competition

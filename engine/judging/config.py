@@ -82,7 +82,9 @@ class PredictConfig(Strict):
     weights: Annotated[PathList, Field(min_length=1)]  # a run folder or a file; for prompts, several
     input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
     prompts: PathText | None
-    output: PathText  # a file, FOLDER/ or `beside`
+    output: PathText | None  # a file, FOLDER/ or `beside`; None: a table in `sort`
+    sort: PathText | None  # a folder for copies of the images, by class
+    sort_by: Literal["copy", "link"]
     form: PathText | None  # a CSV file, whose ids and columns the output has
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     top: Count  # the number of classes
@@ -105,12 +107,14 @@ class PredictConfig(Strict):
     def _fits_together(self) -> Self:
         if (self.input is None) == (self.prompts is None):
             raise ValueError("input: must be given, or prompts for pictures of SDXL, and not both; add input=PATH")
+        if self.output is None and (self.sort is None or self.prompts is not None):
+            raise ValueError("output: must be given; add output=FILE, or for classes sort=FOLDER")
         if self.prompts is None and len(self.weights) > 1:
             raise ValueError("weights: several are for prompts=FILE; name one")
         if self.prompts is not None and self.existing == "append":
             raise ValueError("existing: append is for .txt files; set skip or overwrite")
-        if self.form is not None and (self.prompts or not self.output.endswith(".csv")):
-            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or prompts")
+        if self.form is not None and (self.prompts or self.sort or not self.output.endswith(".csv")):
+            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or prompts and sort")
         if self.prompts is None and self.lora:
             raise ValueError("lora: is for pictures of SDXL; add prompts=FILE")
         if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):

@@ -1,6 +1,8 @@
 """The main function of predict.py for images."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,16 @@ def choose_destination(
         raise UserError(f"output: {config.weights[0]} predicts vectors, which CSV cannot hold; name a .jsonl file")
     if form is not None:
         return RowFile(output, form.columns, keep=False, choose=form.fill)
-    unsure = ["unsure"] if options.thresholds.any() and not predictor.output.has_tags else []
-    return RowFile(output, ["path", *(columns or ()), *unsure, "error"], keep=config.existing == "skip")
+    more = ["unsure"] if options.thresholds.any() and not predictor.output.has_tags else []
+    choose = iter
+    if config.sort is not None:
+        from data.tools.sorting import sort_rows
+
+        if "class" not in (columns or ()):
+            raise UserError(f"sort: {config.weights[0]} predicts no classes; name a classifier")
+        choose = partial(sort_rows, folder=Path(os.path.abspath(config.sort)), by=config.sort_by)
+        more.append("sorted")
+    return RowFile(output, ["path", *(columns or ()), *more, "error"], keep=config.existing == "skip", choose=choose)
 
 
 def choose_paths(
@@ -167,6 +177,8 @@ def join_texts(
 def predict(config: PredictConfig, job: Job) -> str:
     """Predict images; return the line of the result."""
     # -------------------------------------------------------------------------------------------------- 1. The model
+    if config.output is None:
+        config = config.changed({"output": f"{config.sort}/predictions.csv"})
     device = choose_device(config.device, "device")
     with about("weights"):
         weights = find_weights(config.weights[0], "best", onnx_first=True)
@@ -199,5 +211,7 @@ def predict(config: PredictConfig, job: Job) -> str:
         batches = predict_all(predictor, paths, config, make_rows)
         predicted.write(join_texts(batches, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
+    if config.sort is not None:
+        written += f" (to take the copies back: sh {config.sort}/undo.sh)"
     present = len(images.paths) - len(paths)
     return f"wrote {written}: {len(paths)} images" + (f", {present} there already" if present else "")

@@ -1,6 +1,6 @@
 """docs/photographs.md on the folders of a phone: every photograph is read, and the rest is one line."""
 
-import re
+import subprocess
 import unicodedata
 
 import numpy as np
@@ -9,8 +9,8 @@ from PIL import Image
 
 from data.images.further import load_package
 from tests.door.follow import follow
-from tests.in_process import SHORT, working_in
-from tests.support import ROOT, read_table, turned
+from tests.in_process import SHORT
+from tests.support import read_table, turned
 
 KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190)}
 ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
@@ -61,7 +61,7 @@ def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     load_package("pillow-heif")
     photographs, films = make_phone(tmp_path / "phone", EACH)
     make_phone(tmp_path / "new", 8)
-    words = {"PHOTOS": "phone", "NEW": "new", "RUN": "mine"}
+    words = {"PHOTOS": "phone", "NEW": "new", "RUN": "mine", "SORTED": "sorted"}
     short = {"train.py": SMALL, "predict.py": ["device=cpu"], "evaluate.py": ["runtime.device=cpu"]}
     checked, trained, measured, predicted = follow("photographs.md", tmp_path, words, short)
 
@@ -73,12 +73,13 @@ def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     assert "top1=" in measured and "24 images" in predicted
     assert "unreadable" not in said
 
-    rows = read_table(tmp_path / "mine/new.csv")
+    rows = read_table(tmp_path / "sorted/predictions.csv")
     assert len(rows) == 24 and {row["class"] for row in rows} <= set(KINDS) and not any(row["error"] for row in rows)
-    before = sorted(file for file in (tmp_path / "new").rglob("*"))
-    block = re.search(r"```python\n(.*?)```", (ROOT / "docs/photographs.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    with working_in(tmp_path):
-        exec(block.replace("RUN/", "mine/"), {})
-    copies = [file.parent.name for file in (tmp_path / "sorted").rglob("*.*")]
-    assert sorted(copies) == sorted(row["class"] for row in rows)
-    assert sorted(file for file in (tmp_path / "new").rglob("*")) == before
+    kinds = ["unsure" if row["unsure"] == "True" else row["class"] for row in rows]
+    copies = [file.relative_to(tmp_path / "sorted").parts[0] for file in (tmp_path / "sorted").rglob("*.[!M]*")]
+    assert sorted(copies) == sorted([*kinds, "predictions.csv", "undo.sh"])
+    assert len([*(tmp_path / "sorted").rglob("*.MOV")]) == len([*(tmp_path / "new").rglob("*.MOV")])
+    files = {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "new").rglob("*.*")}
+    undo = subprocess.run(["sh", tmp_path / "sorted/undo.sh"], check=False)
+    assert {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "new").rglob("*.*")} == files
+    assert {file.name for file in (tmp_path / "sorted").rglob("*.*")} == {"predictions.csv", "undo.sh"}, undo

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from utils.config.help import CONF, read_defaults
 from utils.config.recipe import flatten
-from utils.config.schema import list_keys, path_keys
+from utils.config.schema import list_keys
 from utils.config.sweep_config import FLAGS
 from utils.errors import about
 from utils.io.files import readable
@@ -123,7 +123,7 @@ def _name_usual(word: str, script: Script) -> Iterator[str]:
     else:
         names = ["data.root", "input", "run_dir"]
         word = f"{names[0]}={word}"
-    name = next((name for name in names if {name, f"job.{name}"} & known), names[0])
+    name = next((name for name in names if {name, f"job.{name}"} & known.keys()), names[0])
     yield word.replace(names[0], name, 1)
 
 
@@ -140,7 +140,7 @@ def _quote_path(word: str, script: Script) -> Iterator[str]:
     in a multirun, several paths; if a file has that name, it is one path.
     """
     key, equals, value = word.partition("=")
-    if equals and key.lstrip("+") in path_keys(script.schema):
+    if list_keys(script.schema).get(key.lstrip("+")) and equals:
         is_list = value.startswith("[") and value.endswith("]")
         if "," not in value or not (is_list or FLAGS & script.typed) or os.path.exists(value):
             word = f"{key}={_quote(value)}"

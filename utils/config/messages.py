@@ -100,7 +100,7 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
 
 
 def _unknown(key: str, schema: type[Strict]) -> str:
-    known = {known for known in list_keys(schema) if not _CHOICES.fullmatch(known)}
+    known = {name for name in list_keys(schema) if not _CHOICES.fullmatch(name)}
     return f"unknown key; {close_names(key, known - {key})}"
 
 

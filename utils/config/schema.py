@@ -66,17 +66,10 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 @cache
-def list_keys(schema: type[BaseModel]) -> set[str]:
-    """Return the dotted keys of a schema."""
-    return {key for key, _ in walk_keys(schema)}
-
-
-@cache
-def path_keys(schema: type[BaseModel]) -> set[str]:
-    """Return the dotted keys whose values are quoted on the command line: paths, and terms."""
-    keys = set()
+def list_keys(schema: type[BaseModel]) -> dict[str, bool]:
+    """Return the dotted keys, and whether a value is quoted on the command line, as paths and terms are."""
+    keys = {}
     for key, field in walk_keys(schema):
         parts = [*field.metadata, *_parts(field.annotation)]
-        if _IS_PATH in parts or _IS_TERMS in parts:
-            keys.add(key)
+        keys[key] = _IS_PATH in parts or _IS_TERMS in parts or keys.get(key, False)
     return keys

@@ -91,7 +91,10 @@ def test_another_rank_shows_only_what_it_may_be_alone_with(start_command, capsys
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS[:1], "--cfg", "job", *PATHS[1:]) == 0
     printed = capsys.readouterr()
-    assert "\nweights: w\ninput: i\noutput: o\nform: null\nexisting: null\n" in printed.out and printed.err == ""
+    assert (
+        "\nweights: w\ninput: i\noutput: o\nsort: null\nsort_by: copy\nform: null\nexisting: null\n" in printed.out
+        and printed.err == ""
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns
