@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data.augment.steps import IMAGES, Windows, evaluation_views
+from data.augment.steps import IMAGES, evaluation_views
 from data.augment.transforms import EvalTransform
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import Images
-from data.images.caches import Pool, keep_in_memory, keep_on_disk
+from data.images.caches import Pool, can_cut, keep_in_memory
 from data.images.decode import Decoder
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
@@ -39,6 +39,7 @@ from utils.contracts import LoaderMachine
 from utils.formats.preprocessing import Decoding
 from utils.io.files import Values
 from utils.record.logging import get_logger
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -78,7 +79,9 @@ def open_images(collection: Collection, config: DataConfig, preprocessing: Value
     """
     decoder = _decoder_of(preprocessing, config.max_pixels, config.background)
     images = Images(collection, decoder)
-    source: Source = keep_on_disk(images, config.cache) if config.cache.disk_gib > 0 else images
+    source: Source = images
+    if config.cache.disk_gib > 0:
+        source = open_name("data.images.disk_cache:keep_on_disk")(images, config.cache)
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 
@@ -118,8 +121,10 @@ class Data:
         sampler = build_sampler("shuffled", rows, self.collection, self.seed) if sampler is None else sampler
         loader = self._loader(fields, views, training=True)
         pool = getattr(self.source, "records", None)
-        if isinstance(pool, Pool) and getattr(views.get(IMAGES), "only_cuts", False):
-            loader = replace(loader, windows=Windows(pool, views, self.machine.device, np.asarray(rows)))
+        device = self.machine.device
+        if isinstance(pool, Pool) and getattr(views.get(IMAGES), "only_cuts", False) and can_cut(device):
+            open_windows = open_name("data.augment.windows:Windows")
+            loader = replace(loader, windows=open_windows(pool, views, device, np.asarray(rows)))
         return TrainStream(loader, sampler, self.unreadable)
 
     def evaluation(

@@ -15,11 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from utils.contracts import Batch, State, StepStream, Tensors
+from utils.contracts import Batch, InitFrom, State, StepStream, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
-from utils.io.weight_files import InitFrom
 from utils.io.weights import hash_tensors
 
 Use = Literal["training", "evaluation", "export"]

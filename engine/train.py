@@ -17,12 +17,11 @@ from engine.config import TrainingConfig
 from engine.recipe.settle import settle
 from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
-from engine.run.first_samples import draw_first_samples
 from engine.run.start import build_task, describe_run, open_run
 from engine.tasks.kind import open_kind
 from utils.config.command_line import Job
+from utils.contracts import InitFrom
 from utils.io.files import output_errors, refuse_links_out
-from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.record.report import write_report
@@ -61,6 +60,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     plan = describe_run(task, streams, config, job, path, runtime)
     if config.dry_run:
         if distributed.is_main():
+            from engine.run.first_samples import draw_first_samples
+
             refuse_links_out("run_dir", path)
             with output_errors("run_dir", path):
                 tables = {name: list_rows() for name, list_rows in streams.tables.items()}

@@ -1,6 +1,6 @@
-"""An optimiser's step: of all parameters at once, or of each alone.
+"""An optimiser's step of each parameter alone.
 
-Each alone: in a fused backward pass (`optim.fused_backward`), and of bfloat16 weights (`optim.bf16_weights`). These are
+It is made in a fused backward pass (`optim.fused_backward`), and of bfloat16 weights (`optim.bf16_weights`). These are
 updated in float32 and rounded stochastically: rounding to nearest would lose updates below 1/512 of a weight, which are
 most. Source: Zamirai et al. 2020 (arXiv 2010.06192), section 3.
 """
@@ -15,23 +15,6 @@ from optim.build import skips_on_device
 from optim.groups import is_frozen
 from utils import rng
 from utils.errors import UserError
-
-
-def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
-    """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
-
-    This waits for the device only if the optimiser cannot skip a step there.
-    """
-    skip = 1.0 - applied
-    skips = skips_on_device(optimizer)
-    if not skips and skip:
-        return
-    if optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16:
-        step_each(optimizer, skip, step)
-        return
-    if skips:
-        optimizer.found_inf = skip
-    optimizer.step()
 
 
 def step_each(optimizer: Optimizer, skip: Tensor, step: int) -> None:

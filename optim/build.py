@@ -3,11 +3,12 @@
 from typing import assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from utils.errors import UserError, close_names
+from utils.start import open_name
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
@@ -19,6 +20,23 @@ def can_be_recorded(optimizer: Optimizer) -> bool:
     """Return whether a CUDA graph can repeat the optimiser's step: it counts steps and reads the rate on the device."""
     is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
     return not is_bf16 and all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+
+
+def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
+    """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
+
+    This waits for the device only if the optimiser cannot skip a step there.
+    """
+    skip = 1.0 - applied
+    skips = skips_on_device(optimizer)
+    if not skips and skip:
+        return
+    if optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16:
+        open_name("optim.alone:step_each")(optimizer, skip, step)
+        return
+    if skips:
+        optimizer.found_inf = skip
+    optimizer.step()
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:

@@ -1,9 +1,4 @@
-"""Exponential moving averages of networks' weights.
-
-With warm-up, the decay at step t is min(decay, (1 + t) / (10 + t)), so that a short run forgets its initial weights.
-With a constant decay of 0.9999, as in published recipes, their share would still be 37 % after 10,000 steps.
-Averages that start later equal the weights until then.
-"""
+"""Exponential moving averages of networks' weights. Averages that start later equal the weights until then."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.contracts import State, Tensors
-
-
-def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
-    """Return the decay after update number `step`, counted from the start of the averages; before it, 0."""
-    if step < 0:
-        return 0.0
-    return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 class Averages:

@@ -35,11 +35,10 @@ from sdxl.kind import BucketedKind, Reading, find_buckets
 from sdxl.networks import describe_base, open_networks
 from sdxl.settle import FIT, settle_vae
 from sdxl.step import encode_images, to_bytes, to_levels
-from utils.contracts import Batch, State
+from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.hub import stated_license
-from utils.io.weight_files import InitFrom
 from utils.ranks import distributed
 from utils.record import pictures
 from utils.record.logging import get_logger

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.image_model import Normalise
+from models.normalise import Normalise
 from models.weights.fit import TimmFamily, is_meta, refuse_misfits
 from models.weights.initialise import convert_state
 from models.weights.timm_hub import read_timm

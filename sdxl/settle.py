@@ -16,8 +16,9 @@ from sdxl.lora.lora import adapted_shapes
 from sdxl.memory import fit_memory
 from sdxl.networks import describe_base, settle_model
 from sdxl.pictures.prompts import count_brackets, read_prompt_file
+from utils.contracts import InitFrom
 from utils.errors import UserError, about
-from utils.io.weight_files import InitFrom
+from utils.io.weight_files import find_initial
 from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
 
@@ -61,7 +62,7 @@ def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:
     lora = saved.get("init_from") == config.init_from and dict_of(saved, "task").get("lora")
     if not lora:
         with about("init_from"):
-            path = InitFrom(config.init_from, config.init_weights).find()
+            path = find_initial(InitFrom(config.init_from, config.init_weights))
             lora = describe_lora(path, adapted_shapes(config.model))
     return config.changed({"task.lora": lora})
 

@@ -70,12 +70,12 @@ from sdxl.step import (
 )
 from sdxl.vae import latent_scale
 from utils import rng
-from utils.contracts import Batch, State
+from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
 from utils.io.files import Values, readable
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
-from utils.io.weight_files import InitFrom
+from utils.io.weight_files import find_initial
 from utils.io.weights import read_header, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -160,7 +160,7 @@ class DiffusionTask(Task):
 
     def _continue(self, source: InitFrom) -> None:
         """Load a LoRA, or the trained networks. Raises UserError for other networks or another noise schedule."""
-        path = source.find()
+        path = find_initial(source)
         tensors, metadata = read_weights(path, source.weights)
         self._refuse_other_noise(path, metadata)
         advice = (

@@ -60,3 +60,18 @@ def test_an_interrupt_in_the_imports_is_one_line_and_help_needs_no_open_output()
     words = ["sh", "-c", f"{sys.executable} {ROOT}/train.py --help >&-"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_start_of_a_classifier_opens_no_wing(tmp_path):
+    make_images(tmp_path / "images")
+    wings = {
+        "sdxl", "models.predictor", "models.weights", "engine.tasks.head", "engine.tasks.tagging", "engine.exports",
+        "engine.run.remote_copy", "engine.run.lr_finder", "engine.measures.tag_scores", "optim.alone", "optim.ema",
+        "data.tags.tag_index", "data.layouts.manifest", "data.layouts.sidecars", "data.layouts.corrections",
+        "data.layouts.remote", "data.images.record_store", "data.augment.on_device", "data.augment.windows",
+        "utils.io.hub", "utils.record.trackers",
+    }  # fmt: skip
+    steps = ["loop.total_steps=1", "loop.batch_size=8", "augment.image_size_hw=[32,32]", "runtime.workers=0"]
+    words = ["data.root=images", "run_dir=run", "runtime.device=cpu", *steps]
+    status, error, imported = run_and_list("train", words, tmp_path, wings)
+    assert (status, imported) == (0, "[]"), error

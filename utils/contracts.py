@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,13 @@ class LoaderMachine:
     channels_last: bool  # the memory format of images
     workers: int  # loader processes of this rank
     prefetch_batches: int  # batches that each worker loads ahead
+
+
+class InitFrom(NamedTuple):
+    """The source of a run's first weights."""
+
+    source: str  # a run, a file or `timm`
+    weights: Literal["model", "ema"]
 
 
 class TrainChoice(Protocol):

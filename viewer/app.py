@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.config import DataConfig
-from data.layouts.remote import is_remote
+from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import get_logger

@@ -21,7 +21,7 @@ from data.config import DataConfig
 from data.images.bytes import open_contents
 from data.images.convert import convert, load_upright
 from data.images.open import open_image
-from data.layouts.remote import is_remote
+from data.layouts.names import is_remote
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb

@@ -3,7 +3,7 @@
 To add a step, add an entry to `STEPS`, a key to data/augment/config.py, and a value to conf/augment/.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from data.augment.config import AugmentConfig
-from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, DeviceStep
 from data.augment.transforms import (
     EvalTransform,
     Mirror,
@@ -22,32 +21,31 @@ from data.augment.transforms import (
     on_pillow,
     random_affine,
 )
-from data.images.caches import Pool
 from data.stream.order import Draw, Views
 from utils.contracts import Batch
-from utils.cut import cut_images
 from utils.formats.background import DEFAULT
 from utils.io.files import Values
+from utils.start import open_name
 
 IMAGES = "images"
 AUGMENT = "augment"
-WINDOWS = "windows"
-_CROP = "crop_scale"
-_MIRROR = "horizontal_flip"
+CROP = "crop_scale"
+_DEVICE = "data.augment.on_device"
+MIRROR = "horizontal_flip"
 
 
 class Step(NamedTuple):
     """A step of augmentation.
 
     key: of `augment`; null or 0 turns the step off. says: words for the first screen, a format of the configuration.
-    worker: makes the transform of an image, uint8 [C, H, W]. device: the step of a batch, for
+    worker: makes the transform of an image, uint8 [C, H, W]. device: the name of the step of a batch, for
     `augment.on_device=true`; None: the device cannot, so the worker always makes the step.
     """
 
     key: str
     says: str
     worker: Callable[[AugmentConfig], Callable[[Tensor], Tensor]]
-    device: type[DeviceStep] | None = None
+    device: str | None = None
 
 
 def _color_jitter(config: AugmentConfig) -> v2.ColorJitter:
@@ -58,19 +56,19 @@ def _color_jitter(config: AugmentConfig) -> v2.ColorJitter:
 # Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
 STEPS = (
     # Before the resize: after it, training images would be blurred and validation images not.
-    Step("affine", "affine", random_affine, DeviceAffine),
-    Step(_CROP, "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
-    Step(_MIRROR, "mirror", Mirror, DeviceMirror),
-    Step("color_jitter", "colours", _color_jitter, DeviceColours),
+    Step("affine", "affine", random_affine, f"{_DEVICE}:DeviceAffine"),
+    Step(CROP, "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
+    Step(MIRROR, "mirror", Mirror, f"{_DEVICE}:DeviceMirror"),
+    Step("color_jitter", "colours", _color_jitter, f"{_DEVICE}:DeviceColours"),
     Step("rand_augment", "{0.rand_augment}", lambda config: on_pillow(PolicyAugment(config))),
-    Step("random_erasing", "erasing", NoiseErasing, DeviceErasing),
+    Step("random_erasing", "erasing", NoiseErasing, f"{_DEVICE}:DeviceErasing"),
 )
 
 
 def describe_augmentation(config: AugmentConfig, *, task_mirrors: bool) -> str:
     """Describe image size and augmentation in one line; task_mirrors: whether the task flips images."""
     height, width = config.image_size_hw
-    stated = config.model_copy(update={_MIRROR: 1.0}) if task_mirrors else config
+    stated = config.model_copy(update={MIRROR: 1.0}) if task_mirrors else config
     words = [step.says.format(stated) for step in steps_of(stated)]
     return f"{height} x {width} px, pad={config.pad}; {', '.join(words)}"
 
@@ -95,7 +93,7 @@ class TrainTransform:
     @property
     def only_cuts(self) -> bool:
         """Whether nothing but crop and flip changes an image."""
-        return self._config.pad == "none" and self.steps.keys() <= {_CROP, _MIRROR}
+        return self._config.pad == "none" and self.steps.keys() <= {CROP, MIRROR}
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
@@ -109,7 +107,7 @@ class DeviceAugment:
     """The view `augment`, the parameters of a sample's steps on the device, and the hook that makes these steps."""
 
     def __init__(self, config: AugmentConfig) -> None:
-        self.steps = [step.device(config) for step in steps_of(config) if step.device]
+        self.steps = [open_name(step.device)(config) for step in steps_of(config) if step.device]
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the parameters of a sample, float32 [P]."""
@@ -125,43 +123,6 @@ class DeviceAugment:
         for step, values in zip(self.steps, parameters.split([step.width for step in self.steps], dim=1)):
             images = step.apply(images, values, keys)
         return images.round_().clamp_(0, 255).to(torch.uint8) if images.is_floating_point() else images
-
-
-class Windows:
-    """The view `windows` in place of `images`, for batches of which a GPU has all images (data/images/caches.py).
-
-    A worker draws the window of a crop alone; the device cuts, resizes and flips. Differs: by a level in some pixels,
-    because torch's resize of bytes rounds its weights, too.
-    """
-
-    def __init__(self, pool: Pool, views: Views, device: torch.device, rows: Any) -> None:
-        """Prepare the views; views: with a TrainTransform that only cuts; rows: of training."""
-        self.pool = pool
-        self.views = {WINDOWS: self, **{name: view for name, view in views.items() if name != IMAGES}}
-        self._steps = views[IMAGES].steps
-        self._device = device
-        self._rows = rows
-
-    def refresh(self) -> None:
-        """Copy the images to the device as soon as they are decoded."""
-        self.pool.copy_to(self._device, self._rows)
-
-    def has(self, rows: Sequence[int]) -> bool:
-        """Return whether the device has the images of these rows."""
-        return bool(self.pool.has_copy[rows].all())
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the window of a random crop, int64 [5] (utils/cut.py)."""
-        crop = self._steps[_CROP].cut(image)
-        mirrored = _MIRROR in self._steps and self._steps[_MIRROR].draw()
-        return torch.tensor([crop.data_ptr() - self.pool.address, crop.stride(1), *crop.shape[1:], mirrored])
-
-    def on_device(self, batch: Batch) -> Batch:
-        """Return the batch with images, which are channels-last, without the windows."""
-        crop = self._steps[_CROP]
-        rest = {name: tensor for name, tensor in batch.items() if name != WINDOWS}
-        images = cut_images(self.pool.copy, batch[WINDOWS], self.pool.most, crop.size, crop.interpolation)
-        return {IMAGES: images, **rest}
 
 
 def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:

@@ -20,9 +20,9 @@ from numpy import ndarray
 from data.collection.concepts import CONCEPT, count_positions
 from data.collection.index import CONCEPT_LIST, FACTS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
-from data.layouts.remote import is_remote
-from data.layouts.sidecars import FAULT, refuse_faults
+from data.layouts.names import is_remote
 from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, has_value, show_some
+from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
 from utils.errors import UserError
 from utils.record.logging import get_logger

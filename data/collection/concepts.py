@@ -13,10 +13,8 @@ from numpy import ndarray
 from pydantic import model_validator
 
 from data.layouts.folders import REPEATS
-from data.layouts.names import CSV, JSONL, PARQUET, POSTS, is_image_name, is_passed_over
-from data.layouts.remote import is_remote
-from data.layouts.tables import find_one
-from data.layouts.walk import check_root, list_folder
+from data.layouts.names import CSV, JSONL, PARQUET, POSTS, is_image_name, is_passed_over, is_remote
+from data.layouts.walk import check_root, find_one, list_folder
 from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError

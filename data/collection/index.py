@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,18 @@ from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
 from data.collection.split import Share, count_twins, split_corrected
-from data.layouts.corrections import Decisions, correct, read_corrections, settle
-from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
+from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES, is_remote
 from data.layouts.recognise import Layout, find_layout
-from data.layouts.remote import is_remote
 from data.layouts.scan import TableChoice
-from data.layouts.sidecars import list_faults
 from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, hash_table, replace_column
-from data.layouts.tables import POSSIBLE
-from data.layouts.unused import Unused, list_unused, say_unused
+from data.layouts.unused import POSSIBLE, Unused, list_faults, list_unused, say_unused
 from data.layouts.values import RULES
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import files_key, own_cache
 from utils.record.logging import get_logger
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -43,16 +40,15 @@ _INDEX = 19  # format version; increment it to rebuild every index
 
 @dataclass(frozen=True)
 class _Part:
-    """A folder of a collection. decisions: the corrections to apply. unused: the files that no reader uses."""
+    """A folder of a collection. correct: applies its corrections to the table; None without any."""
 
     folder: str
     layout: Layout
-    decisions: Decisions
-    unused: Unused
+    correct: Callable[[Table], Table] | None
 
     def files(self) -> list[Path]:
         """Return the files that determine its rows."""
-        return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
+        return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.correct else [])]
 
     def read(self, fraction: Share, is_prior: bool = False) -> Table:
         """Return its table with splits and corrections. is_prior: all rows are for training."""
@@ -60,7 +56,7 @@ class _Part:
         if is_prior:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
-        corrected = correct(table, self.decisions, self.unused) if self.decisions else table
+        corrected = self.correct(table) if self.correct else table
         return split_corrected(table, corrected, fraction)
 
 
@@ -144,19 +140,10 @@ def _find_parts(
 
 def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, corrections: bool) -> _Part:
     layout = find_layout(folder, cache, unused, choice)
-    bad = Unused()
-    decisions = read_corrections(check_root(folder), bad) if corrections and not is_remote(folder) else {}
-    say_unused(bad.describe(), "data.corrections")
-    if decided := sum(
-        settle(lines[0].was, lines).verdict != "undone" for (path, _), lines in decisions.items() if path
-    ):
-        log.info(
-            "data.corrections: %s/%s decides on %s labels, lists of tags, weights and groups",
-            folder,
-            CORRECTIONS,
-            f"{decided:,}",
-        )
-    return _Part(folder, layout, decisions, unused)
+    correct = None
+    if corrections and not is_remote(folder) and os.path.lexists(check_root(folder) / CORRECTIONS):
+        correct = open_name("data.layouts.corrections:open_corrections")(check_root(folder), unused)
+    return _Part(folder, layout, correct)
 
 
 def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: Share) -> Table:

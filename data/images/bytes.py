@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING
 
 from data.collection.collection import Collection
 from data.images.open import CUT_OFF, NOT_OPENED, read_file
-from data.images.record_store import record_key
-from data.layouts.remote import is_remote, open_store
+from data.layouts.names import is_remote
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
-from utils.io.memo import file_version
+from utils.start import open_name
 
 if TYPE_CHECKING:
     from data.images.decode import Decoder
 
 TAR = ".tar"
 DAMAGED_SHARD = "the shard has other bytes there"
-NO_ANSWER = "the store did not return the bytes"
-_Answers = dict[int, bytes | Exception]  # of a store, by row
 _OPEN_SHARDS = 64  # open shards per process
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
@@ -48,7 +45,7 @@ class Files:
         """Start to read the rows of a batch together; only remote shards gain from it."""
 
 
-class _Shards(Files):
+class Shards(Files):
     """Encoded images in local shards."""
 
     def __init__(self, collection: Collection) -> None:
@@ -88,41 +85,6 @@ class _Shards(Files):
         return content
 
 
-class _RemoteShards(_Shards):
-    """Encoded images in remote shards; the images of a batch are requested together."""
-
-    def __init__(self, collection: Collection) -> None:
-        super().__init__(collection)
-        self._root = open_store(self._root)[1]
-        self._batch = {}
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return None."""
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Request the rows of a batch, which replace those of the previous batch."""
-        rows = list(rows)
-        self._batch = self._request(rows) if rows else {}
-
-    def read(self, row: int) -> bytes:
-        """Return the encoded image of a row. Raises UnreadableImage if the store does not return it."""
-        content = self._batch[row] if row in self._batch else self._request([row])[row]
-        if isinstance(content, Exception):
-            raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
-        return self.check(row, content)
-
-    def _request(self, rows: Sequence[int]) -> _Answers:
-        """Return the bytes of each row, or the error of the store."""
-        files = open_store(str(self.collection.root))[0]
-        paths, starts, lengths = map(list, zip(*map(super().file_of, rows)))
-        ends = [start + length for start, length in zip(starts, lengths)]
-        try:
-            contents = files.cat_ranges(paths, starts, ends, on_error="return")
-        except Exception as error:  # each store raises other errors
-            return dict.fromkeys(rows, error)
-        return dict(zip(rows, contents))
-
-
 def member_key(path: str) -> str:
     """Return the member name (without suffix) for a path in a packed shard, which is unique."""
     return hashlib.sha256(path.encode()).hexdigest()[:20]
@@ -133,17 +95,8 @@ def open_contents(images: Collection | Sequence[Path]) -> Files:
     if not isinstance(images, Collection):
         return Files("", list(map(str, images)).__getitem__)
     if is_remote(str(images.root)):
-        return _RemoteShards(images)
-    return _Shards(images) if images.is_packed else Files(os.fspath(images.root), lambda row: images.row(row).path)
-
-
-def image_key(contents: Files, row: int, inputs: str) -> str | None:
-    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
-    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
-        digest = contents.collection.row(row).sha256
-        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
-    version = file_version(file.path)
-    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
+        return open_name("data.images.remote_shards:RemoteShards")(images)
+    return Shards(images) if images.is_packed else Files(os.fspath(images.root), lambda row: images.row(row).path)
 
 
 class Images(Source):

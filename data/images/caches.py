@@ -1,11 +1,9 @@
 """Caches of decoded images, sources in front of another one. Hits, misses and a full cache give the same pixels.
 
-source = keep_on_disk(Images(collection, decoder), config.cache)    in a folder, which runs share
-source = keep_in_memory(source, collection, config.cache)           one copy for all processes of a node
+source = keep_in_memory(source, collection, config.cache)    one copy for all processes of a node
 """
 
 import fcntl
-import functools
 import io
 import mmap
 import os
@@ -13,8 +11,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -22,13 +19,14 @@ import torch
 from data.collection.choose import spread
 from data.collection.collection import Collection
 from data.config import CacheConfig
-from data.images.bytes import Images, image_key
-from data.images.record_store import LimitedStore
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils.errors import UserError
 from utils.hardware import free_memory
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+
+if TYPE_CHECKING:
+    from data.images.record_store import LimitedStore
 
 log = get_logger(__name__)
 
@@ -106,21 +104,12 @@ class Cached(Source):
         return {f"{self._name}_hit_rate": rate, f"{self._name}_gib": size, **self.inner.readings()}
 
 
-# ------------------------------------------------------------------------------------------------------------- on disk
-
-
-def keep_on_disk(images: Images, config: CacheConfig) -> Cached:
-    """Return the source behind a folder of records, by the file's state and the decoder's identity.
-
-    The state is path, range, size, times and inode, so an edited file or another decoder never gets old records.
-    Raises UserError (`data.cache.folder`) if the folder cannot be used.
-    """
-    store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
-    key_of = functools.partial(image_key, images.contents, inputs=images.decoder.identity())
-    return Cached(images, store, key_of, "l2")
-
-
 # ----------------------------------------------------------------------------------------------------------- in memory
+
+
+def can_cut(device: torch.device) -> bool:
+    """Return whether a device is a GPU, in a run that need not repeat to the bit."""
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
 class Pool:
@@ -188,12 +177,8 @@ class Pool:
             self._lengths[row] = len(content)
 
     def fits(self, device: torch.device) -> bool:
-        """Return whether a device is a GPU with room for a copy, in a run that need not repeat to the bit."""
-        return (
-            device.type == "cuda"
-            and not torch.are_deterministic_algorithms_enabled()
-            and self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-        )
+        """Return whether a GPU has room for a copy."""
+        return self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
     def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
         """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""

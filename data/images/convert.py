@@ -3,8 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from data.images.further import Unsupported
-from data.images.open import ORIENTATION
+from data.images.open import ORIENTATION, Unsupported
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
-from data.images.further import REMARK
-from data.images.open import decoder_versions, open_image
+from data.images.open import REMARK, decoder_versions, open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.record.logging import get_logger

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.images.further import FORMATS, REMARK, Unsupported, load_package
+from data.images.further import FORMATS, load_package
+from data.images.open import REMARK, Unsupported
 
 _FRAMES = "a DICOM of several frames, whose middle one is read"  # a remark
 

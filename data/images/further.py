@@ -9,31 +9,13 @@ import io
 import re
 from types import ModuleType
 
-from data.layouts.names import FURTHER, is_raw
+from data.layouts.names import FURTHER
 
-# The first bytes of files that a package reads; an AVIF may begin as HEIF does, and states its kind a little later.
-_BEGINS = {
-    "pillow-heif": re.compile(rb"....ftyp(he|(mif1|msf1)(?!.{0,40}avi[fs]))", re.DOTALL),
-    "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
-    "pydicom": re.compile(rb".{128}DICM", re.DOTALL),
-}
-REMARK = "remark"  # in `info`: an oddity of an image that is read
 FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL", "pydicom": "DICOM"}  # Pillow's names, and ours
 _JXL_START = re.compile(rb"\xff\x0a|.*?jxl(?:c|p....)\xff\x0a", re.DOTALL)  # of the codestream, bare or in a box
 _JXL_RATIOS = 1, 1, 1.2, 4 / 3, 1.5, 16 / 9, 1.25, 2  # width to height, by code from 1
 _JXL_BITS = 9, 13, 18, 30  # of a side, by code
 _TURNS = {3: 3, 5: 8, 6: 6}  # EXIF's number of a rotation, by LibRaw's
-
-
-class Unsupported(ValueError):
-    """A valid image that has no 8-bit form."""
-
-
-def package_of(content: bytes, name: str) -> str | None:
-    """Return the package that a file needs beside Pillow: by its first bytes, or by the ending of a raw photograph."""
-    if is_raw(name):
-        return "rawpy"
-    return next((package for package, begins in _BEGINS.items() if begins.match(content)), None)
 
 
 @functools.cache

@@ -14,11 +14,6 @@ _SCAN = re.compile(
 )
 
 
-def lacks_end(content: bytes) -> bool:
-    """Return whether no end marker follows the last scan; other bytes may follow the marker."""
-    return not content.endswith(_END) and content.find(_END, content.rfind(b"\xff\xda")) < 0
-
-
 def complete(content: bytes, mode: str) -> bytes:
     """Return a JPEG with its end marker; mode: Pillow's. Raises OSError if its data are not all there.
 

@@ -5,6 +5,7 @@ Every image file is opened by `open_image`, whichever library decodes its pixels
 
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -15,12 +16,9 @@ from importlib.metadata import version
 import PIL
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from data.images.dicom import read_dicom
-from data.images.further import FORMATS as FURTHER_FORMATS
-from data.images.further import REMARK, Unsupported, count_jxl_pixels, load_package, package_of, read_preview
-from data.images.jpeg import complete, lacks_end
-from data.layouts.names import INSTALL
+from data.layouts.names import INSTALL, is_raw
 from data.stream.source import UnreadableImage
+from utils.start import open_name
 
 # The allowed formats, with any suffix. Some of Pillow's other readers start programs (EPS runs Ghostscript), and a
 # collection may come from an untrusted source. TGA has no signature, so it is tried last, and only for its suffix.
@@ -46,7 +44,15 @@ TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
 NO_DECODER = "its decoder is not installed"
+REMARK = "remark"  # in `info`: an oddity of an image that is read
 _LACKS_END = "a JPEG without an end marker, which is read, because all its data are there"
+# The first bytes of files that a package reads; an AVIF may begin as HEIF does, and states its kind a little later.
+_BEGINS = {
+    "pillow-heif": re.compile(rb"....ftyp(he|(mif1|msf1)(?!.{0,40}avi[fs]))", re.DOTALL),
+    "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+    "pydicom": re.compile(rb".{128}DICM", re.DOTALL),
+}
+_JPEG_END = b"\xff\xd9"
 ORIENTATION = 0x0112  # the tag of EXIF
 _BITS = 0x0102  # a tag of TIFF
 RAW = "raw"  # the format of an image that is the preview in a raw photograph
@@ -54,6 +60,10 @@ RAW = "raw"  # the format of an image that is the preview in a raw photograph
 # Pillow's warnings (truncated EXIF, a palette with transparency, a broken animation) would add a line to the log for
 # each image and worker. `max_pixels` limits sizes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Unsupported(ValueError):
+    """A valid image that has no 8-bit form."""
 
 
 def decoder_versions() -> str:
@@ -95,22 +105,35 @@ def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = Fal
         raise UnreadableImage(name, kind, detail) from error
 
 
+def package_of(content: bytes, name: str) -> str | None:
+    """Return the package that a file needs beside Pillow: by its first bytes, or by the ending of a raw photograph."""
+    if is_raw(name):
+        return "rawpy"
+    return next((package for package, begins in _BEGINS.items() if begins.match(content)), None)
+
+
+def lacks_end(content: bytes) -> bool:
+    """Return whether no end marker follows the last scan; other bytes may follow the marker."""
+    return not content.endswith(_JPEG_END) and content.find(_JPEG_END, content.rfind(b"\xff\xda")) < 0
+
+
 def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Image:
     """Open an image, and decode a PNG unless only its `header` is needed; again without chunks that cannot be read.
 
     Raises ImportError without the package that reads it.
     """
-    package = package_of(content, name)
+    if package := package_of(content, name):
+        from data.images import further
     formats = (*FORMATS, "TGA") if name.lower().endswith(_TGA_SUFFIX) else FORMATS
     turn = 1
     if package == "pydicom":
-        return read_dicom(content, max_pixels, header)
+        return open_name("data.images.dicom:read_dicom")(content, max_pixels, header)
     if package == "rawpy":
-        content, turn = read_preview(content)
+        content, turn = further.read_preview(content)
     elif package is not None:
-        load_package(package)
-        formats = (FURTHER_FORMATS[package],)
-        if package == "pillow-jxl-plugin" and (pixels := count_jxl_pixels(content)) > max_pixels:
+        further.load_package(package)
+        formats = (further.FORMATS[package],)
+        if package == "pillow-jxl-plugin" and (pixels := further.count_jxl_pixels(content)) > max_pixels:
             raise UnreadableImage(name, TOO_LARGE, f"{pixels:,} pixels are more than the {max_pixels:,} of max_pixels")
     if not header:
         allow_pixels(max_pixels)
@@ -125,7 +148,7 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
             _scale_transparency(image)
             image.load()
         if image.format in ("JPEG", "MPO") and not header and lacks_end(content):
-            image = load(complete(content, image.mode))
+            image = load(open_name("data.images.jpeg:complete")(content, image.mode))
             image.info[REMARK] = _LACKS_END
         if package == "rawpy":
             image.format = RAW

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import find_encoding, refuse_link_out
 from data.layouts.table import TYPES, replace_column, take_rows
-from data.layouts.unused import Unused
+from data.layouts.unused import Unused, say_unused
 from data.layouts.values import read_label, read_tags
 from data.layouts.walk import COPY
 from utils.config.schema import Strict
@@ -35,6 +35,9 @@ from utils.formats.spelling import join_tags, split_tags
 from utils.io.files import file_lock, output_errors, readable
 from utils.io.memo import file_version
 from utils.io.names import Names
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _PATIENCE_SEC = 10  # for another process that appends a line
 _KINDS = {"label": (str, type(None)), "tags": (list,), "weight": (int, float), "group": (int, type(None))}
@@ -96,6 +99,24 @@ def read_corrections(root: Path, unused: Unused) -> Decisions:
             continue
         found.setdefault((decision.path, decision.field), []).append(decision)
     return found
+
+
+def open_corrections(root: Path, unused: Unused) -> Callable[[pa.Table], pa.Table] | None:
+    """Return the function that applies the decisions to the table of the collection; None without any decision.
+
+    Log bad lines, and how many values are decided. unused: for decisions that cannot be applied.
+    """
+    bad = Unused()
+    decisions = read_corrections(root, bad)
+    say_unused(bad.describe(), "data.corrections")
+    settled = [settle(lines[0].was, lines) for (path, _), lines in decisions.items() if path]
+    if decided := sum(each.verdict != "undone" for each in settled):
+        log.info(
+            "data.corrections: %s decides on %s labels, lists of tags, weights and groups",
+            root / CORRECTIONS,
+            f"{decided:,}",
+        )
+    return functools.partial(correct, decisions=decisions, unused=unused) if decisions else None
 
 
 def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:

@@ -14,9 +14,8 @@ import pyarrow as pa
 from data.layouts.dicom import read_fields
 from data.layouts.names import IMAGE_SUFFIXES
 from data.layouts.places import lacks_labels
-from data.layouts.readers import READERS, Reader
+from data.layouts.readers import READERS, Reader, Sidecar
 from data.layouts.scan import Folder
-from data.layouts.sidecars import Sidecar
 from data.layouts.table import build_table, show_some
 from data.layouts.values import read_label
 from utils.errors import UserError

@@ -19,8 +19,8 @@ import pyarrow as pa
 from data.layouts.manifest import cast_columns, read_splits
 from data.layouts.names import is_image_name
 from data.layouts.places import read_split
+from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
-from data.layouts.sidecars import Sidecar
 from data.layouts.table import SHOWN, TEST, TYPES
 from data.layouts.tables import list_labels, name_columns, read_columns
 from data.layouts.unused import ROWS, UNNAMED, is_form

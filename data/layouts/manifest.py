@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar
+from data.layouts.names import PARQUET, is_image_name, is_sidecar
 from data.layouts.readers import is_table
 from data.layouts.scan import Columns, TableChoice, scan_folder
 from data.layouts.table import (
@@ -35,8 +35,8 @@ from data.layouts.table import (
     replace_column,
     show_some,
 )
-from data.layouts.tables import POSSIBLE, find_one, list_labels, name_columns, name_field, read_columns
-from data.layouts.unused import LACKING, Unused
+from data.layouts.tables import list_labels, name_columns, name_field, read_columns
+from data.layouts.unused import LACKING, POSSIBLE, Unused
 from data.layouts.values import READ, read_column
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
@@ -51,11 +51,6 @@ OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` an
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
 _PART = 512  # files per task of a thread, and cached folders
-
-
-def find_manifest(root: Path) -> Path | None:
-    """Return the manifest of the root, or None. Raises UserError if there are two."""
-    return find_one(root, MANIFESTS)
 
 
 def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns) -> pa.Table:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import (
-    Sidecar,
     decode,
     is_field,
     load_json,
@@ -28,8 +28,9 @@ from data.layouts.sidecars import (
     read_lines,
     refuse_link_out,
 )  # fmt: skip
-from data.layouts.tables import find_one, name_columns, read_columns, read_records
+from data.layouts.tables import name_columns, read_columns, read_records
 from data.layouts.unused import Unused
+from data.layouts.walk import find_one
 from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, read_list, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES

@@ -50,6 +50,11 @@ SYSTEM_NAMES = {*_SYSTEM_NAMES.split(), "system volume information", "network tr
 RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so: no picture
 
 
+def is_remote(root: str) -> bool:
+    """Return whether a root is a URL."""
+    return "://" in root
+
+
 def is_image_name(name: str) -> bool:
     """Return whether a file name has an image suffix, and is no mask."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)

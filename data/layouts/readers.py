@@ -6,7 +6,7 @@ folders come last. A file beside an image of its name is a sidecar, whatever its
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -14,6 +14,33 @@ from data.layouts.names import OURS, POSTS, SUFFIXES, is_data
 
 TABLES = "tables of the user"
 SIDECARS = "sidecars"
+
+
+class Sidecar(NamedTuple):
+    """The metadata of an image; None for unknown fields.
+
+    caption: several captions are on a line each. unknown_tags: see data/tags/tag_index.py. sidecar_fault: a line
+    `FIELD: REASON` for each field that cannot be read; the field `file` means all of them. more: further columns.
+    """
+
+    tags: tuple[str, ...] | None = None
+    rating: str | None = None
+    caption: str | None = None
+    id: int | None = None
+    label: str | None = None
+    unknown_tags: tuple[str, ...] | None = None
+    sidecar_fault: str | None = None
+    split: str | None = None
+    more: Mapping[str, Any] | None = None
+
+    def updated(self, newer: "Sidecar") -> "Sidecar":
+        """Return a copy with the known fields of `newer`, and the faults of both."""
+        if newer == Sidecar():  # most images have none
+            return self
+        known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
+        faults = filter(None, (self.sidecar_fault, newer.sidecar_fault))
+        more = {**(self.more or {}), **(newer.more or {})} or None
+        return known._replace(sidecar_fault="\n".join(faults) or None, more=more)
 
 
 class Reader(NamedTuple):

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_changed, find_manifest, read_listed, read_manifest
-from data.layouts.remote import fetch_manifest, is_remote
+from data.layouts.names import is_remote
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.unused import Unused
-from data.layouts.walk import check_root
+from data.layouts.walk import check_root, find_manifest
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -34,10 +33,15 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
     Raises UserError (`data.root`).
     """
     if is_remote(root):
+        from data.layouts.manifest import read_manifest
+        from data.layouts.remote import fetch_manifest
+
         manifest = fetch_manifest(root, cache)
         return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
     path = check_root(root)
     if (manifest := find_manifest(path)) is not None:
+        from data.layouts.manifest import find_changed, read_listed
+
         if choice.table not in ("auto", "none"):
             log.warning(
                 "data.table: %s is not read, because the manifest goes first; move it away to read the table: %s",

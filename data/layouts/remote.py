@@ -13,11 +13,6 @@ from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 
 
-def is_remote(root: str) -> bool:
-    """Return whether a root is a URL."""
-    return "://" in root
-
-
 def fetch_manifest(root: str, cache: Path) -> Path:
     """Copy the manifest of remote shards into the cache if it has changed, and return the copy.
 

@@ -26,10 +26,10 @@ from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
 from data.layouts.places import place_images, read_split
 from data.layouts.readers import TABLES, is_table
 from data.layouts.scan import Columns, Folder
-from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, read_texts
+from data.layouts.sidecars import TEXT_SUFFIXES, read_texts
 from data.layouts.table import TYPES, build_table, show_some
-from data.layouts.tables import POSSIBLE, list_labels, name_columns, read_records
-from data.layouts.unused import Unused
+from data.layouts.tables import list_labels, name_columns, read_records
+from data.layouts.unused import FAULT, POSSIBLE, Unused
 from data.layouts.values import read_label
 from utils.errors import UserError, about
 from utils.io.files import Json, readable, write_atomically

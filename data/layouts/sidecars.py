@@ -10,56 +10,26 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import pyarrow as pa
+from typing import Any
 
 from data.layouts.names import SUFFIXES
+from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.unused import Unused
-from data.layouts.values import FIELDS, READ, join_equal, read_caption, read_label, read_tags, refuse_value
+from data.layouts.values import READ, join_equal, read_caption, read_label, read_tags, refuse_value
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, is_sentence, read_list, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.io.files import Json, readable
 from utils.io.memo import in_threads
 
-FAULT = "sidecar_fault"  # a column; see `Sidecar`
-
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
 _FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
-
-
-class Sidecar(NamedTuple):
-    """The metadata of an image; None for unknown fields.
-
-    caption: several captions are on a line each. unknown_tags: see data/tags/tag_index.py. sidecar_fault: a line
-    `FIELD: REASON` for each field that cannot be read; the field `file` means all of them. more: further columns.
-    """
-
-    tags: tuple[str, ...] | None = None
-    rating: str | None = None
-    caption: str | None = None
-    id: int | None = None
-    label: str | None = None
-    unknown_tags: tuple[str, ...] | None = None
-    sidecar_fault: str | None = None
-    split: str | None = None
-    more: Mapping[str, Any] | None = None
-
-    def updated(self, newer: "Sidecar") -> "Sidecar":
-        """Return a copy with the known fields of `newer`, and the faults of both."""
-        if newer == Sidecar():  # most images have none
-            return self
-        known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
-        faults = filter(None, (self.sidecar_fault, newer.sidecar_fault))
-        more = {**(self.more or {}), **(newer.more or {})} or None
-        return known._replace(sidecar_fault="\n".join(faults) or None, more=more)
 
 
 def decode(content: bytes) -> str:
@@ -234,31 +204,3 @@ def load_json(text: str, where: str) -> Any:
         return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.root: {where} is broken JSON ({error}); fix or remove it") from error
-
-
-def list_faults(
-    table: pa.Table, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
-) -> pa.Table:
-    """Add bad sidecars to `unused`; return the table without the column of faults.
-
-    With `stop`, it raises UserError for faults of `fields`; without fields, the column stays for later readers.
-    """
-    if FAULT not in table.column_names:
-        return table
-    faults = table[FAULT].drop_null().to_pylist()
-    unused.add("bad sidecars", *faults)
-    if on_bad == "stop":
-        if not fields:
-            return table
-        refuse_faults(faults, *fields)
-    return table.drop_columns(FAULT)
-
-
-def refuse_faults(faults: Iterable[str], *fields: str) -> None:
-    """Raise UserError (`data.on_bad_sidecar`) if a fault is about one of `fields`, or about a whole file."""
-    lines = [line for fault in faults for line in fault.split("\n") if line.split(":")[0] in (*fields, "file")]
-    if lines:
-        raise UserError(
-            f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} (prepare.py "
-            "job=check lists all); fix or remove them, or set data.on_bad_sidecar=skip to ignore them"
-        )

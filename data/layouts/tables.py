@@ -15,8 +15,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import Table
 
+from data.layouts.readers import Sidecar
 from data.layouts.scan import Columns
-from data.layouts.sidecars import Sidecar, decode, is_field, parse_record, read_lines
+from data.layouts.sidecars import decode, is_field, parse_record, read_lines
 from data.layouts.table import TYPES
 from data.layouts.unused import Unused
 from data.layouts.values import explain_column
@@ -43,7 +44,6 @@ _NAMES = {
 }
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _ORDER = {name: number for number, name in enumerate(_FIELDS)}
-POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
 _SEPARATORS = ",;\t|"
 
 
@@ -99,16 +99,6 @@ def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, name
             unused.add("columns of tables of unknown name, or second of their kind", name)
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
     return [parse_record(f"row {number} of {where!r}", row) for number, row in enumerate(rows)]
-
-
-def find_one(root: Path, names: Iterable[str]) -> Path | None:
-    """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
-    file, *others = [file for file in map(root.joinpath, names) if file.is_file() or file.is_dir()] or [None]  # no pipe
-    if others:
-        raise UserError(
-            f"data.root: {str(file.parent)!r} holds both {file.name} and {others[0].name}; keep the correct one"
-        )
-    return file
 
 
 def read_columns(file: Path, key: str = "data.root") -> Table:

@@ -8,16 +8,22 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
 
 from data.layouts.names import INSTALL, MISSING
 from data.layouts.table import SHOWN, show_some
+from data.layouts.values import FIELDS
+from utils.errors import UserError
 from utils.io.files import sha256_text, write_text
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+FAULT = "sidecar_fault"  # a column; see `Sidecar` in data/layouts/readers.py
 ORPHANS = "sidecars without an image (of annotation files, boxes and outlines are not read)"  # a reason
 ROWS = "rows of"  # how reasons about rows of tables begin
 UNNAMED = "images that no row of"
@@ -26,6 +32,7 @@ LACKING = f"images whose package is not installed ({INSTALL} reads them)"
 UNFINISHED = "files of downloads and copies that have not ended (fetch them again, or remove them)"
 FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
 _COUNTED = (OTHERS, LACKING)  # by ending
+POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
 UNREAD = "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)"
 _KINDS = {
     UNREAD: ".csv .tsv .xlsx .xls .ods",
@@ -108,3 +115,31 @@ def say_unused(lines: Iterable[str], key: str = "data.root") -> None:
     """Log the lines of `describe`."""
     for line in lines:
         log.warning("%s: not used: %s", key, line)
+
+
+def list_faults(
+    table: pa.Table, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
+) -> pa.Table:
+    """Add bad sidecars to `unused`; return the table without the column of faults.
+
+    With `stop`, it raises UserError for faults of `fields`; without fields, the column stays for later readers.
+    """
+    if FAULT not in table.column_names:
+        return table
+    faults = table[FAULT].drop_null().to_pylist()
+    unused.add("bad sidecars", *faults)
+    if on_bad == "stop":
+        if not fields:
+            return table
+        refuse_faults(faults, *fields)
+    return table.drop_columns(FAULT)
+
+
+def refuse_faults(faults: Iterable[str], *fields: str) -> None:
+    """Raise UserError (`data.on_bad_sidecar`) if a fault is about one of `fields`, or about a whole file."""
+    lines = [line for fault in faults for line in fault.split("\n") if line.split(":")[0] in (*fields, "file")]
+    if lines:
+        raise UserError(
+            f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} (prepare.py "
+            "job=check lists all); fix or remove them, or set data.on_bad_sidecar=skip to ignore them"
+        )

@@ -5,11 +5,11 @@ A file or a folder that cannot be read is added to `Unused` with the reason. All
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data.layouts.names import MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
+from data.layouts.names import MANIFESTS, MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
 from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
@@ -126,3 +126,18 @@ def unreadable(error: OSError) -> str:
 def is_fault(reason: str) -> bool:
     """Return whether a reason for `Unused` is that a name or a file cannot be read, or not yet."""
     return reason.startswith((NOT_UTF8, _NOT_FOLLOWED, _SPECIAL, _NOT_READ, LACKING, UNFINISHED))
+
+
+def find_one(root: Path, names: Iterable[str]) -> Path | None:
+    """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
+    file, *others = [file for file in map(root.joinpath, names) if file.is_file() or file.is_dir()] or [None]  # no pipe
+    if others:
+        raise UserError(
+            f"data.root: {str(file.parent)!r} holds both {file.name} and {others[0].name}; keep the correct one"
+        )
+    return file
+
+
+def find_manifest(root: Path) -> Path | None:
+    """Return the manifest of the root, or None. Raises UserError if there are two."""
+    return find_one(root, MANIFESTS)

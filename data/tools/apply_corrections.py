@@ -13,14 +13,13 @@ import pyarrow.compute as pc
 from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, read_sources
+from data.layouts.manifest import read_sources
 from data.layouts.names import CORRECTIONS, POSTS, UNDO
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
-from data.layouts.tables import find_one
 from data.layouts.unused import Unused, say_unused
-from data.layouts.walk import check_root
+from data.layouts.walk import check_root, find_manifest, find_one
 from data.tools.config import ApplyCorrections
 from utils.errors import UserError
 from utils.formats.spelling import join_tags

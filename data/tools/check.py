@@ -11,13 +11,12 @@ import pyarrow.compute as pc
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, read_table
-from data.layouts.remote import is_remote
+from data.layouts.manifest import read_table
+from data.layouts.names import is_remote
 from data.layouts.scan import scan_folder
-from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
-from data.layouts.unused import ORPHANS, ROWS, UNNAMED, Unused
-from data.layouts.walk import check_root, is_fault
+from data.layouts.unused import FAULT, ORPHANS, ROWS, UNNAMED, Unused
+from data.layouts.walk import check_root, find_manifest, is_fault
 from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups

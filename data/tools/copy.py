@@ -14,13 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 from data.collection.search import find_rows
 from data.config import DataConfig
 from data.images.open import Unsupported, open_image, read_file
-from data.layouts.manifest import find_manifest, read_sources, read_table, save_manifest
+from data.layouts.manifest import read_sources, read_table, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.scan import list_descriptions
 from data.layouts.table import MEASURED, SIDECARS
 from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
-from data.layouts.walk import check_root
+from data.layouts.walk import check_root, find_manifest
 from data.load import load_collection
 from data.stream.source import UnreadableImage
 from data.tools.config import Copy

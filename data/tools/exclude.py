@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 
 from data.collection.search import find_rows
 from data.config import DataConfig
-from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
+from data.layouts.manifest import refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.table import replace_column
 from data.layouts.tables import read_parquet
-from data.layouts.walk import check_root
+from data.layouts.walk import check_root, find_manifest
 from data.load import load_collection
 from data.tools.config import Filter, Finder
 from data.tools.tool import list_files

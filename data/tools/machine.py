@@ -10,7 +10,7 @@ import torch
 
 from data.config import DataConfig
 from data.images.open import decoder_versions
-from data.layouts.remote import is_remote
+from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from data.tools.config import Machine
 from utils.errors import UserError

@@ -8,14 +8,13 @@ from data.collection.split import split_corrected
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, find_sizes, find_sources, refuse_foreign, save_manifest
+from data.layouts.manifest import find_sizes, find_sources, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.readers import is_table
 from data.layouts.scan import scan_folder
-from data.layouts.sidecars import list_faults
 from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
-from data.layouts.unused import Unused, say_unused
-from data.layouts.walk import COPY, check_root
+from data.layouts.unused import Unused, list_faults, say_unused
+from data.layouts.walk import COPY, check_root, find_manifest
 from data.tools.config import Manifest
 from data.tools.duplicates import find_groups
 from data.tools.measure import measure_files

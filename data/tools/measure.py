@@ -17,8 +17,7 @@ from PIL import Image
 
 from data.collection.duplicates import draw_thumbnail
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
-from data.images.further import REMARK
-from data.images.open import NO_DECODER, NO_MEMORY, NOT_OPENED, UNLIMITED, open_image, read_file
+from data.images.open import NO_DECODER, NO_MEMORY, NOT_OPENED, REMARK, UNLIMITED, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import sha256_text

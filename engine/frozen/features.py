@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.images.bytes import Files, image_key, open_contents
+from data.images.bytes import Files, open_contents
+from data.images.disk_cache import image_key
 from data.images.record_store import Store, record_key
 from data.open import Data, open_images
 from data.stream.loader import no_fields

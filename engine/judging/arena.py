@@ -19,7 +19,7 @@ from data.tags.fields import read_targets, tag_fields
 from data.tags.rules import read_rules
 from data.tags.tag_index import index_tags
 from engine.judging.config import ArenaConfig
-from engine.measures.drawings import draw_pr_curves
+from engine.measures.tag_drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.task import Report

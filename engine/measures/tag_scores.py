@@ -10,10 +10,9 @@ from itertools import repeat
 
 import numpy as np
 import torch
-from scipy.special import logit
 from torch import Tensor
 
-from engine.measures.tags import EDGES, TagCounts, edge_below
+from engine.measures.tags import EDGES, PROBS, Rates, TagCounts, decision_rows, edge_below, rates
 from utils import rng
 from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
@@ -23,29 +22,12 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _DEFAULT_EDGE = int(edge_below(DEFAULT_LOGIT))
-_PERCENT_EDGES = edge_below(logit(np.arange(100) / 100))
 _PRIOR_POSITIVES = 50  # the weight of a category's threshold in the threshold of a tag
 _Z = 1.645  # of the normal distribution at 95 %
 _RECALL_MARGIN = 0.1  # `balanced` needs to know a recall of 0.5 to this margin
 _HARDEST_TAGS = 100  # rows of the table
 _HARDEST_SUPPORT = 10  # the least positives of a tag in it
-Rates = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall and F1
-
-
-def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> Rates:
-    """Return precision, recall and F1, elementwise; 0 for a division by zero."""
-    f1 = 2 * tp / np.maximum(predicted + positives, 1)
-    return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
-
-
-def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[Json]:
-    """Return the rows of 100 thresholds: decisions of at least a probability, and the correct ones, [BINS]."""
-    names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
-    columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
-    rows = zip(*(column[_PERCENT_EDGES].tolist() for column in columns))
-    return [{"group": group, "positives": positives, **dict(zip(names, row))} for row in rows]
 
 
 def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:

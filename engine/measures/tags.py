@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import logit
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.io.files import Json
 from utils.ranks import distributed
 
 _UNIT = math.log(0.65 / 0.35) / 40  # so that 0.35, 0.5 and 0.65 are edges
@@ -31,13 +33,32 @@ _COARSE = 8
 _UNITS = np.r_[_LOWEST:_FINE_FROM:_COARSE, _FINE_FROM:_FINE_TO, _FINE_TO:_HIGHEST:_COARSE]
 EDGES = _UNITS * _UNIT  # [BINS] ascending logits; the outer bins also hold all logits beyond them
 BINS = len(EDGES)
+PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _UNBINNED = 256  # unbinned logits per tag
 _TAGS_AT_ONCE = 1024  # tags per pass
+Rates = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall and F1
 
 
 def edge_below(logits: np.ndarray) -> np.ndarray:
     """Return the index of the greatest edge that is not above each logit, or 0 if all are."""
     return np.maximum(np.searchsorted(EDGES, np.asarray(logits) + 1e-9, side="right") - 1, 0)
+
+
+_PERCENT_EDGES = edge_below(logit(np.arange(100) / 100))
+
+
+def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> Rates:
+    """Return precision, recall and F1, elementwise; 0 for a division by zero."""
+    f1 = 2 * tp / np.maximum(predicted + positives, 1)
+    return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
+
+
+def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[Json]:
+    """Return the rows of 100 thresholds: decisions of at least a probability, and the correct ones, [BINS]."""
+    names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
+    columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
+    rows = zip(*(column[_PERCENT_EDGES].tolist() for column in columns))
+    return [{"group": group, "positives": positives, **dict(zip(names, row))} for row in rows]
 
 
 def _bin_of(logits: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ log = get_logger(__name__)
 
 
 def take_preprocessing(config: AnyConfig, start: Start) -> AnyConfig:
-    """Return the configuration of a run; with `init_from=timm`, `augment` takes over timm's preprocessing.
+    """Return the configuration of a run with `init_from=timm`: `augment` takes over timm's preprocessing.
 
     Stated keys stay. Raises UserError if timm has no weights for the network.
     """
     model = config.model
-    if config.init_from != "timm":
-        return config
     if not isinstance(model, TimmConfig):
         raise UserError(
             f"init_from: timm has weights for its own networks, not for {model.name}; set model=timm "

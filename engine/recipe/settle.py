@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from engine.config import TrainingConfig
-from engine.recipe.pretrained import take_preprocessing
 from engine.run.clock import Stages
 from engine.run.start import start_ranks
 from engine.tasks.change import AnyConfig, ConfigChange, Start
@@ -28,6 +27,7 @@ from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir
 from utils.record.run_reader import run_of
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -65,6 +65,12 @@ def _plan(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     return plan_recipe(config, start, kind)
 
 
+def _take_preprocessing(config: AnyConfig, start: Start) -> AnyConfig:
+    if config.init_from != "timm":
+        return config
+    return open_name("engine.recipe.pretrained:take_preprocessing")(config, start)
+
+
 def list_changes(kind: Kind) -> tuple[ConfigChange, ...]:
     """Return the changes before a run of a kind, in order."""
     return (
@@ -72,7 +78,7 @@ def list_changes(kind: Kind) -> tuple[ConfigChange, ...]:
         ConfigChange(_check_length, "the length"),
         ConfigChange(partial(_plan, kind=kind), "the plan of loop.minutes"),
         ConfigChange(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
-        ConfigChange(take_preprocessing, "timm's weights were trained so"),
+        ConfigChange(_take_preprocessing, "timm's weights were trained so"),
         *kind.changes,
         ConfigChange(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
         ConfigChange(_keep_warmup, "the warm-up is stated"),

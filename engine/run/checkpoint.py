@@ -25,13 +25,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config import TrainingConfig
-from engine.run.remote_copy import RemoteCopy
 from engine.update.learner import Groups, Learner
 from utils.config.recipe import check_resumable
 from utils.config.versions import read_saved
@@ -60,6 +60,10 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger, restart_count
 from utils.record.run_folder import RunFolder
 from utils.record.run_reader import RunReader
+from utils.start import open_name
+
+if TYPE_CHECKING:
+    from engine.run.remote_copy import RemoteCopy
 
 log = get_logger(__name__)
 
@@ -116,7 +120,10 @@ class Saver:
         self.folder = folder
         self._facts = facts
         self._loop = config.loop
-        self.remote_copy = RemoteCopy(config.loop.checkpoint_mirror, folder.path)
+        self.remote_copy: RemoteCopy | None = None
+        if config.loop.checkpoint_mirror:
+            open_copy = open_name("engine.run.remote_copy:RemoteCopy")
+            self.remote_copy = open_copy(config.loop.checkpoint_mirror, folder.path)
         self._written: Future[None] | None = None
         self._saved_at = time.monotonic()
 
@@ -163,7 +170,8 @@ class Saver:
                 save_checkpoint(path, copies, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
-                remove_others(path.parent, step, state["best"]["step"], self.remote_copy.checkpoint)
+                copied = self.remote_copy.checkpoint if self.remote_copy else Path()
+                remove_others(path.parent, step, state["best"]["step"], copied)
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._written = writer.submit(write)
@@ -176,7 +184,8 @@ class Saver:
         error = self._written.exception()
         self._written = None
         if error is None:
-            self.remote_copy.copy(last=False)
+            if self.remote_copy:
+                self.remote_copy.copy(last=False)
             return
         if last:
             raise error

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
 from utils.record.run_reader import write_progress
-from utils.record.trackers import Tracker, start_tracker
+
+if TYPE_CHECKING:
+    from utils.record.trackers import Tracker
 
 log = get_logger(__name__)
 
@@ -159,7 +162,10 @@ class Recorder:
         self._logged = self.clock.mark(step)
         self._readings = train.readings
         if distributed.is_main():
-            if run_config is not None:  # first, because W&B reads the rows dropped below
+            if run_config is not None and self._tracking.name != "jsonl":
+                from utils.record.trackers import start_tracker
+
+                # First, because W&B reads the rows dropped below.
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
             self._write_progress("running")

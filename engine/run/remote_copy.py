@@ -31,12 +31,12 @@ _OWNER = ".owner"  # names the run folder and its host
 
 
 class RemoteCopy:
-    """The copy of a run folder below a URL (`loop.checkpoint_mirror`); None: there is no copy. Rank 0 uses it.
+    """The copy of a run folder below a URL (`loop.checkpoint_mirror`). Rank 0 uses it.
 
     checkpoint: the newest checkpoint whose copy has begun.
     """
 
-    def __init__(self, url: str | None, run: Path) -> None:
+    def __init__(self, url: str, run: Path) -> None:
         self.checkpoint = Path()
         self._url = url
         self._run = run
@@ -52,7 +52,7 @@ class RemoteCopy:
         last: wait for the earlier copy and for this one. The next call warns of a copy that failed, or raises UserError
         (`loop.checkpoint_mirror`) if another process owns the copy.
         """
-        if self._url is None or not (last or self._copied.done()):
+        if not (last or self._copied.done()):
             return
         self._report()
         self.checkpoint = (self._run / _newest_in(self._run)).parent

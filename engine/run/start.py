@@ -25,7 +25,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, count_stated, plan_streams
 from engine.run.checkpoint import check_copy, choose_checkpoint
 from engine.run.loop import Run
-from engine.run.remote_copy import RemoteCopy
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
@@ -63,6 +62,8 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     if config.loop.checkpoint_mirror and not config.dry_run:
+        from engine.run.remote_copy import RemoteCopy
+
         copy = RemoteCopy(config.loop.checkpoint_mirror, Path(config.run_dir))
         distributed.rank_zero_call(lambda: copy.fetch(partial(check_copy, config)))
     return runtime

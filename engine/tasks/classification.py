@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from time import monotonic
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from engine.config import TrainingConfig
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
-from engine.measures.tags import TagCounts, TagHistograms
+from engine.measures.tags import TagCounts, TagHistograms, decision_rows
 from engine.measures.top_samples import TopSamples
 from engine.task import Finish, Loaders, Report, StepOutput, log_mean
 from engine.tasks.config import ImageTrainingConfig
@@ -29,9 +29,11 @@ from engine.tasks.kind import Kind, Setup, label_fields
 from engine.tasks.mixing import MixingTask
 from engine.update.runtime import Runtime
 from utils.contracts import Batch
-from utils.formats.thresholds import ThresholdTable
 from utils.io.files import Json
 from utils.ranks import distributed
+
+if TYPE_CHECKING:
+    from utils.formats.thresholds import ThresholdTable
 
 _SHOWN_MISTAKES = 48  # images in a picture
 _MOST_PAIRS = 1000  # in the table of confusions
@@ -94,7 +96,7 @@ class ClassificationTask(MixingTask):
         """
         return self._measure(loaders["val"])[0]
 
-    def calibrate(self, batches: Iterable[Batch], leads: np.ndarray, risk: float) -> tuple[Report, ThresholdTable]:
+    def calibrate(self, batches: Iterable[Batch], leads: np.ndarray, risk: float) -> tuple[Report, "ThresholdTable"]:
         """Measure all samples, as `evaluate`; find a threshold for the answers, of which at most `risk` are wrong.
 
         leads: `Collection.leads`; of near-duplicates, the first one counts. Raises UserError (`risk`).
@@ -106,8 +108,6 @@ class ClassificationTask(MixingTask):
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
         """Return the report, and the right and wrong answers by probability. With leads, only they count."""
-        from engine.measures.tag_scores import decision_rows
-
         names = self.class_names
         most = min(5, len(names))
         means = Means()
@@ -202,10 +202,10 @@ class ClassificationKind(Kind):
         is_new: bool,
     ) -> Finish | None:
         """Fit the head of a new run, with `task.head=fitted` or `refitted`, which is fitted again at the end."""
-        from engine.tasks.head import fit_head
-
         if task.head not in ("fitted", "refitted"):
             return None
+        from engine.tasks.head import fit_head
+
         is_usable, fields = self.samples(data.collection, setup)
         rows = spread(training_rows(data.collection, config.loop, is_usable), count_head_images(config))
         views = evaluation_views(setup.preprocessing)

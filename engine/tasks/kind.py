@@ -35,11 +35,11 @@ from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
-from models.image_model import Normalise
+from models.normalise import Normalise
+from utils.contracts import InitFrom
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
-from utils.io.weight_files import InitFrom
 from utils.record.logging import get_logger
 from utils.start import open_name
 

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, create_model
 
-from data.layouts.remote import is_remote
+from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from engine.tasks.config import TaskTrainingConfig
 from utils.config.entry_point import Command

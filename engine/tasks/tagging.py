@@ -22,8 +22,8 @@ from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
 from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
-from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
+from engine.measures.tag_drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
@@ -38,12 +38,12 @@ from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert_state
-from utils.contracts import Batch, State
+from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
 from utils.io.files import Json
-from utils.io.weight_files import InitFrom, find_weights
+from utils.io.weight_files import find_initial, find_weights
 from utils.io.weights import read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -255,7 +255,7 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     """
     if source.source == "timm" or is_meta(network):
         return
-    path = source.find()
+    path = find_initial(source)
     state, metadata = read_weights(path, which=source.weights)
     if "tag_names" not in metadata:
         return

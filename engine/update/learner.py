@@ -20,11 +20,9 @@ from engine.update.batch_size import MicroBatches
 from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
-from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
-from optim.build import build_optimizer, can_be_recorded
-from optim.ema import Averages, ema_decay_at
+from optim.build import build_optimizer, can_be_recorded, step_by_gradients
 from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
-from optim.schedules import GroupValues, Schedule
+from optim.schedules import GroupValues, Schedule, ema_decay_at
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
 from utils.contracts import Batch, State, Tensors
@@ -32,9 +30,12 @@ from utils.errors import UserError
 from utils.io.files import Json, Values
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+from utils.start import open_name
 
 if TYPE_CHECKING:
     from engine.update.graphs import UpdateGraphs
+    from optim.alone import FusedBackward
+    from optim.ema import Averages
 
 log = get_logger(__name__)
 
@@ -58,7 +59,7 @@ class Learner:
         self.clip_grad_norm = config.loop.clip_grad_norm
         self.step = 0
         if getattr(config.optim, "bf16_weights", False):
-            store_in_bf16(task.parameters(), runtime.precision)
+            open_name("optim.alone:store_in_bf16")(task.parameters(), runtime.precision)
         self.compiles = choose_compile(config, runtime.device.type, plan.total_steps)
         self.wrapped = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload and not task.offloaded:
@@ -70,14 +71,16 @@ class Learner:
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
-        self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
+        self.fused: FusedBackward | None = None
+        if getattr(config.optim, "fused_backward", False):
+            self.fused = open_name("optim.alone:FusedBackward")(self.optimizer)
         may_halve = self.fused is None and not distributed.is_distributed()  # else other ranks wait in a collective
         self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
         self.scale = first_scale(runtime)
         self.graphs = self.record_updates() if self._may_record() else None
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
-            self.averages = Averages(networks_of(task, task.averaged))
+            self.averages = open_name("optim.ema:Averages")(networks_of(task, task.averaged))
         self.exports_average = self.averages is not None and {*task.exported} <= {*task.averaged}
         self.use_length(plan)
 

@@ -9,11 +9,11 @@ from torch import nn
 from models.weights.fit import StateFit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
 from models.weights.layouts import recognise_state, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
-from utils.contracts import State, Tensors
+from utils.contracts import InitFrom, State, Tensors
 from utils.errors import UserError, about
 from utils.io.files import Json, Values, read_json
 from utils.io.hub import is_reference, stated_license
-from utils.io.weight_files import FOLDER_FILES, InitFrom
+from utils.io.weight_files import FOLDER_FILES, find_initial
 from utils.io.weights import hash_tensors, read_weights
 from utils.record.logging import get_logger
 
@@ -40,7 +40,7 @@ def initialise_from(
     if source.source == "timm":
         state, origin = read_timm(network)
     else:
-        path = source.find()
+        path = find_initial(source)
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert_state(network, tensors)
         origin = _find_origin(source.source, path, "atelier" if "task" in metadata else layout, metadata)

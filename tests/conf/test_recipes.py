@@ -15,9 +15,8 @@ from engine.plan import plan_streams
 from engine.run.start import build_task
 from engine.tasks.kind import Setup, open_kind
 from models.fcmae import count_removed
-from optim.ema import ema_decay_at
 from optim.groups import build_groups
-from optim.schedules import Schedule
+from optim.schedules import Schedule, ema_decay_at
 from tests.conf.test_compose import FOLDERS, script_of
 from tests.in_process import configure
 from utils.config.help import CONF

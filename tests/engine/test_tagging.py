@@ -19,9 +19,9 @@ from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, run
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from tests.support import make_collection, refuses, rows
 from utils.config.messages import ConfigError
+from utils.contracts import InitFrom
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import read_json
-from utils.io.weight_files import InitFrom
 from utils.io.weights import read_weights, write_weights
 
 VOCABULARY = Vocabulary(

@@ -19,13 +19,14 @@ from engine.exports.opened_task import OpenedTask
 from models import config as schemas
 from models.build import build_network
 from models.config import ConvNeXtV2Config
-from models.image_model import ImageModel, Normalise
+from models.image_model import ImageModel
 from models.interop import libraries
 from models.interop.inference_form import to_inference_form
 from models.interop.metadata import licence_of
 from models.interop.onnx_file import write_onnx
 from models.interop.parity import vary_weights
 from models.layers import GRN
+from models.normalise import Normalise
 from models.predictor import open_session
 from models.weights.layouts import SIZES
 from tests import support

@@ -21,7 +21,7 @@ from models.weights.initialise import initialise_from
 from models.weights.layouts import Layout, recognise_state
 from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
-from utils.io.weight_files import InitFrom
+from utils.contracts import InitFrom
 from utils.io.weights import write_weights
 
 DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 20)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.image_model import Normalise
+from models.normalise import Normalise
 from tests.support import refuses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

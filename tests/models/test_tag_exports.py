@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.image_model import ImageModel, Normalise
+from models.image_model import ImageModel
 from models.interop.tag_forms import (
     check_images,
     describe_changes,
@@ -10,6 +10,7 @@ from models.interop.tag_forms import (
     to_bgr,
     to_wd_order,
 )
+from models.normalise import Normalise
 from tests.models.test_export_formats import geometry, make, timm_config
 from tests.support import refuses
 from utils.formats.preprocessing import Preprocessing

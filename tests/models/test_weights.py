@@ -13,7 +13,7 @@ from models.fcmae import FCMAE
 from models.weights import fit, initialise
 from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
-from utils.io.weight_files import InitFrom
+from utils.contracts import InitFrom
 from utils.io.weights import write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from optim.ema import Averages, ema_decay_at
+from optim.ema import Averages
+from optim.schedules import ema_decay_at
 
 ONE = torch.tensor(1.0)
 

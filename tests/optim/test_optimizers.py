@@ -7,8 +7,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from bench.measure import read_values
-from optim.alone import round_stochastically, step_by_gradients, step_each
-from optim.build import build_optimizer, check_optimizer
+from optim.alone import round_stochastically, step_each
+from optim.build import build_optimizer, check_optimizer, step_by_gradients
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues

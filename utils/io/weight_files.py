@@ -1,8 +1,8 @@
 """Find weight files: of a run, a checkpoint, a folder of timm or transformers, or the hub. This needs no torch."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
 
+from utils.contracts import InitFrom
 from utils.errors import UserError, about
 from utils.io.hub import fetch, is_reference
 from utils.record.run_reader import RunReader
@@ -11,15 +11,9 @@ WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 
 
-class InitFrom(NamedTuple):
-    """The source of a run's first weights."""
-
-    source: str  # a run, a file or `timm`
-    weights: Literal["model", "ema"]
-
-    def find(self) -> Path:
-        """Return the weight file. Raises UserError if there is none."""
-        return find_weights(self.source, "ema" if self.weights == "ema" else "last")
+def find_initial(source: InitFrom) -> Path:
+    """Return the weight file of a run's first weights. Raises UserError if there is none."""
+    return find_weights(source.source, "ema" if source.weights == "ema" else "last")
 
 
 def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> Path:

@@ -145,12 +145,10 @@ _WRITERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
 
 
 def start_tracker(options: TrackingConfig, folder: Path, config: Values, step: int) -> Tracker | None:
-    """Start a run's tracker. Return None for jsonl, or with a warning if the start fails.
+    """Start a run's tracker, W&B or TensorBoard. Return None with a warning if the start fails.
 
     config: the saved configuration, with `script`; step: the first step of the run or its resumption.
     """
-    if options.name == "jsonl":
-        return None
     try:
         return Tracker(_WRITERS[options.name](folder, config, step))
     except Exception as error:  # a server, a disk, a foreign library

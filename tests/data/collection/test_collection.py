@@ -284,7 +284,7 @@ def test_the_index_of_an_unchanged_manifest_is_not_made_again(opened, root, monk
     (root / "manifest.csv").write_text("path\na.png\n")
     assert len(opened(root)) == 1
     with monkeypatch.context() as patched:
-        patched.setattr("data.layouts.recognise.read_listed", lambda *_: pytest.fail("read again"))
+        patched.setattr("data.layouts.manifest.read_listed", lambda *_: pytest.fail("read again"))
         assert len(opened(root)) == 1
     (root / "manifest.csv").write_text("path\na.png\nb.png\n")
     assert len(opened(root)) == 2

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images.bytes import Images, image_key
-from data.images.caches import keep_on_disk
+from data.images.bytes import Images
 from data.images.decode import Decoder
+from data.images.disk_cache import image_key, keep_on_disk
 from data.stream.loader import EvaluationStream, Loader, no_fields
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load

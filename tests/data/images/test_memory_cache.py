@@ -17,8 +17,9 @@ from data.augment.steps import TrainTransform, training_views
 from data.augment.transforms import EvalTransform
 from data.images import caches
 from data.images.bytes import Images
-from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory, keep_on_disk
+from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory
 from data.images.decode import Decoder
+from data.images.disk_cache import keep_on_disk
 from data.open import Data
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
@@ -185,6 +186,7 @@ def read_epochs(collection, workers, changes):
 @pytest.mark.parametrize(("workers", "changes"), [(0, GREY), (2, ALL)])
 def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, workers, changes, monkeypatch):
     expected = read_epochs(collection, workers, changes)
+    monkeypatch.setattr("data.open.can_cut", lambda device: True)
     monkeypatch.setattr(Pool, "fits", lambda pool, device: True)
     distance = (read_epochs(collection, workers, changes) - expected).abs()
     # Colours make more of a level.

@@ -14,8 +14,8 @@ from PIL import Image
 import data.tools.measure
 import utils.ranks.processes
 from data.collection.collection import check_classes
-from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
+from data.layouts.walk import find_manifest
 from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
 from tests.support import refuses, turned, write_manifest
 

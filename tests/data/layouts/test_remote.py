@@ -3,7 +3,8 @@
 import pytest
 
 from data.augment.transforms import EvalTransform
-from data.images.bytes import NO_ANSWER, open_contents
+from data.images.bytes import open_contents
+from data.images.remote_shards import NO_ANSWER
 from data.open import open_images
 from data.stream.loader import no_fields
 from data.stream.order import build_sampler

@@ -11,8 +11,8 @@ from PIL import Image
 
 from data.config import CacheConfig
 from data.images.bytes import Images
-from data.images.caches import keep_on_disk
 from data.images.decode import Decoder
+from data.images.disk_cache import keep_on_disk
 from data.images.record_store import TensorStore
 from tests.data.collection.test_collection import load
 from tests.in_process import TINY, make_images, run
