@@ -67,7 +67,7 @@ def test_the_start_of_a_classifier_opens_no_wing(tmp_path):
     wings = {
         "sdxl", "models.predictor", "models.weights", "engine.tasks.head", "engine.tasks.tagging", "engine.exports",
         "engine.run.remote_copy", "engine.run.lr_finder", "engine.measures.tag_scores", "optim.alone", "optim.ema",
-        "data.tags.tag_index", "data.layouts.manifest", "data.layouts.sidecars", "data.layouts.corrections",
+        "data.tags.tag_index", "data.layouts.manifest", "data.layouts.corrections",
         "data.layouts.remote", "data.images.record_store", "data.augment.on_device", "data.augment.windows",
         "utils.io.hub", "utils.record.trackers",
     }  # fmt: skip
