@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.images.further import FORMATS, load_package
-from data.images.open import REMARK, Unsupported
+from data.images.further import load_package
+from data.images.open import FURTHER_FORMATS, REMARK, Unsupported
 
 _FRAMES = "a DICOM of several frames, whose middle one is read"  # a remark
 
@@ -26,7 +26,7 @@ def read_dicom(content: bytes, max_pixels: int, header: bool) -> Image.Image:
     frames = int(data.get("NumberOfFrames") or 1)
     pixels = np.zeros((data.Rows, data.Columns), np.uint8) if header else _read_frame(data, frames // 2)
     image = Image.fromarray(pixels)
-    image.format = FORMATS["pydicom"]
+    image.format = FURTHER_FORMATS["pydicom"]
     image.info = {REMARK: _FRAMES} if frames > 1 else {}
     return image
 

@@ -11,7 +11,6 @@ from types import ModuleType
 
 from data.layouts.names import FURTHER
 
-FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL", "pydicom": "DICOM"}  # Pillow's names, and ours
 _JXL_START = re.compile(rb"\xff\x0a|.*?jxl(?:c|p....)\xff\x0a", re.DOTALL)  # of the codestream, bare or in a box
 _JXL_RATIOS = 1, 1, 1.2, 4 / 3, 1.5, 16 / 9, 1.25, 2  # width to height, by code from 1
 _JXL_BITS = 9, 13, 18, 30  # of a side, by code

@@ -52,6 +52,7 @@ _BEGINS = {
     "pillow-jxl-plugin": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
     "pydicom": re.compile(rb".{128}DICM", re.DOTALL),
 }
+FURTHER_FORMATS = {"pillow-heif": "HEIF", "pillow-jxl-plugin": "JXL", "pydicom": "DICOM"}  # Pillow's names, and ours
 _JPEG_END = b"\xff\xd9"
 ORIENTATION = 0x0112  # the tag of EXIF
 _BITS = 0x0102  # a tag of TIFF
@@ -132,7 +133,7 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
         content, turn = further.read_preview(content)
     elif package is not None:
         further.load_package(package)
-        formats = (further.FORMATS[package],)
+        formats = (FURTHER_FORMATS[package],)
         if package == "pillow-jxl-plugin" and (pixels := further.count_jxl_pixels(content)) > max_pixels:
             raise UnreadableImage(name, TOO_LARGE, f"{pixels:,} pixels are more than the {max_pixels:,} of max_pixels")
     if not header:
