@@ -111,14 +111,13 @@ class Copy(Tool):
     """Copy the images that terms find (null: all), and their sidecars and rows; nothing is overwritten.
 
     find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
-    modification time are skipped, so a killed job continues. longest_px: reduce images with a longer side to it.
+    modification time are skipped, so a killed job continues.
     """
 
     main: ClassVar[str] = "data.tools.copy:copy_images"
-    name: Literal["copy", "downsample"]
+    name: Literal["copy"]
     to: PathText
     find: TermsText | None
-    longest_px: Side | None
 
 
 class ApplyCorrections(Tool):

@@ -133,7 +133,6 @@ prepare job=cache job.fill=true data.cache.disk_gib=0.01 data.cache.folder=kept 
 prepare job=machine $folders
 prepare job=import job.source=d.toml job.output=d.yaml
 prepare job=copy job.to=part $folders
-prepare job=downsample job.longest_px=8 job.to=small $folders
 workshop $images dry_run=true
 slurm launch.command=[apptainer] launch.cpus_per_rank=2
 """
@@ -185,7 +184,6 @@ LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project                        # tests/utils/record/test_trackers.py
-Copy: name                                          # selects the job; downsample.yaml builds on copy.yaml
 Stage: leaves                                       # of finished stages: tests/test_workshop.py
 SweepConfig: name gpus trials                       # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py

@@ -30,7 +30,6 @@ TO = {
     "vocabulary": "job.output=X",
     "pack": "job.output=X",
     "copy": "job.to=X",
-    "downsample": "job.to=X",
 }
 SHARED = {"common", "optim/_every", "task/_buckets"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
@@ -78,7 +77,7 @@ def script_of(experiment):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Draw no samples, which takes a second: tests/engine/test_seen.py."""
-    monkeypatch.setattr("engine.train.draw_first_samples", lambda *arguments: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr("engine.run.first_samples.draw_first_samples", lambda *arguments: np.zeros((1, 1, 3), np.uint8))
 
 
 def test_each_kind_is_listed_by_the_help_of_its_scripts():

@@ -10,7 +10,6 @@ from data.images.further import count_jxl_pixels
 from data.images.open import NO_DECODER, TOO_LARGE
 from data.images.sizes import read_upright_size
 from data.tools.measure import measure_file
-from tests.in_process import run
 from tests.support import encoded, read_image, turned, write_manifest
 
 
@@ -65,20 +64,6 @@ def test_a_photograph_is_upright_and_of_the_stated_size(name, tmp_path):
         (tmp_path / name).write_bytes(content[:length])
         fact = measure_file(tmp_path / name, 10**6)
         assert fact.is_damaged and "\n" not in fact.reason
-
-
-def test_a_smaller_copy_is_of_its_format_and_a_raw_photograph_stays(tmp_path):
-    (tmp_path / "images").mkdir()
-    contents = {"x.heic": heic(), "x.avif": encode("AVIF"), "y.dng": dng()}
-    for name, content in contents.items():
-        (tmp_path / "images" / name).write_bytes(content)
-    words = ["job=downsample", "data.root=images", "job.to=small", "job.longest_px=32"]
-    assert "downsampled 2 images longer than 32 pixels, 1 could not be" in run("prepare", words, tmp_path)
-    assert (tmp_path / "small/y.dng").read_bytes() == contents["y.dng"]
-    for name, form in (("x.heic", "HEIF"), ("x.avif", "AVIF")):
-        assert measure_file(tmp_path / "small" / name, 10**6).format == form
-        pixels = read_image(tmp_path / "small" / name, 3, 10**6)
-        assert pixels.shape == (32, 20, 3) and pixels[1, -2, 0] > pixels[1, -2, 1] + 60
 
 
 @pytest.mark.parametrize("name", KINDS)
