@@ -1,13 +1,14 @@
 """Build a vocabulary from the tags of a collection, or read one."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.collection.collection import Collection
 from data.layouts.table import count_values, show_some
+from data.tags.json_tags import read_json_tags
 from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
@@ -30,6 +31,10 @@ log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
+_FORMS = (
+    "what is read: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to indices or "
+    "from indices to tags, or entries with name, category and count; the selected_tags.csv of prepare.py job=vocabulary"
+)
 
 
 def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:
@@ -83,19 +88,28 @@ def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
 
 
 def read_any_vocabulary(path: Path) -> Vocabulary:
-    """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt file, one on each line. Raises UserError.
+    """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt or .json file. Raises UserError.
 
-    The order of the lines is kept; if one is a rating, the four ratings come first. A bare tag is a general one.
+    A .txt has a tag on each line; data/tags/json_tags.py has the forms of .json. The order is kept, without padding; if
+    one tag is a rating, the four ratings come first. A bare tag is a general one.
     """
-    if path.suffix != ".txt":
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".json"):
         return read_vocabulary(path)
-    with readable(path, "vocabulary"):
-        tags = [parse_tag(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        is_rated = any(tag.category == RATING for tag in tags)
+    with readable(path, "vocabulary", _FORMS):
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if suffix == ".txt" else ()
+        tags = read_json_tags(path) if suffix == ".json" else [(parse_tag(line), 0) for line in lines if line.strip()]
+        is_rated = any(tag.category == RATING for tag, _ in tags)
         ratings = [(Tag(RATING, name), 1) for name in RATINGS if is_rated]
         return _complete(
-            ratings + [(Tag(tag.category or GENERAL, tag.name), 0) for tag in tags if tag.category != RATING]
+            ratings + [(Tag(tag.category or GENERAL, tag.name), n) for tag, n in tags if tag.category != RATING]
         )
+
+
+def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
+    """Return a vocabulary, followed by the tags of another one that it lacks, without ratings."""
+    rows = [row for key, row in wanted.columns.items() if key not in known.columns and key[0] != RATING]
+    return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(wanted))))
 
 
 def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:

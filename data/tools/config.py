@@ -61,12 +61,14 @@ class Manifest(Tool):
 class CollectVocabulary(Tool, VocabularyConfig):
     """Collect the tags of `data.root` into the vocabulary file `output`.
 
-    Tags that differ in separators alone go into x_aliases.csv beside x.csv, in the form of `task.aliases`.
+    Tags that differ in separators alone go into x_aliases.csv beside x.csv, in the form of `task.aliases`. append_to:
+    a vocabulary whose rows come first, unchanged.
     """
 
     main: ClassVar[str] = "data.tools.vocabulary:collect_vocabulary"
     name: Literal["vocabulary"]
     output: PathText
+    append_to: PathText | None
 
 
 class Pack(Tool):

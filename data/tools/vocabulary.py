@@ -8,8 +8,9 @@ from data.config import DataConfig
 from data.load import load_collection
 from data.tags.rules import read_rules
 from data.tags.spellings import find_variants
-from data.tags.vocabulary import count_tags, make_vocabulary
+from data.tags.vocabulary import append_vocabulary, count_tags, make_vocabulary, read_any_vocabulary
 from data.tools.config import CollectVocabulary
+from utils.errors import about
 from utils.formats.vocabulary import write_vocabulary
 from utils.io.files import output_errors, write_text
 
@@ -18,6 +19,9 @@ def collect_vocabulary(job: CollectVocabulary, data: DataConfig) -> str:
     """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
     collection = load_collection(data)
     vocabulary = make_vocabulary(collection, job, "job.")
+    if job.append_to is not None:
+        with about("job.append_to"):
+            vocabulary = append_vocabulary(read_any_vocabulary(Path(job.append_to)), vocabulary)
     variants = find_variants(count_tags(collection, read_rules(job, "job.")))
     output = Path(job.output)
     aliases = output.with_name(f"{output.stem}_aliases.csv")

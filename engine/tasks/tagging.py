@@ -1,7 +1,6 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
 from collections.abc import Iterable
-from dataclasses import astuple
 from functools import reduce
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from data.tags.fields import read_targets, tag_fields
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
-from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import append_vocabulary, make_vocabulary, read_any_vocabulary
 from engine.measures.means import Means
 from engine.measures.tag_drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
@@ -41,7 +40,7 @@ from models.weights.initialise import convert_state
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
-from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
+from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, vocabulary_of, write_vocabulary
 from utils.io.files import Json
 from utils.io.weight_files import find_initial, find_weights
 from utils.io.weights import read_weights
@@ -283,12 +282,12 @@ def index_of(collection: Collection, setup: Setup) -> TagIndex:
 
 def append_tags(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
     """Return the vocabulary of a tagger, followed by the tags of another vocabulary that it lacks, without ratings."""
-    rows = [row for key, row in wanted.columns.items() if key not in known.columns and key[0] != RATING]
-    if not rows:
+    both = append_vocabulary(known, wanted)
+    if len(both) == len(known):
         raise UserError(
             f"task.append_to: it has all {len(wanted):,} tags; lower task.min_count, or name a longer task.vocabulary"
         )
-    return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(wanted))))
+    return both
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:

@@ -11,6 +11,7 @@ from data.tags.rules import TagRules, TagRulesConfig, VocabularyConfig, read_rul
 from data.tags.tag_index import index_tags, map_tags
 from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
+from tests.in_process import run
 from tests.support import refuses
 from utils.formats.vocabulary import RATINGS, Vocabulary
 
@@ -209,3 +210,53 @@ def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
     (tmp_path / "tags.txt").write_text("a\nA")
     with refuses(r"tags\.txt is not a readable vocabulary"):
         read_any_vocabulary(tmp_path / "tags.txt")
+
+
+JSON = {
+    "list": ["1girl", "blue eyes", "character:miku"],
+    "pairs": [["1girl", 7], ["blue_eyes", 0], ["character:miku", 0]],
+    "tag to index": {"blue_eyes": 1, "1girl": 0, "character:miku": 2},
+    "index to tag": {"10": "blue_eyes", "2": "1girl", "30": "character:miku"},
+    "index to entry": {
+        "0": {"tag": "1girl", "category": "General", "count": 7},
+        "1": {"tag": "blue_eyes", "category": 0},
+        "2": {"tag": "miku", "category": "character"},
+    },
+    "tag to entry": {"blue_eyes": {"idx": 1}, "1girl": {"idx": 0, "frequency": 7}, "character:miku": {"idx": 2}},
+    "tables in a dictionary": {
+        "version": 1,
+        "tag_mapping": {"idx_to_tag": {"0": "<PAD>", "1": "1girl", "2": "blue_eyes", "3": "miku"}},
+        "tag_to_category": {"miku": "Character"},
+        "tag_frequencies": {"1girl": 7},
+    },
+}
+
+
+@pytest.mark.parametrize("form", JSON)
+def test_another_taggers_json_is_a_vocabulary(tmp_path, form):
+    file = tmp_path / "vocabulary.json"
+    file.write_text(json.dumps(JSON[form]))
+    read = read_any_vocabulary(file)
+    assert (read.names, read.categories) == (("1girl", "blue_eyes", "miku"), (0, 0, 4))
+    assert read.counts in ((7, 0, 0), (0, 0, 0)) and ("7" not in file.read_text() or read.counts[0] == 7)
+
+
+def test_the_four_ratings_of_another_tagger_come_first(tmp_path):
+    (tmp_path / "tags.json").write_text(json.dumps(["1girl", *reversed(RATINGS)]))
+    assert read_any_vocabulary(tmp_path / "tags.json").names == (*RATINGS, "1girl")
+
+
+@pytest.mark.parametrize("content", [{"a": "b"}, {"version": 2, "model": {"width": 7}}, 3, {"a": 0, "b": 2}, [None]])
+def test_json_of_an_unknown_form_is_named_as_such(tmp_path, content):
+    (tmp_path / "tags.json").write_text(json.dumps(content))
+    with refuses(r"tags\.json .*unknown form.* what is read"):
+        read_any_vocabulary(tmp_path / "tags.json")
+
+
+def test_a_vocabulary_keeps_the_rows_of_another_before_its_own(tmp_path):
+    collection_of(tmp_path / "photos", rows_with({"b": 1, "a": 2, "c": 1}))
+    (tmp_path / "known.json").write_text(json.dumps([["c", 9], ["x", 5]]))
+    words = ["job=vocabulary", "data.root=photos", "job.output=tags.csv", "job.min_count=1", "job.append_to=known.json"]
+    run("prepare", [*words, "data=image_folder"], tmp_path)
+    read = read_any_vocabulary(tmp_path / "tags.csv")
+    assert (read.names, read.counts) == (("c", "x", "a", "b"), (9, 5, 2, 1))
