@@ -15,9 +15,7 @@ log = get_logger(__name__)
 def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarray | None = None) -> ndarray:
     """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
-    `per_class`, a number or a share, and `count` choose the paths with the lowest hashes, so an added image replaces at
-    most one chosen image. Images without a label are one class. Raises UserError if every training image has weight 0,
-    or if `find` finds no training image.
+    Raises UserError if every training image has weight 0, or if `find` finds no training image.
     """
     training = collection.rows("train")
     if len(training) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
@@ -37,12 +35,22 @@ def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarra
             )
     if is_usable is not None:
         rows = rows[is_usable[rows]]
+    rows = choose_part(collection, rows, choice)
+    if (choice.find, choice.per_class, choice.count) != (None, None, None):
+        log.info("loop: %s of %s training images", f"{len(rows):,}", f"{len(training):,}")
+    return rows
+
+
+def choose_part(collection: Collection, rows: ndarray, choice: TrainChoice) -> ndarray:
+    """Return `per_class` of the rows, a number or a share of each class, and `count` of these, ascending.
+
+    The paths with the lowest hashes are chosen, so an added image replaces at most one chosen image. Images without a
+    label are one class.
+    """
     if choice.per_class is not None:
         rows = _lowest(collection, rows, choice.per_class, collection.class_ids(collection.class_names("train")))
     if choice.count is not None:
         rows = _lowest(collection, rows, choice.count, np.zeros(len(collection), int))
-    if (choice.find, choice.per_class, choice.count) != (None, None, None):
-        log.info("loop: %s of %s training images", f"{len(rows):,}", f"{len(training):,}")
     return rows
 
 

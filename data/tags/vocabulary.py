@@ -1,14 +1,15 @@
 """Build a vocabulary from the tags of a collection, or read one."""
 
+import json
 from collections import Counter
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.collection.collection import Collection
 from data.layouts.table import count_values, show_some
-from data.tags.json_tags import read_json_tags
 from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
@@ -31,6 +32,8 @@ log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
+_TABLES = ("index_to_tag", "idx_to_tag", "id2label", "tag_to_index", "tag_to_idx", "tags")  # of another tagger's JSON
+_NO_TAGS = ("", "<PAD>", "<UNK>")
 _FORMS = (
     "what is read: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to indices or "
     "from indices to tags, or entries with name, category and count; the selected_tags.csv of prepare.py job=vocabulary"
@@ -97,13 +100,38 @@ def read_any_vocabulary(path: Path) -> Vocabulary:
     if suffix not in (".txt", ".json"):
         return read_vocabulary(path)
     with readable(path, "vocabulary", _FORMS):
-        lines = path.read_text(encoding="utf-8-sig").split("\n") if suffix == ".txt" else ()
-        tags = read_json_tags(path) if suffix == ".json" else [(parse_tag(line), 0) for line in lines if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        counts = _read_json(json.loads(text)) if suffix == ".json" else [(line, 0) for line in text.split("\n")]
+        tags = [(parse_tag(tag), count) for tag, count in counts if tag.strip() not in _NO_TAGS]
         is_rated = any(tag.category == RATING for tag, _ in tags)
         ratings = [(Tag(RATING, name), 1) for name in RATINGS if is_rated]
         return _complete(
             ratings + [(Tag(tag.category or GENERAL, tag.name), n) for tag, n in tags if tag.category != RATING]
         )
+
+
+def _read_json(content: Any) -> list[tuple[str, int]]:
+    """Return the tags of another tagger in order, and their counts or 0. Raises ValueError for an unknown form.
+
+    content: a list, a dictionary from tags to indices or from indices to tags, or one that has such a table. An entry
+    is a text, or a dictionary with `tag` or `name`, and perhaps `category` and `count`.
+    """
+    texts = []
+    try:
+        tables = content if isinstance(content, dict) else {}
+        table = next((tables[name] for name in _TABLES if name in tables), content)
+        if isinstance(table, dict):
+            table = table if "0" in table else {str(index): tag for tag, index in table.items()}
+            table = [table[str(index)] for index in range(len(table))]
+        for row in table:
+            row = row if isinstance(row, dict) else {"tag": row}
+            tag = row.get("tag") or row["name"]
+            count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
+            category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
+            texts.append((f"{category_name(category)}:{tag}" if category else tag, count))
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError(f"an unknown form, {content}") from None
+    return texts
 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:

@@ -1,17 +1,20 @@
-"""job=cache: list the caches and the records that no run uses; remove these, or fill the cache of images."""
+"""job=cache: list the caches, what they hold and what no run uses; remove that, or fill the cache of images."""
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from safetensors import deserialize
 
+from data.collection.choose import spread
 from data.config import DataConfig
-from data.images.caches import GIB
+from data.images.caches import GIB, HEAD
 from data.images.record_store import Store
 from data.load import load_collection
 from data.open import open_images
-from data.stream.source import UnreadableImage
+from data.stream.source import IMAGE, UnreadableImage
 from data.tools.config import Cache
 from utils.errors import UserError
 from utils.io.files import output_errors
@@ -24,14 +27,16 @@ from utils.record.report import TableRow
 
 log = get_logger(__name__)
 
+_COMPARED = 32  # images
 _CACHES = Path("outputs/cache")
 _DAY_SEC = 86_400
 
 
 def manage_caches(job: Cache, data: DataConfig) -> str:
     """Fill, or list and remove. Raises UserError (`job.apply`, `data.cache.disk_gib`)."""
+    images = _describe_images(job, data) if job.fill or data.cache.disk_gib else ""
     if job.fill:
-        return _fill(job, data)
+        return images
     caches = {*_CACHES.glob("*"), Path(data.cache.folder)}
     unused = []
     rows = []
@@ -39,7 +44,7 @@ def manage_caches(job: Cache, data: DataConfig) -> str:
         records = Store(path).unused(time.time() - job.unused_days * _DAY_SEC)
         rows.append(_describe(path, len(records)))
         unused += records
-    log.info("%s", Lines(show_rows(rows)))
+    log.info("%s\n%s", Lines(show_rows(rows)), images)
     size = sum(file.stat().st_size for file in unused) / GIB
     with output_errors("job.apply", _CACHES):
         for file in unused if job.apply else ():
@@ -48,8 +53,8 @@ def manage_caches(job: Cache, data: DataConfig) -> str:
     return f"{len(unused):,} files ({size:.3g} GiB) not used for {job.unused_days:g} days: {done}"
 
 
-def _fill(job: Cache, data: DataConfig) -> str:
-    """Decode each image that the cache lacks."""
+def _describe_images(job: Cache, data: DataConfig) -> str:
+    """Return how many images the cache has, and how far they are from decoded ones; `job.fill`: after filling it."""
     if not data.cache.disk_gib:
         raise UserError("data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as for training")
     collection = load_collection(data)
@@ -60,15 +65,31 @@ def _fill(job: Cache, data: DataConfig) -> str:
         with suppress(UnreadableImage):  # training names it
             source.read(row)
 
-    rows = np.flatnonzero(collection.weights() > 0).tolist()
-    for _ in track(in_threads(keep, rows), len(rows), "filling the cache"):
+    rows = np.flatnonzero(collection.weights() > 0)
+    for _ in track(in_threads(keep, rows.tolist()), len(rows), "filling the cache") if job.fill else ():
         pass
-    kept = sum(map(source.has, rows))
+    kept = rows[[*map(source.has, rows.tolist())]]
+    errors = [0]
+    for row in spread(kept, _COMPARED).tolist():
+        error = source.read(row)[IMAGE].int() - source.inner.read(row)[IMAGE].int()
+        errors.append(int(error.abs().max()))
     limit = f"data.cache.disk_gib={data.cache.disk_gib:g}"
-    return f"{kept:,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits"
+    compared = f"{len(errors) - 1} of them differ by at most {max(errors)} of 255 from images decoded now"
+    log.info("decoded as: %s", source.inner.decoder.identity())
+    return f"{len(kept):,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits; {compared}"
 
 
 def _describe(path: Path, unused: int) -> TableRow:
     """Return a row on a cache: a folder or a file."""
     sizes = [file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()]
-    return {"cache": str(path), "files": len(sizes), "GiB": sum(sizes) / GIB, "unused": unused}
+    row = {"cache": str(path), "files": len(sizes), "GiB": sum(sizes) / GIB, "unused": unused}
+    return {**row, "bytes a file": sum(sizes) / max(1, len(sizes)), "a record": _describe_record(path)}
+
+
+def _describe_record(path: Path) -> str:
+    """Return the dtypes and shapes of a record of a cache, or nothing; a user's folder may look like one."""
+    records = [Store(path).get(file.name) for file in Store(path).files()[:1] if {"used", "uses"} & {*os.listdir(path)}]
+    if records and (path / "used").exists():
+        return f"pixels, uint8 {list(HEAD.unpack(records[0][: HEAD.size]))}"
+    tensors = deserialize(records[0].tobytes()) if records else ()
+    return ", ".join(f"{name} {facts['dtype']} {facts['shape']}" for name, facts in tensors)

@@ -11,7 +11,7 @@ from pydantic import Field
 from data.config import DataConfig
 from data.layouts.walk import check_root
 from data.tags.rules import VocabularyConfig
-from utils.config.bounds import DurationOrZero, Side
+from utils.config.bounds import Count, DurationOrZero, Share, Side
 from utils.config.schema import PathText, Strict, TermsText
 from utils.start import open_name
 
@@ -112,14 +112,16 @@ class Filter(Finder):
 class Copy(Tool):
     """Copy the images that terms find (null: all), and their sidecars and rows; nothing is overwritten.
 
-    find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
-    modification time are skipped, so a killed job continues.
+    find: see data/collection/search.py. per_class, count: see `choose_part`. to: the target folder. Files that exist
+    there with the same size and modification time are skipped, so a killed job continues.
     """
 
     main: ClassVar[str] = "data.tools.copy:copy_images"
     name: Literal["copy"]
     to: PathText
     find: TermsText | None
+    per_class: Count | Share | None
+    count: Count | None
 
 
 class ApplyCorrections(Tool):
@@ -135,8 +137,9 @@ class ApplyCorrections(Tool):
 
 
 class Cache(Tool):
-    """List the caches; with `apply`, remove the records that no run has used for `unused_days`.
+    """List the caches and what their records hold; with `apply`, remove the records unused for `unused_days`.
 
+    With `data.cache.disk_gib`, as for training, cached images are compared with decoded ones.
     fill: decode all images into `data.cache.folder`, as training with this `shortest_px` reads them; grey: one channel.
     """
 

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.collection.choose import choose_part
 from data.collection.search import find_rows
 from data.config import DataConfig
 from data.layouts.manifest import read_sources, read_table, save_manifest
@@ -34,10 +36,8 @@ def copy_images(job: Copy, data: DataConfig) -> str:
         raise UserError(f"job.to: {job.to!r} is inside data.root, or data.root inside it; set another folder")
     collection = load_collection(data)
     refuse_shards(data.root, collection.table)
-    paths = collection.table["path"]
-    if job.find is not None:
-        paths = paths.take(find_rows(collection, job.find, "job.find"))
-    images = paths.to_pylist()
+    rows = np.arange(len(collection)) if job.find is None else find_rows(collection, job.find, "job.find")
+    images = collection.table["path"].take(choose_part(collection, rows, job)).to_pylist()
     others = list_descriptions(root, images)
     files = [*images, *others]
     with open_journal("job.to", target, is_folder=True):

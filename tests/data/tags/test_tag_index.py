@@ -214,18 +214,17 @@ def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
 
 JSON = {
     "list": ["1girl", "blue eyes", "character:miku"],
-    "pairs": [["1girl", 7], ["blue_eyes", 0], ["character:miku", 0]],
+    "entries": [{"name": "1girl", "count": 7}, {"name": "blue_eyes"}, {"name": "miku", "category": 4}],
     "tag to index": {"blue_eyes": 1, "1girl": 0, "character:miku": 2},
-    "index to tag": {"10": "blue_eyes", "2": "1girl", "30": "character:miku"},
+    "index to tag": {"1": "blue_eyes", "0": "1girl", "2": "character:miku"},
     "index to entry": {
         "0": {"tag": "1girl", "category": "General", "count": 7},
         "1": {"tag": "blue_eyes", "category": 0},
         "2": {"tag": "miku", "category": "character"},
     },
-    "tag to entry": {"blue_eyes": {"idx": 1}, "1girl": {"idx": 0, "frequency": 7}, "character:miku": {"idx": 2}},
     "tables in a dictionary": {
         "version": 1,
-        "tag_mapping": {"idx_to_tag": {"0": "<PAD>", "1": "1girl", "2": "blue_eyes", "3": "miku"}},
+        "tag_to_index": {"<PAD>": 0, "1girl": 1, "blue_eyes": 2, "miku": 3},
         "tag_to_category": {"miku": "Character"},
         "tag_frequencies": {"1girl": 7},
     },
@@ -242,7 +241,9 @@ def test_another_taggers_json_is_a_vocabulary(tmp_path, form):
 
 
 def test_the_four_ratings_of_another_tagger_come_first(tmp_path):
-    (tmp_path / "tags.json").write_text(json.dumps(["1girl", *reversed(RATINGS)]))
+    tags = {"1girl": "general", **dict.fromkeys(reversed(RATINGS), "Rating")}
+    rows = {row: {"tag": tag, "category": tags[tag]} for row, tag in enumerate(tags)}
+    (tmp_path / "tags.json").write_text(json.dumps(rows))
     assert read_any_vocabulary(tmp_path / "tags.json").names == (*RATINGS, "1girl")
 
 
@@ -255,7 +256,7 @@ def test_json_of_an_unknown_form_is_named_as_such(tmp_path, content):
 
 def test_a_vocabulary_keeps_the_rows_of_another_before_its_own(tmp_path):
     collection_of(tmp_path / "photos", rows_with({"b": 1, "a": 2, "c": 1}))
-    (tmp_path / "known.json").write_text(json.dumps([["c", 9], ["x", 5]]))
+    (tmp_path / "known.json").write_text(json.dumps({"tags": ["c", "x"], "tag_frequencies": {"c": 9, "x": 5}}))
     words = ["job=vocabulary", "data.root=photos", "job.output=tags.csv", "job.min_count=1", "job.append_to=known.json"]
     run("prepare", [*words, "data=image_folder"], tmp_path)
     read = read_any_vocabulary(tmp_path / "tags.csv")

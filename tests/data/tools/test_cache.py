@@ -13,7 +13,7 @@ from data.config import CacheConfig
 from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.images.disk_cache import keep_on_disk
-from data.images.record_store import TensorStore
+from data.images.record_store import Store, TensorStore
 from tests.data.collection.test_collection import load
 from tests.in_process import TINY, make_images, run
 from tests.support import refuses
@@ -53,6 +53,20 @@ def test_caches_are_listed(stores, tmp_path, log):
     lines = [line.split() for message in log.messages for line in str(message).splitlines()]
     found = {Path(words[0]).name: words[1] for words in lines if words and words[0].startswith("outputs/cache/")}
     assert found.keys() == {"collections", "images", "latents"} and found["latents"] == "4"  # with a note of use
+    text = "".join(map(str, log.messages))
+    assert "pixels, uint8 [40, 30, 3]" in text and "mean F16 [4, 2, 2]" in text
+
+
+def test_cached_images_are_compared_with_decoded_ones(stores, tmp_path, log):
+    words = [*JOB, "data.cache.disk_gib=0.1", "data.max_pixels=1000000"]
+    run("prepare", words, tmp_path)
+    assert "differ by at most 0 of 255" in str(log.messages[-1]) and "up to" in "".join(map(str, log.messages))
+    damaged = max(stores.glob("images/[0-9a-f][0-9a-f]/*"))
+    content = np.fromfile(damaged, np.uint8)
+    content[-8:] ^= 128
+    Store(stores / "images").put(damaged.name, content[8:].tobytes())  # with a checksum of its own
+    run("prepare", words, tmp_path)
+    assert "differ by at most 128 of 255" in str(log.messages[-1])
 
 
 def test_only_old_records_that_nothing_uses_are_removed(stores, tmp_path):

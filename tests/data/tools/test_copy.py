@@ -40,6 +40,12 @@ def test_a_part_by_terms(root, tmp_path):
     assert (tmp_path / "part/x/a.txt").read_text() == "red hair, cap"
 
 
+def test_a_part_by_numbers(root, tmp_path):
+    assert "2 of 3 images" in run("prepare", [*COPY, "job.per_class=1"], tmp_path)
+    assert {path.parent.name for path in (tmp_path / "part").rglob("*.png")} == {"x", "y"}
+    assert "1 of 3 images" in run("prepare", [*COPY, "job.per_class=1", "job.count=1", "job.to=one"], tmp_path)
+
+
 def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
     run("prepare", ["job=manifest", *COPY[1:-1]], tmp_path)
     run("prepare", [*COPY, "job.find=hat"], tmp_path)
