@@ -1,12 +1,17 @@
 """job=machine: what this machine can do, and what a training would refuse here."""
 
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.models import resnet18
 
 from data.config import DataConfig
 from data.images.open import decoder_versions
@@ -22,6 +27,14 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _GIB = 2**30
+_PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WHY = {
+    "bf16": "the device multiplies bf16 faster than float32",
+    "fp16": "a GPU that does not multiply bf16 faster",
+    "fp32": "a CPU that does not multiply bf16 faster",
+}
+_SHAPE = (16, 3, 64, 64)
+_UPDATES = 4  # the first ones are slow
 
 
 def describe_machine(job: Machine, data: DataConfig) -> str:
@@ -31,10 +44,18 @@ def describe_machine(job: Machine, data: DataConfig) -> str:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         log.info("cuda:%d: %s, %.1f GiB", number, about.name, about.total_memory / _GIB)
-    log.info("runtime.precision=auto: trains in %s", choose_precision("auto", device))
+    precision = choose_precision("auto", device)
+    log.info("runtime.precision=auto: trains in %s: %s", precision, _WHY[precision])
+    _time_steps(device)
     lacks = ", ".join(missing_for_compile(device))
     log.info("torch.compile: %s", f"not possible without {lacks}" if lacks else "possible")
     log.info("decoders: %s", decoder_versions())
+    for file in sorted(Path(__file__).parents[2].glob("requirements*.txt")):
+        names = re.findall(r"^[\w.-]+", file.read_text(), re.MULTILINE)
+        lacks = ", ".join(
+            name for name in names if not (find_spec(name.replace("-", "_")) or [*distributions(name=name)])
+        )
+        log.info("%s: %s", file.name, f"lacks {lacks}: pip install -r {file.name}" if lacks else "installed")
     refused = []
 
     def attempt(check: Callable[..., Any], *arguments: Any) -> None:
@@ -56,6 +77,30 @@ def describe_machine(job: Machine, data: DataConfig) -> str:
     if refused:
         raise UserError("a training would be refused here:\n  " + "\n  ".join(refused))
     return "nothing that a training would refuse"
+
+
+def _time_steps(device: str) -> None:
+    """Log the images per second of whole updates of ResNet-18, in each precision that the device trains in."""
+    network = resnet18().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    images = torch.rand(_SHAPE, device=device)
+
+    for name, dtype in _PRECISIONS.items():
+        if device == "cpu" and name in ("tf32", "fp16"):
+            log.info("%s: for GPUs", name)
+            continue
+        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+        torch.backends.cudnn.conv.fp32_precision = "ieee" if name == "fp32" else "tf32"
+        seconds = []
+        for _ in range(_UPDATES):
+            started = time.perf_counter()
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                loss = network(images).square().mean()
+            loss.backward()
+            optimizer.step()
+            network.fc.bias.sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        log.info("%s: %.3g images/s (ResNet-18, %d x %d px)", name, len(images) / min(seconds), *_SHAPE[::3])
 
 
 def _check_writable(folder: Path) -> None:

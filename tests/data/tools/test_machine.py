@@ -4,11 +4,17 @@ from tests.in_process import run
 from tests.support import refuses
 
 
-def test_a_machine_is_described(tmp_path, log):
+def test_a_machine_is_described(tmp_path, log, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("data.tools.machine.distributions", lambda name: [name] * (name != "nicegui"))
+    monkeypatch.setattr("data.tools.machine.find_spec", lambda name: None)
     assert run("prepare", ["job=machine"], tmp_path) == "nothing that a training would refuse"
     found = dict(message.partition(": ")[::2] for message in log.messages)
     assert found.keys() >= {"cpu", "torch.compile", "decoders", "outputs", "runtime.precision=auto"}
-    assert found["runtime.precision=auto"].split()[-1] in ("bf16", "fp32")
+    assert found["runtime.precision=auto"].split(": ")[0].split()[-1] in ("bf16", "fp32")
+    assert "images/s" in found["fp32"] and "images/s" in found["bf16"]
+    assert found["tf32"] == found["fp16"] == "for GPUs"
+    assert found["requirements.txt"] == "installed" and "nicegui" in found["requirements-view.txt"]
 
 
 def test_all_that_a_training_would_refuse_is_named_at_once(tmp_path, monkeypatch):
