@@ -1,5 +1,6 @@
 """Weights through the commands: weights of others as a run of no steps, timm's weights, licences, exports, refusals."""
 
+import json
 import re
 
 import pytest
@@ -75,6 +76,12 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     words = ["format=safetensors", "run_dir=run", "weights=best", "output=carded"]
     with refuses(r"^card: none\.md .*Markdown"):
         run("export", [*words, "card=none.md"], place)
+    typed = {
+        "command": ["finetune.py", "experiment=a/b", f"data.root={place}/images", "init_from=hf:a/b@main", "run_dir=x"]
+    }
+    environment = read_json(place / "run/environment.json")
+    (place / "run/environment.json").write_text(json.dumps(environment | typed))
+    (place / "run/plots/curves.png").touch()
     run("export", [*words, "card=more.md"], place)
     text = (place / "carded/README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
@@ -82,10 +89,21 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     (result,) = front["model-index"][0]["results"]
     assert result["dataset"]["split"] == "validation" and {"top1", "loss"} <= {m["type"] for m in result["metrics"]}
     assert "- images: `8`\n- validation images: `4`" in text and "- precision: `" in text
-    environment = read_json(place / "run/environment.json")
     assert re.search(r"- recipe: `[0-9a-f]{8}`", text) and f"- commit: `{environment['git']['commit'][:12]}`" in text
-    assert "95 % interval" in text and "data.root" not in text and str(place) not in text
+    assert "95 % interval" in text and str(place) not in text
+    assert "- command: `python finetune.py experiment=a/b data.root=images init_from=hf:a/b@main`\n" in text
+    assert "- peak memory: `" in text and "- device: `CPU`" in text
+    assert "![curves](curves.png)" in text and (place / "carded/curves.png").is_file()
     assert "N/A" not in text and text.endswith("## Thanks\n\nto all, with ***\n")
+
+
+def test_the_card_of_a_run_has_the_figures_that_chose_its_weights(place):
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=unmeasured"], place)
+    run("export", ["format=safetensors", "run_dir=unmeasured", "output=new"], place)
+    front = yaml.safe_load((place / "new/README.md").read_text().split("---\n")[1])
+    (result,) = front["model-index"][0]["results"]
+    (best,) = (row for row in rows_of(place / "unmeasured/metrics.jsonl", "evaluate") if row["step"] == 2)
+    assert result["dataset"]["split"] == "validation" and {"type": "top1", "value": best["top1"]} in result["metrics"]
 
 
 def test_an_export_on_the_hub_is_where_a_run_begins(place, server):  # noqa: F811

@@ -1,8 +1,9 @@
 """README.md of an export: front matter for the hub, and facts about the weights and their run (card.md.jinja)."""
 
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import Json, Values, read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets, hide_secrets_in, safe_lines
-from utils.record.figures import COUNTS, show_figure, show_rows
+from utils.record.figures import COUNTS, show_duration, show_figure, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
-_SAMPLES = "plots/evaluate_samples.png"  # of a run
-_PIPELINES = {"diffusion": "text-to-image"}  # of tasks without outputs
+# Of a run; none shows photographs alone.
+_PICTURES = ("curves", "samples", "reconstructions", "worst", "confusion", "pr_curves")
+_NO_FIGURES = ("kind", "step", "epoch")
+_FOLDERS = re.compile(r"^(?!experiment=|[\w.+~@]*=?\w+:)([\w.+~@]*=)?.*/")  # of a local path in an override
+_PIPELINES = {"diffusion": "text-to-image", "autoencoder": "image-to-image"}  # of tasks without outputs
 Results = Mapping[str, Mapping[str, float]]  # of `read_results`
 
 
@@ -51,22 +55,35 @@ class Card:
         return self.weights.metadata
 
     def write(self, folder: Path, more: str = "") -> None:
-        """Write README.md, and for SDXL a picture of samples. more: Markdown to append."""
-        place = Path(self.run_dir or getattr(self.weights.run, "path", ""))
-        results = read_results(place, self.metadata.get("weights_hash"))
-        has_samples = bool(results) and (place / _SAMPLES).is_file()
-        if has_samples:
-            shutil.copy(place / _SAMPLES, folder / "samples.png")
+        """Write README.md, and curves and pictures of the run. more: Markdown to append."""
+        run = self.weights.run
+        place = Path(self.run_dir or getattr(run, "path", ""))
+        results = read_results(place, self.metadata.get("weights_hash")) or self._read_training()
+        files = sorted((place / "plots").glob("*.png"), reverse=True) if results else ()
+        drawn = {file.stem.removeprefix("evaluate_"): file for file in files}
+        pictures = [name for name in _PICTURES if name in drawn]
+        for name in pictures:
+            shutil.copy(drawn[name], folder / f"{name}.png")
         rows = [asdict(row) for row in (self.thresholds.rows if self.thresholds else ()) if row.profile != PER_TAG]
         known = {name: dict_of(self.metadata, name) for name in ("trained_on", "origin")}
-        known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata)}
-        measured = {"results": results, "has_samples": has_samples, "thresholds": show_rows(rows) if rows else ""}
+        known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata), "run": run}
+        measured = {"results": results, "pictures": pictures, "thresholds": show_rows(rows) if rows else ""}
         texts = {"program": self._program(), "prompts": self._prompts(), "more": safe_lines(more).strip()}
-        functions = {"code": code_span, "show_figure": show_figure}
+        functions = {"code": code_span, "show_figure": show_figure, "show_duration": show_duration}
+        functions["show_command"] = _show_command
         facts = {"card": self, "metadata": self.metadata, **known, **measured, **texts, **functions}
         card = ModelCard.from_template(self._front_matter(results), _TEMPLATE, **facts)
         card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
         card.save(folder / "README.md")
+
+    def _read_training(self) -> Results:
+        """Return the figures of the evaluation that chose the weights, if they are the best ones of their run."""
+        images = dict_of(self.metadata, "trained_on").get("validation_images")
+        rows = self.weights.run.rows if self.weights.run and self.weights.path.stem == "best_weights" else ()
+        found = [row for row in rows if row["kind"] == "evaluate" and row["step"] == self.metadata["step"]]
+        figures = found[-1].items() if found else ()
+        results = {name.removeprefix("ema/"): value for name, value in figures if name not in _NO_FIGURES}
+        return {f"validation: {images} images": results} if results else {}
 
     def _program(self) -> str | None:
         """Return a program that uses the weights, as Markdown; for our own format, a command."""
@@ -117,6 +134,11 @@ def _list_results(results: Results, pipeline: str | None) -> list[EvalResult] | 
             result(metric_type=name, metric_value=value) for name, value in figures.items() if name not in COUNTS
         ]
     return measured or None
+
+
+def _show_command(words: Sequence[str]) -> str:
+    """Return the command of a run, with the last part of each local path alone."""
+    return shlex.join([_FOLDERS.sub(r"\1", word) for word in words if not word.startswith("run_dir=")])
 
 
 def add_report(folder: Path, report: Json) -> None:

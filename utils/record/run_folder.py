@@ -37,10 +37,16 @@ from utils.io.files import (
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import log_copied_to, restart_count
-from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, NOTE_VARIABLE, OVERRIDES_FILE
+from utils.record.run_reader import (
+    COMPLETE_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOCK_FILE,
+    NOTE_VARIABLE,
+    OVERRIDES_FILE,
+)
 
 GIT_FILE = "git_state.json"
-ENVIRONMENT_FILE = "environment.json"
 _REQUEUED_SEC = 120.0  # for the processes of a job's earlier start to end, such as on a lost node
 _READER_SEC = 1.0  # for a reader that tests the lock
 

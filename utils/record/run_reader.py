@@ -15,6 +15,7 @@ from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
 
 CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
 OVERRIDES_FILE = "overrides.txt"
 LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
@@ -74,6 +75,11 @@ class RunReader(NamedTuple):
     def progress(self) -> Json:
         """What `write_progress` wrote last; nothing for a run of an older release or a damaged file."""
         return self._read(PROGRESS_FILE)
+
+    @property
+    def environment(self) -> Json:
+        """The machine and the code of the run, as `environment_state` returned them."""
+        return self._read(ENVIRONMENT_FILE)
 
     def _read(self, name: str) -> Json:
         try:
