@@ -68,15 +68,15 @@ def _describe_images(job: Cache, data: DataConfig) -> str:
     rows = np.flatnonzero(collection.weights() > 0)
     for _ in track(in_threads(keep, rows.tolist()), len(rows), "filling the cache") if job.fill else ():
         pass
-    kept = rows[[*map(source.has, rows.tolist())]]
-    errors = [0]
-    for row in spread(kept, _COMPARED).tolist():
-        error = source.read(row)[IMAGE].int() - source.inner.read(row)[IMAGE].int()
-        errors.append(int(error.abs().max()))
-    limit = f"data.cache.disk_gib={data.cache.disk_gib:g}"
-    compared = f"{len(errors) - 1} of them differ by at most {max(errors)} of 255 from images decoded now"
-    log.info("decoded as: %s", source.inner.decoder.identity())
-    return f"{len(kept):,} of {len(rows):,} images are in {data.cache.folder}, which {limit} limits; {compared}"
+    kept = np.array([row for row in rows.tolist() if source.has(row)])
+    errors = [
+        (source.read(row)[IMAGE].int() - source.inner.read(row)[IMAGE]).abs().max()
+        for row in spread(kept, _COMPARED).tolist()
+    ]
+    place = f"{data.cache.folder}, which data.cache.disk_gib={data.cache.disk_gib:g} limits"
+    compared = f"{len(errors)} of them differ by at most {max(errors, default=0)} of 255 from images decoded now"
+    recipe = source.inner.decoder.identity()
+    return f"{len(kept):,} of {len(rows):,} images are in {place}; {compared} ({recipe})"
 
 
 def _describe(path: Path, unused: int) -> TableRow:

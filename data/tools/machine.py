@@ -3,15 +3,16 @@
 import re
 import shutil
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.models import resnet18
+from torch import nn
 
 from data.config import DataConfig
 from data.images.open import decoder_versions
@@ -33,7 +34,7 @@ _WHY = {
     "fp16": "a GPU that does not multiply bf16 faster",
     "fp32": "a CPU that does not multiply bf16 faster",
 }
-_SHAPE = (16, 3, 64, 64)
+_IMAGES = 8
 _UPDATES = 4  # the first ones are slow
 
 
@@ -80,27 +81,25 @@ def describe_machine(job: Machine, data: DataConfig) -> str:
 
 
 def _time_steps(device: str) -> None:
-    """Log the images per second of whole updates of ResNet-18, in each precision that the device trains in."""
-    network = resnet18().to(device)
+    """Log the images per second of updates of a small network, in each precision that the device trains in."""
+    network = nn.TransformerEncoderLayer(384, 6).to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
-    images = torch.rand(_SHAPE, device=device)
+    images = torch.rand(196, _IMAGES, 384, device=device)
+
+    def step(dtype: torch.dtype | None) -> None:
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            loss = network(images).square().mean()
+        loss.backward()
+        optimizer.step()
+        network.norm2.bias.sum().item()  # waits for the device
 
     for name, dtype in _PRECISIONS.items():
-        if device == "cpu" and name in ("tf32", "fp16"):
-            log.info("%s: for GPUs", name)
-            continue
-        torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-        torch.backends.cudnn.conv.fp32_precision = "ieee" if name == "fp32" else "tf32"
-        seconds = []
-        for _ in range(_UPDATES):
-            started = time.perf_counter()
-            with torch.autocast(device, dtype, enabled=dtype is not None):
-                loss = network(images).square().mean()
-            loss.backward()
-            optimizer.step()
-            network.fc.bias.sum().item()  # waits for the device
-            seconds.append(time.perf_counter() - started)
-        log.info("%s: %.3g images/s (ResNet-18, %d x %d px)", name, len(images) / min(seconds), *_SHAPE[::3])
+        shown = "for GPUs"
+        if device == "cuda" or name in ("fp32", "bf16"):
+            torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+            seconds = min(timeit.repeat(partial(step, dtype), number=1, repeat=_UPDATES))
+            shown = f"{_IMAGES / seconds:.3g} images/s (a layer of ViT-S, {_IMAGES} images of 224 px)"
+        log.info("%s: %s", name, shown)
 
 
 def _check_writable(folder: Path) -> None:

@@ -27,7 +27,6 @@ REPORT = "export.json"  # one entry for each file that was exported into a folde
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 # Of a run; none shows photographs alone.
 _PICTURES = ("curves", "samples", "reconstructions", "worst", "confusion", "pr_curves")
-_NO_FIGURES = ("kind", "step", "epoch")
 _FOLDERS = re.compile(r"^(?!experiment=|[\w.+~@]*=?\w+:)([\w.+~@]*=)?.*/")  # of a local path in an override
 _PIPELINES = {"diffusion": "text-to-image", "autoencoder": "image-to-image"}  # of tasks without outputs
 Results = Mapping[str, Mapping[str, float]]  # of `read_results`
@@ -58,7 +57,10 @@ class Card:
         """Write README.md, and curves and pictures of the run. more: Markdown to append."""
         run = self.weights.run
         place = Path(self.run_dir or getattr(run, "path", ""))
-        results = read_results(place, self.metadata.get("weights_hash")) or self._read_training()
+        results = read_results(place, self.metadata.get("weights_hash"))
+        if not results and run and run.result and self.weights.path.stem == "best_weights":
+            images = dict_of(self.metadata, "trained_on").get("validation_images")
+            results[f"validation: {images} images"] = {run.result["metric"]: run.result["value"], "samples": images}
         files = sorted((place / "plots").glob("*.png"), reverse=True) if results else ()
         drawn = {file.stem.removeprefix("evaluate_"): file for file in files}
         pictures = [name for name in _PICTURES if name in drawn]
@@ -69,21 +71,12 @@ class Card:
         known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata), "run": run}
         measured = {"results": results, "pictures": pictures, "thresholds": show_rows(rows) if rows else ""}
         texts = {"program": self._program(), "prompts": self._prompts(), "more": safe_lines(more).strip()}
-        functions = {"code": code_span, "show_figure": show_figure, "show_duration": show_duration}
-        functions["show_command"] = _show_command
+        functions = {"code": code_span, "show_command": _show_command}
+        functions |= {"show_figure": show_figure, "show_duration": show_duration}
         facts = {"card": self, "metadata": self.metadata, **known, **measured, **texts, **functions}
         card = ModelCard.from_template(self._front_matter(results), _TEMPLATE, **facts)
         card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
         card.save(folder / "README.md")
-
-    def _read_training(self) -> Results:
-        """Return the figures of the evaluation that chose the weights, if they are the best ones of their run."""
-        images = dict_of(self.metadata, "trained_on").get("validation_images")
-        rows = self.weights.run.rows if self.weights.run and self.weights.path.stem == "best_weights" else ()
-        found = [row for row in rows if row["kind"] == "evaluate" and row["step"] == self.metadata["step"]]
-        figures = found[-1].items() if found else ()
-        results = {name.removeprefix("ema/"): value for name, value in figures if name not in _NO_FIGURES}
-        return {f"validation: {images} images": results} if results else {}
 
     def _program(self) -> str | None:
         """Return a program that uses the weights, as Markdown; for our own format, a command."""

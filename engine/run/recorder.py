@@ -253,7 +253,7 @@ class Recorder:
             self._tracker.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def add_report(self, step: int, report: Report, *, draws: bool = True) -> None:
-        """Write an evaluation's tables and pictures as files, and send the pictures to the tracker, on rank 0.
+        """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0.
 
         draws: also draw the pictures that are functions; else they are left out.
         """
@@ -266,7 +266,8 @@ class Recorder:
                 write_report(self.folder, report.tables, drawn)
                 keep_pictures(self.folder, step, drawn)
         if self._tracker is not None:
-            self._tracker.add(step, {f"images/{name}": image for name, image in drawn.items()})
+            images = {f"images/{name.removesuffix('_before')}": image for name, image in drawn.items()}
+            self._tracker.add(step, images | {f"tables/{name}": rows for name, rows in report.tables.items() if rows})
 
     def log_step(self, step: int) -> None:
         """Write the means since the last log: the only regular host synchronisation.

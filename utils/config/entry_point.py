@@ -176,10 +176,13 @@ class Command(Generic[Schema]):
         """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""
         if "sweep" not in self.schema.model_fields:
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
-        from utils.config.sweep import parse_sweep, run_jobs
+        from utils.config.sweep import parse_sweep, run_jobs, write_wandb_sweep
         from utils.record.sweep_table import read_jobs, sweep_table
 
         sweep = parse_sweep(arguments)
+        if sweep.settings.wandb is not None:
+            log.info("%s", write_wandb_sweep(sweep, Path(sys.argv[0]).name))
+            return EXIT_OK
         statuses = run_jobs(sweep.jobs(), sweep.settings, sys.argv[0])
         jobs = read_jobs(Path(sweep.base))
         if jobs and environment_rank() == 0:

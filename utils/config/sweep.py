@@ -30,11 +30,11 @@ from utils.config.messages import validate
 from utils.config.schema import Strict
 from utils.config.sweep_config import FLAGS, SweepConfig
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
-from utils.io.files import Json, Values, output_errors, sha256_text
+from utils.io.files import Json, Values, output_errors, sha256_text, write_json
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
-from utils.record.run_reader import RunReader, settings_of
+from utils.record.run_reader import OBJECTIVE, RunReader, settings_of
 
 log = get_logger(__name__)
 
@@ -119,6 +119,36 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
     return Sweep(overrides, settings, str(base or f"outputs/sweeps/{settings.name}"))
 
 
+def write_wandb_sweep(sweep: Sweep, script: str) -> str:
+    """Write the swept values as a sweep of W&B, and return what to do. Raises UserError (`sweep.wandb`).
+
+    W&B's agents start the script with values such as `optim.lr=0.001`; ranges are searched by Bayesian optimisation.
+    """
+    parameters = {key.key_or_group: _to_wandb(key) for key in sweep.swept}
+    fixed = [item.input_line for item in sweep.overrides if not item.is_sweep_override()]
+    fixed = [word for word in fixed if not word.startswith(("sweep.", "run_dir=", "tracking="))]
+    values = {
+        "program": script,
+        "method": "grid" if all("values" in choice for choice in parameters.values()) else "bayes",
+        "metric": {"name": OBJECTIVE, "goal": "maximize"},
+        "parameters": parameters,
+        "command": ["${env}", "${interpreter}", "${program}", "tracking=wandb", *fixed, "${args_no_hyphens}"],
+    }
+    file = Path(sweep.settings.wandb)
+    with output_errors("sweep.wandb", file):
+        write_json(file, values)  # YAML that W&B reads
+    return f"wrote {file}: wandb sweep {file} prints the command for agents"
+
+
+def _to_wandb(key: Override) -> Json:
+    value = key.value()
+    if not isinstance(value, IntervalSweep):
+        return {"values": [*key.sweep_string_iterator()]}
+    kind = int if "int" in value.tags else float
+    scale = {"distribution": "log_uniform_values"} if "log" in value.tags and kind is float else {}
+    return {"min": kind(value.start), "max": kind(value.end), **scale}
+
+
 def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> dict[SweepJob, int]:
     """Run jobs as processes of a script and return their exit statuses.
 
@@ -184,7 +214,7 @@ def _end(job: SweepJob, status: int, statuses: dict[SweepJob, int]) -> None:
     if status not in (EXIT_OK, EXIT_STOPPED):
         log.error("failed with status %d: %s", status, job.folder)
     if job.trial is not None and status != EXIT_STOPPED:
-        _tell(job, RunReader(Path(job.folder)).result)
+        _tell(job, RunReader(Path(job.folder)).objective)
 
 
 def _trials(sweep: Sweep) -> Iterator[SweepJob]:
@@ -225,12 +255,8 @@ def _suggest(trial: Any, override: Override) -> str | int | float:
     return float(f"{value:.4g}")  # short, for the folder's name; Optuna keeps more digits
 
 
-def _tell(job: SweepJob, result: Json | None) -> None:
-    """Report a job's result to Optuna; None means that the trial failed."""
+def _tell(job: SweepJob, objective: float | None) -> None:
+    """Report a job's figure to Optuna; None means that the trial failed."""
     from optuna.trial import TrialState
 
-    value = result and result["value"]
-    if value is None:
-        job.trial.study.tell(job.trial, state=TrialState.FAIL)
-    else:
-        job.trial.study.tell(job.trial, -value if result["is_lowest_best"] else value)
+    job.trial.study.tell(job.trial, objective, TrialState.FAIL if objective is None else TrialState.COMPLETE)

@@ -15,4 +15,5 @@ class SweepConfig(Strict):
 
     name: PathText
     gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # a job at a time for each
+    wandb: PathText | None  # a file for `wandb sweep`, written in place of the jobs
     trials: Count | None  # the number of jobs whose values Optuna chooses

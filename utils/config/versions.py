@@ -32,6 +32,8 @@ LATER = {
     "task[tagging].loss.alpha": 0.25,
     "task[diffusion].lora.layers": {},
     "task[diffusion].preference_beta": None,
+    "tracking[wandb].weights": False,
+    "sweep.wandb": None,
     **NEWER,
 }
 # By key, the value that means off.

@@ -19,6 +19,7 @@ class WandbTrackingConfig(Strict):
 
     name: Literal["wandb"]
     samples: bool
+    weights: bool  # upload the best and the last weights of a complete run
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
 
 

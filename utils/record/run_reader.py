@@ -21,6 +21,7 @@ LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
 COMPLETE_FILE = "complete.json"
 PROGRESS_FILE = "progress.json"
+OBJECTIVE = "objective"  # `RunReader.objective` in W&B's sweeps
 NOTE_VARIABLE = "ATELIER_RUN_NOTE"  # a file in which a run writes its folder, for the SLURM job that may requeue it
 # failed: it has ended with an error. dead: its process has vanished, by a kill or with its machine.
 STATES = ("running", "requeued", "failed", "dead", "stopped", "finished")
@@ -70,6 +71,14 @@ class RunReader(NamedTuple):
         found = self._read(RESULT_FILE)
         is_whole = {"metric", "value", "is_lowest_best"} <= found.keys()
         return found if is_whole and isinstance(found["value"], int | float | None) else None
+
+    @property
+    def objective(self) -> float | None:
+        """The best figure, or its negative where the lowest is best; None if there is none. Searches maximise it."""
+        result = self.result
+        if result is None or result["value"] is None:
+            return None
+        return -result["value"] if result["is_lowest_best"] else result["value"]
 
     @property
     def progress(self) -> Json:

@@ -6,7 +6,7 @@ W&B writes from a separate process and TensorBoard from a thread, so calls are c
 import os
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ import numpy as np
 from utils.io.files import Values, write_text
 from utils.record.config import TrackingConfig
 from utils.record.logging import get_logger
+from utils.record.report import TableRow
 from utils.record.run_folder import git_state
-from utils.record.run_reader import RunReader
+from utils.record.run_reader import OBJECTIVE, RunReader
 
 log = get_logger(__name__)
 
-Value = float | np.ndarray  # a finite number, or a picture [H, W, 3] uint8
+Value = float | np.ndarray | Sequence[TableRow]  # a finite number, a picture [H, W, 3] uint8, or a table for W&B
 ID_FILE = "wandb_run_id.txt"
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports to W&B's developers clutter the output
 _START_SEC = 30.0  # for W&B's server to answer
 _FINISH_SEC = 120.0  # for the upload of a run that has ended
+_WEIGHTS_SEC = 3600.0  # the same with weights
 _STOP_SEC = 5.0  # for the upload of a stopped run: a scheduler may kill the job soon
 
 
@@ -70,7 +72,7 @@ class _Tensorboard:
         for name, value in values.items():
             if isinstance(value, np.ndarray):
                 self._writer.add_image(name, value, step, dataformats="HWC")
-            else:
+            elif isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
     def close(self, status: int | None) -> None:
@@ -89,32 +91,30 @@ class _Wandb:
     def __init__(self, folder: Path, config: Values, step: int) -> None:
         import wandb  # takes 0.6 s
 
-        self._logged_step = 0
+        self._options = config["tracking"]
+        self._reader = RunReader(folder)
+        self._logged_step = -1
         file = folder / ID_FILE
         if file.exists():
-            self._logged_step = max((row["step"] for row in RunReader(folder).rows), default=0)
+            self._logged_step = max((row["step"] for row in self._reader.rows), default=0)
         else:
-            write_text(file, secrets.token_hex(4) + "\n")
+            write_text(file, os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n")
         # The run folder has the console output (log.txt), the machine and the code (environment.json).
         settings = wandb.Settings(
             silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
-            x_disable_meta=True, init_timeout=_START_SEC, finish_timeout=_FINISH_SEC, finish_timeout_raises=True,
+            x_disable_meta=True, init_timeout=_START_SEC, finish_timeout_raises=True,
+            finish_timeout=_WEIGHTS_SEC if self._options["weights"] else _FINISH_SEC,
         )  # fmt: skip
         named = {"id": file.read_text("utf-8").strip(), "name": folder.resolve().name}
-        named |= {"project": config["tracking"]["project"], "job_type": config["script"], "dir": folder.resolve()}
+        named |= {"project": self._options["project"], "job_type": config["script"], "dir": folder.resolve()}
         named["config"] = {**config, "git": git_state()}
         self._run = wandb.init(mode=choose_mode(), resume="allow", allow_val_change=True, settings=settings, **named)
         unsent = f"send it later: wandb sync {folder}/wandb/offline-run-*"
         log.info("W&B: %s", unsent if self._run.offline else self._run.url)
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
-        import wandb
-
-        if step > self._logged_step:
-            shown = {
-                name: wandb.Image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()
-            }
-            self._run.log(shown, step=step)
+        if values and step > self._logged_step:
+            self._run.log({name: _show(value) for name, value in values.items()}, step=step)
 
     def close(self, status: int | None) -> None:
         import wandb
@@ -124,8 +124,23 @@ class _Wandb:
             finish.start()
             finish.join(_STOP_SEC)
             return
+        self._run.summary[OBJECTIVE] = self._reader.objective
+        aliases = {"best": "best", "last": "latest"}  # of the versions of the weights
+        for name, alias in aliases.items() if self._options["weights"] and status == 0 else ():
+            self._run.log_model(self._reader.weights(name), f"weights-{self._run.id}", [alias])
         self._run.finish(exit_code=status)
         wandb.teardown()
+
+
+def _show(value: Value) -> Any:
+    """Return a value as W&B shows it."""
+    import wandb
+
+    if isinstance(value, np.ndarray):
+        return wandb.Image(value)
+    if isinstance(value, int | float):
+        return value
+    return wandb.Table([*value[0]], [[*row.values()] for row in value], allow_mixed_types=True)
 
 
 def choose_mode() -> str:

@@ -60,7 +60,7 @@ def test_caches_are_listed(stores, tmp_path, log):
 def test_cached_images_are_compared_with_decoded_ones(stores, tmp_path, log):
     words = [*JOB, "data.cache.disk_gib=0.1", "data.max_pixels=1000000"]
     run("prepare", words, tmp_path)
-    assert "differ by at most 0 of 255" in str(log.messages[-1]) and "up to" in "".join(map(str, log.messages))
+    assert "differ by at most 0 of 255" in str(log.messages[-1])
     damaged = max(stores.glob("images/[0-9a-f][0-9a-f]/*"))
     content = np.fromfile(damaged, np.uint8)
     content[-8:] ^= 128

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
+from tests.in_process import configure, run_command
 from tests.support import refuses
-from utils.config.sweep import _tell, parse_sweep, run_jobs
+from utils.config.sweep import _tell, parse_sweep, run_jobs, write_wandb_sweep
 from utils.io.files import read_json, write_json
 from utils.record.run_reader import RESULT_FILE, RunReader
 
@@ -145,7 +147,7 @@ def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
     Path(job.folder).mkdir(parents=True)
     if value is not None:
         write_json(Path(job.folder) / RESULT_FILE, {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})
-    _tell(job, RunReader(Path(job.folder)).result)
+    _tell(job, RunReader(Path(job.folder)).objective)
     (trial,) = job.trial.study.trials
     assert (trial.value, trial.state.name) == (value, "FAIL" if value is None else "COMPLETE")
     assert job.trial.study.direction.name == "MAXIMIZE"
@@ -165,3 +167,37 @@ def test_a_folder_that_cannot_be_made_is_named(script, words, tmp_path):
     (tmp_path / "file").touch()
     with refuses(r"^run_dir: .*file/rates cannot be written"):
         run(script, "top=1,2", f"run_dir={tmp_path}/file/rates", *words)
+
+
+def test_a_sweep_is_a_file_whose_commands_wandbs_agent_makes(tmp_path, monkeypatch, capsys):
+    words = [
+        "--multirun",
+        "optim.lr=0.001,0.003",
+        "augment.image_size_hw=[32,32],[64,64]",
+        "seed=4",
+        "sweep.wandb=sweep.yaml",
+    ]
+    assert run_command("finetune", [*words, "run_dir=x", "tracking=jsonl"], tmp_path, monkeypatch) == 0
+    assert "wandb sweep sweep.yaml" in capsys.readouterr().err
+    sweep = load_sweep_config(str(tmp_path / "sweep.yaml"))
+    assert (sweep["program"], sweep["method"]) == ("finetune.py", "grid")
+    args = create_sweep_command_args(
+        {"args": {name: {"value": part["values"][1]} for name, part in sweep["parameters"].items()}}
+    )
+    typed = create_sweep_command(sweep["command"])[3:-1] + args[sweep["command"][-1][2:-1]]
+    config, _ = configure("finetune", typed)
+    assert (config.optim.lr, config.augment.image_size_hw, config.seed, config.tracking.name) == (
+        0.003,
+        [64, 64],
+        4,
+        "wandb",
+    )
+
+
+def test_ranges_are_searched_by_wandb(tmp_path):
+    words = ["optim.lr=tag(log,interval(1e-4,1e-2))", "loop.batch_size=tag(int,interval(4,8))"]
+    write_wandb_sweep(parse_sweep([*words, f"sweep.wandb={tmp_path}/s.yaml"]), "train.py")
+    sweep = load_sweep_config(f"{tmp_path}/s.yaml")
+    assert (sweep["method"], sweep["metric"]["goal"]) == ("bayes", "maximize")
+    ranges = {"optim.lr": (1e-4, 1e-2, "log_uniform_values"), "loop.batch_size": (4, 8)}
+    assert {name: tuple(part.values()) for name, part in sweep["parameters"].items()} == ranges

@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,8 +84,12 @@ def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(
     git = read_json(run_dir / "environment.json")["git"]
     assert dict(first.config) == {**read_json(run_dir / "config.json"), "git": git}
     figures = {step: {name: row[name] for name in row if not is_reading(name)} for step, row in logged[first].items()}
-    pictures = [name for row in figures.values() for name in [*row] if name.startswith("images/") and row.pop(name)]
-    assert figures == expected_rows(run_dir) and "images/confusion" in pictures
+    shown = {
+        name: row.pop(name) for row in figures.values() for name in [*row] if name.startswith(("images/", "tables/"))
+    }
+    assert figures == expected_rows(run_dir) and "images/confusion" in shown
+    table = shown["tables/classes"]
+    assert table.columns[0] == "class" and [row[0] for row in table.data] == ["A", "B"]
     assert list(run_dir.glob("wandb/offline-run-*/files/media/images/**/confusion_*.png"))
     assert rows(run_dir / "metrics.jsonl") == rows(plain / "metrics.jsonl")
 
@@ -95,6 +100,26 @@ def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(
     assert second.config["loop"]["total_steps"] == 5 and list(run_dir.glob("wandb/offline-run-*/*.wandb"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_wandb_has_the_objective_of_a_sweep_and_the_weights_if_asked(images, tmp_path, monkeypatch):
+    sent, runs, finish = [], [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "log_model", lambda run, *arguments: sent.append(arguments))
+    monkeypatch.setattr(
+        wandb.Run, "finish", lambda run, **how: [runs.append(run.summary["objective"]), finish(run, **how)]
+    )
+    monkeypatch.setenv("WANDB_RUN_ID", "fromagent")
+    fine_tune(images, tmp_path, "loop.total_steps=2", *WANDB)
+    assert not sent and (tmp_path / "run/wandb_run_id.txt").read_text() == "fromagent\n"
+    assert runs == [read_json(tmp_path / "run/result.json")["value"]]
+    fine_tune(images, tmp_path, "loop.total_steps=2", "run_dir=sent", "tracking.weights=true", *WANDB)
+    files = [Path(f"sent/weights/{name}_weights.safetensors") for name in ("best", "last")]
+    assert sent == [(files[0], "weights-fromagent", ["best"]), (files[1], "weights-fromagent", ["latest"])]
+
+
+def test_wandb_offline_keeps_the_weights(images, tmp_path):
+    fine_tune(images, tmp_path, "loop.total_steps=2", "tracking.weights=true", *WANDB)
+    assert "tracking: " not in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_server_that_never_answers_ends_no_run(images, tmp_path, monkeypatch):
