@@ -58,7 +58,7 @@ class Card:
         run = self.weights.run
         place = Path(self.run_dir or getattr(run, "path", ""))
         results = read_results(place, self.metadata.get("weights_hash"))
-        if not results and run and run.result and self.weights.path.stem == "best_weights":
+        if not results and run and run.objective is not None and self.weights.path.stem == "best_weights":
             images = dict_of(self.metadata, "trained_on").get("validation_images")
             results[f"validation: {images} images"] = {run.result["metric"]: run.result["value"], "samples": images}
         files = sorted((place / "plots").glob("*.png"), reverse=True) if results else ()

@@ -16,6 +16,8 @@ NEWER = {
     "lr_finder.only": False,
     "task[diffusion].buckets.fit": None,
     "task[autoencoder].buckets.fit": None,
+    "tracking[wandb].weights": False,
+    "sweep.wandb": None,
 }
 # The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
 # model of that family.
@@ -32,8 +34,6 @@ LATER = {
     "task[tagging].loss.alpha": 0.25,
     "task[diffusion].lora.layers": {},
     "task[diffusion].preference_beta": None,
-    "tracking[wandb].weights": False,
-    "sweep.wandb": None,
     **NEWER,
 }
 # By key, the value that means off.
