@@ -322,7 +322,6 @@ class DiffusionTaskConfig(TaskConfig):
     text_cache: PathText | None  # a folder; null: encode captions at every step
     text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
-    preference_beta: Positive | None  # null: off
 
     @property
     def trains_text(self) -> bool:
@@ -362,11 +361,6 @@ class DiffusionTaskConfig(TaskConfig):
             )
         if config.model.frozen_dtype == "float8" and self.lora is None:
             raise ValueError("model.frozen_dtype: float8 is for a LoRA's base, but task.lora is null; set bfloat16")
-        if self.preference_beta and (None in (self.lora, self.latent_cache) or self.noise.convert):
-            raise ValueError(
-                "task.preference_beta: compares a LoRA with its base on cached latents, at what the base predicts; set "
-                "task.lora, task.latent_cache and task.noise.convert=false, or preference_beta=null"
-            )
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
         for number, concept in enumerate(config.data.concepts or ()):

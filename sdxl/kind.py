@@ -1,5 +1,6 @@
 """SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -27,7 +28,7 @@ from engine.config import TrainingConfig
 from engine.task import COMPARED, FILE_HASHES, IMAGE_HASHES, Loaders, Streams
 from engine.tasks.kind import Kind, Setup
 from engine.update.batch_size import naming_memory
-from sdxl.caches.buckets import Buckets, choose_pairs, fitted_views, make_buckets
+from sdxl.caches.buckets import Buckets, fitted_views, make_buckets
 from sdxl.caches.latent_cache import LatentCache
 from sdxl.caches.masks import Masked, find_masks
 from sdxl.caches.text_cache import TextCache, vary_caption
@@ -145,22 +146,20 @@ class DiffusionKind(BucketedKind):
         triggers = [captions.prefix, *(concept.trigger for concept in collection.concepts if not concept.is_prior)]
         if trigger := ", ".join(dict.fromkeys(filter(None, triggers))):
             trained_on["trigger"] = trigger
-        return replace(streams, described=described, trained_on=trained_on)
+        ends = {COMPARED: math.inf}  # pictures are compared at the end of a run
+        return replace(streams, described=described, trained_on=trained_on, every_epochs=ends)
 
     def read(self, data: Data, setup: Setup, rows: ndarray, parts: int, *, training: bool) -> Reading:
         """Return the data of some rows, from files or from caches, which are filled first."""
         task = setup.task
         collection = data.collection
-        cached = buckets = find_buckets(data, setup, rows)
-        if task.preference_beta:  # a split may part the pictures of a pair
-            both = find_buckets(data, setup, np.arange(len(collection)))
-            buckets, cached = choose_pairs(collection, both, rows)
+        buckets = find_buckets(data, setup, rows)
         encode, vary = _read_texts(data, setup, rows, training=training)
         fields = caption_fields(collection, task.captions, encode, vary, parts, _weigh_rows(collection, rows, task))
         read = data
         find_fit = buckets.draw_fit
         if task.latent_cache is not None:
-            latents = _read_latents(data, setup, cached)
+            latents = _read_latents(data, setup, buckets)
             find_fit = latents.find_fit
             if not data.dry_run:
                 read = data.read_from(latents, latents.fingerprints)

@@ -134,7 +134,6 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig, compute: torch.dtyp
     if buckets.sizes_hw:
         height, width = max(chain(*buckets.sizes_hw), key=math.prod)
     size = min(config.loop.at_once, config.loop.batch_size)
-    size *= 2 if config.task.preference_beta else 1  # pictures of a pair
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
     casts = compute != torch.float32

@@ -9,7 +9,6 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
     loss_weight [B], in training, by concept and tags; is_prior [B] bool, if `data.concepts` has one
     mask [B, 1, h, w] float16, with task.mask: where the loss counts
-    rejected_latent_mean, rejected_latent_logvar, rejected_fit, with task.preference_beta: of the rejected picture
 
 Source: Podell et al. 2023 (arXiv 2307.01952); sdxl/step.py has the other parts of a step, with the equations.
 """
@@ -210,26 +209,7 @@ class DiffusionTask(Task):
         return StepOutput(loss, logs)
 
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
-        """Return the figures of each sample [B], and its timestep, as `_compare`.
-
-        With task.preference_beta, they are of the chosen picture of each pair, but `loss` is the pair's; `preferred` is
-        1 if the LoRA prefers the chosen picture more than its base does.
-        Source: Wallace et al. 2023 (arXiv 2311.12908), equation 14; SalesforceAIResearch/DiffusionDPO:train.py.
-        """
-        beta = self._config.preference_beta
-        if not beta:
-            return self._compare(batch)
-        pair = {name: torch.cat([part, batch.get(f"rejected_{name}", part)]) for name, part in batch.items()}
-        figures, timesteps = self._compare(pair)
-        with torch.no_grad(), self.adapter.switched_off():
-            base, _ = self._compare(pair)
-        chosen, rejected = (base["loss"] - figures["loss"]).chunk(2)
-        margin = beta / 2 * (chosen - rejected)
-        figures |= {"loss": -nn.functional.logsigmoid(margin), "preferred": margin > 0}
-        return {name: part[: len(margin)] for name, part in figures.items()}, timesteps.chunk(2)[0]
-
-    def _compare(self, batch: Batch) -> tuple[State, Tensor]:
-        """Return the figures of each picture [B], and its timestep.
+        """Return the figures of each sample [B], and its timestep.
 
         error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
         perceptual loss, if on.

@@ -111,7 +111,7 @@ class Pictures(RunTab):
         if not pictures:
             ui.label("No pictures yet: evaluations make them.").classes("muted")
         if "plots/samples.png" in pictures:
-            ui.link("Two steps over each other, and which is better", f"/samples?run={quote(self.name)}")
+            ui.link("Two steps over each other", f"/samples?run={quote(self.name)}")
         for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
             with ui.card().classes("w-full"):
                 Steps(title=escape_controls(title), pictures=[*self._address(pictures[title])])

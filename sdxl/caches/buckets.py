@@ -9,12 +9,11 @@ Sizes are (height, width) in pixels, after EXIF rotation.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy import ndarray
 from torch import Tensor
@@ -119,7 +118,6 @@ class Buckets:
 
     rows: the row of each sample, int64 [N], ascending. groups: the bucket of each sample, an index into `sizes_hw`
     [K, 2]; ascending within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
-    rejected: for each row of the collection, the row of its rejected picture (`choose_pairs`).
     """
 
     config: BucketConfig
@@ -129,7 +127,6 @@ class Buckets:
     sizes_hw: ndarray
     image_hw: ndarray
     dropped: dict[str, ndarray]
-    rejected: ndarray | None = None
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
@@ -233,22 +230,6 @@ def make_buckets(collection: Collection, rows: ndarray, sizes_hw: ndarray, confi
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())
         log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
     return Buckets(config, rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
-
-
-def choose_pairs(collection: Collection, buckets: Buckets, rows: ndarray) -> tuple[Buckets, Buckets]:
-    """Return the samples of `rows` in folders `chosen`, and all of `buckets` with `rejected`.
-
-    The rejected picture of `a/chosen/x.png` is `a/rejected/x.png`, or one with another ending, in the same bucket.
-    """
-    names = pc.replace_substring_regex(collection.table["path"], r"\.[^./]+$", "")
-    others = pc.replace_substring_regex(names, r"(^|/)chosen/", r"\1rejected/")
-    rejected = pc.index_in(others, value_set=names).fill_null(-1).to_numpy()
-    partners = rejected[buckets.rows]
-    has_other = np.isin(partners + 1j * buckets.groups, buckets.rows + 1j * buckets.groups)
-    is_chosen = np.isin(buckets.rows, rows) & (partners != buckets.rows)
-    pairs = {name: getattr(buckets, name)[is_chosen & has_other] for name in ("rows", "groups", "image_hw")}
-    dropped = buckets.dropped | {"chosen, without a rejected one of their bucket": buckets.rows[is_chosen & ~has_other]}
-    return replace(buckets, **pairs, dropped=dropped), replace(buckets, rejected=rejected)
 
 
 def fitted_views(find_fit: FindFit) -> Views:

@@ -126,14 +126,9 @@ class LatentCache(Source):
         """Return `latent_mean`, `latent_logvar` [4, h, w] and `fit` [6] (`BucketFit.conditions`) of a row in a bucket.
 
         key: the key of the draw, which decides between the image and its mirror image.
-        A pair also has the tensors of its rejected picture, as `rejected_latent_mean` and so on.
         Raises UnreadableImage if a record is missing.
         """
-        variant = self._variant_of(key)
-        record = self.read_variant(row, group, variant)
-        if (rejected := self.buckets.rejected) is not None:
-            record |= _rename(self.read_variant(rejected[row], group, variant))
-        return record
+        return self.read_variant(row, group, self._variant_of(key))
 
     def find_fit(self, row: int, key: int, group: int) -> tuple[BucketFit, bool]:
         """Return the fit of a record, and whether it is of the mirror image; as for `read`."""
@@ -156,13 +151,5 @@ class LatentCache(Source):
         """Return zero latents in the shape of a bucket."""
         size = torch.from_numpy(self.buckets.sizes_hw[group])
         latents = torch.zeros(CHANNELS, *(size // STRIDE_PX).tolist(), dtype=STORED)
-        record = {
-            "latent_mean": latents,
-            "latent_logvar": latents,
-            "fit": torch.cat([size, torch.zeros_like(size), size]),
-        }
-        return record if self.buckets.rejected is None else record | _rename(record)
-
-
-def _rename(record: Record) -> Record:
-    return {f"rejected_{name}": tensor for name, tensor in record.items()}
+        fit = torch.cat([size, torch.zeros_like(size), size])
+        return {"latent_mean": latents, "latent_logvar": latents, "fit": fit}

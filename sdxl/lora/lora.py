@@ -11,8 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 """
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -76,8 +75,6 @@ def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
 class LoRA(nn.Module):
     """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and so on."""
 
-    is_on = True
-
     def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
         """Make the matrices for `networks` (unet, text_encoder, text_encoder_2). Only their shapes are used.
 
@@ -102,16 +99,7 @@ class LoRA(nn.Module):
 
     def _add(self, update: LoRALayer, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Return a layer's output with its update: a forward hook."""
-        return output + update(layer, inputs[0]) if self.is_on else output
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Switch the updates off for a while."""
-        self.is_on = False
-        try:
-            yield
-        finally:
-            self.is_on = True
+        return output + update(layer, inputs[0])
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""

@@ -14,7 +14,7 @@ from tests.door.follow import follow
 from tests.in_process import configure, run
 from tests.sdxl.test_lora_combined import LAYER
 from tests.small_sdxl import EPSILON, complete, write_base
-from tests.support import TINY, make_collection, refuses
+from tests.support import TINY, refuses
 from utils.io.weights import read_header
 from utils.record.run_reader import RunReader
 
@@ -24,15 +24,13 @@ COMMAND = ["experiment=sdxl/lora", "model.path=base", "data.root=dog", *ON_CPU]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Photographs as a telephone names them, a base, a LoRA, a pair, and prompts as sd-scripts takes them."""
+    """Photographs as a telephone names them, a base, a LoRA, and prompts as sd-scripts takes them."""
     folder = tmp_path_factory.mktemp("dog")
     torch.manual_seed(0)
     write_base(folder / "base", noise=EPSILON)
     style = {f"{LAYER}.lora_down.weight": torch.rand(4, 640), f"{LAYER}.lora_up.weight": torch.rand(640, 4)}
     save_file(style, folder / "style.safetensors", {"modelspec.prediction_type": "v"})
     (folder / "dog").mkdir()
-    pairs = make_collection(folder / "pairs", per_class=1, classes=["chosen"], validation=0)
-    shutil.copytree(pairs / "train/chosen", pairs / "train/rejected")
     for number in range(15):
         size = (120, 90) if number % 3 else (90, 120)
         Image.new("RGB", size, (90, 60, 9 * number)).save(folder / f"dog/IMG_{number:04}.JPG")
@@ -45,7 +43,7 @@ def place(tmp_path_factory):
 def test_the_page_leads_from_photographs_to_comfyui(place, capsys):
     with refuses('none of the 15 images .*data.trigger="sks dog"'):  # what a newcomer types first
         run("finetune_sdxl", [*COMMAND, "run_dir=first"], place)
-    words = {"BASE": "base", "PATH": "dog", "FILE": "outputs/dog/export/kohya/lora.safetensors", "PAIRS": "pairs"}
+    words = {"BASE": "base", "PATH": "dog", "FILE": "outputs/dog/export/kohya/lora.safetensors"}
     words |= {"FIRST": "style.safetensors", "SECOND": "style.safetensors", "TUNED": "base"}
     short = {
         "finetune_sdxl.py": [*ON_CPU, "loop.total_steps=3"],

@@ -1,7 +1,6 @@
 """task=diffusion: the loss of each sample, what is kept, exact resume, and the pictures."""
 
 import re
-import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -157,35 +156,6 @@ def test_a_dropped_caption_is_zeros_or_the_empty_text(to):
         dropped = torch.ones(4, dtype=torch.bool)
         hidden = torch.equal(losses(task, cat | {"is_dropped": dropped}), losses(task, dog | {"is_dropped": dropped}))
     assert hidden == (to == "zeros")
-
-
-PAIRS = ["task.preference_beta=500", "task.latent_cache=latents"]
-
-
-@pytest.mark.parametrize("noise", ["task.noise.prediction_type=v_prediction", "task.noise.prediction_type=epsilon"])
-def test_the_loss_of_a_pair_is_that_of_the_paper(noise):
-    """From the errors of single pictures, with the LoRA and of a task without one."""
-    task, base = build(*PAIRS, noise), build(*WHOLE, noise)
-    for parameter in task.adapter.parameters():
-        parameter.data.normal_(0, 0.1)
-    mean, other = torch.randn(2, 4, 4, 8, 8)
-    chosen = make_batch() | {"latent_mean": mean, "latent_logvar": mean}
-    del chosen["images"]
-    pictures = chosen, chosen | {"latent_mean": other}
-    better, worse = (losses(base, each) - task._compare(each)[0]["loss"] for each in pictures)
-    found = losses(task, chosen | {"rejected_latent_mean": other})
-    torch.testing.assert_close(found, -torch.log(torch.sigmoid(250 * (better - worse))))
-    assert found.std()
-
-
-def test_pairs_have_equal_names_and_are_mirrored_together(tmp_path):
-    """Copies of the chosen pictures teach nothing; 3 steps of 8 pairs show each of 6 pairs 4 times, and no other."""
-    images = make_collection(tmp_path / "images", per_class=6, classes=["chosen", "other"], validation=0)
-    shutil.copytree(images / "train/chosen", images / "train/rejected")
-    run("finetune_sdxl", [*SHORT, *PAIRS, "data.root=images", "run_dir=run"], tmp_path)
-    last = rows(tmp_path / "run/metrics.jsonl", "train")[-1]
-    assert (last["loss"], last["epoch"]) == pytest.approx((0.693147, 4))
-    assert "dropped" not in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,6 @@ def refused(place, monkeypatch, capsys, *overrides):
             "buckets: no image has a bucket; 9",
         ),
         (["loop.sampling=balanced"], "loop.sampling: balanced"),
-        (["task.preference_beta=2000"], "task.preference_beta"),
-        (["task.preference_beta=2000", "task.latent_cache=latents", "task.noise.convert=true"], "task.preference_beta"),
     ],
 )
 def test_what_is_refused(words, said, place, monkeypatch, capsys):

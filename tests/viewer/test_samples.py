@@ -1,4 +1,4 @@
-"""/samples: pictures of two steps over each other, and choices that are kept with their pictures."""
+"""/samples: pictures of two steps over each other."""
 
 import json
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import rows
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, sees
 from utils.io.files import read_json
@@ -32,30 +31,14 @@ def runs(tmp_path_factory):
     return root
 
 
-def test_choices_are_kept_and_taken_back(page, address, runs):
+def test_two_steps_are_over_each_other_and_the_address_has_them(page, address, runs):
     page.goto(f"{address}/samples?run=0/classifier&run=0/lora&run=0/other")
-    group = page.get_by_role("group", name="pictures")
+    sees(page, HOSTILE)
     page.wait_for_function("document.activeElement.classList.contains('samples')")
-    group.press("ArrowRight")
-    page.get_by_role("button", name=HOSTILE).and_(page.locator("[aria-pressed=true]")).wait_for()
-    group.press("ArrowUp")
-    page.wait_for_url("**left=0&right=1&here=1")
+    page.get_by_role("group", name="pictures").press("ArrowUp")
+    page.wait_for_url("**left=0&right=1")
     page.reload()
-    page.locator("[aria-pressed=true]", has_text=HOSTILE).wait_for()
-    for key, count in {"2": 1, "0": 2, "1": 3}.items():
-        group.press(key), group.press(key)  # once more is the same choice
-        sees(page, f"choices to undo: {count}")
-    page.get_by_role("button", name="U undo").click()
-    sees(page, "choices to undo: 2")
-    group.press("u")
-    sees(page, "choices to undo: 1")
-    (right,) = rows(runs / "lora/preferences.jsonl")
-    assert right.items() >= {"prompt": HOSTILE, "negative": "blurry", "seed": 7, "tie": False}.items()
-    files = [runs / "lora" / right[name] for name in ("chosen", "rejected")]
-    pictures = [np.array(Image.open(file)) for file in files]
-    assert [(each.shape, *np.unique(each)) for each in pictures] == [((16, 24, 3), 150), ((16, 24, 3), 100)]
-    kept = {file for file in (runs / "lora/preferences").rglob("*") if file.is_file()}
-    assert kept == {*files, files[0].with_suffix(".txt")}, "of the choice that counts alone"
+    page.get_by_alt_text("right: 0/lora, step 5").wait_for()
     page.get_by_label("wipe").fill("80")
     assert "80%" in page.locator(".samples").get_attribute("style")
     sees(page, "0/other is left out")

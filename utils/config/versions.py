@@ -33,7 +33,6 @@ LATER = {
     "task[tagging].loss.gamma": 2.0,  # there was no focal loss
     "task[tagging].loss.alpha": 0.25,
     "task[diffusion].lora.layers": {},
-    "task[diffusion].preference_beta": None,
     **NEWER,
 }
 # By key, the value that means off.
@@ -43,6 +42,7 @@ CUT = {
     "task[diffusion].judge": None,
     "task[diffusion].captions.order": None,
     "task[diffusion].captions.dropout": None,
+    "task[diffusion].preference_beta": None,
 }
 _WITHOUT_WEIGHTS = {"task[diffusion].judge"}  # keys of CUT that changed no weights: they go, whatever their value
 
