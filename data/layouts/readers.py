@@ -14,6 +14,7 @@ from data.layouts.names import OURS, POSTS, SUFFIXES, is_data
 
 TABLES = "tables of the user"
 SIDECARS = "sidecars"
+ANNOTATIONS = "annotation files"
 
 
 class Sidecar(NamedTuple):
@@ -61,14 +62,19 @@ class Reader(NamedTuple):
 
 _POSTS = "|".join(map(re.escape, POSTS))
 _BESIDE = "|".join(map(re.escape, SUFFIXES))
+_ANNOTATIONS = r".*\.(xml|ya?ml|names|labels)|(.*/)?(_classes|_annotations|Albums/[^/]+)\.csv"
 READERS = (
     Reader("posts", _POSTS, "data.layouts.metadata:read_posts", is_whole=True),
     Reader(
-        TABLES, r"(?!manifest\.|(.*/)?metadata\.).*\.[ct]sv", "data.layouts.listed:read_listed_images", is_whole=True
+        TABLES,
+        rf"(?!manifest\.|(.*/)?metadata\.|{_ANNOTATIONS}).*\.[ct]sv",
+        "data.layouts.listed:read_listed_images",
+        is_whole=True,
     ),
     Reader("metadata of kohya", r"meta_[^/]*\.jsonl?", "data.layouts.metadata:read_kohya"),
     Reader("metadata of imagefolder", r"(.*/)?metadata\.(jsonl|csv|parquet)", "data.layouts.metadata:read_imagefolder"),
     Reader(SIDECARS, rf".*({_BESIDE})", "data.layouts.sidecars:read_beside"),
+    Reader(ANNOTATIONS, _ANNOTATIONS, "data.layouts.annotations:read_annotations", is_whole=True),  # and orphans
 )
 _FORMS = re.compile("|".join(f"(?P<_{row}>{each.files})" for row, each in enumerate(READERS)), re.IGNORECASE)
 
@@ -85,5 +91,5 @@ def is_table(path: str) -> bool:
 
 
 def has_reader(path: str) -> bool:
-    """Return whether a reader takes a file. Whether a reader takes a table of the user depends on the table's rows."""
-    return is_data(path) or find_form(path) not in (None, TABLES)
+    """Return whether a reader takes a file. Tables of the user and annotation files decide by their contents."""
+    return is_data(path) or find_form(path) not in (None, TABLES, ANNOTATIONS)

@@ -16,7 +16,7 @@ from data.layouts.names import (
     masked_stem,
 )
 from data.layouts.places import place_images
-from data.layouts.readers import SIDECARS, TABLES, find_form, has_reader
+from data.layouts.readers import ANNOTATIONS, SIDECARS, TABLES, find_form, has_reader
 from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import is_picture, walk_folders
 from utils.errors import about
@@ -56,9 +56,10 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
     """Return what a folder has. Raises UserError (`data.root`): names of one look in several Unicode forms."""
     found = Folder(root, choice, unused, {}, {}, {}, {}, {}, [], [])
     if choice.table not in ("auto", "none"):
-        found.files[TABLES] = [choice.table]
+        is_table = os.path.splitext(choice.table)[1].lower() not in ("", ".json", ".xml")
+        found.files[TABLES if is_table else ANNOTATIONS] = [choice.table]
     for folder, entries, names in walk_folders(
-        root, unused, lambda path: has_reader(path) or find_form(path) == TABLES
+        root, unused, lambda path: has_reader(path) or find_form(path) in (TABLES, ANNOTATIONS)
     ):
         here = {name for name in names if is_picture(root, folder + name)}
         raw = set(filter(is_raw, names))
@@ -74,8 +75,9 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
             path = folder + name
             form = SIDECARS if name in beside else find_form(path)
             if form == SIDECARS and name not in beside:
-                unused.add(ORPHANS, path)
-            elif form is not None:
+                unused.add(ORPHANS, path)  # until it turns out to be an annotation file
+                form = ANNOTATIONS
+            if form is not None:
                 found.files.setdefault(form, []).append(path)
             elif is_mask_name(name):
                 found.masks.append(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layouts.names import SUFFIXES
-from data.layouts.readers import Sidecar
+from data.layouts.readers import ANNOTATIONS, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.unused import Unused
 from data.layouts.values import READ, join_equal, read_caption, read_label, read_tags, refuse_value
@@ -25,8 +25,10 @@ from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.io.files import Json, readable
 from utils.io.memo import in_threads
 
+_BOXES = "texts of boxes, which are no tags"  # a reason
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
+_BOX = re.compile(r"\s*\d+(?=.*\.)(?:\s+-?[\d.][\d.e-]*){4,}\s*")  # of YOLO: the number of a class, and shares of sides
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
 _FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
@@ -67,6 +69,11 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
         unused.add("texts with sentences among tags, which are captions and no tags", where)
     caption = "\n".join(sentences) if one_per_line else caption
     return Sidecar(join_equal(tags) or None, None, caption or None)
+
+
+def is_boxes(text: str) -> bool:
+    """Return whether a text has the boxes or outlines of YOLO, one a line."""
+    return all(map(_BOX.fullmatch, text.strip().split("\n")))
 
 
 def parse_record(where: str, record: Json) -> Sidecar:
@@ -127,7 +134,10 @@ def read_beside(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
         target = os.path.dirname(os.path.realpath(root / image))
         return read_texts(str(root / image), texts, lambda path: _read_file(root, Path(path), target), folder.unused)
 
-    return dict(zip(folder.sidecars, in_threads(read, list(folder.sidecars))))
+    found = dict(zip(folder.sidecars, in_threads(read, list(folder.sidecars))))
+    boxes = [os.path.relpath(name, root) for name in folder.unused.pop(_BOXES, ())]
+    folder.files.setdefault(ANNOTATIONS, []).extend(boxes)
+    return found
 
 
 def _read_file(root: Path, file: Path, beside: str) -> bytes:
@@ -155,6 +165,9 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
                     unused.add("JSON files without tags, rating, caption, label or id", name)
             elif suffix == ".cls":
                 found = Sidecar(label=read_label(text))
+            elif is_boxes(text):
+                found = Sidecar()
+                unused.add(_BOXES, name)
             else:
                 found = parse_text(name, text, unused, one_per_line=f"{image}.txt".lower() == name.lower())
                 caption = read_caption(text) if suffix == ".caption" else found.caption

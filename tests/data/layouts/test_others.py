@@ -16,8 +16,7 @@ SAID = (
     "126 files of kinds that no reader takes: .mov 124, no ending 2",
     "2 tables that nobody has read (data.table=FILE",
     "2 archives, which are not looked into (unpack them): b/more.tar.gz, photos.zip",
-    "1 annotation files, whose boxes and outlines are not read: a/0.xml",
-    "1 sidecars without an image (of annotation files, boxes and outlines are not read): instances.json",
+    "2 annotation files that cannot be read: a/0.xml (no element found: line 1, column 0), instances.json (",
 )
 
 

@@ -1,0 +1,119 @@
+"""Annotation files: what they say of the class of an image is its label, and several classes are its tags.
+
+Where they say more, outlines or how many of a class there are, no task here learns it. Then they are read only if
+`data.table` names the file or its folder.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
+from data.layouts.listed import build_finder
+from data.layouts.places import read_split
+from data.layouts.readers import Sidecar
+from data.layouts.scan import Folder
+from data.layouts.sidecars import decode, refuse_link_out
+from data.layouts.table import TEST
+from data.layouts.unused import ORPHANS, ROWS, UNNAMED
+from data.layouts.values import READ
+from utils.errors import UserError
+from utils.io.memo import in_threads
+
+_TAKE = "data.table=FILE, or its folder, reads the classes in each image"
+_PLACES = f"annotation files with outlines, or with several of a class in an image, which no task learns ({_TAKE})"
+_BESIDE = f"annotation files beside others, or beside folders of classes ({_TAKE})"
+_FEW = 0.1  # of the images may have several of a class
+_Told = dict[str, list[tuple[str | None, str, str]]]  # by image: class, kind and file of its marks
+
+
+def read_annotations(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+    """Return what the form with the most images says, and all images of their folders.
+
+    Raises UserError (`data.table`): the stated file or folder says nothing.
+    """
+    stated = folder.choice.table
+    orphans = {*folder.unused.pop(ORPHANS, ())} - {*files}
+    folder.unused.add(ORPHANS, *orphans)
+    told = _read_all(folder, [name for name in dict.fromkeys(files) if (folder.root / name).is_file()])
+    form = max(told, key=lambda form: len(told[form]), default="")
+    found = _choose(folder, form, told.pop(form, {}))
+    for other in told.values():
+        folder.unused.add(_BESIDE, *_list_files(other))
+    if stated not in ("auto", "none") and not found:
+        raise UserError(f"data.table: {stated!r} has no class of an image of {str(folder.root)!r}")
+    return found
+
+
+def _read_all(folder: Folder, names: Sequence[str]) -> dict[str, _Told]:
+    """Return what the files say, by form."""
+    stated = folder.choice.table
+    parsed = dict(zip(names, in_threads(functools.partial(_parse, folder), names)))
+    words = next((marks for form, marks in parsed.values() if form == NAMES and marks), [])
+    classes = {str(number): word for number, (_, word, _) in enumerate(words)}
+    find = build_finder(folder.splits)
+    told = {}
+    for name, (form, marks) in parsed.items():
+        own = os.path.splitext(name)[0]
+        is_read = stated == "auto" or f"{name}/".startswith(f"{stated.rstrip('/')}/")
+        for image, word, kind in marks if is_read and form != NAMES else ():
+            path = find(image, "") or find(own, "")
+            if path is None:
+                folder.unused.add(f"{ROWS} annotation files without an image", f"{image} in {name}")
+            else:
+                told.setdefault(form, {}).setdefault(path, []).append((classes.get(word, word), kind, name))
+    return told
+
+
+def _parse(folder: Folder, name: str) -> tuple[str, list[Mark]]:
+    """Return the form of a file, and its marks. A file without them is added to `unused`."""
+    file = folder.root / name
+    try:
+        refuse_link_out(folder.root, file)
+        form, marks = read_form(file, decode(file.read_bytes()))
+        marks = [(str(image), None if word is None else str(word), kind) for image, word, kind in marks]
+    except Exception as error:  # any type
+        folder.unused.add("annotation files that cannot be read", f"{name} ({error})")
+        return "", []
+    if not marks and form not in ("", NAMES):
+        folder.unused.add(form, name)
+    elif not marks:
+        folder.unused.add_files(name)
+    return form, marks
+
+
+def _choose(folder: Folder, form: str, told: _Told) -> dict[str, Sidecar]:
+    """Return classes as labels, or as tags if an image has several or a box is none; nothing if they say more."""
+    kinds = {kind for marks in told.values() for word, kind, _ in marks if word}
+    used = {CLASSES} & kinds or kinds
+    words = {path: [word for word, kind, _ in marks if word and kind in used] for path, marks in told.items()}
+    several = sum(len({*each}) > 1 for each in words.values())
+    bare = sum(not each for each in words.values())
+    again = sum(len({*each}) < len(each) for each in words.values())
+    is_auto = folder.choice.table == "auto"
+    is_beside = is_auto and len({folder.labels[path] for path in words} - {None}) > 1
+    has_places = is_auto and (OUTLINES in used or (CLASSES not in used and again > _FEW * len(words)))
+    if is_beside or has_places or not used:
+        folder.unused.add(_PLACES if has_places else _BESIDE, *_list_files(told))
+        return {}
+    field = "tags" if several or (bare and CLASSES not in used) else "label"
+    line = f"{form}: {', '.join(sorted(used))} are read as {field}: {several} of {len(words)} images have several"
+    folder.unused.said += (f"{line}, {bare} have none",)
+    splits = {path: read_split(Path(marks[0][2]).stem) for path, marks in told.items()}
+    has_splits = len({*splits.values()}) > 1 and None not in splits.values()
+    folders = {*map(os.path.dirname, words)}
+    sidecars = {}
+    for path in folder.images:
+        if texts := words.get(path):
+            split = folder.splits[path] or (splits[path] if has_splits else None)
+            sidecars[path] = Sidecar(split=split, **{field: READ[field](texts if field == "tags" else texts[0])})
+        elif os.path.dirname(path) in folders or folder.splits[path] == TEST:
+            sidecars[path] = Sidecar()
+        else:
+            folder.unused.add(f"{UNNAMED} {form} names", path)
+    return sidecars
+
+
+def _list_files(told: _Told) -> set[str]:
+    return {name for marks in told.values() for *_, name in marks}
