@@ -45,7 +45,7 @@ def load_network(path: Path) -> Any:
     """Return the predictor of a weight file as predict.py does, on the CPU: a GPU may be training; imports torch."""
     import torch
 
-    from engine.exports.opened_task import load_predictor
+    from engine.exports.predictors import load_predictor
 
     return load_predictor(path, torch.device("cpu"))
 

@@ -20,23 +20,19 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from data.augment.steps import IMAGES, evaluation_views
-from data.augment.transforms import EvalTransform
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import Pool, can_cut, keep_in_memory
-from data.images.decode import Decoder
-from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
+from data.images.prepare import decoder_of
+from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from utils.contracts import LoaderMachine
-from utils.formats.preprocessing import Decoding
 from utils.io.files import Values
 from utils.record.logging import get_logger
 from utils.start import open_name
@@ -44,40 +40,13 @@ from utils.start import open_name
 log = get_logger(__name__)
 
 
-def load_files(
-    paths: Sequence[Path], preprocessing: Values, machine: LoaderMachine, *, max_pixels: int, batch_size: int
-) -> tuple[EvaluationStream, Mapping[str, str]]:
-    """Return batches of image files with the preprocessing of evaluation, and the reason for each unreadable file.
-
-    A sample's id is its index in `paths`; padding has key 0. The order is kept.
-    """
-    source = Images(paths, _decoder_of(preprocessing, max_pixels))
-    reasons: dict[str, str] = {}
-    views = evaluation_views(preprocessing)
-    loader = Loader(None, source, views, no_fields, machine, reasons.update, training=False)
-    return EvaluationStream(loader, range(len(paths)), batch_size), reasons
-
-
-def prepare_image(content: bytes, name: str, preprocessing: Values, *, max_pixels: int) -> Tensor:
-    """Decode and preprocess an encoded image as `load_files` does, uint8 [1, C, H, W]. Raises UnreadableImage."""
-    image = _decoder_of(preprocessing, max_pixels)(content, name)
-    return EvalTransform(preprocessing)(image)[None]
-
-
-def _decoder_of(preprocessing: Values, max_pixels: int, background: Any = None) -> Decoder:
-    """Return the decoder for a preprocessing. background: replaces the background of training; None: keeps it."""
-    stated = Decoding.model_validate(preprocessing)
-    background = stated.background if background is None else background
-    return Decoder(stated.channels, max_pixels, background, stated.shortest_px)
-
-
 def open_images(collection: Collection, config: DataConfig, preprocessing: Values, *, repeats: bool = False) -> Source:
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
-    preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
+    preprocessing: of a weight file. repeats: images are read several times, so a memory cache
     pays. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
-    decoder = _decoder_of(preprocessing, config.max_pixels, config.background)
+    decoder = decoder_of(preprocessing, config.max_pixels, config.background)
     images = Images(collection, decoder)
     source: Source = images
     if config.cache.disk_gib > 0:

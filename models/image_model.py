@@ -1,41 +1,15 @@
-"""A network with its normalisation and its output, and the form of its ONNX file, which another program may define."""
+"""A network with its normalisation and its output, and its predictor."""
 
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from models.normalise import Normalise
+from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS
+from models.predictor import Images, Predictor
 from utils.errors import UserError
-
-
-class OnnxForm(BaseModel):
-    """A file's input, with levels from 0 to `white`, and its named outputs.
-
-    outputs: from the file's output names, in order, to logits, probs, embedding or features. Files have it in their
-    metadata and may come from a stranger.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    input: str = "images"
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    channels: Literal["RGB", "BGR"] = "RGB"
-    white: Annotated[float, Field(gt=0)] = 1.0
-    outputs: dict[str, str]
-
-    def to_input(self, images: Tensor) -> Tensor:
-        """Convert RGB images in [0, 1], float32 [B, C, H, W], to the file's input."""
-        images = images if self.white == 1.0 else images * self.white
-        images = images.flip(1) if self.channels == "BGR" else images
-        return (images.permute(0, 2, 3, 1) if self.layout == "NHWC" else images).contiguous()
-
-    def to_images(self, inputs: Tensor) -> Tensor:
-        """Convert the file's input to RGB images in [0, 1], float32 [B, C, H, W]."""
-        images = inputs.permute(0, 3, 1, 2) if self.layout == "NHWC" else inputs
-        images = images.flip(1) if self.channels == "BGR" else images
-        return images if self.white == 1.0 else images / self.white  # bytes stay bytes
+from utils.io.files import Values
 
 
 def output_layers(network: nn.Module, key: str, advice: str) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -106,3 +80,15 @@ class ImageModel(nn.Module):
     def with_network(self, network: nn.Module) -> "ImageModel":
         """Return a copy with another network, in eval mode."""
         return ImageModel(network, self.normalise, self.output_name, self.form).eval()
+
+
+def torch_predictor(model: ImageModel, metadata: Values, device: torch.device) -> Predictor:
+    """Return the predictor of a model from a weight file."""
+    model = model.to(device)
+
+    @torch.inference_mode()
+    def run(images: Images, what: str) -> np.ndarray:
+        images = torch.as_tensor(images).to(device)
+        return (model.embed(images) if what == "embedding" else model(images)[-1]).cpu().numpy()
+
+    return Predictor(metadata, run)

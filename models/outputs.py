@@ -5,14 +5,14 @@ columns have names, models/predictor.py must also check their key in the metadat
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.formats.vocabulary import RATING, category_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RowOptions(NamedTuple):
@@ -36,7 +36,7 @@ class Output(NamedTuple):
     heads: tuple[str, ...]  # the outputs of an exported file, in order; predictions use the last
     make_row: Callable[[np.ndarray, RowOptions], Row]  # from an image's values [K] to its output row
     names_key: str | None = None  # the metadata key of the columns' names, or None without names
-    activate: Callable[[Tensor], Tensor] | None = None  # from logits [B, K] to probs, or None for the identity
+    activate: "Callable[[Tensor], Tensor] | None" = None  # from logits [B, K] to probs, or None for the identity
     columns: tuple[str, ...] | None = None  # of a CSV file, or None if a row does not fit a CSV file
     has_tags: bool = False  # rows have `tags`, which thresholds choose and .txt files can hold
     pipeline: str = "image-classification"  # the hub's name of the task
@@ -68,11 +68,18 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     return {**row, "tags": [names[index] for index in tags.tolist()], "probs": probs}
 
 
+def _softmax(logits: "Tensor") -> "Tensor":
+    return logits.softmax(dim=1)
+
+
+def _sigmoid(logits: "Tensor") -> "Tensor":
+    return logits.sigmoid()
+
+
 _PROBS = ("logits", "probs")
-_softmax = partial(torch.softmax, dim=1)
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
-    "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True),
+    "tags": Output(_PROBS, _row_of_tags, "tag_names", _sigmoid, ("rating", "tags"), True),
     "features": Output(
         ("features",),
         lambda values, options: {"features": values.astype(float).tolist()},

@@ -7,14 +7,12 @@ tagger of the WD form.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from models.image_model import ImageModel, OnnxForm
+from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, RowOptions
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
@@ -34,7 +32,12 @@ from utils.formats.vocabulary import (
 from utils.io.files import Json, Values, readable
 from utils.record.logging import get_logger
 
+if TYPE_CHECKING:
+    import torch
+
 log = get_logger(__name__)
+
+Images = "np.ndarray | Tensor"  # an array or a tensor, uint8 [B, C, H, W]
 
 
 class _Metadata(BaseModel):
@@ -66,15 +69,15 @@ def check_metadata(path: Path, metadata: Any) -> None:
 
 
 class Predictor:
-    """Predict batches of uint8 images. `names` (of the outputs) and `preprocessing` are the same as in training.
+    """Predict batches of images. `names` (of the outputs) and `preprocessing` are the same as in training.
 
-    run: a function of uint8 images [B, C, H, W] and an output name (`probs`, `features` or `embedding`) that returns
-    this output, float32 [B, ...]. weights_hash: of the weights in training, or None. thresholds: [K], or None.
+    run: a function of images and an output name (`probs`, `features` or `embedding`) that returns this output, float32
+    [B, ...]. weights_hash: of the weights in training, or None. thresholds: [K], or None.
     """
 
     embeds: bool = True  # False: an ONNX file without an embedding
 
-    def __init__(self, metadata: Values, run: Callable[[Tensor, str], np.ndarray]) -> None:
+    def __init__(self, metadata: Values, run: Callable[[Images, str], np.ndarray]) -> None:
         self.metadata = dict(metadata)
         self._run = run
         self.output = OUTPUTS[metadata["output"]]
@@ -86,12 +89,12 @@ class Predictor:
         self.weights_hash: str | None = metadata.get("weights_hash")
         self.preprocessing: Json = dict(metadata["preprocessing"])
 
-    def predict(self, images: Tensor) -> np.ndarray:
-        """Return probabilities float32 [B, K], or features [B, C], for uint8 images [B, C, H, W]."""
+    def predict(self, images: Images) -> np.ndarray:
+        """Return probabilities float32 [B, K], or features [B, C]."""
         return self._run(images, self.output.heads[-1])
 
-    def embed(self, images: Tensor) -> np.ndarray:
-        """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
+    def embed(self, images: Images) -> np.ndarray:
+        """Return embeddings, float32 [B, D]. Raises UserError (`weights`) without any."""
         return self._run(images, "embedding")
 
     def choose_thresholds(
@@ -122,24 +125,12 @@ class Predictor:
         """Return the user's options for `rows`, with the columns of this predictor."""
         return RowOptions(self.names, self.categories, self.has_ratings, top, thresholds, **further)
 
-    def rows(self, images: Tensor, options: RowOptions) -> list[Json]:
-        """Return an output row for each of some uint8 images [B, C, H, W]."""
+    def rows(self, images: Images, options: RowOptions) -> list[Json]:
+        """Return an output row for each image."""
         return [self.output.make_row(values, options) for values in self.predict(images)]
 
 
-def torch_predictor(model: ImageModel, metadata: Values, device: torch.device) -> Predictor:
-    """Return the predictor of a model from a weight file."""
-    model = model.to(device)
-
-    @torch.inference_mode()
-    def run(images: Tensor, what: str) -> np.ndarray:
-        images = images.to(device)
-        return (model.embed(images) if what == "embedding" else model(images)[-1]).cpu().numpy()
-
-    return Predictor(metadata, run)
-
-
-def onnx_predictor(path: Path, device: torch.device) -> Predictor:
+def onnx_predictor(path: Path, device: "torch.device | str") -> Predictor:
     """Return the predictor of an ONNX file, run by ONNX Runtime. Raises UserError if the file cannot be read."""
     session = open_session(path, device)
     metadata = _read_metadata(path, session)
@@ -158,13 +149,14 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
             f"{names.get(heads[-1])} of [batch, {width or 'C'}]"
         )
 
-    def run(images: Tensor, what: str) -> np.ndarray:
+    def run(images: Images, what: str) -> np.ndarray:
         if names.get(what) not in outputs:
             raise UserError(
                 f"weights: {path} has no {what} among its outputs, {', '.join(outputs)}; name the run, or export it "
                 "with format=wd14"
             )
-        batch = form.to_input(images.cpu().float() / 255.0).numpy()
+        levels = images if isinstance(images, np.ndarray) else images.cpu().numpy()
+        batch = form.to_input(levels.astype(np.float32) / 255.0)
         parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
         return np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
 
@@ -173,13 +165,13 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
     return predictor
 
 
-def open_session(path: Path, device: torch.device) -> Any:
+def open_session(path: Path, device: "torch.device | str") -> Any:
     """Open a file in ONNX Runtime. If its CUDA libraries are missing, warn and use the CPU."""
     import onnxruntime
 
     refuse_external_data(path)
     # ONNX Runtime lists the providers that it was built with, even if they do not work here, so ask torch.
-    providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+    providers = ["CUDAExecutionProvider"] if str(device).startswith("cuda") else []
     if providers:
         onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
     with readable(path, "ONNX"):

@@ -116,7 +116,7 @@ def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, s
 def read_image(path, channels, max_pixels, background=DEFAULT, **options):
     """Read and decode an image file, uint8 [H, W, channels]; options: further ones of the decoder."""
     decode = Decoder(channels, max_pixels, background, **options)
-    return decode(read_file(path), os.fspath(path)).permute(1, 2, 0).numpy()
+    return decode(read_file(path), os.fspath(path))
 
 
 def encoded(image, form="JPEG", **options):

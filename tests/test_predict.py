@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
-from engine.exports.opened_task import load_predictor, open_task
+from engine.exports.opened_task import open_task
+from engine.exports.predictors import load_predictor
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import read_table, refuses, rows
 from utils.io.weights import read_weights

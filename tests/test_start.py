@@ -1,10 +1,16 @@
 """What a command does not import: a refusal needs the schemas alone, and jobs on files need no torch."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
+import onnx
 import pytest
+import torch
 
+from data.augment.transforms import EvalTransform
+from data.images.decode import Decoder
 from tests.in_process import make_images
 from utils.config.help import ROOT
 
@@ -75,3 +81,28 @@ def test_the_start_of_a_classifier_opens_no_wing(tmp_path):
     words = ["data.root=images", "run_dir=run", "runtime.device=cpu", *steps]
     status, error, imported = run_and_list("train", words, tmp_path, wings)
     assert (status, imported) == (0, "[]"), error
+
+
+def test_a_prediction_by_an_onnx_file_needs_no_torch_and_has_the_same_pixels(tmp_path):
+    """The network of the file returns its input, so its features are the pixels of the view of an evaluation."""
+    make_images(tmp_path / "images")
+    stated = {
+        "channels": 3, "image_size_hw": [24, 20], "interpolation": "bicubic", "eval_resize": "crop", "eval_crop": 0.9,
+        "pad": "none", "background": "white", "mean": [0.5] * 3, "std": [0.5] * 3,
+    }  # fmt: skip
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 3, 24, 20])
+    features = onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["batch", 3 * 24 * 20])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Flatten", ["images"], ["features"])], "pixels", [images], [features]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.helper.set_model_props(model, {"atelier": json.dumps({"output": "features", "preprocessing": stated})})
+    onnx.save(model, tmp_path / "model.onnx")
+    words = ["weights=model.onnx", "input=images", "output=found.npz", "device=cpu"]
+    status, error, imported = run_and_list("predict", words, tmp_path, "{'torch', 'torchvision', 'timm'}")
+    assert (status, imported) == (0, "[]"), error
+    with np.load(tmp_path / "found.npz") as found:
+        for path, pixels in zip(found["paths"], found["vectors"], strict=True):
+            decoded = Decoder(3, 10**6)((tmp_path / path).read_bytes(), path)
+            view = EvalTransform(stated)(torch.from_numpy(decoded).permute(2, 0, 1))
+            assert np.array_equal(pixels, (view.float() / 255.0).flatten())

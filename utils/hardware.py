@@ -12,6 +12,10 @@ import psutil
 
 from utils.errors import UserError
 from utils.ranks import distributed
+from utils.ranks.processes import count_cores
+
+_MOST_WORKERS = 24  # per rank; more only take memory
+_GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # one exists if torch can see a GPU: of Linux, WSL 2, ROCm
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -32,11 +36,28 @@ def choose_device(requested: str, key: str = "runtime.device") -> str:
     """Return cpu or cuda. Raises UserError (`key`) for cuda if neither this machine nor a planned job has a GPU."""
     if requested == "cpu":
         return requested
+    if requested == "auto" and "torch" not in sys.modules and not any(map(os.path.exists, _GPUS)):
+        return "cpu"  # known without torch
     import torch
 
     if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
         raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_workers(requested: str | int, device: str) -> int:
+    """Return the loader processes per rank: a share of the cores, or 0 on a CPU, whose cores do the training."""
+    if requested != "auto":
+        return int(requested)
+    if device == "cpu":
+        return 0
+    machine = os.cpu_count() or 1
+    usable = count_cores()
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # 4(x2),3: two nodes with 4, one with 3
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or max(int(part.split("(")[0]) for part in tasks))
+    # SLURM may already have bound each task to its own cores; the ranks of a launcher share theirs.
+    divided = usable < machine and "LOCAL_WORLD_SIZE" not in os.environ
+    return max(1, min(_MOST_WORKERS, (usable if divided else usable // local_size) - 1))
 
 
 def choose_precision(requested: str, device: str) -> str:

@@ -140,9 +140,9 @@ class Networks:
 
 
 def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
-    from data.open import prepare_image
+    from data.images.prepare import preparer
 
-    return prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
+    return preparer(predictor.preprocessing, _MAX_PIXELS)(content, name)[None]
 
 
 def _make_bars(

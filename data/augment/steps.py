@@ -17,10 +17,11 @@ from data.augment.transforms import (
     NoiseErasing,
     PolicyAugment,
     ResizedCrop,
-    letterbox,
     on_pillow,
+    on_pixels,
     random_affine,
 )
+from data.images.prepare import letterbox
 from data.stream.order import Draw, Views
 from utils.contracts import Batch
 from utils.formats.background import DEFAULT
@@ -97,7 +98,8 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
-        image = letterbox(image, self._config.image_size_hw, self._background, self._config.pad)
+        if self._config.pad != "none":
+            image = on_pixels(image, letterbox, self._config.image_size_hw, self._background, self._config.pad)
         for step in self.steps.values():  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image

@@ -7,42 +7,25 @@ Normalisation happens on the device (models/image_model.py), so batches hold byt
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from data.augment.config import AugmentConfig
-from data.images.decode import resize
+from data.images.prepare import prepare
+from data.images.resize import resize_tensor
 from data.stream.order import Draw
 from utils import rng
-from utils.formats.background import background_levels
-from utils.formats.preprocessing import LONGEST, Preprocessing
+from utils.formats.preprocessing import Preprocessing
 from utils.io.files import Json, Values
 
 IMAGES = "images"
 _TRIES = 4  # crops of a random shape, before torchvision's
-
-
-def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
-    """Centre the whole image, uint8 [C, H, W], on a square; an odd pixel of padding goes to the right or the bottom.
-
-    background: as in data.config; `drop` pads with white. pad: none returns the image unchanged.
-    """
-    if pad == "none":
-        return image
-    shrink = LONGEST * max(image_size_hw) / max(image.shape[-2:])
-    if shrink < 1:
-        image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
-    height, width = image.shape[-2:]
-    side = max(height, width)
-    left = (side - width) // 2
-    top = (side - height) // 2
-    edges = [left, top, side - width - left, side - height - top]
-    return v2.functional.pad(image, edges, fill=background_levels(background, len(image)))
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -126,7 +109,7 @@ class ResizedCrop(v2.RandomResizedCrop):
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return a random crop, resized."""
-        return resize(self.cut(image), self.size, self.interpolation)
+        return resize_tensor(self.cut(image), self.size, self.interpolation)
 
     def cut(self, image: Tensor) -> Tensor:
         """Return a random crop. Differs: v2 pads crops beyond the image; there are none."""
@@ -166,27 +149,16 @@ class Mirror:
 
 
 class EvalTransform:
-    """Resize the shorter side to image size / eval_crop, rounded down, and crop the centre; or resize both (`squash`).
-
-    preprocessing: as returned by AugmentConfig.preprocessing and stored in weight files. The pixels equal torchvision's
-    resize and centre crop. Only the middle of a very long image is resized, because the whole may exceed the memory.
-    """
+    """The view of an evaluation image. preprocessing: of AugmentConfig.preprocessing, as weight files state it."""
 
     def __init__(self, preprocessing: Values) -> None:
         self._stated = Preprocessing.model_validate(preprocessing)
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized image or its centre, [C, H, W]."""
-        stated = self._stated
-        size_hw = stated.image_size_hw
-        image = letterbox(image, size_hw, stated.background, stated.pad)
-        if stated.squashes:
-            return resize(image, size_hw, stated.interpolation)
-        longest = math.ceil(LONGEST * min(image.shape[-2:]) * max(size_hw) / min(size_hw))
-        for axis in (-2, -1):
-            ends = max(0, image.shape[axis] - longest) // 2
-            image = image.narrow(axis, ends, image.shape[axis] - 2 * ends)
-        factor = max(resized / side for resized, side in zip(stated.resized_hw, image.shape[-2:]))
-        # Down, as torchvision; 1e-6: for the side that sets the factor.
-        resized_hw = [max(least, int(side * factor + 1e-6)) for least, side in zip(size_hw, image.shape[-2:])]
-        return v2.functional.center_crop(resize(image, resized_hw, stated.interpolation), size_hw)
+        return on_pixels(image, prepare, self._stated)
+
+
+def on_pixels(image: Tensor, change: Callable[..., np.ndarray], *settings: Any) -> Tensor:
+    """Return an image, uint8 [C, H, W], after a change of its pixels, uint8 [H, W, C]."""
+    return torch.from_numpy(change(image.permute(1, 2, 0).numpy(), *settings)).permute(2, 0, 1)

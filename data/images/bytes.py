@@ -110,10 +110,13 @@ class Images(Source):
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the decoded image of a row. Raises UnreadableImage."""
-        return {IMAGE: self.decoder(self.contents.read(row), self.contents.name_of(row))}
+        import torch  # not above: who reads the bytes of images needs no torch
+
+        pixels = self.decoder(self.contents.read(row), self.contents.name_of(row))
+        return {IMAGE: torch.from_numpy(pixels).permute(2, 0, 1)}
 
     def blank(self, group: int) -> Record:
         """Return a black image."""
-        import torch  # not above: who reads the bytes of images needs no torch
+        import torch
 
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}

@@ -5,19 +5,16 @@ grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
 from data.images.open import REMARK, decoder_versions, open_image
+from data.images.resize import resize
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.record.logging import get_logger
@@ -54,14 +51,14 @@ class Decoder:
 
     def identity(self) -> str:
         """Return everything except the content that pixels and refusals depend on, for cache keys."""
-        shrunk = f"shorter side {self.shortest_px}, torch {torch.__version__}" if self.shortest_px else "whole"
+        shrunk = f"shorter side {self.shortest_px}" if self.shortest_px else "whole"
         return (
             f"{_RULES}: {decoder_versions()}; {self.channels} channels; on {background_rgb(self.background)}; "
             f"up to {self.max_pixels} pixels; {shrunk}"
         )
 
-    def __call__(self, content: bytes, name: str) -> Tensor:
-        """Return the pixels of a file's bytes, uint8 [channels, H, W]; name: for messages.
+    def __call__(self, content: bytes, name: str) -> np.ndarray:
+        """Return the pixels of a file's bytes, uint8 [H, W, channels]; name: for messages.
 
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
@@ -70,7 +67,7 @@ class Decoder:
                 _say_once(image.info[REMARK])
             return self._decode(image)
 
-    def _decode(self, image: Image.Image) -> Tensor:
+    def _decode(self, image: Image.Image) -> np.ndarray:
         """Decode an opened image."""
         whole = image.size
         if self.shortest_px is not None:
@@ -79,13 +76,12 @@ class Decoder:
         pixels = self._decode_jpeg(image)
         if pixels is None:
             pixels = convert(load_upright(image), self.channels, background_rgb(self.background))
-        decoded = torch.from_numpy(pixels).permute(2, 0, 1)
         short, long = sorted(whole if scaled else pixels.shape[:2])
         if self.shortest_px is None or short <= self.shortest_px:
-            return decoded
+            return pixels
         longer = int(self.shortest_px * long / short)  # the rule of torchvision
-        is_wide = decoded.shape[1] <= decoded.shape[2]
-        return resize(decoded, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
+        is_wide = pixels.shape[0] <= pixels.shape[1]
+        return resize(pixels, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
 
     def _decode_jpeg(self, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
@@ -109,17 +105,3 @@ class Decoder:
             return pixels
         picture = Image.fromarray(pixels[..., 0] if grey else pixels)
         return convert(picture if turn is None else picture.transpose(turn), self.channels, None)
-
-
-def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
-    """Resize an image, uint8 [C, H, W]; interpolation: bilinear or bicubic.
-
-    torch's kernel is fastest for channels-last memory, as decoders return it.
-    """
-    if tuple(size_hw) == tuple(image.shape[1:]):
-        return image
-    if image.stride(0) == 1:  # also for crops, whose rows have gaps
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    # Not `image[None]`: with its first stride, the kernel would not detect the memory format.
-    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
-    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]

@@ -108,13 +108,12 @@ class _WorkerContext(ForkContext):
 class Loader(Dataset):
     """Read the samples of draws in workers, and give batches on the device.
 
-    collection: None for single files, which have no fields and weight 1. views: by name. The first is seeded with the
-    sample's key, each other one with a key derived from it, so an added view does not change earlier ones. fields:
-    additions of a task, such as labels. report: called with the (name, reason) of unreadable images. windows: other
-    views, for batches of which the device has the images.
+    views: by name. The first is seeded with the sample's key, each other one with a key derived from it, so an added
+    view does not change earlier ones. fields: additions of a task, such as labels. report: called with the (name,
+    reason) of unreadable images. windows: other views, for batches of which the device has the images.
     """
 
-    collection: Collection | None
+    collection: Collection
     source: Source
     views: Views
     fields: Fields
@@ -137,8 +136,8 @@ class Loader(Dataset):
 
     def read(self, draw: Draw, problems: _Problems, views: Views) -> Sample:
         """Return the sample of a draw with its views; if it is unreadable, append the reason to `problems`."""
-        row = None if self.collection is None else self.collection.row(draw.index)
-        weight = 1.0 if row is None else row.weight
+        row = self.collection.row(draw.index)
+        weight = row.weight
         try:
             record = self.source.read(draw.index, draw.key, draw.group)
         except UnreadableImage as error:
@@ -151,7 +150,7 @@ class Loader(Dataset):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
             with rng.seeded(key):
                 viewed[name] = transform(record[IMAGE], draw)
-        fields = {} if row is None else self.fields(Example(draw, row, self.training, record, viewed))
+        fields = self.fields(Example(draw, row, self.training, record, viewed))
         return {"sample_id": draw.index, "key": draw.key, "weight": weight, **viewed, **fields}
 
     def load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:

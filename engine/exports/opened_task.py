@@ -14,9 +14,9 @@ from engine.exports.config import MovedBase
 from engine.task import Task, Use, fingerprint_helpers, join_exported
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.opening import read_setup
-from models.image_model import ImageModel
+from models.image_model import ImageModel, torch_predictor
 from models.interop.metadata import dict_of
-from models.predictor import Predictor, onnx_predictor, torch_predictor
+from models.predictor import Predictor
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.weights import read_weights
@@ -90,9 +90,7 @@ def open_task(
     return weights
 
 
-def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a weight file or, by its suffix, an ONNX file. Raises UserError."""
-    if path.suffix == ".onnx":
-        return onnx_predictor(path, device)
+def open_predictor(path: Path, device: torch.device | str) -> Predictor:
+    """Return the predictor of a weight file. Raises UserError."""
     weights = open_task(path, needs_output=True)
-    return torch_predictor(weights.model, weights.metadata, device)
+    return torch_predictor(weights.model, weights.metadata, torch.device(device))

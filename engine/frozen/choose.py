@@ -11,13 +11,12 @@ import torch
 
 from data.collection.collection import Collection
 from engine.config import MachineConfig
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
 from models.config import timm_config
-from models.image_model import ImageModel
+from models.image_model import ImageModel, torch_predictor
 from models.normalise import Normalise
-from models.predictor import torch_predictor
 from models.weights.offers import list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about

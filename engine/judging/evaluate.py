@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from engine.exports.results import read_results
 from engine.judging.arena import Arena
 from engine.judging.config import Compare, Evaluate, EvaluateConfig, Grid

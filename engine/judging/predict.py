@@ -3,14 +3,13 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from data.open import load_files
+from data.images.prepare import read_images
 from data.tags.rules import TagRules, read_rules
 from data.tools.form import Form, read_form
 from data.tools.predictions import (
@@ -27,25 +26,25 @@ from data.tools.predictions import (
     spell_tags,
 )
 from engine.config import MachineConfig
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from engine.judging.config import PredictConfig
-from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.entry_point import Job
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.vocabulary import CATEGORIES
-from utils.hardware import choose_device
+from utils.hardware import choose_device, choose_workers
 from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weight_files import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
+from utils.start import open_name
 
 log = get_logger(__name__)
 
-Predict = Callable[[Tensor], Iterable[Row]]  # from images to their rows
+Predict = Callable[[np.ndarray], Iterable[Row]]  # from images to their rows
 
 
 def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
@@ -115,6 +114,14 @@ def choose_paths(
     return [path for path in images.paths if not known.get(str(path)) and path not in skipped]
 
 
+def _machine(config: PredictConfig) -> MachineConfig:
+    """Return the settings of torch."""
+    return MachineConfig(
+        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
+        deterministic=False, hang_timeout_sec=1800.0,
+    )  # fmt: skip
+
+
 def predict_all(
     predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Predict
 ) -> Iterator[list[Row]]:
@@ -122,26 +129,20 @@ def predict_all(
 
     Rows have the order of `paths`. If the images of the first batches are removed, the other batches do not change.
     """
-    machine = MachineConfig(
-        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
-        deterministic=False, hang_timeout_sec=1800.0,
-    )  # fmt: skip
-    runtime = choose_runtime(machine)
-    if not paths:
-        return
-    loader, reasons = load_files(
-        paths, predictor.preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
-    )
-    for batch in track(loader, len(loader), "predicting"):
-        readable = batch["weight"] > 0
-        is_image = readable | (batch["key"] != 0)  # not padding
-        predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
+    device = choose_device(config.device, "device")
+    threads = choose_workers(config.workers, device)
+    images = read_images(paths, predictor.preprocessing, config.max_pixels, threads)
+    starts = range(0, len(paths), config.batch_size)
+    for start in track(starts, len(starts), "predicting"):
+        batch = paths[start : start + config.batch_size]
+        read = [*islice(images, len(batch))]
+        readable = [image for image in read if not isinstance(image, str)]
+        predicted = iter(predict(np.stack(readable)) if readable else ())
         rows = []
-        for index in batch["sample_id"][is_image].tolist():
-            path = str(paths[index])
-            if path in reasons:
-                log.warning("unreadable image %s: %s", path, reasons[path])
-                rows.append({"path": path, "error": reasons[path]})
+        for path, image in zip(map(str, batch), read):
+            if isinstance(image, str):
+                log.warning("unreadable image %s: %s", path, image)
+                rows.append({"path": path, "error": image})
             else:
                 rows.append({"path": path, **next(predicted)})
         yield rows
@@ -182,7 +183,9 @@ def predict(config: PredictConfig, job: Job) -> str:
     device = choose_device(config.device, "device")
     with about("weights"):
         weights = find_weights(config.weights[0], "best", onnx_first=True)
-        predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
+        if weights.suffix != ".onnx":
+            open_name("engine.update.runtime:choose_runtime")(_machine(config))
+        predictor = load_predictor(weights, "cpu" if config.dry_run else device)
     embeds = config.output.endswith(".npz")
     if config.dry_run and embeds:
         return "dry run: nothing is embedded"

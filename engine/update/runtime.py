@@ -10,9 +10,8 @@ import torch
 
 from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from utils.contracts import LoaderMachine
-from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
+from utils.hardware import check_compile, choose_device, choose_precision, choose_workers, missing_for_compile
 from utils.ranks import distributed
-from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger, setup_logging
 from utils.start import cores_of_others
 
@@ -24,7 +23,6 @@ log = get_logger(__name__)
 # or costs a tenth, by network (docs/benchmarks.md).
 COMPILE_PAYS_FROM = {"steps": 6000, "minutes": 4.0}
 _EVALUATION_PREFETCH = 2  # batches per worker process
-_MOST_WORKERS = 24  # per rank; more only take memory
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,21 +76,6 @@ def chooses_threads(config: MachineConfig) -> bool:
     """
     given = config.threads is not None or "OMP_NUM_THREADS" in os.environ
     return not given and not config.deterministic and distributed.world_size() == 1
-
-
-def choose_workers(requested: str | int, device: str) -> int:
-    """Return the loader processes per rank: a share of the cores, or 0 on a CPU, whose cores do the training."""
-    if requested != "auto":
-        return int(requested)
-    if device == "cpu":
-        return 0
-    machine = os.cpu_count() or 1
-    usable = count_cores()
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # 4(x2),3: two nodes with 4, one with 3
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or max(int(part.split("(")[0]) for part in tasks))
-    # SLURM may already have bound each task to its own cores; the ranks of a launcher share theirs.
-    divided = usable < machine and "LOCAL_WORLD_SIZE" not in os.environ
-    return max(1, min(_MOST_WORKERS, (usable if divided else usable // local_size) - 1))
 
 
 def start_machine(config: MachineConfig) -> Runtime:

@@ -4,7 +4,7 @@ input     images  float32 [batch, C, H, W], RGB in [0, 1]; the graph includes th
 outputs   logits, probs  float32 [batch, K]; or features  float32 [batch, C]
 metadata  `atelier`: JSON with output, names, preprocessing and licence
 
-A model may have another form (models/image_model.py), which the metadata then contain as `form`.
+A model may have another form (models/onnx_form.py), which the metadata then contain as `form`.
 
 Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/interop/onnx_precision.py).
 """
@@ -87,7 +87,7 @@ def _draw_samples(preprocessing: Values) -> list[Tensor]:
 
 def _trace(model: ImageModel, sample: Tensor) -> torch.onnx.ONNXProgram:
     """Return the graph of a model for any batch size, before constants are folded."""
-    inputs = (model.form.to_input(sample),)
+    inputs = (model.form.to_input(sample).contiguous(),)
     sizes = {"images": {0: torch.export.Dim("batch")}}
     with warnings.catch_warnings(), torch.no_grad(), SumsInFloat32():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change

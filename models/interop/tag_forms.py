@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.image_model import ImageModel, OnnxForm, output_layers
+from models.image_model import ImageModel, output_layers
 from models.interop.parity import refuse_difference, vary_weights
+from models.onnx_form import OnnxForm
 from models.weights.fit import family_of
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing

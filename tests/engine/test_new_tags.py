@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from optim.linear import _PENALTY, fit_logits
 from optim.ridge import standardise
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run

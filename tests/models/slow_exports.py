@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import torch
 
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from tests.models.test_export_formats import timm_config
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
 from tests.support import export

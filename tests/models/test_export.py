@@ -9,7 +9,8 @@ import torch
 
 from bench.measure import read_group
 from engine.exports.config import FORMATS
-from engine.exports.opened_task import load_predictor, open_task
+from engine.exports.opened_task import open_task
+from engine.exports.predictors import load_predictor
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.config import ClassificationTaskConfig
 from engine.tasks.kind import Setup

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.open import prepare_image
+from data.images.prepare import preparer
 from engine.exports.card import Card
 from engine.exports.config import FORMATS
 from engine.exports.opened_task import OpenedTask
@@ -106,7 +106,7 @@ def write_program(form, model, metadata, folder, monkeypatch):
 
 def predict(model, metadata, content):
     """Return the pixels that predict.py shows a network, and the outputs."""
-    pixels = prepare_image(content, "", metadata["preprocessing"], max_pixels=10**7)
+    pixels = torch.from_numpy(preparer(metadata["preprocessing"], 10**7)(content, ""))[None]
     with torch.no_grad():
         return pixels, model(pixels)[-1][0].tolist()
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.stream.source import UnreadableImage
-from engine.exports.opened_task import load_predictor
+from engine.exports.predictors import load_predictor
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind
 from models.predictor import Predictor

@@ -64,8 +64,8 @@ PLAIN = {
 def test_a_plain_jpeg_has_pillows_pixels(name, mode, channels, by_simplejpeg, monkeypatch):
     content, decoder = encoded(photo().convert(mode), **PLAIN[name]), Decoder(channels, LIMIT)
     pixels = decoder(content, "x")
-    assert len(by_simplejpeg) == 1 and pixels.dtype == torch.uint8 and len(pixels) == channels
-    assert torch.equal(pixels, by_pillow(monkeypatch, decoder, content))
+    assert len(by_simplejpeg) == 1 and pixels.dtype == np.uint8 and pixels.shape[2] == channels
+    assert np.array_equal(pixels, by_pillow(monkeypatch, decoder, content))
 
 
 def test_other_kinds_are_left_to_pillow(by_simplejpeg, monkeypatch):
@@ -73,7 +73,7 @@ def test_other_kinds_are_left_to_pillow(by_simplejpeg, monkeypatch):
     for content in (
         encoded(photo().convert("CMYK")), encoded(photo(), "TIFF", compression="jpeg"), encoded(photo(), "WEBP"),
     ):  # fmt: skip
-        assert torch.equal(decoder(content, "x"), by_pillow(monkeypatch, decoder, content))
+        assert np.array_equal(decoder(content, "x"), by_pillow(monkeypatch, decoder, content))
     assert by_simplejpeg == []
 
 
@@ -87,23 +87,24 @@ def test_the_shorter_side_is_as_stated(size, form, orientation, by_simplejpeg, m
     content = encoded(photo(*size), form, exif=turned(orientation), quality=95)
     shrunk = Decoder(3, LIMIT, shortest_px=128)
     whole = Decoder(3, LIMIT)(content, "x")
-    expected = v2.functional.resize(whole, [128], antialias=True)
+    expected = v2.functional.resize(torch.from_numpy(whole).permute(2, 0, 1), [128], antialias=True)
+    expected = expected.permute(1, 2, 0).numpy()
     pixels = shrunk(content, "x")
-    assert pixels.shape == expected.shape and min(pixels.shape[1:]) == 128
+    assert pixels.shape == expected.shape and min(pixels.shape[:2]) == 128
     if form == "JPEG":
         factor = {604: 4, 400: 2, 129: 1}[min(size)]
         assert by_simplejpeg[-1][:2] == tuple(-(-side // factor) for side in size)
-        assert torch.equal(pixels, by_pillow(monkeypatch, shrunk, content))
-        assert (pixels.float() - expected).abs().mean() < (0.1 if factor == 1 else 3)
+        assert np.array_equal(pixels, by_pillow(monkeypatch, shrunk, content))
+        assert np.abs(pixels.astype(float) - expected).mean() < (0.1 if factor == 1 else 3)
     else:
-        assert torch.equal(pixels, expected)
+        assert np.array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("shortest_px", [67, 68, 1000])
 def test_nothing_is_enlarged(form, shortest_px):
     content = encoded(photo(), form)
-    assert torch.equal(Decoder(3, LIMIT, shortest_px=shortest_px)(content, "x"), Decoder(3, LIMIT)(content, "x"))
+    assert np.array_equal(Decoder(3, LIMIT, shortest_px=shortest_px)(content, "x"), Decoder(3, LIMIT)(content, "x"))
 
 
 # --------------------------------------------------------------------------------------------------------- identities

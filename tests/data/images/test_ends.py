@@ -29,8 +29,8 @@ def test_white_as_zero_is_the_same_picture(mode):
     order = "<" if content.startswith(b"II") else ">"
     tags = [struct.pack(f"{order}HHIH", 0x0106, 3, 1, value) for value in (1, 0)]
     assert content.count(tags[0]) == 1
-    black, white = (Decoder(1, LIMIT)(content.replace(tags[0], tag), "x.tif").int() for tag in tags)
-    assert (black + white == 255).all() and black.float().std() > 50
+    black, white = (Decoder(1, LIMIT)(content.replace(tags[0], tag), "x.tif").astype(int) for tag in tags)
+    assert (black + white == 255).all() and black.std() > 50
 
 
 KINDS = st.fixed_dictionaries({
@@ -46,7 +46,7 @@ def test_only_the_end_marker_may_be_missing(kind, seed, share, channels):
     options |= {"subsampling": 0} if mode == "CMYK" else {}  # TurboJPEG knows no other
     content = encoded(photo(41, 57, seed).convert(mode), **options)
     decoder = Decoder(channels, LIMIT)
-    whole = decoder(content, "x").numpy()
+    whole = decoder(content, "x")
     for length in (len(content) - 1, len(content) - 2):
         assert np.array_equal(decoder(content[:length], "x"), whole)
     scans = [start for start in range(len(content)) if content.startswith(b"\xff\xda", start)]

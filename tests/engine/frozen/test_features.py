@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 
+from data.images.prepare import preparer
 from data.load import load_collection
-from data.open import prepare_image
 from engine.frozen.choose import PIXELS, choose_frozen
 from engine.frozen.features import read_features
 from engine.update.runtime import choose_runtime
@@ -49,8 +49,8 @@ def test_only_new_and_changed_images_are_read(place, monkeypatch):
     assert found.tolist() == rows.tolist()
     files = [Path(collection.root) / collection.row(int(row)).path for row in rows]
     for row in (0, 5, 11):
-        image = prepare_image(files[row].read_bytes(), "x", frozen.predictor.preprocessing, max_pixels=10**6)
-        assert np.allclose(frozen.predictor.embed(image)[0], features[row], atol=1e-5)
+        image = preparer(frozen.predictor.preprocessing, 10**6)(files[row].read_bytes(), "x")
+        assert np.allclose(frozen.predictor.embed(image[None])[0], features[row], atol=1e-5)
     embedded = count_embedded(monkeypatch)
     again, _ = read_features(frozen, collection, config, rows, runtime)
     assert torch.equal(again, features) and embedded == []
