@@ -106,9 +106,7 @@ class Networks:
             caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
         bars = _make_bars(predictor, values, row, least if least.any() else None)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
-        return Answer(
-            bars, escape_controls(caption), Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts
-        )
+        return Answer(bars, escape_controls(caption), Image.fromarray(images[0].transpose(1, 2, 0).squeeze()), facts)
 
     def nearest(
         self,
