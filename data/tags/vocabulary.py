@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ _SHOWN = 3  # tags in a message
 _TABLES = ("index_to_tag", "idx_to_tag", "id2label", "tag_to_index", "tag_to_idx", "tags")  # of another tagger's JSON
 _NO_TAGS = ("", "<PAD>", "<UNK>")
 _FORMS = (
-    "what is read: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to indices or "
-    "from indices to tags, or entries with name, category and count; the selected_tags.csv of prepare.py job=vocabulary"
+    "its form is none of these: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to "
+    "indices or from indices to tags, or entries with name, category and count; the selected_tags.csv of prepare.py "
+    "job=vocabulary"
 )
 
 
@@ -110,28 +112,23 @@ def read_any_vocabulary(path: Path) -> Vocabulary:
         )
 
 
-def _read_json(content: Any) -> list[tuple[str, int]]:
-    """Return the tags of another tagger in order, and their counts or 0. Raises ValueError for an unknown form.
+def _read_json(content: Any) -> Iterator[tuple[str, int]]:
+    """Yield the tags of another tagger in order, and their counts or 0. Raises various errors for an unknown form.
 
     content: a list, a dictionary from tags to indices or from indices to tags, or one that has such a table. An entry
     is a text, or a dictionary with `tag` or `name`, and perhaps `category` and `count`.
     """
-    texts = []
-    try:
-        tables = content if isinstance(content, dict) else {}
-        table = next((tables[name] for name in _TABLES if name in tables), content)
-        if isinstance(table, dict):
-            table = table if "0" in table else {str(index): tag for tag, index in table.items()}
-            table = [table[str(index)] for index in range(len(table))]
-        for row in table:
-            row = row if isinstance(row, dict) else {"tag": row}
-            tag = row.get("tag") or row["name"]
-            count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
-            category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
-            texts.append((f"{category_name(category)}:{tag}" if category else tag, count))
-    except (AttributeError, LookupError, TypeError):
-        raise ValueError(f"an unknown form, {content}") from None
-    return texts
+    tables = content if isinstance(content, dict) else {}
+    table = next((tables[name] for name in _TABLES if name in tables), content)
+    if isinstance(table, dict):
+        table = table if "0" in table else {str(index): tag for tag, index in table.items()}
+        table = [table[str(index)] for index in range(len(table))]
+    for row in table:
+        row = row if isinstance(row, dict) else {"tag": row}
+        tag = row.get("tag") or row["name"]
+        category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
+        count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
+        yield f"{category_name(category)}:{tag}" if category else tag, count
 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:

@@ -1,6 +1,5 @@
 """job=cache: list the caches, what they hold and what no run uses; remove that, or fill the cache of images."""
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -88,8 +87,11 @@ def _describe(path: Path, unused: int) -> TableRow:
 
 def _describe_record(path: Path) -> str:
     """Return the dtypes and shapes of a record of a cache, or nothing; a user's folder may look like one."""
-    records = [Store(path).get(file.name) for file in Store(path).files()[:1] if {"used", "uses"} & {*os.listdir(path)}]
-    if records and (path / "used").exists():
-        return f"pixels, uint8 {list(HEAD.unpack(records[0][: HEAD.size]))}"
-    tensors = deserialize(records[0].tobytes()) if records else ()
+    is_image, is_tensor = ((path / name).exists() for name in ("used", "uses"))
+    record = next((Store(path).get(file.name) for file in Store(path).files() if is_image or is_tensor), None)
+    if record is None:
+        return ""
+    if is_image:
+        return f"pixels, uint8 {list(HEAD.unpack(record[: HEAD.size]))}"
+    tensors = deserialize(record.tobytes())
     return ", ".join(f"{name} {facts['dtype']} {facts['shape']}" for name, facts in tensors)

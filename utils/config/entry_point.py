@@ -181,8 +181,7 @@ class Command(Generic[Schema]):
 
         sweep = parse_sweep(arguments)
         if sweep.settings.wandb is not None:
-            log.info("%s", write_wandb_sweep(sweep, Path(sys.argv[0]).name))
-            return EXIT_OK
+            return write_wandb_sweep(sweep, sys.argv[0])
         statuses = run_jobs(sweep.jobs(), sweep.settings, sys.argv[0])
         jobs = read_jobs(Path(sweep.base))
         if jobs and environment_rank() == 0:

@@ -119,16 +119,16 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
     return Sweep(overrides, settings, str(base or f"outputs/sweeps/{settings.name}"))
 
 
-def write_wandb_sweep(sweep: Sweep, script: str) -> str:
-    """Write the swept values as a sweep of W&B, and return what to do. Raises UserError (`sweep.wandb`).
+def write_wandb_sweep(sweep: Sweep, script: str) -> int:
+    """Write the swept values as a sweep of W&B, and return the exit status. Raises UserError (`sweep.wandb`).
 
     W&B's agents start the script with values such as `optim.lr=0.001`; ranges are searched by Bayesian optimisation.
     """
     parameters = {key.key_or_group: _to_wandb(key) for key in sweep.swept}
     fixed = [item.input_line for item in sweep.overrides if not item.is_sweep_override()]
-    fixed = [word for word in fixed if not word.startswith(("sweep.", "run_dir=", "tracking="))]
+    fixed = [line for line in fixed if not line.startswith(("sweep.", "run_dir=", "tracking="))]
     values = {
-        "program": script,
+        "program": Path(script).name,
         "method": "grid" if all("values" in choice for choice in parameters.values()) else "bayes",
         "metric": {"name": OBJECTIVE, "goal": "maximize"},
         "parameters": parameters,
@@ -137,16 +137,21 @@ def write_wandb_sweep(sweep: Sweep, script: str) -> str:
     file = Path(sweep.settings.wandb)
     with output_errors("sweep.wandb", file):
         write_json(file, values)  # YAML that W&B reads
-    return f"wrote {file}: wandb sweep {file} prints the command for agents"
+    log.info("wrote %s: wandb sweep %s prints the command for agents", file, file)
+    return EXIT_OK
 
 
 def _to_wandb(key: Override) -> Json:
     value = key.value()
     if not isinstance(value, IntervalSweep):
         return {"values": [*key.sweep_string_iterator()]}
-    kind = int if "int" in value.tags else float
-    scale = {"distribution": "log_uniform_values"} if "log" in value.tags and kind is float else {}
-    return {"min": kind(value.start), "max": kind(value.end), **scale}
+    if "int" in value.tags:
+        return {"min": int(value.start), "max": int(value.end)}
+    return {
+        "distribution": "log_uniform_values" if "log" in value.tags else "uniform",
+        "min": value.start,
+        "max": value.end,
+    }
 
 
 def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> dict[SweepJob, int]:

@@ -6,7 +6,7 @@ W&B writes from a separate process and TensorBoard from a thread, so calls are c
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from utils.record.run_reader import OBJECTIVE, RunReader
 
 log = get_logger(__name__)
 
-Value = float | np.ndarray | Sequence[TableRow]  # a finite number, a picture [H, W, 3] uint8, or a table for W&B
+Value = float | np.ndarray | list[TableRow]  # a finite number, a picture [H, W, 3] uint8, or a table for W&B
 ID_FILE = "wandb_run_id.txt"
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports to W&B's developers clutter the output
 _START_SEC = 30.0  # for W&B's server to answer
@@ -113,8 +113,14 @@ class _Wandb:
         log.info("W&B: %s", unsent if self._run.offline else self._run.url)
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
+        import wandb
+
+        def tabulate(rows: list[TableRow]) -> wandb.Table:
+            return wandb.Table([*rows[0]], [[*row.values()] for row in rows], allow_mixed_types=True)
+
+        show = {np.ndarray: wandb.Image, list: tabulate}
         if values and step > self._logged_step:
-            self._run.log({name: _show(value) for name, value in values.items()}, step=step)
+            self._run.log({name: show.get(type(value), float)(value) for name, value in values.items()}, step=step)
 
     def close(self, status: int | None) -> None:
         import wandb
@@ -130,17 +136,6 @@ class _Wandb:
             self._run.log_model(self._reader.weights(name), f"weights-{self._run.id}", [alias])
         self._run.finish(exit_code=status)
         wandb.teardown()
-
-
-def _show(value: Value) -> Any:
-    """Return a value as W&B shows it."""
-    import wandb
-
-    if isinstance(value, np.ndarray):
-        return wandb.Image(value)
-    if isinstance(value, int | float):
-        return value
-    return wandb.Table([*value[0]], [[*row.values()] for row in value], allow_mixed_types=True)
 
 
 def choose_mode() -> str:

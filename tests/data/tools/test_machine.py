@@ -13,7 +13,7 @@ def test_a_machine_is_described(tmp_path, log, monkeypatch):
     assert found.keys() >= {"cpu", "torch.compile", "decoders", "outputs", "runtime.precision=auto"}
     assert found["runtime.precision=auto"].split(": ")[0].split()[-1] in ("bf16", "fp32")
     assert "images/s" in found["fp32"] and "images/s" in found["bf16"]
-    assert found["tf32"] == found["fp16"] == "for GPUs"
+    assert not {"tf32", "fp16"} & found.keys()  # for GPUs
     assert found["requirements.txt"] == "installed" and "nicegui" in found["requirements-view.txt"]
 
 

@@ -199,5 +199,5 @@ def test_ranges_are_searched_by_wandb(tmp_path):
     write_wandb_sweep(parse_sweep([*words, f"sweep.wandb={tmp_path}/s.yaml"]), "train.py")
     sweep = load_sweep_config(f"{tmp_path}/s.yaml")
     assert (sweep["method"], sweep["metric"]["goal"]) == ("bayes", "maximize")
-    ranges = {"optim.lr": (1e-4, 1e-2, "log_uniform_values"), "loop.batch_size": (4, 8)}
+    ranges = {"optim.lr": ("log_uniform_values", 1e-4, 1e-2), "loop.batch_size": (4, 8)}
     assert {name: tuple(part.values()) for name, part in sweep["parameters"].items()} == ranges
