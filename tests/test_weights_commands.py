@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.interop.parity import vary_weights
-from tests.in_process import SHORT, make_images, run
+from tests.in_process import SHORT, TINY, make_images, run
 from tests.support import refuses
 from tests.support import rows as rows_of
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
@@ -97,13 +97,28 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     assert "N/A" not in text and text.endswith("## Thanks\n\nto all, with ***\n")
 
 
-def test_the_card_of_a_run_has_the_figures_that_chose_its_weights(place):
+def card_of(folder):
+    """Return the front matter and the text of an export's card."""
+    text = (folder / "README.md").read_text()
+    return yaml.safe_load(text.split("---\n")[1]), text
+
+
+def test_a_card_has_the_figure_that_chose_the_weights_if_nothing_else_measured_them(place):
     run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=unmeasured"], place)
     run("export", ["format=safetensors", "run_dir=unmeasured", "output=new"], place)
-    front = yaml.safe_load((place / "new/README.md").read_text().split("---\n")[1])
-    (result,) = front["model-index"][0]["results"]
-    (best,) = (row for row in rows_of(place / "unmeasured/metrics.jsonl", "evaluate") if row["step"] == 2)
-    assert result["dataset"]["split"] == "validation" and {"type": "top1", "value": best["top1"]} in result["metrics"]
+    (result,) = card_of(place / "new")[0]["model-index"][0]["results"]
+    best = read_json(place / "unmeasured/result.json")
+    assert result["dataset"]["split"] == "validation" and result["metrics"] == [
+        {"type": "top1", "value": best["value"]}
+    ]
+
+
+def test_the_card_of_an_fcmae_has_its_loss_and_reconstructions(place):
+    run("pretrain_fcmae", [*TINY, "task.decoder_dim=16", "data.root=images", "run_dir=fcmae"], place)
+    run("export", ["format=safetensors", "run_dir=fcmae", "output=features"], place)
+    front, text = card_of(place / "features")
+    assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "loss"
+    assert "![reconstructions](reconstructions.png)" in text and "- command: `python " in text
 
 
 def test_an_export_on_the_hub_is_where_a_run_begins(place, server):  # noqa: F811

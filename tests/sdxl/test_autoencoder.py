@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
@@ -111,6 +112,15 @@ def test_the_program_in_the_card_decodes_an_image_again(form, place, exported):
         batch = torch.tensor(image[:40, :64]).permute(2, 0, 1)[None] / 127.5 - 1
         wanted = exported.decode(exported.encode(batch).latent_dist.mode()).sample[0].permute(1, 2, 0)
     assert np.abs(run_program(folder, place / "base", "decoded.png") - ((wanted + 1) * 127.5).numpy()).max() < 1
+
+
+def test_the_card_has_the_figures_and_pictures_of_the_run(place, exported):
+    folder = place / "run/export/vae"
+    text = (folder / "README.md").read_text()
+    (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation" and result["metrics"][0]["type"] == "loss"
+    assert "![worst](worst.png)" in text and (folder / "worst.png").is_file()
+    assert "- command: `python " in text and "- peak memory: `" in text and str(place) not in text
 
 
 def test_figures_equal_numpys():

@@ -104,6 +104,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "openrail++" and front["pipeline_tag"] == "text-to-image"
     assert front["widget"] == [{"text": prompt} for prompt in PROMPTS] and "![samples](samples.png)" in card
+    assert front["model-index"][0]["results"][0]["dataset"]["split"] == "validation" and "- peak memory: `" in card
     assert "- trigger: `sks`\n" in card and "- images: `12`\n" in card
     assert (place / "lora_kohya/samples.png").is_file() and str(place) not in card
 
