@@ -48,24 +48,26 @@ install-interop: install  ## a tool that reads a tagger's exports, in an environ
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0
 
+# Each is a script of commands, in the environment: one command a line, printed before it runs.
+DEMO := PATH="$(abspath $(VENV))/bin:$$PATH" sh demos
 demo: install  ## the best classifier of the embedded glyphs that four minutes give, its export and predictions; five minutes
-	$(PY) workshop.py recipe=demo
+	$(DEMO)/glyphs.sh
 
 demo-fcmae: install  ## what pretraining does: FCMAE and fine-tuning, and two starts from scratch, in equal minutes; ten minutes
-	$(PY) workshop.py recipe=demo_fcmae
+	$(DEMO)/fcmae.sh
 
 demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; five minutes
-	$(PY) workshop.py recipe=demo_tagger
+	$(DEMO)/tagger.sh
 
 TONES := collections/tones
 demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports; nine minutes
 	test -d $(TONES) || $(PY) bench/tiny_sdxl.py tones $(TONES)
-	$(PY) workshop.py recipe=demo_sdxl data.root=$(TONES)/shapes
+	$(DEMO)/sdxl.sh $(TONES)/shapes
 
 SHAPES := collections/shapes
-workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; ten minutes
+workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags; ten minutes
 	test -d $(SHAPES) || $(PY) bench/tiny_sdxl.py pictures $(SHAPES)
-	$(PY) workshop.py data.root=$(SHAPES)
+	$(DEMO)/images.sh $(SHAPES)
 
 # Idle threads sleep: on two cores, processes with spinning threads slow each other down.
 test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE

@@ -2,7 +2,7 @@
 
 python bench/tiny_sdxl.py tones FOLDER                   (make demo-sdxl): shapes/ and orange/, with captions
 python bench/tiny_sdxl.py pictures FOLDER                (make workshop): shapes, a tenth of them with tags
-python bench/tiny_sdxl.py base FOLDER MINUTES IMAGES     (workshop.py): a base model whose VAE learns IMAGES so long
+python bench/tiny_sdxl.py base FOLDER MINUTES IMAGES     (demos/): a base model whose VAE learns IMAGES so long
 
 The VAE alone is trained, by a plain loop. U-Net and text encoders stay as they are drawn: drawn encoders tell a few
 captions apart.

@@ -58,7 +58,6 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             continue
         if script == "view.py":  # it would not end; tests/viewer/ runs it
             continue
-        arguments += ["dry_run=true"] if script == "workshop.py" else []  # tests/slow_workshop.py runs the stages
         if script == "finetune_vae.py":
             arguments.append("task.crop_px=32")
         if script in ("finetune_sdxl.py", "finetune_vae.py"):

@@ -133,7 +133,6 @@ prepare job=cache job.fill=true data.cache.disk_gib=0.01 data.cache.folder=kept 
 prepare job=machine $folders
 prepare job=import job.source=d.toml job.output=d.yaml
 prepare job=copy job.to=part $folders
-workshop $images dry_run=true
 slurm launch.command=[apptainer] launch.cpus_per_rank=2
 """
 OF_SDXL = ("finetune_sdxl", "finetune_vae")
@@ -184,7 +183,6 @@ LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project weights                        # tests/utils/record/test_trackers.py
-Stage: leaves                                       # of finished stages: tests/test_workshop.py
 SweepConfig: name gpus trials wandb                       # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py
 NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
@@ -199,15 +197,13 @@ finetune_sdxl _LoopConfig: sampling
 finetune_vae TrainingConfig: init_weights
 finetune_vae _LoopConfig: sampling
 finetune_vae ConceptConfig: *
-pretrain_fcmae train finetune evaluate predict prepare view workshop ConceptConfig: *
+pretrain_fcmae train finetune evaluate predict prepare view ConceptConfig: *
 prepare CacheConfig: *
 prepare DataConfig: icc background
 evaluate CacheConfig: memory_gib
 view CacheConfig: *                                 # tests/viewer/test_images.py and test_try.py
 view DataConfig: *
 view TextConfig: *
-workshop CacheConfig: *                             # the words go to the stages: tests/test_workshop.py
-workshop DataConfig: *
 """
 
 

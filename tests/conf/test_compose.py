@@ -19,7 +19,6 @@ MANDATORY = {
     "export": "run_dir=RUN",
     "finetune_sdxl": "model.path=FOLDER data.root=PATH",
     "finetune_vae": "model.path=FOLDER data.root=PATH",
-    "workshop": "data.root=PATH",
 }
 # What jobs must be given.
 TO = {
