@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from data.collection.concepts import ConceptConfig
 from data.layouts.scan import TableChoice
@@ -23,6 +23,7 @@ class CacheConfig(Strict):
     disk_gib: Annotated[float, Field(ge=0, le=65_536)]
 
 
+_Text = Annotated[str, BeforeValidator(str)]  # of a number, too
 ColumnName = Literal["path", "label", "tags", "caption", "split", "rating", "weight", "group", "id"]
 
 
@@ -36,7 +37,8 @@ class DataConfig(Strict):
     concepts: the folders of the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
     corrections: apply the decisions of reviewers, if the collection has a `corrections.jsonl`.
     table: the user's table of the images, relative to root or the working directory; auto: the table in the folder;
-    none. columns: the table's names for our columns.
+    none. columns: the table's names for our columns. splits: whether names of folders, tables and shards say splits, or
+    the split of each name, and of each value of a column `split`.
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -51,10 +53,11 @@ class DataConfig(Strict):
     corrections: bool
     table: Literal["auto", "none"] | PathText
     columns: dict[ColumnName, str] | None
+    splits: bool | dict[_Text, Literal["train", "val", "test"]]
 
     def choice(self) -> TableChoice:
-        """Return the choice of a table by `table` and `columns`."""
-        return TableChoice(self.table, self.columns or {})
+        """Return the choice of names by `table`, `columns` and `splits`."""
+        return TableChoice(self.table, self.columns or {}, self.splits)
 
     def index_settings(self) -> Json:
         """Return the settings that an index depends on, as arguments of `index_collection`."""

@@ -35,7 +35,7 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 19  # format version; increment it to rebuild every index
+_INDEX = 20  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,21 @@ def index_collection(
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
-        say_unused(json.loads(known.schema.metadata[FACTS])["unused"])
+        facts = json.loads(known.schema.metadata[FACTS])
+        _say(facts["said"], facts["unused"])
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
-    for line in unused.said:
-        log.info("data.root: %s", line)
     fingerprint = _hash(rows, stated)
     lines = [*unused.describe(), *list_unused(unused, cache)]
-    say_unused(lines)
+    _say(unused.said, lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
         seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
         facts = {
             "fingerprint": fingerprint,
             "seen": seen,
+            "said": unused.said,
             "unused": lines,
             "twins": count_twins(rows),
             "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
@@ -114,6 +114,12 @@ def index_collection(
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(rows, str(file), "uncompressed", chunksize=len(rows)))
     return target
+
+
+def _say(said: Sequence[str], unused: Sequence[str]) -> None:
+    for line in said:
+        log.info("data.root: %s", line)
+    say_unused(unused)
 
 
 def _hash(table: Table, stated: bytes) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
 from data.layouts.listed import build_finder
-from data.layouts.places import read_split
+from data.layouts.places import find_splits
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import decode, refuse_link_out
@@ -100,13 +100,14 @@ def _choose(folder: Folder, form: str, told: _Told) -> dict[str, Sidecar]:
     field = "tags" if several or (bare and CLASSES not in used) else "label"
     line = f"{form}: {', '.join(sorted(used))} are read as {field}: {several} of {len(words)} images have several"
     folder.unused.said += (f"{line}, {bare} have none",)
-    splits = {path: read_split(Path(marks[0][2]).stem) for path, marks in told.items()}
-    has_splits = len({*splits.values()}) > 1 and None not in splits.values()
+    stems = {path: Path(marks[0][2]).stem for path, marks in told.items()}
+    splits = find_splits({*stems.values()}, folder.choice.splits)
+    has_splits = len({*splits.values()}) > 1
     folders = {*map(os.path.dirname, words)}
     sidecars = {}
     for path in folder.images:
         if texts := words.get(path):
-            split = folder.splits[path] or (splits[path] if has_splits else None)
+            split = folder.splits[path] or (splits.get(stems[path]) if has_splits else None)
             sidecars[path] = Sidecar(split=split, **{field: READ[field](texts if field == "tags" else texts[0])})
         elif os.path.dirname(path) in folders or folder.splits[path] == TEST:
             sidecars[path] = Sidecar()

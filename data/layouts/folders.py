@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from data.layouts.dicom import read_fields
 from data.layouts.names import IMAGE_SUFFIXES
-from data.layouts.places import lacks_labels
+from data.layouts.places import is_few, lacks_labels
 from data.layouts.readers import READERS, Reader, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.table import build_table, show_some
+from data.layouts.unused import BESIDE
 from data.layouts.values import read_label
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -24,7 +25,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 # Folders of dumps: the last digits of a post's id, with zeros before them, or the first ones of a hash.
-_OF_POST = re.compile(r"0*(\d{2,3})/\d*\1|([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\2.*")
+_OF_POST = re.compile(r"0*((?<!\d)\d{2}|\d{3})/\d{2,}\1|([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\2.*")
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
@@ -56,7 +57,7 @@ def read_folder(folder: Folder) -> pa.Table:
             return _build_rows(folder, {path: sidecar.updated(known[path]) for path, sidecar in found.items()})
         for path, sidecar in found.items():
             known[path] = sidecar.updated(known[path])
-    _check_places(folder)
+    _settle_places(folder)
     folders = {path.rpartition("/")[0] for path in folder.images}
     numbered = (name for name in folders if REPEATS.fullmatch(os.path.basename(name)))
     unused.add("numbers of folders as repeats: finetune_sdxl.py alone reads them, if all folders have one", *numbered)
@@ -89,18 +90,26 @@ def _build_rows(folder: Folder, sidecars: Mapping[str, Sidecar]) -> pa.Table:
     return build_table({"path": [*sidecars], "size": [folder.images[path] for path in sidecars], **fields})
 
 
-def _check_places(folder: Folder) -> None:
-    """Raise UserError if only some images are in split folders, or only some of train and val in class folders."""
+def _settle_places(folder: Folder) -> None:
+    """Take the label of the few images that are beside the folders of all others, or in folders beside all others.
+
+    Raises UserError if many images are not in split folders, or many of train and val not in class folders.
+    """
     splits = [*folder.splits.values()]
     is_outside = [any(splits) and split is None for split in splits]
     is_bare = lacks_labels(splits, [*folder.labels.values()])
-    for what, lacking in (("a split folder (train/, val/, test/)", is_outside), ("a class folder", is_bare)):
-        if others := [path for path, lacks in zip(folder.images, lacking) if lacks]:
+    for what, lacking in (("a split folder", is_outside), ("a class folder", is_bare)):
+        others = [path for path, lacks in zip(folder.images, lacking) if lacks]
+        odd = min(others, folder.images.keys() - others, key=len)
+        if len(others) > 1 and not is_few(len(odd), len(splits)):
             raise UserError(
                 f"data.root: {str(folder.root)!r} mixes layouts: {len(others):,} of {len(splits):,} images are not in "
-                f"{what}: {show_some(others)}; move all images into such folders, or none, or list images, splits and "
-                "labels in a manifest.jsonl"
+                f"{what}: {show_some(others)}; move all images into such folders, or none; or list images, splits and "
+                "labels in a manifest.jsonl. data.splits=false takes all folders for classes"
             )
+        if others:
+            folder.unused.add(f"{BESIDE} {what} or the only ones in it, which have no label", *odd)
+            folder.labels.update(dict.fromkeys(odd))
 
 
 def _add_labels(folder: Folder, known: Mapping[str, Sidecar]) -> Mapping[str, Sidecar]:

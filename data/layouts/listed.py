@@ -8,6 +8,7 @@ without an image, and images without a row, are counted and listed in a file; th
 """
 
 import functools
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,12 @@ import pyarrow as pa
 
 from data.layouts.manifest import cast_columns, read_splits
 from data.layouts.names import is_image_name
-from data.layouts.places import read_split
+from data.layouts.places import find_splits
 from data.layouts.readers import Sidecar
-from data.layouts.scan import Folder
-from data.layouts.table import SHOWN, TEST, TYPES
-from data.layouts.tables import list_labels, name_columns, read_columns
-from data.layouts.unused import ROWS, UNNAMED, is_form
+from data.layouts.scan import Columns, Folder
+from data.layouts.table import SHOWN, SPLITS, TEST, TYPES
+from data.layouts.tables import list_labels, name_columns, name_field, read_columns, type_columns, unhead
+from data.layouts.unused import ROWS, UNNAMED, UNREADABLE, is_form
 from utils.errors import UserError
 from utils.io.names import to_nfc
 
@@ -33,52 +34,66 @@ _Find = Callable[[str, str], str | None]  # the image of a name, and of the spli
 
 
 class _Listed(NamedTuple):
-    """A table, its column of names, and the image of each row, or None. split: the one that the table's name says."""
+    """A table of texts, its column of names, and the image of each row, or None. split: the one that its name says."""
 
     file: Path
-    split: str
+    split: str | None
     table: pa.Table
     key: str
     paths: list[str | None]
 
 
 def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
-    """Return what a table of the user says of the images that it names; nothing without such a table.
+    """Return what tables of the user, one of each split, say of the images that they name; nothing without a table.
 
     A table that `data.table` does not name is read if neither folders of two classes nor sidecars describe the images.
     Images of a test folder that no row names are kept without a label. Raises UserError (`data.table`, `data.columns`):
-    a table that is absent or names no image; several tables.
+    a table that is absent or names no image; several tables of a split.
     """
     chosen = _choose_files(folder, files)
-    find = build_finder(folder.splits if chosen else {})
-    tables = [each for each in (_match(file, find, folder) for file in chosen) if each is not None]
-    tables = [each for each in tables if each.split != TEST] or tables  # these have no label
-    if len(tables) > 1:
+    splits = {}
+    for names in (*([file.stem] for file in chosen), [file.stem for file in chosen]):
+        splits |= find_splits(names, folder.choice.splits)
+    finders = [build_finder(folder.splits if chosen else {}, shorten) for shorten in (str, _find_end)]
+    found = [_match(file, splits.get(file.stem), finders, folder) for file in chosen]
+    tables = sorted(filter(None, found), key=lambda each: SPLITS.index(each.split or SPLITS[0]))
+    columns = {*tables[0].table.column_names} if tables else {}
+    tables = [each for each in tables if each.split != TEST or columns <= {*each.table.column_names}]  # it has labels
+    if len({each.split or SPLITS[0] for each in tables}) < len(tables):
         lines = [f"{each.file.name} ({', '.join(each.table.column_names[:SHOWN])})" for each in tables]
         raise UserError(
             f"data.table: {len(tables)} tables name images: {'; '.join(lines)}; choose one, as in "
             f"data.table={tables[0].file.name}, or data.table=none to read none"
         )
-    read = {each.file for each in tables}
+    read = {each.file: each.file.name for each in tables}
     folder.unused.add_files(*(name for name in files if folder.root / name not in read and name != folder.choice.table))
-    return _read_rows(tables[0], folder) if tables else {}
+    sidecars = {}
+    for each in tables:
+        sidecars = _read_rows(each, folder) | sidecars
+    left = folder.images.keys() - sidecars if tables else set()
+    waiting = [path for path in left if folder.splits[path] == TEST]
+    folder.unused.add(f"{UNNAMED} {' or '.join(read.values())} names", *left.difference(waiting))
+    return sidecars | dict.fromkeys(waiting, Sidecar(split=TEST))
 
 
-def build_finder(splits: Mapping[str, str | None]) -> _Find:
-    """Return a function that finds the image of a name: with or without its ending, in any folder."""
+def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str] = str) -> _Find:
+    """Return a function that finds the image of a name: with or without its ending, in any folder.
+
+    shorten: gives the part of names to compare.
+    """
     images = {}
     for path in splits:
-        images.setdefault(_split_name(path)[0], []).append(path)
+        images.setdefault(shorten(_split_name(path)[0]), []).append(path)
 
     @functools.cache
     def find(name: str, split: str) -> str | None:
-        """Return the image that shares the most folders with the name, then its ending, then the split."""
+        """Return the image that shares the most folders with the name, then its ending, the split, and its case."""
         parts = _split_name(name)
         ending = os.path.splitext(name.lower())[1]
         ranks = {}
-        for path in images.get(parts[0], ()):
+        for path in images.get(shorten(parts[0]), ()):
             shared = len(os.path.commonprefix([parts, _split_name(path)]))
-            ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split)
+            ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split, name in path)
         best = max(ranks.values(), default=None)
         found = [path for path, rank in ranks.items() if rank == best]
         return found[0] if len(found) == 1 else None
@@ -90,6 +105,12 @@ def _split_name(name: str) -> list[str]:
     """Return the name of a file without its ending, and its folders, the last first; all in one spelling."""
     stem = os.path.splitext(name)[0] if is_image_name(name) else name
     return to_nfc(stem).casefold().strip().replace("\\", "/").split("/")[::-1]
+
+
+def _find_end(stem: str) -> str:
+    """Return the number at the end of a name without zeros before it, else the last word: `7` of `img_007`."""
+    number = re.search(r"\d+$", stem)
+    return str(int(number[0])) if number else re.split(r"[\W_]", stem)[-1]
 
 
 def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
@@ -107,28 +128,25 @@ def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
     return [file]
 
 
-def _match(file: Path, find: _Find, folder: Folder) -> _Listed | None:
+def _match(file: Path, split: str | None, finders: Sequence[_Find], folder: Folder) -> _Listed | None:
     """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
-    Raises UserError (`data.table`) if it is the stated one, and cannot be read or names none.
+    The ends of names count if the names are those of few images, and all ends name one. Raises UserError (`data.table`)
+    if it is the stated one, and cannot be read or names none.
     """
     choice = folder.choice
     is_stated = choice.table != "auto"
     try:
-        table = read_columns(file, "data.table")
+        table = read_columns(file, "data.table", is_typed=False)
     except UserError as error:
         if is_stated:
             raise
-        folder.unused.add("tables that cannot be read", f"{file.name} ({error})")
+        folder.unused.add(UNREADABLE, f"{file.name} ({error})")
         return None
-    split = read_split(file.stem) or "train"
-    table = pa.table({name: column for name, column in zip(table.column_names, table.columns) if name})
-    found = [(0, "", [])]
-    for name in table.column_names:
-        if choice.columns.get("path") in (None, name):
-            paths = [find(str(value), split) for value in table[name].to_pylist()]
-            found.append((len({*paths} - {None}), name, paths))
-    count, key, paths = max(found)
+    count, _, key, paths = _find_key(table, split, finders, choice.columns)
+    if name_field(key) == key and finders[0](key, TEST) is not None:
+        table = unhead(table)
+        count, _, key, paths = _find_key(table, split, finders, choice.columns)
     if count if is_stated else 2 * count > min(len(table), len(folder.images)):
         is_prediction = {"path", "error"} <= {*table.column_names}  # of predict.py
         return None if is_prediction and not is_stated else _Listed(file, split, table, key, paths)
@@ -141,8 +159,24 @@ def _match(file: Path, find: _Find, folder: Folder) -> _Listed | None:
     )
 
 
+def _find_key(
+    table: pa.Table, split: str | None, finders: Sequence[_Find], stated: Columns
+) -> tuple[int, bool, str, list[str | None]]:
+    """Return the column that names most images: their count, whether its name is a usual one, its name, the images."""
+    best = (0, False, "", [])
+    for find in finders:
+        found = [best]
+        for name in table.column_names if 2 * best[0] < len(table) else ():
+            texts = ["" if value is None else str(value) for value in table[name].to_pylist()]
+            paths = [find(text, split or SPLITS[0]) for text in texts if stated.get("path") in (None, name)]
+            if find is finders[0] or None not in paths:
+                found.append((len({*paths} - {None}), name_field(name) == "path", name, paths))
+        best = max(found, key=operator.itemgetter(0, 1))
+    return best
+
+
 def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
-    """Return the rows that name an image, one for each, and the test images that wait; say what is read as what."""
+    """Return the rows that name an image, one for each; say what is read as what."""
     name = each.file.name
     unused = folder.unused
     splits = folder.splits
@@ -157,17 +191,16 @@ def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
     count = sum(path.startswith(below) for path in splits)
     endings = ", ".join({os.path.splitext(path)[1]: None for path in rows})
     line = f"{name}: column {each.key} names {len(rows):,} of {count:,} files in {below or './'}, with {endings}"
-    left = splits.keys() - rows
-    waiting = [path for path in left if splits[path] == TEST]
-    unused.add(f"{UNNAMED} {name} names", *left.difference(waiting))
     order = [*rows.values()]
-    table, names = _choose_columns(each.table.take(order).drop_columns([each.key]), folder)
+    table, names = _choose_columns(type_columns(each.table.take(order).drop_columns([each.key])), folder)
     read = [f"{ours}: {theirs}" for theirs, ours in names.items() if ours in _MAPPED]
+    if each.split is not None:
+        read.append(f"split: {each.split}, by the table's name (data.splits=false: none)")
     unused.said += (f"{line}; {', '.join(read) or 'no label'}",)
     columns = cast_columns(each.file, table, names, unused, order)
-    stated = read_splits(each.file, columns.pop("split"), "")
+    stated = read_splits(each.file, columns.pop("split"), "", folder.choice, unused)
     columns = {name: column.to_pylist() for name, column in columns.items() if column.null_count < len(column)}
-    sidecars = {path: Sidecar(split=TEST) for path in waiting}
+    sidecars = {}
     for row, path in enumerate(rows):
         values = {name: column[row] for name, column in columns.items()}
         known = {name: values.pop(name) for name in Sidecar._fields if name in values}

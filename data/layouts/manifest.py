@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data.layouts.names import PARQUET, is_image_name, is_sidecar
 from data.layouts.readers import is_table
-from data.layouts.scan import Columns, TableChoice, scan_folder
+from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.table import (
     PLACES,
     SCHEMA,
@@ -35,7 +34,7 @@ from data.layouts.table import (
     replace_column,
     show_some,
 )
-from data.layouts.tables import list_labels, name_columns, name_field, read_columns
+from data.layouts.tables import IS_VALID, list_labels, name_columns, name_field, read_columns
 from data.layouts.unused import LACKING, POSSIBLE, Unused
 from data.layouts.values import READ, read_column
 from data.layouts.walk import COPY, HIDDEN, walk_folders
@@ -53,16 +52,16 @@ _ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
 _PART = 512  # files per task of a thread, and cached folders
 
 
-def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns) -> pa.Table:
+def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     """Read a manifest into a table, sorted by path, and fill in file sizes.
 
-    root: None for remote shards, which are not checked. stated: `data.columns`.
+    root: None for remote shards, which are not checked.
 
     Raises UserError (`data.root`) with the file and the column, row (from 0, without a CSV header) or path: broken
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
     is negative or not finite; shard that is missing or too short.
     """
-    table = read_table(file, unused, stated)
+    table = read_table(file, unused, choice)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
     if further := [name for name in table.column_names if name not in (*TYPES, "id", "reason")]:
@@ -72,7 +71,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
     is_packed = PLACES.keys() <= set(table.column_names)
     paths = table["path"] if root is None or is_packed else _spell_paths(root, table["path"].to_pylist())
-    table = build_table(table, path=paths, split=read_splits(file, table["split"], "train"))
+    table = build_table(table, path=paths, split=read_splits(file, table["split"], "train", choice, unused))
     paths = table["path"]
     where = f"{str(file)!r}, column path"
     repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
@@ -97,12 +96,13 @@ def _spell_paths(root: Path, paths: Sequence[str]) -> list[str]:
         return [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
 
 
-def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({})) -> pa.Table:
+def read_table(file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     """Read a manifest without checking its rows, and cast its columns to our types.
 
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
     table = read_columns(file)
+    stated = choice.columns
     if read_sources(file) is not None:  # job=manifest has given our names to some
         stated = {ours: theirs for ours, theirs in stated.items() if theirs in table.column_names}
     fields = {*map(name_field, table.column_names), *stated}
@@ -132,6 +132,9 @@ def cast_columns(
     for name, field in names.items():
         try:
             columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
+            if field == "split" and name in IS_VALID:
+                is_true = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(columns[field])), pa.array(["true", "1"]))
+                columns[field] = pc.if_else(is_true, "val", "train")
         except (ValueError, pa.ArrowException) as error:
             where = f"column {name!r} of {str(file)!r}"
             if field in READ:
@@ -156,15 +159,28 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(TYPES.get(name, other))
 
 
-def read_splits(file: Path, column: pa.ChunkedArray | pa.Array, default: str) -> list[str]:
-    """Return the splits of a column as train, val and test; of null `default`. Raises UserError (`data.root`)."""
-    names = column.to_pylist()
-    splits = [default if name is None else SPLIT_NAMES.get(name.lower()) for name in names]
-    if None in splits:
-        row = splits.index(None)
-        allowed = ", ".join(SPLIT_NAMES)
-        raise UserError(f"data.root: {str(file)!r}, row {row}: split is {names[row]!r}; allowed are {allowed}")
-    return splits
+def read_splits(
+    file: Path, column: pa.ChunkedArray | pa.Array, default: str, choice: TableChoice, unused: Unused
+) -> list[str]:
+    """Return the splits of a column as train, val and test; of nothing, and of a column without any split, `default`.
+
+    Raises UserError (`data.root`) for other values beside splits.
+    """
+    known = {"": default, **SPLIT_NAMES}
+    if not isinstance(choice.splits, bool):
+        known |= {name.lower(): split for name, split in choice.splits.items()}
+    names = [(name or "").strip().lower() for name in column.to_pylist()]
+    odd = sorted({*names}.difference(known))
+    advice = f"data.splits={{{odd[0]}: train}}" if odd else ""
+    if odd and known.keys() & names <= {""}:
+        unused.add(f"columns split whose values are no splits ({advice} reads one)", f"{file.name}: {show_some(odd)}")
+        return [default] * len(names)
+    if odd:
+        raise UserError(
+            f"data.root: {str(file)!r}, row {names.index(odd[0])}: split is {odd[0]!r}; allowed are "
+            f"{', '.join(SPLIT_NAMES)}, or say with {advice} what it is"
+        )
+    return [known[name] for name in names]
 
 
 def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
@@ -243,9 +259,9 @@ def refuse_foreign(file: Path) -> None:
         )
 
 
-def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> pa.Table:
-    """Read a manifest, and count what its folders have beside the images that it lists. stated: `data.columns`."""
-    table = read_manifest(root, manifest, unused, stated)
+def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice) -> pa.Table:
+    """Read a manifest, and count what its folders have beside the images that it lists."""
+    table = read_manifest(root, manifest, unused, choice)
     is_packed = PLACES.keys() <= set(table.column_names)
     listed = set(table["shard" if is_packed else "path"].to_pylist())
     is_of_user = read_sources(manifest) is None

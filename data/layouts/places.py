@@ -1,43 +1,58 @@
-"""The split and the class that images have by their folders, and the split that a name says.
+"""The split and the class that images have by their folders, and the splits that names say.
 
-A split may be any folder with one of the words of `datasets`: `train`, `train_images`, `images/val`, `x/Training`. As
-there, the folders are read by words; here only if all images are in such folders.
+A split is a whole name, such as `train`, `val2017` or `test-00000-of-00001`, as are all names beside it. Beside train,
+a name may have further words that name no class, or that all names begin with: `train_images`, `trainset`, `seg_train`.
 
-Source: huggingface/datasets:src/datasets/data_files.py, SPLIT_KEYWORDS.
+Source: huggingface/datasets:src/datasets/data_files.py, SPLIT_KEYWORDS. Differs: there, any name with such a word.
 """
 
-import functools
 import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from data.layouts.table import SPLIT_NAMES, TEST
+from data.layouts.table import SPLIT_NAMES, TEST, show_some
 
-_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_SPLITS = {**SPLIT_NAMES, "pred": TEST}  # of folders and files
-_SPLIT = "|".join(_SPLITS)
-# Words beside the one of a split that name no class, alone or joined as in `trainset`.
-_FILLER = "images?|imgs?|pictures|pics|photos|data|set|split|full|jpe?gs?|png|resized|samples|folder"
-_WORDS = re.compile(rf"(?<![^\W\d_])({_SPLIT})(?:{_FILLER})?(?![^\W\d_])", re.I)
-_NO_CLASS = re.compile(rf"(?:{_SPLIT}|{_FILLER}|[\W\d_])+", re.I)
+Splits = bool | Mapping[str, str]  # `data.splits`: whether names say splits, or the split of each name that says one
+
+_TRAIN = {"train"}
+_SPLITS = {**SPLIT_NAMES, "pred": TEST, "trainval": "train"}  # of folders and files
+_FILLER = (
+    "images?|imgs?|pictures|pics|photos|data|set|split|full|jpe?gs?|png|resized|samples|folder|labels?|annotations?|of"
+)
+_BESIDE = rf"(?:{_FILLER}|[\W\d_])*"
+_SPLIT = re.compile(rf"{_BESIDE}({'|'.join(_SPLITS)}){_BESIDE}", re.I)
+_WHOLE = re.compile(rf"(?!eval|pred|trainval)(?:{'|'.join(_SPLITS)})(?:[\W\d_]|of)*", re.I)
+_HASH = re.compile(r"-[0-9a-f]{16}\b")  # at the end of shards of the hub
 _DEEPEST = 3  # folders above a split, as in `name/name/images/train`
 
 
-@functools.cache
-def read_split(name: str) -> str | None:
-    """Return the split that the words of a name say: train, val or test; None for none, or for several."""
-    found = {_SPLITS[word.lower()] for word in _WORDS.findall(_CAMEL.sub(" ", name))}
-    return found.pop() if len(found) == 1 else None
+def find_splits(names: Collection[str], splits: Splits = True) -> dict[str, str]:
+    """Return the split of each name that says one, train, val or test; nothing if the names are no splits."""
+    if not isinstance(splits, bool):
+        return {name: splits[name] for name in names if name in splits}
+    ours = {name: _HASH.sub("", name) for name in names if splits}
+    shared = re.match(r"(.*[\W_])?", os.path.commonprefix([*ours.values()]))[0]
+    matches = {name: _SPLIT.fullmatch(text) or _SPLIT.fullmatch(text, len(shared)) for name, text in ours.items()}
+    found = {name: _SPLITS[match[1].lower()] for name, match in matches.items() if match}
+    kinds = {*found.values()}
+    is_whole = kinds == _TRAIN or all(map(_WHOLE.fullmatch, map(ours.get, found)))
+    return found if kinds > _TRAIN or (is_whole and len(found) == len(ours)) else {}
 
 
-def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
-    """Return the split and the label of each path by its folders; None where they say none."""
+def describe_splits(names: Iterable[str], splits: Iterable[str | None], what: str) -> tuple[str, ...]:
+    """Return a line that states which names are splits; none without any."""
+    found = sorted({f"{name} is {split}" for name, split in zip(names, splits) if split})
+    return (f"splits by the names of {what}: {show_some(found)} (data.splits=false takes none)",) if found else ()
+
+
+def place_images(paths: Sequence[str], chosen: Splits) -> tuple[list[str | None], list[str | None], list[str]]:
+    """Return the split and the label of each path by its folders, None where they say none; and the split's folder."""
     folders = [re.split(r"[/\\]", path)[:-1] for path in paths]  # a zip of Windows may have backslashes
-    depth = _find_depth(folders)
-    outer = [next(filter(read_split, parts[depth:][:1]), "") for parts in folders]
-    inner = [parts[depth:][1:] if name else parts for parts, name in zip(folders, outer)]
+    depth, splits = _find_depth(folders, chosen)
+    outer = [next(filter(splits.get, parts[depth:][:1]), "") for parts in folders]
+    inner = [parts[depth:][1:] if splits else parts for parts in folders]
     for name in {*outer}:
         rows = [row for row, own in enumerate(outer) if own == name]
         # Folders around all images of a split are no classes if they are `images`, or named as the split's.
@@ -48,25 +63,25 @@ def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | Non
             inner[row] = inner[row][count:]
     if not any(inner) and len({tuple(parts[:depth]) for parts in folders}) > 1:  # cat/train/, dog/train/
         inner = [parts[:depth][-1:] for parts in folders]
-    return [*map(read_split, outer)], [parts[0] if parts else None for parts in inner]
+    return [*map(splits.get, outer)], [parts[0] if parts else None for parts in inner], outer
 
 
-def _find_depth(folders: Sequence[Sequence[str]]) -> int:
-    """Return how many folders are above those of splits; more than there are without splits.
+def _find_depth(folders: Sequence[Sequence[str]], chosen: Splits) -> tuple[int, dict[str, str]]:
+    """Return how many folders are above those of splits, and the split of each; more than there are without splits.
 
-    At the root, one folder whose name says only a split is enough. Other folders beside it are refused.
+    Images beside the folders of the root change nothing here. They are refused, unless they are few.
     """
-    first = {parts[0] for parts in folders if parts}
-    if (
-        any(read_split(name) and _NO_CLASS.fullmatch(name) for name in first)
-        or len({*map(read_split, first)} - {None}) > 1
-    ):
-        return 0
     for depth in range(_DEEPEST):
-        names = {parts[depth] if len(parts) > depth else "" for parts in folders}
-        if all(map(read_split, names)):
-            return depth
-    return sys.maxsize
+        names = [parts[depth] for parts in folders if len(parts) > depth]
+        splits = find_splits({*names}, chosen)
+        if splits and (depth == 0 or is_few(len(folders) - len(names), len(folders))):
+            return depth, splits
+    return sys.maxsize, {}
+
+
+def is_few(count: int, total: int) -> bool:
+    """Return whether so few images say nothing about a layout."""
+    return count <= total // 10
 
 
 def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:

@@ -37,7 +37,7 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
         from data.layouts.remote import fetch_manifest
 
         manifest = fetch_manifest(root, cache)
-        return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
+        return Layout([manifest], partial(read_manifest, None, manifest, unused, choice))
     path = check_root(root)
     if (manifest := find_manifest(path)) is not None:
         from data.layouts.manifest import find_changed, read_listed
@@ -48,11 +48,11 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
                 choice.table, manifest,
             )  # fmt: skip
         find_changed(path, manifest)
-        return Layout([manifest], partial(read_listed, path, manifest, unused, choice.columns))
+        return Layout([manifest], partial(read_listed, path, manifest, unused, choice))
     folder = scan_folder(path, unused, choice)
     if folder.images or not folder.shards:
         return Layout([], partial(read_folder, folder))
     from data.layouts.shards import find_shards, read_shards
 
     files = find_shards(folder, cache)
-    return Layout(list(files.values()), partial(read_shards, path, files, unused, choice.columns))
+    return Layout(list(files.values()), partial(read_shards, path, files, unused, choice))

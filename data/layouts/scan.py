@@ -15,7 +15,7 @@ from data.layouts.names import (
     is_sidecar,
     masked_stem,
 )
-from data.layouts.places import place_images
+from data.layouts.places import Splits, describe_splits, place_images
 from data.layouts.readers import ANNOTATIONS, SIDECARS, TABLES, find_form, has_reader
 from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import is_picture, walk_folders
@@ -27,10 +27,11 @@ Columns = Mapping[str, str]  # names of a table by ours, as `data.columns` has t
 
 
 class TableChoice(NamedTuple):
-    """What the settings say about tables: `data.table` (a file, auto or none), and `data.columns`."""
+    """What the settings say of names: `data.table` (a file, auto or none), `data.columns` and `data.splits`."""
 
     table: str = "auto"
     columns: Columns = MappingProxyType({})
+    splits: Splits = True
 
 
 class Folder(NamedTuple):
@@ -84,7 +85,8 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
             elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
                 found.shards.append(path)
     unused.add(_MASKS, *found.masks)
-    splits, labels = place_images([*found.images])
+    splits, labels, names = place_images([*found.images], choice.splits)
+    unused.said += describe_splits(names, splits, "folders")
     found.splits.update(zip(found.images, splits))
     found.labels.update(zip(found.images, labels))
     return found

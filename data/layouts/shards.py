@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from data.layouts.manifest import OUTSIDE
 from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
-from data.layouts.places import place_images, read_split
+from data.layouts.places import describe_splits, place_images
 from data.layouts.readers import TABLES, is_table
-from data.layouts.scan import Columns, Folder
+from data.layouts.scan import Folder, TableChoice
 from data.layouts.sidecars import TEXT_SUFFIXES, read_texts
 from data.layouts.table import TYPES, build_table, show_some
 from data.layouts.tables import list_labels, name_columns, read_records
@@ -62,14 +62,17 @@ def find_shards(folder: Folder, cache: Path) -> dict[str, Path]:
     return files | {name: _unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
 
 
-def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Columns) -> pa.Table:
+def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: TableChoice) -> pa.Table:
     """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core.
 
-    stated: `data.columns`.
+    Names of shards say splits as names of folders do.
     """
-    shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
+    places = [name if file == root / name else str(file.resolve()) for name, file in files.items()]
+    splits, _, names = place_images([f"{os.path.splitext(name)[0]}/" for name in files], choice.splits)
+    unused.said += describe_splits(names, splits, "shards")
+    shards = [*zip(files, places, splits, files.values())]
     tables = []
-    read = functools.partial(_read_shard, {**stated})  # a mappingproxy cannot be sent
+    read = functools.partial(_read_shard, choice._replace(columns={**choice.columns}))  # a mappingproxy cannot be sent
     results = map(read, shards)
     if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         lost = "shards that end the process that reads them"
@@ -83,21 +86,20 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Colu
     return build_table(pa.concat_tables(tables))
 
 
-def _read_shard(stated: Columns, shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
-    """Return the rows of a shard, and what is not used. The split comes from the shard's name.
+def _read_shard(choice: TableChoice, shard: tuple[str, str, str | None, Path]) -> tuple[pa.Table, Unused]:
+    """Return the rows of a shard, and what is not used.
 
-    shard: its name, the value for the column `shard`, and the file.
+    shard: its name, the value for the column `shard`, the split that its name says, and the file.
     """
-    name, place, file = shard
+    name, place, split, file = shard
     unused = Unused()
     with about("data.root"):
-        rows = _read_tar(file, name, unused) if name.endswith(_TAR) else _read_arrow(file, name, unused, stated)
-    by_name = next(filter(None, map(read_split, name.split("/"))), "train")
-    rows = [{**row, "split": row.get("split") or by_name, "shard": place} for row in rows]
+        rows = (_read_tar if name.endswith(_TAR) else _read_arrow)(file, name, unused, choice)
+    rows = [{**row, "split": row.get("split") or split or "train", "shard": place} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
 
 
-def _read_tar(file: Path, name: str, unused: Unused) -> list[Json]:
+def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> list[Json]:
     """Return the images of a tar file as rows.
 
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
@@ -129,7 +131,7 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[Json]:
                 texts.setdefault(stem, {})[suffix] = where
                 contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
     rows = []
-    places = dict(zip(images, zip(*place_images(list(images)))))
+    places = dict(zip(images, zip(*place_images([*images], choice.splits))))
     stems = {os.path.splitext(path)[0] for path in images}
     known = Names(texts)
     read = set()
@@ -144,7 +146,7 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[Json]:
         columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
-            columns["split"], label = places[path]
+            columns["split"], label, _ = places[path]
             columns["label"] = read_label(label)
         rows.append({"path": f"{name}/{path}", **columns})
     folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
@@ -201,7 +203,7 @@ def _unpack_parquet(file: Path, cache: Path) -> Path:
     return target
 
 
-def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[Json]:
+def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> list[Json]:
     """Return the images of an Arrow file as rows.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
@@ -213,7 +215,7 @@ def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[
         image = _find_image(table.schema)
         if image is None:
             raise UserError(f"data.root: {name!r} has no image column (bytes), only {table.column_names}")
-        names = name_columns(table.drop_columns(image), stated)
+        names = name_columns(table.drop_columns(image), choice.columns)
         unused.add(POSSIBLE, *list_labels(table, names).values())
         rows = []
         for batch in table.to_batches():

@@ -40,7 +40,9 @@ def decode(content: bytes) -> str:
 
 
 def find_encoding(start: bytes) -> str:
-    """Return the encoding of a text by its first bytes."""
+    """Return the encoding of a text by its first bytes. UTF-16 may lack its mark."""
+    if 0 in start[:2]:
+        return "utf-16-be" if start[0] == 0 else "utf-16-le"
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import Table
 
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Columns
 from data.layouts.sidecars import decode, is_field, parse_record, read_lines
-from data.layouts.table import TYPES
+from data.layouts.table import TYPES, show_some
 from data.layouts.unused import Unused
 from data.layouts.values import explain_column
 from utils.errors import UserError, about
@@ -27,6 +26,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+IS_VALID = ("is_valid", "is_val")  # of columns that are true in the validation split, as fastai has them
 # The names of a column, in the order in which they are tried; in lower case, with _ between words.
 _NAMES = {
     "path": (
@@ -34,17 +34,32 @@ _NAMES = {
         *("file", "image", "image_name", "img", "img_path", "img_name", "image_id", "datei", "dateiname", "bild"),
     ),
     "label": (
-        *("label", "labels", "class", "class_name", "classname", "classes", "target", "category", "category_name"),
-        *("fine_label", "coarse_label", "breed", "species", "variety", "diagnosis", "klasse", "kategorie", "classe"),
+        *("label_name", "class_name", "category_name", "label", "labels", "class", "classname", "classes", "target"),
+        *(
+            "category",
+            "fine_label",
+            "coarse_label",
+            "breed",
+            "species",
+            "variety",
+            "diagnosis",
+            "klasse",
+            "kategorie",
+            "classe",
+        ),
         *("clase", "categoria"),
     ),
     "caption": ("caption", "captions", "text", "prompt"),
     "tags": ("tags",),
-    "split": ("split",),
+    "split": ("split", *IS_VALID),
 }
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _ORDER = {name: number for number, name in enumerate(_FIELDS)}
 _SEPARATORS = ",;\t|"
+_STATED = re.compile(r"sep=(.)\n")
+_SINGLE = re.compile(f"^'[^'\n]*'[{_SEPARATORS}]", re.M)
+_HEAD = 5000  # characters that tell the form of a file
+_POINT = b"decimal point"  # in the metadata of a table whose columns are texts
 
 
 def name_field(name: str) -> str:
@@ -101,10 +116,11 @@ def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, name
     return [parse_record(f"row {number} of {where!r}", row) for number, row in enumerate(rows)]
 
 
-def read_columns(file: Path, key: str = "data.root") -> Table:
+def read_columns(file: Path, key: str = "data.root", *, is_typed: bool = True) -> Table:
     """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`key`).
 
-    A CSV file in neither UTF-8 nor UTF-16 is read as Windows-1252, which spreadsheets write.
+    A CSV file in neither UTF-8 nor UTF-16 is read as Windows-1252, which spreadsheets write. A line states what is
+    assumed of it. is_typed: false leaves its columns texts, for `type_columns`.
     """
     kind = file.suffix.lower()
     with about(key), readable(file, kind):
@@ -113,12 +129,16 @@ def read_columns(file: Path, key: str = "data.root") -> Table:
         if kind == ".jsonl":
             return _read_rows(row for _, row in read_lines(file))
         content = file.read_bytes()
+        notes = []
         try:
             text = decode(content)
         except UnicodeDecodeError:
-            log.info("%s: %s is not UTF-8 and is read as Windows-1252", key, file.name)
-            text = content.decode("cp1252")
-        return _read_csv(text)
+            notes.append("it is not UTF-8 and is read as Windows-1252")
+            text = content.decode("cp1252", "replace")
+        table = _read_csv(text, notes)
+    if notes:
+        log.info("%s: %s: %s", key, file.name, "; ".join(notes))
+    return type_columns(table) if is_typed else table
 
 
 def read_parquet(file: Path) -> Table:
@@ -142,21 +162,61 @@ def _to_array(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _read_csv(text: str) -> Table:
-    """Read a CSV file. Empty fields are null."""
-    first = text.partition("\n")[0]
-    separator = max(_SEPARATORS, key=re.sub(r'"[^"]*"', "", first).count)
-    names = next(csv.reader([first], delimiter=separator))
-    types = dict.fromkeys(names, pa.string())  # Arrow would take texts that are dates for timestamps
-    table = pa.csv.read_csv(
-        io.BytesIO(text.encode()),
-        parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
-    )
+def _read_csv(text: str, notes: list[str]) -> Table:
+    """Return the columns of a CSV file as texts, nothing as null. Add what is assumed to the notes. Raises ValueError.
+
+    The header is the first line with two values that is no comment. Values above the number of columns are in the last
+    one. Of columns with one name, the first counts.
+    """
+    stated = _STATED.match(text)  # by Excel
+    quote = "'" if _SINGLE.search(text, 0, _HEAD) else '"'
+    plain = re.sub(f"^(#.*|sep=.)\n|{quote}[^{quote}]*{quote}", "", text[:_HEAD], flags=re.M)
+    head = next(filter(re.compile(f"[{_SEPARATORS}]").search, plain.split("\n")), "")
+    separator = stated[1] if stated else max(_SEPARATORS, key=head.count)
+    rows = _split_rows(text, separator, quote)
+    first = next((place for place, (_, row) in enumerate(rows) if any(row[1:]) and row[0][:1] != "#"), 0)
+    if first:
+        notes.append(f"{first} lines before its header are left out")
+    width = len(rows[first][1])
+    if odd := [str(line) for line, row in rows[first:] if len(row) != width]:
+        notes.append(f"{len(odd):,} lines have fewer values than columns, or more in the last one: {show_some(odd)}")
+    fitted = [[*row[: width - 1], separator.join(filter(None, row[width - 1 :]))] for _, row in rows[first:]]
+    columns = {}
+    for name, *values in itertools.zip_longest(*fitted):
+        if name and columns.setdefault(name.strip(), values) is not values:
+            notes.append(f"the first column {name} counts")
+    arrays = [pa.array([value or None for value in values], pa.string()) for values in columns.values()]
+    return pa.table(arrays, [*columns], metadata={_POINT: "." if separator == "," else ","})
+
+
+def _split_rows(text: str, separator: str, quote: str) -> list[tuple[int, list[str]]]:
+    """Return the rows of a CSV file that are not blank, each after the number of its last line."""
+    reader = csv.reader(io.StringIO(text.rstrip()), delimiter=separator, quotechar=quote, skipinitialspace=True)
+    rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    if not rows:
+        raise ValueError("it has no row")
+    last, row = rows[-1]
+    if (breaks := "".join(row).count("\n")) and text.count(quote) % 2:
+        raise ValueError(f"a quotation mark in line {last - breaks} has no end")
+    return rows
+
+
+def unhead(table: Table) -> Table:
+    """Return a table of texts whose header is a row. The names of its columns are numbers."""
+    columns = zip(table.column_names, map(pa.ChunkedArray.to_pylist, table.columns))
+    rows = {str(number): [name, *values] for number, (name, values) in enumerate(columns, start=1)}
+    return pa.table(rows, metadata=table.schema.metadata)
+
+
+def type_columns(table: Table) -> Table:
+    """Return a table of `read_columns` with numbers for texts that are numbers, but not in columns of our texts."""
+    point = (table.schema.metadata or {}).get(_POINT)
+    if point is None:
+        return table
     columns = []
     for name, column in zip(table.column_names, table.columns):
         is_text = TYPES.get(name_field(name)) in (pa.string(), TYPES["tags"])
-        columns.append(column if is_text else _to_numbers(column, "." if separator == "," else ","))
+        columns.append(column if is_text else _to_numbers(column, point.decode()))
     return pa.table(columns, names=table.column_names)
 
 

@@ -72,7 +72,7 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
     if manifest is None:
         table = read_folder(folder)
     else:
-        table = read_table(manifest, unused, data.choice().columns)
+        table = read_table(manifest, unused, data.choice())
     images = sorted(folder.images)
     for path, fact in zip(images, measure_files(root, images, data.max_pixels) if job.verify else ()):
         if fault := fact.reason or fact.remark:

@@ -14,7 +14,7 @@ from data.collection.search import find_rows
 from data.config import DataConfig
 from data.layouts.manifest import read_sources, read_table, save_manifest
 from data.layouts.names import PARQUET
-from data.layouts.scan import list_descriptions
+from data.layouts.scan import TableChoice, list_descriptions
 from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root, find_manifest
@@ -52,7 +52,7 @@ def copy_images(job: Copy, data: DataConfig) -> str:
 
 def _copy_rows(manifest: Path, target: Path, images: Sequence[str]) -> None:
     """Write the rows of the copied images."""
-    table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
+    table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused(), TableChoice())
     table = table.filter(pc.is_in(table["path"], pa.array(images, pa.string())))
     save_manifest(target, table, read_sources(manifest))
 

@@ -12,6 +12,7 @@ from utils.io.files import Json, Values
 
 # By key, the value that held before. At this value a key is not in a recipe's hash, so that older runs are found.
 NEWER = {
+    "data.splits": True,
     "loop.ema_start_steps": 0,
     "lr_finder.only": False,
     "task[diffusion].buckets.fit": None,

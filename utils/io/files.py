@@ -111,7 +111,7 @@ def readable(path: Path, kind: str, advice: str = "get it again, or name another
             first = error.errors()[0]
             reason = ".".join(map(str, first["loc"])) + ": " + first["msg"].removeprefix("Value error, ")
             reason = reason.removeprefix(": ")
-        reason = ascii(reason)[1:-1][:_SHOWN_CHARACTERS]
+        reason = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in reason[:_SHOWN_CHARACTERS])
         raise UserError(f"{path} is not a readable {kind} file ({reason}); {advice}") from None
 
 

@@ -139,14 +139,22 @@ def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
 @pytest.mark.parametrize(
     "paths, words",
     [
-        (["a.png", "cat/b.png"], ["1 of 2", "class folder", ": a.png"]),
-        (["train/cat/a.png", "val/b.png"], ["class folder", ": val/b.png"]),
-        (["train/a.png", "extra/b.png"], ["split folder", ": extra/b.png"]),
-        (["train_images/a.png", "extra/b.png"], ["split folder", ": extra/b.png"]),
+        (["a.png", "b.png", "cat/a.png", "cat/b.png"], ["2 of 4", "class folder"]),
+        (["train/cat/a.png", "val/b.png", "val/c.png"], ["class folder", ": val/"]),
+        (["train/a.png", "val/b.png", "extra/b.png", "extra/c.png"], ["split folder", ": extra/", "data.splits=false"]),
     ],
 )
 def test_mixed_layouts_are_refused(refuse, root, paths, words):
     refuse(put(root, *paths), "mixes", *words)
+
+
+def test_a_layout_is_what_nearly_all_images_say(opened, root, log):
+    put(root, *(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)), "raw.png")
+    assert opened(root).table["label"].to_pylist() == ["cat"] * 3 + ["dog"] * 3 + [None]
+    assert "1 images that are not in a class folder or the only ones in it, which have no label: raw.png" in log.text
+    put(root, *(f"{number}.png" for number in range(100)))
+    assert {*opened(root).table["label"].to_pylist()} == {None}
+    assert "6 images that are not in a class folder or the only ones" in log.text
 
 
 def test_repeats_of_sd_scripts_are_a_part_of_names(opened, root, log):

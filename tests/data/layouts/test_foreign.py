@@ -60,14 +60,14 @@ def test_tar_files_give_images_and_what_is_beside_them(format, tmp_path, load):
     }
     if format != tarfile.USTAR_FORMAT:
         train[deep] = png(4)
-    write_tar(tmp_path / "root/x-train-0.tar", train, format)
+    write_tar(tmp_path / "root/train-0.tar", train, format)
     write_tar(tmp_path / "root/val/0.tar", {"a.png": png(9), "a.json": record(caption="A cat.", tags=["cat"])}, format)
     found = load(tmp_path / "root")
     rows = columns(found, "path", "split", "label", "tags", "rating", "caption")
-    assert [row for row in rows if row[0] != f"x-train-0.tar/{deep}"] == [
+    assert [row for row in rows if row[0] != f"train-0.tar/{deep}"] == [
+        ("train-0.tar/a.png", "train", "3", [], None, None),
+        ("train-0.tar/b.PNG", "train", "dog", ["one", "two"], "general", "one, two"),
         ("val/0.tar/a.png", "val", None, ["cat"], None, "A cat."),
-        ("x-train-0.tar/a.png", "train", "3", [], None, None),
-        ("x-train-0.tar/b.PNG", "train", "dog", ["one", "two"], "general", "one, two"),
     ]
     contents = open_contents(found)
     levels = [Image.open(io.BytesIO(contents.read(row))).getpixel((0, 0)) for row in range(len(found))]

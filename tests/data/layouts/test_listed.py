@@ -30,6 +30,13 @@ def read(tmp_path):
         ('note\tName\tSpecies\n"two\nlines"\tp/a.png\tx\n\tb\ty\n\tc\tx\n\td\ty\n', {}),
         ("photo,what\na,x\nb,y\nc,x\nd,y\n", {}),
         ("photo,x,y\na,1.0,0.0\nb,0.0,1.0\nc,1.0,0.0\nd,0.0,1.0\n", {}),
+        ("sep=;\nfile;label\na;x\nb;y\n;\nc;x\nd;y\n", {}),
+        ("# of 2024, by a tool\nThe labels\n\nfile,label,note\na,x\nb,y,1, and 2\nc,x,\nd,y,,\n", {}),
+        ("a,x\nb,y\nc,x\nd,y\n", {}),
+        ("file,label,label\na,x,1\nb,y,2\nc,x,1\nd,y,2\n", {}),
+        ("file,label,label_name\na,0,x\nb,1,y\nc,0,x\nd,1,y\n", {}),
+        ("'file','label'\n'a','x'\n'b','y'\n'c','x'\n'd','y'\n", {}),
+        ("file;label\na;x\nb;y\nc;x\nd;y\n".encode("utf-16-le"), {}),
         ("id,size,what,who\na,9,x,m\nb,8,y,n\nc,7,x,n\nd,6,y,m\n", {"columns": {"label": "what"}}),
     ],
 )
@@ -42,6 +49,46 @@ def test_names_in_both_splits_are_those_of_the_tables_split(read):
     tables = {"train.csv": "id,label\n1,x\n2,y\n", "test.csv": "id\n1\n", "sample_submission.csv": "id,label\n1,x\n"}
     assert read("train/1.png train/2.png test/1.png test/3.png", tables) == [
         "test/1.png test", "test/3.png test", "train/1.png train x", "train/2.png train y",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("images", "ids"),
+    [
+        ("1.10.png 1.20.png", "1.10 1.20"),  # a column of numbers would make 1.1 of the first
+        ("007.png 010.png", "7 10"),
+        ("img_1.png img_2.png", "1 2"),
+        ("00.png 01.png", "/data/upload/1/ab12cd34-00.png /data/upload/1/ab12cd34-01.png"),
+        ("a.png A.png", "a.png A.png"),
+    ],
+)
+def test_ids_as_spreadsheets_and_programs_change_them(images, ids, read):
+    first, second = ids.split()
+    found = read(images, {"t.csv": f"number,id,label\n1,{first},x\n2,{second},y\n"})
+    assert sorted(found) == sorted(f"{path} train {label}" for path, label in zip(images.split(), "xy"))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "wanted"),
+    [
+        ("is_valid", "True False  1", ["val", "train", "train", "val"]),
+        ("split", "TRAINING valid  test", ["train", "val", "train", "test"]),
+        ("split", "0 1 2 0", ["train"] * 4),
+    ],
+)
+def test_columns_of_splits(column, values, wanted, read):
+    rows = "".join(f"{name}, {value} ,x\n" for name, value in zip("abcd", values.split(" ")))
+    found = read("a.png b.png c.png d.png", {"t.csv": f"file,{column},label\n{rows}"})
+    assert [row.split()[1] for row in found] == wanted
+    if wanted == ["train"] * 4:
+        found = read("", {}, splits={"0": "val", "1": "test", "2": "train"})
+        assert [row.split()[1] for row in found] == ["val", "test", "train", "val"]
+
+
+def test_tables_of_each_split_are_read_together(read):
+    tables = {f"{split}.csv": f"file,label\n{split}1,x\n{split}2,y\n" for split in ("train", "val", "test")}
+    assert read("train1.png train2.png val1.png val2.png test1.png test2.png", tables) == [
+        f"{split}{row[0]}.png {split} {row[1]}" for split in ("test", "train", "val") for row in ("1x", "2y")
     ]  # fmt: skip
 
 

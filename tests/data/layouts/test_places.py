@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.layouts.places import lacks_labels, place_images, read_split
+from data.layouts.places import find_splits, lacks_labels, place_images
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,16 @@ from data.layouts.places import lacks_labels, place_images, read_split
         ("train_station/1 harbour/2", ":train_station :harbour"),
         ("cat/train/1 dog/train/2 dog/test/3", "train:cat train:dog test:dog"),
         ("cat/test/1 dog/2", ":cat :dog"),
+        ("freight-train/1 steam-train/2", ":freight-train :steam-train"),
+        ("crash_test/1 steam_train/2 car/3", ":crash_test :steam_train :car"),
+        ("bus/1 car/2 train/3", ":bus :car :train"),
+        ("valid/1 invalid/2", ":valid :invalid"),
+        ("train/cat/1 train2/dog/2 val2017/cat/3", "train:cat train:dog val:cat"),
+        ("trainval/a/1 test/a/2", "train:a test:a"),
     ],
 )
 def test_splits_and_classes_by_folders(text, places):
-    splits, labels = place_images(text.split())
+    splits, labels, _ = place_images(text.split(), True)
     assert " ".join(f"{split or ''}:{label or ''}" for split, label in zip(splits, labels)) == places
     assert not any(lacks_labels(splits, labels))
 
@@ -36,13 +42,26 @@ def test_the_test_split_alone_may_lack_labels():
         ("train/1 test/c/2 test/3", []),
     ):
         paths = text.split()
-        assert [path for path, no in zip(paths, lacks_labels(*place_images(paths))) if no] == lacking
+        assert [path for path, no in zip(paths, lacks_labels(*place_images(paths, True)[:2])) if no] == lacking
 
 
-def test_a_name_with_two_splits_says_none():
-    assert [read_split(name) for name in ("trainval", "train_val", "labels_train.csv", "constraint")] == [
-        None,
-        None,
-        "train",
-        None,
-    ]
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("train valid extra", "train val"),
+        ("train-00000-of-00002-0123456789abcdef test-00000-of-00001", "train test"),
+        ("x-train-0001 x-val-0001", "train val"),
+        ("train_labels test breeds", "train test"),
+        ("crash_train crash_test", "train test"),
+        ("test", "test"),
+        *((names, "") for names in ("steam-train crash-test", "blood_test_labels", "evaluation", "valid-photos")),
+    ],
+)
+def test_splits_by_the_names_of_tables_and_shards(names, splits):
+    assert " ".join(find_splits(names.split()).values()) == splits
+
+
+def test_the_user_says_what_is_a_split():
+    splits = {"train": "train", "holdout": "test"}
+    assert place_images(["train/1", "holdout/2", "bus/3"], splits)[0] == ["train", "test", None]
+    assert place_images(["train/1", "val/2"], False)[:2] == ([None, None], ["train", "val"])
