@@ -162,7 +162,8 @@ class AutoencoderTask(Task):
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones.
 
-        Table: `latents`. `scaling_factor` is the one that they imply.
+        Table: `latents`, of their channels. `scaling_factor` would give them a deviation of 1.
+        Source: Rombach et al. 2022, appendix G. Differs: all validation images instead of a first batch.
         """
         means = Means()
         worst = TopSamples(_WORST)
@@ -174,11 +175,15 @@ class AutoencoderTask(Task):
             means.add(figures, valid)
             shown = {"decoded": to_bytes(decoded), "psnr": figures["psnr"]}
             worst.add(-figures["psnr"], valid, {"sample_id": batch["sample_id"], "images": batch["images"], **shown})
-        rows, factor = describe_latents(np.concatenate(distributed.gather_objects(torch.cat(latents).numpy())))
+        moments = np.concatenate(distributed.gather_objects(torch.cat(latents).numpy()))
+        mean, square, *_ = moments.mean(axis=0)
+        columns = {"channel": np.arange(len(mean)), "mean": mean, "deviation": np.sqrt(square - mean**2)}
+        columns |= {"least": moments.min(axis=0)[2], "greatest": moments.max(axis=0)[3]}
+        factor = float((square.mean() - mean.mean() ** 2) ** -0.5)
         stated = self.vae.config.scaling_factor
         log.info("latents: a scaling factor of %.4g gives them a deviation of 1; the VAE states %.4g", factor, stated)
         drawn = {"worst": _draw_worst(worst.reduce())}
-        return Report({**means.reduce(), "scaling_factor": factor}, {"latents": rows}, drawn)
+        return Report({**means.reduce(), "scaling_factor": factor}, {"latents": pa.table(columns).to_pylist()}, drawn)
 
     def _measure(self, batch: Batch) -> tuple[State, Tensor, Tensor]:
         """Return the figures of each image [B], the decoded images, and the moments of the latents."""
@@ -186,25 +191,9 @@ class AutoencoderTask(Task):
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
         figures = {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}
-        return figures, decoded, measure_latents(latents)
-
-
-def measure_latents(latents: Tensor) -> Tensor:
-    """Return mean, mean square, least and greatest value of each image and channel, float64 [B, 4, C]."""
-    values = latents.double().flatten(2)
-    return torch.stack([values.mean(2), values.square().mean(2), values.amin(2), values.amax(2)], dim=1)
-
-
-def describe_latents(moments: np.ndarray) -> tuple[list[Json], float]:
-    """Return mean, deviation and range of each channel, and the scaling factor that gives latents a deviation of 1.
-
-    moments: `measure_latents` of all images.
-    Source: Rombach et al. 2022, appendix G. Differs: all validation images instead of a first batch.
-    """
-    mean, square = moments[:, :2].mean(axis=0)
-    columns = {"channel": np.arange(len(mean)), "mean": mean, "deviation": np.sqrt(square - mean**2)}
-    columns |= {"least": moments[:, 2].min(axis=0), "greatest": moments[:, 3].max(axis=0)}
-    return pa.table(columns).to_pylist(), float((square.mean() - mean.mean() ** 2) ** -0.5)
+        values = latents.double().flatten(2)
+        moments = [values.mean(2), values.square().mean(2), values.amin(2), values.amax(2)]
+        return figures, decoded, torch.stack(moments, dim=1)
 
 
 def _draw_worst(worst: Mapping[str, np.ndarray]) -> np.ndarray:

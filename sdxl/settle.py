@@ -100,19 +100,13 @@ def _fit_buckets(config: AnyConfig, start: Start) -> AnyConfig:
     if buckets.fit is None:
         return config
     collection = start.collection(config.data)
-    sizes_hw = image_sizes(collection, training_rows(collection, config.loop), SIZES)
-    image_hw = sizes_hw[(sizes_hw > 0).all(axis=1)]
-    chosen = []
-    for sizes in buckets.sizes():
-        fitted, after = choose_sizes(sizes, image_hw, buckets.fit)
-        before = choose_sizes(sizes, image_hw, len(sizes))[1]
-        shares = "%d of %d sizes; cropped of an image in the mean: %.1f %% before, %.1f %% after"
-        log.info(f"task.buckets.fit: {shares}", len(fitted), len(sizes), 100 * before, 100 * after)
-        chosen.append(fitted.tolist())
-    return config.changed({"task.buckets.sizes_hw": chosen})
+    image_hw = image_sizes(collection, training_rows(collection, config.loop), SIZES)
+    image_hw = image_hw[image_hw.all(axis=1)]
+    sizes_hw = [choose_sizes(sizes, image_hw, buckets.fit).tolist() for sizes in buckets.sizes()]
+    return config.changed({"task.buckets.sizes_hw": sizes_hw})
 
 
-FIT = ConfigChange(_fit_buckets, "these sizes crop the images least", "task.buckets.fit")
+FIT = ConfigChange(_fit_buckets, "these sizes crop the images little", "task.buckets.fit")
 CHANGES = (
     ConfigChange(settle_vae, "the VAE has these values"),
     ConfigChange(_settle_noise, "the base model was trained so"),

@@ -104,10 +104,7 @@ class Run:
         started = time.perf_counter()
         only = self.config.lr_finder.only
         if only and self.step > 0:
-            raise UserError(
-                f"lr_finder.only: the test comes before the first update, and {self.folder.path} has {self.step}; give "
-                "another run_dir, or set it to false"
-            )
+            raise UserError(f"lr_finder.only: {self.folder.path} has {self.step} updates; give another run_dir")
         if self.is_complete:
             done = f"{self.step} of {plan.total_steps} steps are done"
             log.info("the run is complete: %s; raise loop.total_epochs, or give another run_dir", done)

@@ -83,6 +83,13 @@ class TagLossConfig(Strict):
     alpha: BelowOne
 
 
+class LossWeightsConfig(Strict):
+    """Weights of tags by their loss in about `window_steps` updates (`TaggingTask.tag_weights`)."""
+
+    power: Annotated[float, Field(ge=0, le=4)]
+    window_steps: Count
+
+
 class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
     """Settings of a tagger's training.
 
@@ -98,6 +105,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
     min_count: Count
     orientation: PathText | None
     loss: TagLossConfig
+    tag_weights: LossWeightsConfig | None  # null: all tags count alike
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that would ignore the tags."""

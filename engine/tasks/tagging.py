@@ -53,6 +53,8 @@ CACHE = Path("outputs/cache/tags")
 _SHOWN_MISTAKES = 24  # images in the picture
 _SHOWN_TAGS = 3  # of a kind of mistake, under an image
 _LOWEST_BIAS = -8.0  # bias; the logit of a tag without training images is -infinity
+_LEAST_PRIOR = 1e-4  # for the entropy of a tag that no or every training image has
+_LEAST_WEIGHT = 0.2  # of a tag that is learned
 _EPS = 1e-8  # from the published code of the asymmetric loss
 
 
@@ -102,6 +104,7 @@ class TaggingTask(MixingTask):
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # for `describe_images`
         self.mirror = None
         self._priors = None
+        self._tag_rule = None
         # Facts for training only; weight files do not have them.
         if "orientation" in setup.facts:
             self.mirror = Mirror(setup.facts["orientation"], len(self.vocabulary))
@@ -109,6 +112,14 @@ class TaggingTask(MixingTask):
             self._priors = torch.tensor(setup.facts["tag_priors"], device="cpu")
             for head in output_layers(self.network, "model.name", "choose another network").values():
                 head.bias.data.copy_(prior_bias(self._priors))
+            self._tag_rule = setup.task.tag_weights
+        if self._tag_rule is not None:
+            self.may_be_recorded = False
+            priors = self._priors.clamp(_LEAST_PRIOR, 1 - _LEAST_PRIOR)
+            self.register_buffer("entropy", F.binary_cross_entropy(priors, priors, reduction="none"), persistent=False)
+            # Losses and labels of recent updates, and of this one on this rank.
+            self.register_buffer("recent", torch.stack([self.entropy, torch.ones_like(priors)]))
+            self.register_buffer("newest", torch.zeros_like(self.recent))
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file. The head of a tagger of Atelier is matched by the names of tags."""
@@ -119,7 +130,31 @@ class TaggingTask(MixingTask):
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         images, targets = self.views(batch)
-        return StepOutput(self.label_losses(self.network(images).float(), targets))
+        logits = self.network(images).float()
+        losses = self.label_losses(logits, targets)
+        if self._tag_rule is not None:
+            losses = losses * self.tag_weights()
+            known = ~targets.isnan() & (batch["weight"] > 0)[:, None]
+            self.newest += torch.stack([bce(logits.detach(), targets).where(known, 0.0), known]).sum(dim=1)
+        return StepOutput(losses.sum(dim=1))
+
+    def tag_weights(self) -> Tensor:
+        """Return the weights of tags by `task.tag_weights`, float32 [T]: what the tagger still gets wrong counts more.
+
+        (loss / entropy) ** power, from 0.2 to 1, divided by the mean. loss: the mean cross-entropy of recent updates,
+        which fade over `window_steps`. entropy: the same of a tagger that knows the tag's frequency alone.
+        Source: Guo et al., "Dynamic Task Prioritization for Multitask Learning", ECCV 2018: (1 - kappa) ** gamma, where
+        kappa is a running measure of success. Differs: without the factor -log kappa; kappa is McFadden's pseudo R2.
+        """
+        weights = (self.recent[0] / self.recent[1] / self.entropy) ** self._tag_rule.power
+        weights = weights.clamp(_LEAST_WEIGHT, 1)
+        return weights / weights.mean()
+
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
+        """Take in the losses of tags in this update."""
+        if self._tag_rule is not None:
+            self.recent.mul_(1 - 1 / self._tag_rule.window_steps).add_(distributed.all_reduce_sum(self.newest))
+            self.newest.zero_()
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
@@ -130,17 +165,21 @@ class TaggingTask(MixingTask):
         return self.mixing(self.normalise(images), targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the losses of the samples [B], summed over tags. NaN targets are ignored."""
-        return tag_loss(self.loss, logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
+        """Return the losses of the samples and tags [B, T], 0 where the target is NaN."""
+        return tag_loss(self.loss, logits, targets.nan_to_num()).where(~targets.isnan(), 0.0)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 at equal precision and recall, and more (measures/tag_scores.py).
 
-        Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
+        Tables: `tags`, `tag_groups`, `hardest_tags`, `tag_weights`. Images: `pr_curves`, `mistakes`.
         """
-        return self._measure(loaders["val"], None)[0]
+        report = self._measure(loaders["val"], None)[0]
+        if self._tag_rule is not None:
+            columns = [self.names, (self.recent[0] / self.recent[1]).tolist(), self.tag_weights().tolist()]
+            report.tables["tag_weights"] = pa.table(columns, ["tag", "loss", "weight"]).to_pylist()
+        return report
 
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None) -> tuple[Report, list[TagCounts]]:
         """Return the report and counts: of the samples that thresholds are fitted to and of the others, or of all."""

@@ -47,7 +47,7 @@ def test_a_run_of_the_first_release_is_found_and_resumes_by_its_command(kind):
 def test_an_older_run_has_what_held_before_and_keeps_a_key_that_was_cut_while_on_unless_it_changed_no_weights():
     loss = {"name": "bce", "gamma_neg": 4.0, "clip": 0.05}
     older = {"seed": 0, "loop": {"audit_every": None}, "task": {"name": "tagging", "loss": loss}}
-    task = {"name": "tagging", "loss": {**loss, "gamma": 2.0, "alpha": 0.25}}
+    task = {"name": "tagging", "loss": {**loss, "gamma": 2.0, "alpha": 0.25}, "tag_weights": None}
     loop = {"early_stop_least": 0.0, "checkpoint_mirror": None, "ema_start_steps": 0}
     assert read_saved(older) == {"seed": 0, "loop": loop, "task": task}
     judged = {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}

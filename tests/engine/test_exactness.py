@@ -27,11 +27,12 @@ CHEAP = [task for task in TASKS if task not in OF_DIFFUSERS]  # their own tests 
 NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
     "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
-    "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
+    "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0",
+                "task.tag_weights={power: 1.0, window_steps: 4}"],
     "diffusion": [],
     "autoencoder": [],
     "multicrop": ["model.drop_path_rate=0.3"],
-}
+}  # fmt: skip
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(

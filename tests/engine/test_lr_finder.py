@@ -195,7 +195,7 @@ def test_the_test_alone_ends_and_the_same_command_without_it_trains(searched, mo
     assert (folder / "alone/plots/lr_finder_plot.png").exists()
     assert not (folder / "alone/weights/last_weights.safetensors").exists()
     run("finetune", words, folder)
-    with refuses(r"^lr_finder.only: .*alone has 100;"):
+    with refuses(r"^lr_finder.only: .*alone has 100 updates;"):
         run("finetune", [*words, "lr_finder.only=true"], folder)
 
 

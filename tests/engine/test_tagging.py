@@ -12,12 +12,12 @@ from data.tags.fields import read_targets
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from engine.exports.opened_task import open_task
-from engine.tasks.config import TaggingTaskConfig
+from engine.tasks.config import LossWeightsConfig, TaggingTaskConfig
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind, prior_bias
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
-from tests.in_process import SHORT, SMALL_MODEL, configure, run
-from tests.support import make_collection, refuses, rows
+from tests.in_process import SHORT, SMALL_MODEL, check_resumption, configure, run
+from tests.support import make_collection, read_table, refuses, rows
 from utils.config.messages import ConfigError
 from utils.contracts import InitFrom
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
@@ -69,10 +69,33 @@ def test_an_unknown_rating_masks_its_four_columns_alone():
     assert targets[:, :4].isnan().all() and targets[:, 4:].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
     logits = torch.randn(2, 8)
     losses = F.binary_cross_entropy_with_logits(logits[:, 4:], targets[:, 4:], reduction="none")
-    torch.testing.assert_close(task.label_losses(logits, targets), losses.sum(1))
+    torch.testing.assert_close(task.label_losses(logits, targets).sum(1), losses.sum(1))
     task(batch, 0.0).loss.sum().backward()
     rows = task.network.head.weight.grad.abs().sum(1)
     assert (rows[:4] == 0).all() and (rows[4:] > 0).all() and (task.network.head.bias.grad[:4] == 0).all()
+
+
+def test_a_tag_counts_by_its_mean_loss_over_the_entropy_of_its_frequency():
+    """Of two steps, the newer one counts twice; an unreadable image and unknown tags do not."""
+    task, batch = make(tag_weights=LossWeightsConfig(power=2.0, window_steps=2)), make_tags([[0, 4], [5, 6], [4]])
+    task.mirror = None
+    batch["weight"][2] = 0.0
+    share = torch.tensor(PRIORS).double().clamp(1e-4, 1 - 1e-4)
+    entropy = -share * share.log() - (1 - share) * (1 - share).log()
+    losses, counts = entropy.clone(), torch.ones(8).double()
+    for step in range(2):
+        targets = read_targets(batch, 8)[:2]
+        logits = task.network(task.normalise(batch["images"]))[:2].detach()
+        loss = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
+        wanted = ((losses / counts / entropy) ** 2).clamp(0.2, 1)
+        wanted = wanted / wanted.mean()
+        found = task(batch, 0.0).loss
+        torch.testing.assert_close(found[:2], (loss * ~targets.isnan() * wanted.float()).sum(1))
+        task.after_step(step, torch.tensor(0.0), torch.tensor(1.0))
+        losses = losses / 2 + (loss * ~targets.isnan()).sum(0)
+        counts = counts / 2 + (~targets.isnan()).sum(0)
+        task.network.head.bias.data += 1.0
+    torch.testing.assert_close(task.recent, torch.stack([losses, counts]).float())
 
 
 def test_mixup_takes_the_ratings_out_where_either_is_unknown():
@@ -174,6 +197,16 @@ def test_a_run_learns_and_is_judged_by_its_map(place):
     assert state["best"]["value"] == max(row["ema/mAP"] for row in found) > 0.7
     files = " ".join(file.name for folder in ("tables", "plots") for file in (place / "run" / folder).iterdir())
     assert all(name in files for name in ("tags", "tag_groups", "pr_curves", "mistakes"))
+
+
+def test_weights_of_tags_resume_exactly_and_are_a_table_of_the_run(place):
+    words = ["task.tag_weights={power: 1.0, window_steps: 4}", "loop.checkpoint_every_steps=2"]
+    words = [*RUN, *words, "loop.total_steps=6", "lr_finder.enabled=false", "loop.batch_size=8"]
+    check_resumption("train", words, place, killed_at=4, steps=6)
+    table = read_table(place / "killed/tables/tag_weights.csv")
+    assert table == read_table(place / "straight/tables/tag_weights.csv")
+    assert len({row["weight"] for row in table}) > 1 and table[0]["tag"] == "general"
+    assert open_task(place / "killed/weights/last_weights.safetensors").task._tag_rule is None
 
 
 def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):

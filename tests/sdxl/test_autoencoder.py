@@ -19,11 +19,11 @@ from engine.plan import Plan
 from engine.tasks.kind import Setup, open_kind
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
-from sdxl.autoencoder import describe_latents, measure_latents
 from sdxl.autoencoder_losses import PatchDiscriminator, absolute_error, hinge, pyramid_distance
 from sdxl.files.family import draw_networks
 from sdxl.files.names import from_single_file, part_state
 from sdxl.networks import load_vae
+from sdxl.step import encode_images
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base
@@ -76,7 +76,7 @@ def test_a_run_keeps_the_sizes_that_crop_least_and_goes_on_with_them(place):
         run("finetune_vae", [*words, f"loop.total_steps={steps}"], place)
     buckets = read_json(place / "fitted/config.json")["task"]["buckets"]
     log = (place / "fitted/log.txt").read_text()
-    assert buckets["sizes_hw"] == [[[64, 64]]] and "task.buckets.fit: 1 of 5 sizes" in log and "resumed from" in log
+    assert buckets["sizes_hw"] == [[[64, 64]]] and "task.buckets.fit: the mean share" in log and "resumed from" in log
     with refuses("^task.buckets.sizes_hw: .*task.buckets.fit"):
         run("finetune_vae", [*words, "task.buckets.sizes_hw=[[[64,64],[96,64]]]"], place)
 
@@ -143,13 +143,18 @@ def test_figures_equal_numpys():
 
 
 def test_latents_are_described_by_channel_with_the_factor_that_they_imply():
-    latents = torch.randn(6, 4, 8, 8) * torch.arange(1, 5).view(4, 1, 1) + 3
-    described, factor = describe_latents(np.concatenate([measure_latents(part) for part in latents.split(4)]))
-    values = latents.double().numpy()
-    for channel, row in enumerate(described):
-        own = values[:, channel]
+    config, _ = configure("finetune_vae", [*SHORT, "model.path=null", "task.discriminator.weight=0"])
+    task = open_kind("autoencoder").build(Setup(config.model, config.task)).eval()
+    task.load_helpers("evaluation")
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    valid = {"weight": torch.tensor([1.0, 1.0, 0.0]), "sample_id": torch.arange(3)}
+    with torch.no_grad():
+        report = task.evaluate({"val": [{"images": images, **valid}]}, 0)
+        latents = encode_images(task.vae, images[:2])[0].double().numpy()
+    for channel, row in enumerate(report.tables["latents"]):
+        own = latents[:, channel]
         assert list(row.values()) == pytest.approx([channel, own.mean(), own.std(), own.min(), own.max()])
-    assert (values * factor).std() == pytest.approx(1)
+    assert (latents * report.scalars["scaling_factor"]).std() == pytest.approx(1)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batches():

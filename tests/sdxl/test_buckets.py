@@ -49,17 +49,17 @@ def test_the_nearest_ratio_is_chosen_by_its_logarithm():
     assert assign(np.array([[1, 1], [3, 3]]), np.array([[64, 64], [32, 32], [64, 32]])).tolist() == [0, 0]
 
 
-def test_the_chosen_sizes_crop_least_of_all_choices():
+def test_the_chosen_sizes_crop_hardly_more_than_the_best_choice():
     sizes, image_hw = sdxl_sizes(1024**2, 128, 512, 2048), np.random.default_rng(0).integers(300, 2000, (60, 2))
 
     def lost(chosen):
         target = chosen[assign(image_hw, chosen)]
         return (1 - (target / (image_hw * (target / image_hw).max(axis=1, keepdims=True))).prod(axis=1)).mean()
 
-    for count in (1, 2, 4, 100):
-        chosen, cropped = choose_sizes(sizes, image_hw, count)
-        least = min(lost(np.array(some)) for some in combinations(sizes.tolist(), min(count, len(sizes))))
-        assert len(chosen) == min(count, len(sizes)) and cropped == pytest.approx(lost(chosen)) == pytest.approx(least)
+    for count in (1, 2, 4, 5):
+        chosen = choose_sizes(sizes, image_hw, count)
+        least = min(lost(np.array(some)) for some in combinations(sizes.tolist(), count))
+        assert len(chosen) == count and lost(chosen) <= 1.03 * least
 
 
 @pytest.mark.parametrize("flip", [False, True])

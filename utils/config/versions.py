@@ -19,6 +19,7 @@ NEWER = {
     "task[autoencoder].buckets.fit": None,
     "tracking[wandb].weights": False,
     "sweep.wandb": None,
+    "task[tagging].tag_weights": None,
 }
 # The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
 # model of that family.
