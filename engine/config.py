@@ -22,12 +22,30 @@ from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
 from utils.config.sweep_config import SweepConfig
 from utils.errors import UserError
-from utils.record.config import TrackingConfig
 
 
 def largest_divisor(count: int, most: int) -> int:
     """Return the largest divisor of `count` up to `most`."""
     return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+
+
+class FileTrackingConfig(Strict):
+    """metrics.jsonl, which is always written, alone or also TensorBoard event files in the run folder."""
+
+    name: Literal["jsonl", "tensorboard"]
+    samples: bool  # also record the samples of each step
+
+
+class WandbTrackingConfig(Strict):
+    """Weights & Biases. The limits of texts are W&B's."""
+
+    name: Literal["wandb"]
+    samples: bool
+    weights: bool  # upload the best and the last weights of a complete run
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
+
+
+TrackingConfig = Annotated[FileTrackingConfig | WandbTrackingConfig, Field(discriminator="name")]
 
 
 class PhaseConfig(Strict):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from utils.formats.vocabulary import RATING, category_name
+from utils.formats.spelling import RATING, category_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,19 +16,10 @@ from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, RowOptions
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.formats.spelling import parse_tag
+from utils.formats.spelling import GENERAL, RATING, parse_tag
 from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import PER_TAG, find_thresholds
-from utils.formats.vocabulary import (
-    FACTS,
-    FILE,
-    GENERAL,
-    RATING,
-    Vocabulary,
-    read_facts,
-    read_vocabulary,
-    vocabulary_of,
-)
+from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 from utils.io.files import Json, Values, readable
 from utils.record.logging import get_logger
 

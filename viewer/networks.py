@@ -14,9 +14,9 @@ from data.config import DataConfig
 from data.tags.rules import TextConfig, read_rules
 from data.tools import predictions
 from utils.errors import UserError, about
-from utils.formats.spelling import join_tags
+from utils.formats.spelling import category_name, join_tags
 from utils.formats.thresholds import thresholds_path
-from utils.formats.vocabulary import FILE, category_name
+from utils.formats.vocabulary import FILE
 from utils.io.files import Json, readable, sha256_text
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside

@@ -17,8 +17,7 @@ from data.collection.collection import Collection
 from data.layouts.corrections import Decision, Decisions, Desk, decide, desk_of, settle
 from data.layouts.table import count_values
 from utils.errors import UserError
-from utils.formats.spelling import Tag, parse_tag, write_tag
-from utils.formats.vocabulary import RATINGS
+from utils.formats.spelling import RATINGS, Tag, parse_tag, write_tag
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run

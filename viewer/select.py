@@ -13,8 +13,7 @@ from data.images.open import open_image
 from data.layouts.corrections import Decision, decide
 from data.layouts.table import TAG_LISTS
 from data.stream.source import UnreadableImage
-from utils.formats.spelling import parse_tag
-from utils.formats.vocabulary import category_name
+from utils.formats.spelling import category_name, parse_tag
 from viewer.images import Shelf, rows_of_paths
 
 HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."

@@ -1,10 +1,9 @@
 """What DICOM files say of their pictures: columns of the index, for `data.columns={group: PatientID}`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from data.layouts.names import DICOM_SUFFIXES, is_image_name
-from data.layouts.scan import Folder
-from data.layouts.sidecars import Sidecar
+from data.layouts.readers import Sidecar
 from utils.io.files import Json
 from utils.io.memo import in_threads, measure_once
 
@@ -12,10 +11,9 @@ _CACHE = Path("outputs/cache/dicom.jsonl")
 _FIELDS = ["PatientID", "StudyDate", "Modality"]
 
 
-def read_fields(folder: Folder) -> dict[str, Sidecar]:
+def read_fields(root: Path, paths: Sequence[str]) -> dict[str, Sidecar]:
     """Return the fields of each DICOM file, by path."""
-    paths = [path for path in folder.images if path.lower().endswith(DICOM_SUFFIXES) or not is_image_name(path)]
-    files = [folder.root / path for path in paths]
+    files = [root / path for path in paths]
     rows = measure_once(files, lambda missing: in_threads(_read, missing), _CACHE, "reading the fields of DICOM files")
     return {path: Sidecar(more=row) for path, row in zip(paths, rows)}
 

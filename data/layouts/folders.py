@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from data.layouts.dicom import read_fields
-from data.layouts.names import IMAGE_SUFFIXES
+from data.layouts.names import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_image_name
 from data.layouts.places import is_few, lacks_labels
 from data.layouts.readers import READERS, Reader, Sidecar
 from data.layouts.scan import Folder
@@ -21,6 +20,7 @@ from data.layouts.unused import BESIDE
 from data.layouts.values import read_label
 from utils.errors import UserError
 from utils.record.logging import get_logger
+from utils.start import open_name
 
 log = get_logger(__name__)
 
@@ -48,7 +48,9 @@ def read_folder(folder: Folder) -> pa.Table:
             "data.root: %s names with backslashes, as an archive of Windows leaves them, are read as folders: %s",
             f"{len(slashed):,}", show_some(slashed),
         )  # fmt: skip
-    known = dict.fromkeys(folder.images, Sidecar()) | read_fields(folder)
+    known = dict.fromkeys(folder.images, Sidecar())
+    if dicom := [path for path in known if path.lower().endswith(DICOM_SUFFIXES) or not is_image_name(path)]:
+        known |= open_name("data.layouts.dicom:read_fields")(folder.root, dicom)
     for number, reader in enumerate(READERS):
         found = _read_form(folder, reader)
         if reader.is_whole and found:

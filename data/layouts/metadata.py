@@ -32,8 +32,7 @@ from data.layouts.tables import name_columns, read_columns, read_records
 from data.layouts.unused import Unused
 from data.layouts.walk import find_one
 from utils.errors import UserError, about
-from utils.formats.spelling import Tag, parse_tag, read_list, split_tags, write_tag
-from utils.formats.vocabulary import CATEGORIES
+from utils.formats.spelling import CATEGORIES, Tag, parse_tag, read_list, split_tags, write_tag
 from utils.io.files import Json, readable
 from utils.io.names import Names
 

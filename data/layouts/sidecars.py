@@ -20,8 +20,7 @@ from data.layouts.scan import Folder
 from data.layouts.unused import Unused
 from data.layouts.values import READ, join_equal, read_caption, read_label, read_tags, refuse_value
 from utils.errors import UserError, about
-from utils.formats.spelling import PREFIXES, is_sentence, read_list, split_tags
-from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
+from utils.formats.spelling import CATEGORIES, GENERAL, PREFIXES, RATING, is_sentence, read_list, split_tags
 from utils.io.files import Json, readable
 from utils.io.memo import in_threads
 

@@ -24,8 +24,7 @@ from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.formats.emphasis import escape, read_emphasis
-from utils.formats.spelling import is_sentence, parse_tag, split_tags, with_spaces
-from utils.formats.vocabulary import RATING
+from utils.formats.spelling import RATING, is_sentence, parse_tag, split_tags, with_spaces
 from utils.io.files import Values
 from utils.record.logging import get_logger
 

@@ -25,7 +25,8 @@ from utils import rng
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError, about
-from utils.formats.vocabulary import CATEGORIES, GENERAL, Vocabulary
+from utils.formats.spelling import CATEGORIES, GENERAL
+from utils.formats.vocabulary import Vocabulary
 from utils.io.files import Json, Values, readable
 from utils.record.logging import get_logger
 

@@ -23,8 +23,8 @@ from data.collection.tag_rows import TagRows
 from data.layouts.table import TAG_LISTS
 from data.tags.rules import TagRules
 from utils.errors import UserError, about
-from utils.formats.spelling import Tag, parse_tag
-from utils.formats.vocabulary import GENERAL, RATING, Vocabulary
+from utils.formats.spelling import GENERAL, RATING, Tag, parse_tag
+from utils.formats.vocabulary import Vocabulary
 from utils.io.files import write_atomically
 from utils.io.memo import own_cache
 from utils.ranks import distributed

@@ -16,8 +16,7 @@ from data.collection.tag_rows import NamedTags
 from data.tags.captions import CaptionConfig, Captions
 from utils.config.bounds import Factor, Positive
 from utils.config.schema import Strict
-from utils.formats.spelling import is_sentence, parse_tag
-from utils.formats.vocabulary import category_name
+from utils.formats.spelling import category_name, is_sentence, parse_tag
 
 
 class TagWeightsConfig(Strict):

@@ -15,17 +15,8 @@ from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
 from utils.errors import UserError, about
-from utils.formats.spelling import Tag, parse_tag
-from utils.formats.vocabulary import (
-    CATEGORIES,
-    CHARACTER,
-    GENERAL,
-    RATING,
-    RATINGS,
-    Vocabulary,
-    category_name,
-    read_vocabulary,
-)
+from utils.formats.spelling import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Tag, category_name, parse_tag
+from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import readable
 from utils.record.logging import get_logger
 

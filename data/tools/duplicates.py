@@ -14,8 +14,7 @@ from data.tools.config import Duplicates
 from data.tools.exclude import exclude_found, read_reasons
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
-from utils.formats.spelling import parse_rating, parse_tag
-from utils.formats.vocabulary import RATING
+from utils.formats.spelling import RATING, parse_rating, parse_tag
 from utils.io.files import Values
 from utils.record.logging import get_logger
 

@@ -29,8 +29,7 @@ from data.layouts.unused import UNREAD, Unused, say_unused
 from data.layouts.walk import NOT_UTF8, is_picture, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
-from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
-from utils.formats.vocabulary import CATEGORIES, CHARACTER
+from utils.formats.spelling import CATEGORIES, CHARACTER, Tag, is_sentence, parse_tag, split_tags, write_tag
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version

@@ -28,8 +28,7 @@ from engine.frozen.order import order_next, predict_classes
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
 from utils.errors import UserError
-from utils.formats.spelling import parse_tag
-from utils.formats.vocabulary import RATING
+from utils.formats.spelling import RATING, parse_tag
 from utils.io.files import output_errors, write_atomically, write_json
 from utils.record.report import TableRow
 from utils.record.run_reader import CONFIG_FILE

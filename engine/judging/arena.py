@@ -27,7 +27,8 @@ from engine.tasks.tagging import CACHE
 from engine.update.runtime import Runtime
 from models.predictor import Predictor, known_outputs
 from utils.errors import UserError, about
-from utils.formats.vocabulary import RATING, Vocabulary
+from utils.formats.spelling import RATING
+from utils.formats.vocabulary import Vocabulary
 from utils.record.logging import get_logger
 from utils.record.progress import track
 

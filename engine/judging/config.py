@@ -10,8 +10,8 @@ from engine.config import MachineConfig
 from engine.exports.config import MovedBase, WeightsChoice
 from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
 from utils.config.schema import PathList, PathText, Strict
+from utils.formats.spelling import CATEGORIES
 from utils.formats.thresholds import PER_TAG
-from utils.formats.vocabulary import CATEGORIES
 
 
 class _Targets(Strict):

@@ -32,8 +32,7 @@ from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.entry_point import Job
 from utils.errors import UserError, about
-from utils.formats.spelling import join_tags
-from utils.formats.vocabulary import CATEGORIES
+from utils.formats.spelling import CATEGORIES, join_tags
 from utils.hardware import choose_device, choose_workers
 from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import open_journal

@@ -15,8 +15,9 @@ from torch import Tensor
 from engine.measures.tags import EDGES, PROBS, Rates, TagCounts, decision_rows, edge_below, rates
 from utils import rng
 from utils.errors import UserError
+from utils.formats.spelling import RATING, category_name
 from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
-from utils.formats.vocabulary import RATING, Vocabulary, category_name
+from utils.formats.vocabulary import Vocabulary
 from utils.io.files import Json
 from utils.record.logging import get_logger
 

@@ -166,7 +166,7 @@ class Recorder:
                 from utils.record.trackers import start_tracker
 
                 # First, because W&B reads the rows dropped below.
-                self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
+                self._tracker = start_tracker(self._tracking.name, self.folder, run_config, step)
             mark_complete(self.folder, None)
             self._write_progress("running")
             is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)

@@ -30,17 +30,9 @@ from models.onnx_form import OnnxForm
 from models.weights.fit import family_of
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
+from utils.formats.spelling import CHARACTER, GENERAL, RATING, RATINGS, category_name
 from utils.formats.thresholds import PER_TAG, ThresholdTable
-from utils.formats.vocabulary import (
-    CHARACTER,
-    FILE,
-    GENERAL,
-    RATING,
-    RATINGS,
-    Vocabulary,
-    category_name,
-    write_vocabulary,
-)
+from utils.formats.vocabulary import FILE, Vocabulary, write_vocabulary
 from utils.io.files import Json
 from utils.record.logging import get_logger
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models import test_wd14_tools as tools
 from tests.support import ROOT
-from utils.formats.vocabulary import CHARACTER, GENERAL, RATING
+from utils.formats.spelling import CHARACTER, GENERAL, RATING
 
 place, wanted = tools.place, tools.wanted
 INTEROP = ROOT / ".venv-interop/bin/python"

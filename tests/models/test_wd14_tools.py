@@ -19,8 +19,9 @@ from tests.models.test_export_formats import geometry
 from tests.models.test_export_snippets import run_program
 from tests.models.test_tag_exports import open_tagger
 from tests.support import export, read_table, thresholds_of
+from utils.formats.spelling import CHARACTER, GENERAL, RATING
 from utils.formats.thresholds import PER_TAG
-from utils.formats.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
+from utils.formats.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from utils.io.files import write_json
 
 SIDE = 128

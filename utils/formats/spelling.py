@@ -11,9 +11,16 @@ from contextlib import suppress
 from html import unescape
 from typing import Any, NamedTuple
 
-from utils.formats.vocabulary import CATEGORIES, GENERAL, RATINGS, category_name
 from utils.io.names import to_nfc
 
+# Danbooru's category numbers.
+CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
+GENERAL = 0
+CHARACTER = 4
+RATING = 9
+_CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
+# The four ratings come first, in this order, with the tag ids of published taggers.
+RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 # Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(
     ("0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3")
@@ -42,6 +49,11 @@ class Tag(NamedTuple):
 
     category: int | None
     name: str
+
+
+def category_name(number: int) -> str:
+    """Return a category's name, or its number if it has no name."""
+    return _CATEGORY_NAMES.get(number, str(number))
 
 
 def parse_tag(text: str) -> Tag:

@@ -23,24 +23,11 @@ from utils.io.files import Json, Values, readable, sha256_text
 from utils.io.names import to_nfc
 from utils.record.report import write_table
 
-# Danbooru's category numbers.
-CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
-GENERAL = 0
-CHARACTER = 4
-RATING = 9
-_CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
-# The four ratings come first, in this order, with the tag ids of published taggers.
-RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
 FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")  # keys in metadata
 _COLUMNS = {"tag_id": "tag_ids", "name": "tag_names", "category": "tag_categories", "count": "tag_counts"}
 _Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-def category_name(number: int) -> str:
-    """Return a category's name, or its number if it has no name."""
-    return _CATEGORY_NAMES.get(number, str(number))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from utils.io.files import Values, write_text
-from utils.record.config import TrackingConfig
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
 from utils.record.run_folder import git_state
@@ -154,13 +153,13 @@ def choose_mode() -> str:
 _WRITERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
 
 
-def start_tracker(options: TrackingConfig, folder: Path, config: Values, step: int) -> Tracker | None:
+def start_tracker(name: str, folder: Path, config: Values, step: int) -> Tracker | None:
     """Start a run's tracker, W&B or TensorBoard. Return None with a warning if the start fails.
 
     config: the saved configuration, with `script`; step: the first step of the run or its resumption.
     """
     try:
-        return Tracker(_WRITERS[options.name](folder, config, step))
+        return Tracker(_WRITERS[name](folder, config, step))
     except Exception as error:  # a server, a disk, a foreign library
-        log.warning("tracking: %s cannot be started (%s); the run continues without it", options.name, error)
+        log.warning("tracking: %s cannot be started (%s); the run continues without it", name, error)
         return None

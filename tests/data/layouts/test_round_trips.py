@@ -16,8 +16,8 @@ from data.tools.predictions import ImageList, RowFile, Sidecars, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from tests.data.collection.test_collection import load, put
 from tests.support import pack_collection, write_manifest
-from utils.formats.spelling import join_tags, parse_tag
-from utils.formats.vocabulary import CATEGORIES, FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+from utils.formats.spelling import CATEGORIES, RATINGS, join_tags, parse_tag
+from utils.formats.vocabulary import FILE, Vocabulary, read_vocabulary, write_vocabulary
 
 HOSTILE = ["a,b", "a\\,b", "a\\", "\\(", "(a:1)", "(:3)", "meta:x", "general:x", "rating:explicit", "general", "nan"]
 HOSTILE += ["_a", "a__b", '"', "'", "#", "a.", "a_b_c_d.", "_".join("abcdefghijklmn"), "^_^", "re:zero", "1.5", "{}"]

@@ -13,7 +13,8 @@ from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from tests.in_process import run
 from tests.support import refuses
-from utils.formats.vocabulary import RATINGS, Vocabulary
+from utils.formats.spelling import RATINGS
+from utils.formats.vocabulary import Vocabulary
 
 NO_RULES = TagRules(None, {}, {}, "task.")
 
