@@ -19,7 +19,7 @@ import torch
 from data.images import further
 from data.layouts import names
 from tests.support import draw_nothing, make_collection
-from utils.errors import missing_package
+from utils.errors import find_lack
 from utils.record.logging import ROOT
 
 torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def skipping_without_extras():
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = missing_package(error)
+        missing = find_lack(error)
         if "make install-" not in missing:
             raise
         raise pytest.skip.Exception(missing, _use_item_location=True) from None

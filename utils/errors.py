@@ -30,6 +30,13 @@ _EXTRAS = {
     "s3fs": "-cloud",
 }
 
+_LESS = "set a smaller batch size, or a smaller model or image"
+_LIMITS = {  # by a sign of them in an error, which has many classes
+    "^OutOfMemoryError": _LESS,
+    "^MemoryError|map segment|[Cc]an('t|not) allocate memory": f"raise the limit of this shell (ulimit -v), or {_LESS}",
+    "File too large": "raise the limit of this shell (ulimit -f), or keep less (data.cache.memory_gib=0)",
+    "No space left": "make room there",
+}
 _SHOWN = 20  # names in a message
 _END_REPORTED_SEC = 1.0  # SIGCHLD follows milliseconds after the connections of an ended process break
 
@@ -57,12 +64,14 @@ def about(key: str) -> Iterator[None]:
         raise
 
 
-def missing_package(error: BaseException) -> str | None:
-    """Return what to install if an import fails for want of a package, None for other errors."""
-    if not isinstance(error, ModuleNotFoundError):
-        return None
-    target = _EXTRAS.get(str(error.name).partition(".")[0], "")
-    return f"{error} in {sys.executable}; run: make install{target}, then: source .venv/bin/activate (docs/install.md)"
+def find_lack(error: BaseException) -> str | None:
+    """Return the package, memory or room that the machine lacks, and what to do; None for other errors."""
+    if isinstance(error, ModuleNotFoundError):
+        target = _EXTRAS.get(str(error.name).partition(".")[0], "")
+        activate = f"make install{target}, then: source .venv/bin/activate"
+        return f"{error} in {sys.executable}; run: {activate} (docs/install.md)"
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return next((f"{text}; {advice}" for sign, advice in _LIMITS.items() if re.search(sign, text)), None)
 
 
 def lost_worker(error: BaseException | None) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, missing_package
+from utils.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, find_lack
 
 STARTED = time.monotonic()  # of the script
 _M_TRIM_THRESHOLD = -1  # malloc.h
@@ -72,10 +72,8 @@ def _explain(*raised: Any) -> None:
     """Show in one line that Python lacks a package or memory, or was interrupted in the imports; others as usual."""
     if isinstance(raised[1], KeyboardInterrupt):
         _refuse("interrupted", EXIT_INTERRUPTED)
-    if isinstance(raised[1], MemoryError):
-        _refuse("the memory does not suffice for the imports; raise the limit of this shell (ulimit -v)")
-    if missing := missing_package(raised[1]):
-        _refuse(missing)
+    if lack := find_lack(raised[1]):
+        _refuse(lack)
     sys.__excepthook__(*raised)
 
 

@@ -225,6 +225,9 @@ def _explain(error: Exception) -> tuple[str, str]:
     return CUT_OFF if "truncated" in text.lower() else DAMAGED, f"{type(error).__name__}: {text}"
 
 
+_NO_IMAGES = (b"version https://git-lfs", b"%!PS-Adobe", b"<!DOCTYPE html", b"<html")  # what they begin with
+
+
 def _explain_header(head: bytes) -> tuple[str, str]:
     """Return the kind of fault for a file that no reader accepted, and details, from its first bytes."""
     Image.init()
@@ -232,4 +235,5 @@ def _explain_header(head: bytes) -> tuple[str, str]:
     for name in filter(Image.OPEN.__contains__, allowed):
         if Image.OPEN[name][1](head):
             return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
-    return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(allowed)}"
+    shown = next(filter(head.startswith, _NO_IMAGES), head[:4])  # a link may lead to a secret
+    return UNKNOWN, f"it begins with {shown!r}; allowed are {', '.join(allowed)}"

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from data.layouts.names import PARQUET, is_image_name, is_sidecar
 from data.layouts.readers import is_table
 from data.layouts.scan import TableChoice, scan_folder
+from data.layouts.sidecars import refuse_link_out
 from data.layouts.table import (
     PLACES,
     SCHEMA,
@@ -61,6 +62,8 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
     is negative or not finite; shard that is missing or too short.
     """
+    if root is not None:
+        refuse_link_out(root, file)
     table = read_table(file, unused, choice)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")

@@ -34,6 +34,7 @@ from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.io.names import find_path, is_utf8, show_file_name
+from utils.io.safe_text import safe_row
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -186,7 +187,7 @@ class RowFile(Destination):
 
     def has(self, path: str) -> bool:
         """Return whether the image has a kept row."""
-        return path in self._done
+        return path in self._done or f"'{path}" in self._done  # `safe_row`
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the kept rows and the others. The file gets its name when it is complete."""
@@ -200,7 +201,7 @@ class RowFile(Destination):
                 else:
                     table = csv.DictWriter(stream, self._columns, restval="", extrasaction="ignore")
                     table.writeheader()
-                    table.writerows(every)
+                    table.writerows(map(safe_row, every) if "error" in self._columns else every)  # not in a form
 
         write_atomically(self._file, fill)
 

@@ -14,7 +14,7 @@ from sdxl.files.family import PREFIXES
 from sdxl.files.names import part_state, to_single_file
 from sdxl.files.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize
 from sdxl.step import encode_text, find_text
-from utils.errors import missing_package
+from utils.errors import find_lack
 
 WRITTEN = [
     "", " ", "a photo of a cat", "1girl, solo, long_hair, looking at viewer", "!!! wow!! !", "hatsune_miku (vocaloid)",
@@ -49,7 +49,7 @@ def test_an_absent_vocabulary_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError) as raised:
         build_tokenizer()
-    assert "make install-sdxl" in missing_package(raised.value)
+    assert "make install-sdxl" in find_lack(raised.value)
 
 
 # The encoders.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.errors import UserError, about, lost_worker
+from utils.errors import UserError, about, find_lack, lost_worker
 
 DEAD = {
     "DataLoader worker (pid 12) is killed by signal: Killed. ": "worker 12 of this rank has ended (is killed by",
@@ -28,3 +28,14 @@ def test_an_error_gets_the_key_of_its_file_unless_it_names_one():
         with pytest.raises(UserError) as refused, about("weights"), about("init_from"):
             raise UserError(message)
         assert str(refused.value) == expected
+
+
+def test_a_limit_of_the_shell_is_named():
+    for error, limit in (
+        (MemoryError(), "ulimit -v"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "ulimit -v"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "ulimit -v"),
+        (OSError(27, "File too large"), "ulimit -f"),
+    ):
+        assert limit in find_lack(error)
+    assert find_lack(KeyError("x")) is None

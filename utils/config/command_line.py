@@ -24,6 +24,7 @@ from utils.config.schema import list_keys
 from utils.config.sweep_config import FLAGS
 from utils.errors import about
 from utils.io.files import readable
+from utils.record.run_reader import run_of
 
 _EXPERIMENT = "experiment"
 _FILES = (".yaml", ".yml")
@@ -118,10 +119,10 @@ _OTHER_NAMES = {
 def _name_usual(word: str, script: Script) -> Iterator[str]:
     key, equals, value = word.partition("=")
     known = list_keys(script.schema)
-    if equals or key in known or re.match(r"-|~\w", key):  # or Hydra removes the key
+    if equals or key in known or re.match(r"-|~\w", key) or script.typed & {"data.root", "input"}:
         names = [key, *_OTHER_NAMES.get(key, ())]
-    else:
-        names = ["data.root", "input", "run_dir"]
+    else:  # a path alone
+        names = ["run_dir", "weights"] if run_of(Path(word)) else ["data.root", "input", "run_dir"]
         word = f"{names[0]}={word}"
     name = next((name for name in names if {name, f"job.{name}"} & known.keys()), names[0])
     yield word.replace(names[0], name, 1)

@@ -40,8 +40,8 @@ from utils.errors import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
+    find_lack,
     lost_worker,
-    missing_package,
 )
 from utils.io.safe_text import Lines, hide_secrets, message_lines
 from utils.ranks import distributed
@@ -213,11 +213,8 @@ def _explain(error: BaseException) -> tuple[int, str | None]:
             return EXIT_INTERRUPTED, "interrupted"
         case UserError():
             return error.status, str(error)
-    message = missing_package(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
-        message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
-    if message:
-        return EXIT_USER_ERROR, message
+    if message := find_lack(error):
+        return EXIT_CRASH if isinstance(error, OSError) else EXIT_USER_ERROR, message
     message = lost_worker(error)
     return EXIT_LOST_RANK if message else EXIT_CRASH, message
 

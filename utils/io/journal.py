@@ -38,7 +38,7 @@ class Journal:
         """Yield the parts."""
         with open(self.path, "rb") as file:
             file.seek(self._header_size)
-            yield from map(json.loads, file)
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))  # a full disk cuts the last one
 
     def add(self, part: Any) -> None:
         """Append a part, a JSON value."""

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -52,6 +53,9 @@ _PATTERNS = [*map(re.compile, _FORMS)]
 _LONG = re.compile(r"^(.{2000}).{1000,}(.{1000})$", re.MULTILINE)  # a line of a message that nobody reads whole
 
 
+_FORMULA = re.compile(r"[=+@\t\r-](?!inf$|[\d.e+-]*$)")  # and no number
+
+
 class Lines(str):
     """A text whose line feeds a log does not escape."""
 
@@ -79,6 +83,11 @@ def safe_lines(text: str) -> str:
 def message_lines(text: str) -> str:
     """Return `safe_lines` of a message; of a line beyond 4,000 characters, its beginning and its end."""
     return _LONG.sub(r"\1 [...] \2", safe_lines(text))
+
+
+def safe_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row for CSV without formulas of spreadsheets: a text that looks like one begins with an apostrophe."""
+    return {key: f"'{value}" if _FORMULA.match(str(value)) else value for key, value in row.items()}
 
 
 def code_span(value: Any) -> str:

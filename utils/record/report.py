@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from utils.io.files import write_atomically, write_text
-from utils.io.safe_text import hide_secrets
+from utils.io.safe_text import hide_secrets, safe_row
 from utils.record.figures import show_name, show_rows
 
 PAGE = "report.html"
@@ -54,7 +54,7 @@ def write_report(
 ) -> None:
     """Write a report's tables, and its images, which are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
     for name, rows in tables.items():
-        write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
+        write_table(folder / "tables" / f"{prefix}{name}.csv", [*map(safe_row, rows)])
     for name, image in images.items():
         picture = Image.fromarray(image)
         write_atomically(folder / "plots" / f"{prefix}{name}.png", partial(picture.save, format="PNG"))

@@ -5,6 +5,7 @@ folders; most in the test's own process, some as real processes.
 from pathlib import Path
 
 import pytest
+from hydra.errors import OverrideParseException
 
 from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
@@ -162,12 +163,21 @@ def test_a_folder_is_of_the_users_own_images(words, data):
         ("predict", "run_dir={here} {here} output=x.csv", "weights={here} input={here} output=x.csv"),
         ("evaluate", "run_dir={here} input={here}", "job.run_dir={here} data.root={here}"),
         ("export", "{here} format=onnx", "run_dir={here} format=onnx"),
+        ("evaluate", "{run}", "job.run_dir={run}"),
+        ("predict", "{run} {here} output=x.csv", "weights={run} input={here} output=x.csv"),
     ],
 )
 def test_what_people_type_first_is_understood(script, typed, read, tmp_path):
-    places = {"here": tmp_path, "home": Path.home()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    places = {"here": tmp_path, "run": tmp_path / "run", "home": Path.home()}
     found, plain = (configure(script, join_spaces(words.format(**places).split()))[0] for words in (typed, read))
     assert found == plain
+
+
+def test_a_word_beside_a_path_is_no_other_path():
+    with pytest.raises(OverrideParseException):
+        compose("prepare", ["manifest", "data.root=photos"])
 
 
 def test_each_word_that_is_read_as_another_has_its_line_on_the_page():

@@ -45,3 +45,11 @@ def test_a_second_writer_is_refused_and_temporary_files_of_killed_ones_are_remov
     assert sorted(os.listdir(tmp_path)) == [".y.csv.12.tmp", "x.csv.12.tmp"]
     with open_journal("output", tmp_path, is_folder=True):
         assert sorted(os.listdir(tmp_path)) == [".journal", "x.csv.12.tmp"]
+
+
+def test_a_part_that_a_full_disk_cuts_off_is_none(tmp_path):
+    with pytest.raises(Killed), open_journal("output", tmp_path / "x.csv") as journal:
+        with open(journal.path, "a") as stream:
+            stream.write('["to')
+        raise Killed
+    assert not journal.path.exists()

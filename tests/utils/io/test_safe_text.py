@@ -11,7 +11,7 @@ import pytest
 from tests.in_process import TINY, make_images, run_command
 from tests.in_process import run as run_script
 from utils.io.files import read_json
-from utils.io.safe_text import HIDDEN, code_span, escape_controls, hide_secrets, hide_secrets_in, safe_lines
+from utils.io.safe_text import HIDDEN, code_span, escape_controls, hide_secrets, hide_secrets_in, safe_lines, safe_row
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -166,3 +166,10 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     assert read_json(run_dir / "config.json")["run_dir"] == HIDDEN
     assert f"run_dir='{HIDDEN}'" in (run_dir / "overrides.txt").read_text()
     run_script("finetune", [*overrides[:-1], "loop.total_steps=5"], tmp_path)  # and it goes on
+
+
+def test_a_cell_is_no_formula_of_a_spreadsheet_and_numbers_stay():
+    names = ["=1+HYPERLINK(1)", "@sum", "+_+", "-x.png", "\tx"]
+    assert list(safe_row(dict(enumerate(names))).values()) == [f"'{name}" for name in names]
+    values = [-0.5, -1e-07, float("-inf"), "-3", "x=1", "", None, 7]
+    assert list(safe_row(dict(enumerate(values))).values()) == values
