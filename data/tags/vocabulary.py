@@ -94,8 +94,8 @@ def read_any_vocabulary(path: Path) -> Vocabulary:
         return read_vocabulary(path)
     with readable(path, "vocabulary", _FORMS):
         text = path.read_text(encoding="utf-8-sig")
-        counts = _read_json(json.loads(text)) if suffix == ".json" else [(line, 0) for line in text.split("\n")]
-        tags = [(parse_tag(tag), count) for tag, count in counts if tag.strip() not in _NO_TAGS]
+        content = json.loads(text) if suffix == ".json" else text.split("\n")
+        tags = [(parse_tag(tag), count) for tag, count in _read_tags(content) if tag.strip() not in _NO_TAGS]
         is_rated = any(tag.category == RATING for tag, _ in tags)
         ratings = [(Tag(RATING, name), 1) for name in RATINGS if is_rated]
         return _complete(
@@ -103,8 +103,8 @@ def read_any_vocabulary(path: Path) -> Vocabulary:
         )
 
 
-def _read_json(content: Any) -> Iterator[tuple[str, int]]:
-    """Yield the tags of another tagger in order, and their counts or 0. Raises various errors for an unknown form.
+def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
+    """Yield the tags of a tagger in order, and their counts or 0. Raises various errors for an unknown form.
 
     content: a list, a dictionary from tags to indices or from indices to tags, or one that has such a table. An entry
     is a text, or a dictionary with `tag` or `name`, and perhaps `category` and `count`.

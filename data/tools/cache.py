@@ -9,7 +9,7 @@ from safetensors import deserialize
 
 from data.collection.choose import spread
 from data.config import DataConfig
-from data.images.caches import GIB, HEAD
+from data.images.caches import GIB
 from data.images.record_store import Store
 from data.load import load_collection
 from data.open import open_images
@@ -75,7 +75,7 @@ def _describe_images(job: Cache, data: DataConfig) -> str:
     place = f"{data.cache.folder}, which data.cache.disk_gib={data.cache.disk_gib:g} limits"
     compared = f"{len(errors)} of them differ by at most {max(errors, default=0)} of 255 from images decoded now"
     recipe = source.inner.decoder.identity()
-    return f"{len(kept):,} of {len(rows):,} images are in {place}; {compared} ({recipe})"
+    return f"{len(kept):,} of {len(rows):,} images are uint8 in {place}; {compared} ({recipe})"
 
 
 def _describe(path: Path, unused: int) -> TableRow:
@@ -86,12 +86,7 @@ def _describe(path: Path, unused: int) -> TableRow:
 
 
 def _describe_record(path: Path) -> str:
-    """Return the dtypes and shapes of a record of a cache, or nothing; a user's folder may look like one."""
-    is_image, is_tensor = ((path / name).exists() for name in ("used", "uses"))
-    record = next((Store(path).get(file.name) for file in Store(path).files() if is_image or is_tensor), None)
-    if record is None:
-        return ""
-    if is_image:
-        return f"pixels, uint8 {list(HEAD.unpack(record[: HEAD.size]))}"
-    tensors = deserialize(record.tobytes())
+    """Return the dtypes and shapes of a record of tensors, or nothing; a user's folder may look like a cache."""
+    files = Store(path).files() if (path / "uses").exists() else ()
+    tensors = [part for file in files[:1] for part in deserialize(Store(path).get(file.name).tobytes())]
     return ", ".join(f"{name} {facts['dtype']} {facts['shape']}" for name, facts in tensors)

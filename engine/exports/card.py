@@ -26,7 +26,7 @@ from utils.record.figures import COUNTS, show_duration, show_figure, show_rows
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 # Of a run; none shows photographs alone.
-_PICTURES = ("curves", "samples", "reconstructions", "worst", "confusion", "pr_curves")
+_PICTURES = ("curves", "samples", "evaluate_samples", "reconstructions", "worst", "confusion", "pr_curves")
 _FOLDERS = re.compile(r"^(?!experiment=|[\w.+~@]*=?\w+:)([\w.+~@]*=)?.*/")  # of a local path in an override
 _PIPELINES = {"diffusion": "text-to-image", "autoencoder": "image-to-image"}  # of tasks without outputs
 Results = Mapping[str, Mapping[str, float]]  # of `read_results`
@@ -61,11 +61,9 @@ class Card:
         if not results and run and run.objective is not None and self.weights.path.stem == "best_weights":
             images = dict_of(self.metadata, "trained_on").get("validation_images")
             results[f"validation: {images} images"] = {run.result["metric"]: run.result["value"], "samples": images}
-        files = sorted((place / "plots").glob("*.png"), reverse=True) if results else ()
-        drawn = {file.stem.removeprefix("evaluate_"): file for file in files}
-        pictures = [name for name in _PICTURES if name in drawn]
+        pictures = [name for name in _PICTURES if results and (place / f"plots/{name}.png").is_file()]
         for name in pictures:
-            shutil.copy(drawn[name], folder / f"{name}.png")
+            shutil.copy(place / f"plots/{name}.png", folder)
         rows = [asdict(row) for row in (self.thresholds.rows if self.thresholds else ()) if row.profile != PER_TAG]
         known = {name: dict_of(self.metadata, name) for name in ("trained_on", "origin")}
         known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata), "run": run}

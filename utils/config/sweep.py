@@ -122,14 +122,15 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
 def write_wandb_sweep(sweep: Sweep, script: str) -> int:
     """Write the swept values as a sweep of W&B, and return the exit status. Raises UserError (`sweep.wandb`).
 
-    W&B's agents start the script with values such as `optim.lr=0.001`; ranges are searched by Bayesian optimisation.
+    W&B's agents start the script with values such as `optim.lr=0.001`. With `sweep.trials` they search, as ranges need.
     """
     parameters = {key.key_or_group: _to_wandb(key) for key in sweep.swept}
-    fixed = [item.input_line for item in sweep.overrides if not item.is_sweep_override()]
-    fixed = [line for line in fixed if not line.startswith(("sweep.", "run_dir=", "tracking="))]
+    fixed = [
+        item.input_line for item in sweep.overrides if item.key_or_group not in (*parameters, "run_dir", "tracking")
+    ]
     values = {
         "program": Path(script).name,
-        "method": "grid" if all("values" in choice for choice in parameters.values()) else "bayes",
+        "method": "grid" if sweep.settings.trials is None else "bayes",
         "metric": {"name": OBJECTIVE, "goal": "maximize"},
         "parameters": parameters,
         "command": ["${env}", "${interpreter}", "${program}", "tracking=wandb", *fixed, "${args_no_hyphens}"],

@@ -195,7 +195,7 @@ def test_a_sweep_is_a_file_whose_commands_wandbs_agent_makes(tmp_path, monkeypat
 
 
 def test_ranges_are_searched_by_wandb(tmp_path):
-    words = ["optim.lr=tag(log,interval(1e-4,1e-2))", "loop.batch_size=tag(int,interval(4,8))"]
+    words = ["optim.lr=tag(log,interval(1e-4,1e-2))", "loop.batch_size=tag(int,interval(4,8))", "sweep.trials=9"]
     write_wandb_sweep(parse_sweep([*words, f"sweep.wandb={tmp_path}/s.yaml"]), "train.py")
     sweep = load_sweep_config(f"{tmp_path}/s.yaml")
     assert (sweep["method"], sweep["metric"]["goal"]) == ("bayes", "maximize")
