@@ -116,7 +116,7 @@ def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
         table = [table[str(index)] for index in range(len(table))]
     for row in table:
         row = row if isinstance(row, dict) else {"tag": row}
-        tag = row.get("tag") or row["name"]
+        tag = row.get("tag", row.get("name"))
         category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
         count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
         yield f"{category_name(category)}:{tag}" if category else tag, count

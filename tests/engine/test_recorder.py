@@ -165,3 +165,15 @@ def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkey
     assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in found) and found[-1]["data/wait_sec"] > 0
     said = (tmp_path / "run/log.txt").read_text()
     assert "was spent waiting for data: " in said
+
+
+def test_a_tracker_gets_the_pictures_of_the_base_as_step_zero_of_the_same_slider_and_tables(tmp_path):
+    recorder, sent = object.__new__(Recorder), []
+    recorder.folder, recorder._tracker = tmp_path, SimpleNamespace(add=lambda *values: sent.append(values))
+    picture, table = np.zeros((2, 2, 3), np.uint8), [{"class": "a", "recall": 1.0}]
+    recorder.add_report(0, Report(images={"samples_before": picture}), draws=False)
+    recorder.add_report(5, Report({}, {"classes": table}, {"samples": picture}), draws=False)
+    assert [(step, [*values]) for step, values in sent] == [
+        (0, ["images/samples"]),
+        (5, ["images/samples", "tables/classes"]),
+    ]
