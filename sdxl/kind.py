@@ -32,10 +32,10 @@ from sdxl.caches.buckets import Buckets, fitted_views, make_buckets
 from sdxl.caches.latent_cache import LatentCache
 from sdxl.caches.masks import Masked, find_masks
 from sdxl.caches.text_cache import TextCache, vary_caption
-from sdxl.config import DiffusionTaskConfig, NoiseConfig, SDXLConfig
+from sdxl.config import DiffusionTaskConfig, SDXLConfig
 from sdxl.files.family import ENCODERS
 from sdxl.files.tokenizer import LENGTH, count_chunks, tokenize
-from sdxl.networks import base_files, describe_base, frozen_dtype, load_vae, open_networks, settle_model
+from sdxl.networks import base_files, frozen_dtype, load_vae, open_networks, settle_model
 from sdxl.pictures.novelty import trained_stream
 from sdxl.pictures.prompts import count_brackets
 from sdxl.pictures.texts import text_field
@@ -111,13 +111,8 @@ class DiffusionKind(BucketedKind):
         return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, streams, collection)]
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> Json:
-        """Check the base model and its VAE. There are no facts.
-
-        Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
-        """
+        """Check another VAE. There are no facts."""
         model = config.model
-        if model.path is not None:
-            check_noise(model.path, config.task.noise)
         if model.vae is not None:
             with torch.device("meta"):
                 load_vae(model.vae)
@@ -180,27 +175,6 @@ class DiffusionKind(BucketedKind):
         if setup.task.samples.prompts:
             loaders[COMPARED] = trained_stream(data)
         return loaders
-
-
-def check_noise(path: str, noise: NoiseConfig) -> None:
-    """Warn of facts that a base model's file lacks. Raises UserError (`task.noise`) if the file contradicts the key."""
-    source = describe_base(path)
-    if unread := source["unread"]:
-        log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
-    if noise.convert:
-        return
-    convert = "task.noise.convert=true to convert it to the current settings, which takes a long run"
-    if source["other_noise"] is not None:
-        raise UserError(f"task.noise: {path} was trained otherwise: {source['other_noise']}; set {convert}")
-    base = {name: source[name] for name in ("prediction_type", "zero_terminal_snr") if source[name] is not None}
-    if base != noise.model_dump(include=base.keys()):
-        settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in base.items())
-        raise UserError(f"task.noise: {path} counts as a model of {settings}; set that, or {convert}")
-    if source["zero_terminal_snr"] is None:
-        log.warning(
-            "task.noise: %s predicts v and does not say whether its last timestep is pure noise; it is trained as "
-            "task.noise.zero_terminal_snr=%s says: ask its author", path, str(noise.zero_terminal_snr).lower(),
-        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- captions

@@ -11,6 +11,7 @@ from data.images.sizes import SIZES, image_sizes
 from engine.tasks.change import AnyConfig, ConfigChange, Start
 from models.interop.metadata import dict_of
 from sdxl.caches.buckets import choose_sizes
+from sdxl.config import NoiseConfig
 from sdxl.lora.files import describe_lora
 from sdxl.lora.lora import adapted_shapes
 from sdxl.memory import fit_memory
@@ -18,6 +19,7 @@ from sdxl.networks import describe_base, settle_model
 from sdxl.pictures.prompts import count_brackets, read_prompt_file
 from utils.contracts import InitFrom
 from utils.errors import UserError, about
+from utils.io.files import Json
 from utils.io.weight_files import find_initial
 from utils.record.logging import get_logger
 from utils.record.run_reader import run_of
@@ -31,26 +33,48 @@ def settle_vae(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 def _settle_noise(config: AnyConfig, start: Start) -> AnyConfig:
-    """Return the configuration with the noise without auto."""
-    noise = config.task.noise
-    path = config.model.path
-    if "auto" not in (noise.prediction_type, noise.zero_terminal_snr):
-        return config
-    own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    base = own if path is None or noise.convert else describe_base(path)
+    settled = settle_noise(config.model.path, config.task.noise)
+    return config.changed({f"task.noise.{name}": value for name, value in settled.items()})
+
+
+def settle_noise(path: str | None, noise: NoiseConfig) -> Json:
+    """Return `prediction_type` and `zero_terminal_snr` without auto; warn of facts that a base model's file lacks.
+
+    What is typed is believed where the file does not say what the model predicts. Raises UserError (`task.noise`) if
+    the file contradicts it, or has another noise schedule.
+    """
+    base = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "is_stated": None, "other_noise": None}
+    facts = base if path is None else describe_base(path)
+    if unread := facts.get("unread"):
+        log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
+    if not noise.convert:
+        base = facts
     kind = base["prediction_type"] if noise.prediction_type == "auto" else noise.prediction_type
     zero_terminal_snr = noise.zero_terminal_snr
     if zero_terminal_snr == "auto":
         # Programs sample without it if a file does not state it.
         zero_terminal_snr = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
-    if base.get("is_stated"):
+    settled = {"prediction_type": kind, "zero_terminal_snr": zero_terminal_snr}
+    convert = "task.noise.convert=true to convert it to the current settings, which takes a long run"
+    if base["other_noise"]:
+        raise UserError(f"task.noise: {path} was trained otherwise: {base['other_noise']}; set {convert}")
+    stated = {name: base[name] for name in settled if base[name] is not None}
+    words = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in stated.items())
+    if base["is_stated"] and stated != {name: settled[name] for name in stated}:
+        raise UserError(f"task.noise: {path} is a model of {words}; set that, or {convert}")
+    if base["is_stated"]:
         log.info("task.noise: %s predicts %s, which is trained", path, kind)
-    elif base is not own and noise.prediction_type == "auto":
+    elif base["is_stated"] is False:
         log.warning(
-            "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
-            "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
+            "task.noise: %s does not say what it predicts; it is trained as %s (programs take epsilon). If its author "
+            "says another, set task.noise.prediction_type and task.noise.zero_terminal_snr", path, kind,
         )  # fmt: skip
-    return config.changed({"task.noise.prediction_type": kind, "task.noise.zero_terminal_snr": zero_terminal_snr})
+    if base["zero_terminal_snr"] is None:
+        log.warning(
+            "task.noise: %s predicts v and does not say whether its last timestep is pure noise; it is trained as "
+            "task.noise.zero_terminal_snr=%s says: ask its author", path, str(zero_terminal_snr).lower(),
+        )  # fmt: skip
+    return settled
 
 
 def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:

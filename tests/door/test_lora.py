@@ -120,3 +120,7 @@ def test_noise_is_that_of_the_base_unless_another_is_wanted(place, settle, log):
     file.write_text(json.dumps(values))
     assert "does not say" not in log.text
     assert settle("silent") == ("epsilon", False) and "silent does not say what it predicts" in log.text
+    typed = ["task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true"]
+    assert settle("silent", *typed) == ("v_prediction", True)  # its user knows
+    with refuses("task.noise: .*base is a model of task.noise.prediction_type=epsilon"):
+        settle("base", *typed)

@@ -16,8 +16,8 @@ from sdxl.config import NoiseConfig, SDXLConfig
 from sdxl.files.checkpoints import save_single_file
 from sdxl.files.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
 from sdxl.files.names import from_single_file, part_state, to_single_file
-from sdxl.kind import check_noise
 from sdxl.networks import describe_base, load_networks, open_networks
+from sdxl.settle import settle_noise
 from sdxl.step import build_noise_table
 from sdxl.vae import AS_STATED
 from tests.small_sdxl import EPSILON, V_ZTSNR, write_base
@@ -192,8 +192,8 @@ def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
     file.write_text(json.dumps(new))
     assert word in describe_base(tmp_path / "other")["other_noise"]
     with refuses("^task.noise: .*other"):
-        check_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
-    check_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
+        settle_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
+    settle_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
 
 
 FLOW = {"prediction_type": "flow", "zero_terminal_snr": False}
@@ -216,22 +216,22 @@ def test_a_base_model_that_says_flow_is_one(stated, folder, file, tmp_path):
         path = shutil.copytree(folder, tmp_path / "other")
         (path / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
     assert (describe_base(path)["other_noise"], describe_base(path)["shift"]) == (None, 2.5)
-    check_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
+    settle_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
     with refuses("prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
-        check_noise(str(path), NoiseConfig(**NOISE))
+        settle_noise(str(path), NoiseConfig(**NOISE))
 
 
 def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
     save_file({**load_file(file), "extra": ONE}, path := tmp_path / "other.safetensors")
-    check_noise(str(path), NoiseConfig(**NOISE))
+    settle_noise(str(path), NoiseConfig(**NOISE))
     assert "belong to no network, such as extra" in caplog.text and "does not say" not in caplog.text
     tensors = {name: one for name, one in load_file(file).items() if name != "ztsnr"}
     save_file(tensors, path)
     for zero in (True, False):
-        check_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
+        settle_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
         assert f"as task.noise.zero_terminal_snr={zero}".lower() in caplog.text
     with refuses("^task.noise: .* of task.noise.prediction_type=v_prediction; set that"):
-        check_noise(str(path), NoiseConfig(**{**NOISE, **EPSILON}))
+        settle_noise(str(path), NoiseConfig(**{**NOISE, **EPSILON}))
 
 
 @pytest.mark.parametrize(
