@@ -16,7 +16,7 @@ import yaml
 
 from data.layouts.names import is_image_name
 from data.layouts.sidecars import is_boxes, load_json
-from data.layouts.unused import ORPHANS
+from data.layouts.unused import ORPHANS, OTHERS
 
 CLASSES = "classes"
 BOXES = "boxes"
@@ -24,12 +24,12 @@ OUTLINES = "outlines"
 NAMES = "names of classes, by number"  # a form whose marks have no image
 _GOOGLE = "files of Google Photos with dates and places, which nothing reads"  # a reason
 Mark = tuple[str, Any, str]
-Form = tuple[str, Iterable[Mark]]  # after its name; after a reason for `Unused`, or "", without marks
+Form = tuple[str, Iterable[Mark]]  # after its name; without marks, after a reason for `Unused`
 
 _NAMES = re.compile(r".*\.(names|labels)|(classes|labels|names|synsets?|synset_words)\.txt", re.I)
 _UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{8}-|.*\?d=")  # what Label Studio puts before a name
 _OF_STUDIO = {"choices": CLASSES, "rectanglelabels": BOXES}
-_OF_CVAT = {"tag": CLASSES, "box": BOXES}
+_OF_XML = {"tag": CLASSES, "box": BOXES, "object": BOXES}
 _OF_FIELDS = {"segmentation": OUTLINES, "mask": OUTLINES, "bbox": BOXES, "bounding_box": BOXES}
 
 
@@ -40,13 +40,14 @@ def read_form(file: Path, text: str) -> Form:
         return _read_json(load_json(text, str(file)))
     if suffix == ".xml":
         root = fromstring(text)
-        forms = {"annotation": ("VOC", _read_voc(root)), "annotations": ("CVAT", _read_cvat(root))}
-        return forms.get(root.tag, ("", ()))
+        form = {"annotation": "VOC", "annotations": "CVAT"}.get(root.tag)
+        return (form, _read_xml(root)) if form else (OTHERS, ())
     if suffix == ".csv":
         return "CSV", _read_rows(file.stem, csv.DictReader(text.split("\n"), skipinitialspace=True))
     if suffix in (".yaml", ".yml"):
         names = yaml.safe_load(text).get("names", [])
-        return NAMES, (("", name, "") for name in (names.values() if isinstance(names, dict) else names))
+        names = names.values() if isinstance(names, dict) else names
+        return NAMES if names else OTHERS, (("", name, "") for name in names)
     lines = [line.strip() for line in text.strip().split("\n")]
     if _NAMES.fullmatch(file.name):
         return NAMES, (("", line, "") for line in lines)
@@ -102,18 +103,12 @@ def _read_studio(tasks: Any) -> Iterator[Mark]:
                 yield image, word, _OF_STUDIO.get(mark["type"], OUTLINES)
 
 
-def _read_voc(root: Element) -> Iterator[Mark]:
-    image = root.findtext("filename", "")
-    yield image, None, ""
-    for mark in root.iter("object"):
-        yield image, mark.findtext("name"), BOXES if mark.find("polygon") is None else OUTLINES
-
-
-def _read_cvat(root: Element) -> Iterator[Mark]:
-    for image in root.iter("image"):
-        yield image.attrib["name"], None, ""
-        for mark in image:
-            yield image.attrib["name"], mark.get("label"), _OF_CVAT.get(mark.tag, OUTLINES)
+def _read_xml(root: Element) -> Iterator[Mark]:
+    """Read a file of VOC, of one image, or of CVAT."""
+    for image in root.iter("image") if root.tag == "annotations" else [root]:
+        name = image.get("name") or image.findtext("filename", "")
+        for mark in (image, *image):
+            yield name, mark.get("label") or mark.findtext("name"), _OF_XML.get(mark.tag, OUTLINES)
 
 
 def _read_rows(name: str, rows: csv.DictReader) -> Iterator[Mark]:

@@ -26,6 +26,8 @@ log = get_logger(__name__)
 
 # Folders of dumps: the last digits of a post's id, with zeros before them, or the first ones of a hash.
 _OF_POST = re.compile(r"0*((?<!\d)\d{2}|\d{3})/\d{2,}\1|([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\2.*")
+# A folder of a year or a day, as programs of photographs write them: `Photos from 2024`, `2024-01-31`.
+_YEAR = re.compile(r"(?:(?:photos?|fotos?|foto's|bilder)\b\D*)?(?:19|20)\d\d(?:[-_ .]?\d\d){0,2}", re.I)
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
@@ -59,7 +61,8 @@ def read_folder(folder: Folder) -> pa.Table:
             return _build_rows(folder, {path: sidecar.updated(known[path]) for path, sidecar in found.items()})
         for path, sidecar in found.items():
             known[path] = sidecar.updated(known[path])
-    _settle_places(folder)
+    if not _settle_albums(folder, known):
+        _settle_places(folder)
     folders = {path.rpartition("/")[0] for path in folder.images}
     numbered = (name for name in folders if REPEATS.fullmatch(os.path.basename(name)))
     unused.add("numbers of folders as repeats: finetune_sdxl.py alone reads them, if all folders have one", *numbered)
@@ -90,6 +93,29 @@ def _build_rows(folder: Folder, sidecars: Mapping[str, Sidecar]) -> pa.Table:
             numbers = {value: number for number, value in enumerate(sorted({*values} - {None}))}
             fields[ours] = [*map(numbers.get, values)] if ours == "group" else values
     return build_table({"path": [*sidecars], "size": [folder.images[path] for path in sidecars], **fields})
+
+
+def _settle_albums(folder: Folder, known: dict[str, Sidecar]) -> bool:
+    """Take the albums of a program of photographs for classes, not the folders around them, nor those of years.
+
+    An image of a year that an album has, too, by name and size, is dropped from `known`. Return whether one has no
+    album.
+    """
+    parts = {path: path.split("/")[:-1] for path in known}
+    depth = len(os.path.commonprefix([*parts.values()]))
+    albums = {path: each for path, each in parts.items() if not _YEAR.fullmatch("".join(each[depth : depth + 1]))}
+    depth = len(os.path.commonprefix([*albums.values()]))
+    albums = {path: each[depth] for path, each in albums.items() if len(each) > depth}
+    kept = {(os.path.basename(path), folder.images[path]) for path in albums}
+    copies = [path for path in known if path not in albums and (os.path.basename(path), folder.images[path]) in kept]
+    is_wrapped = len({*folder.labels.values()}) == 1
+    if any(folder.splits.values()) or len({*albums.values()}) < 2 or not (copies or is_wrapped):
+        return False
+    folder.unused.add("copies in folders of years, of images that albums have", *copies)
+    for path in copies:
+        del known[path]
+    folder.labels.update(dict.fromkeys(known) | albums)
+    return len(known) > len(albums)
 
 
 def _settle_places(folder: Folder) -> None:

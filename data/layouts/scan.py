@@ -84,6 +84,12 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
                 found.masks.append(path)
             elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
                 found.shards.append(path)
+    stems = {os.path.splitext(os.path.basename(path))[0] for path in found.images}
+    of_images = {os.path.dirname(path) for path in found.masks if os.path.basename(masked_stem(path)) in stems}
+    for path in found.masks:
+        if os.path.dirname(path) not in of_images:  # a class of this name: mask/1.mask.png
+            found.images[path] = os.path.getsize(root / path)
+    found.masks[:] = [path for path in found.masks if path not in found.images]
     unused.add(_MASKS, *found.masks)
     splits, labels, names = place_images([*found.images], choice.splits)
     unused.said += describe_splits(names, splits, "folders")

@@ -24,6 +24,8 @@ from utils.formats.spelling import CATEGORIES, GENERAL, PREFIXES, RATING, is_sen
 from utils.io.files import Json, readable
 from utils.io.memo import in_threads
 
+# What prompts have around a tag, and their further networks: `((smile))`, `[hat]`, `{blue eyes}`, `<lora:name:0.8>`.
+_PROMPT = re.compile(r"^(?:(?:\(\(|[\[{])[(\[{]*(\w[^()\[\]{}]*\w)[)\]}]+|<(?:lora|lyco|hypernet):.*>)$")
 _BOXES = "texts of boxes, which are no tags"  # a reason
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
@@ -61,8 +63,8 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
     sentences = []
     one_per_line = (one_per_line and "\n" in caption) or read_list(text) is not None
     for line in caption.split("\n"):
-        pieces = [line] * bool(line) if one_per_line else split_tags(line)
-        if pieces and is_sentence(pieces):
+        pieces = [line] * bool(line) if one_per_line else [_PROMPT.sub(r"\1", piece) for piece in split_tags(line)]
+        if any(pieces) and is_sentence(pieces):
             sentences.append(line)
         else:
             tags += pieces

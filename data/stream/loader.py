@@ -218,7 +218,7 @@ class UnreadableLog:
         for path, reason in problems:
             if path not in self.seen:
                 self.seen.add(path)
-                log.warning("unreadable image %s: %s; its weight is 0", path, reason)
+                log.warning("unreadable image %s: %s; its weight is 0 (%d so far)", path, reason, len(self.seen))
                 self._waiting += json.dumps({"path": path, "reason": hide_secrets(reason)}) + "\n"
         if not self._waiting or self._file is None or not self._file.parent.is_dir():
             return

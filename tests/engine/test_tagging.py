@@ -215,6 +215,8 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     vocabulary = open_task(path).task.vocabulary
     assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
     assert read_vocabulary(place / "run") == vocabulary
+    (place / "tags.csv").write_text((place / "run/selected_tags.csv").read_text().replace(",", ";"))
+    assert read_vocabulary(place / "tags.csv") == vocabulary
     assert "dry run" in run("finetune", [*RUN, "task.vocabulary=run", "dry_run=true", "run_dir=x"], place)
     assert not {"orientation", "tag_priors"} & metadata.keys()
     # Orientation is the run's own, whatever a file says.

@@ -43,6 +43,8 @@ def path(tmp_path):
 
 def test_a_table_is_read_as_it_was_written(path):
     assert find_thresholds(str(path), WEIGHTS, "0123") == TABLE
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets write it
+    assert find_thresholds(str(path), WEIGHTS, "0123") == TABLE
 
 
 def test_each_tag_has_a_threshold_of_each_profile():

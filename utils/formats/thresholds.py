@@ -110,7 +110,7 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
         return None
     log.info("thresholds: %s", path)
     with readable(path, "thresholds", "evaluate.py calibrate=true writes one"):
-        with open(path, encoding="utf-8", newline="") as stream:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
         rows = TypeAdapter(tuple[Threshold, ...]).validate_python(read)
         table = ThresholdTable(read[0]["vocabulary"], rows)

@@ -98,7 +98,10 @@ def read_vocabulary(path: Path) -> Vocabulary:
     path = path / FILE if path.is_dir() else path
     advice = "prepare.py job=vocabulary writes one"
     with readable(path, "vocabulary", advice), open(path, encoding="utf-8-sig", newline="") as stream:
-        rows = [[to_nfc(row[column]) for column in _COLUMNS] for row in csv.DictReader(stream)]
+        separator = max(",;", key=stream.readline().count)
+        stream.seek(0)
+        read = csv.DictReader(stream, delimiter=separator)
+        rows = [[to_nfc(row[column]) for column in _COLUMNS] for row in read]
     return read_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 

@@ -116,3 +116,27 @@ def test_folders_of_classes_go_first_and_tags_are_never_boxes(read, log):
     images = "cat/a.png cat/b.png dog/c.png dog/d.png"
     assert read({"marks.json": coco(*"xyxy"), "cat/a.txt": "red, hat"}, images) == ["a cat", "b cat", "c dog", "d dog"]
     assert "beside folders of classes" in log.text
+
+
+DOGS = "Dogs/1 Dogs/2 Rome/3"
+TAKEOUT = {"Takeout/Photos/": "Photos from 2024", "OneDrive_1/": "2023", "": "2024/2024-01-31"}
+
+
+@pytest.mark.parametrize("around", TAKEOUT)
+def test_albums_are_the_classes_and_copies_in_a_year_count_once(around, tmp_path, log):
+    root = tmp_path / "root"
+    put(root, *(f"{around}{name}.png" for name in DOGS.split()), f"{around}{TAKEOUT[around]}/9.png")
+    for name in DOGS.split():
+        copy = root / around / TAKEOUT[around] / f"{name[-1]}.png"
+        copy.write_bytes((root / f"{around}{name}.png").read_bytes())
+    (root / around / "Dogs/1.png.supplemental-metadata.json").write_text('{"title": "x", "photoTakenTime": {}}')
+    found = columns(load(root, tmp_path / "cache"), "path", "label")
+    assert {path[-5]: label for path, label in found} == {"1": "Dogs", "2": "Dogs", "3": "Rome", "9": None}
+    assert len(found) == 4
+    assert "3 copies in folders of years" in log.text and "1 files of Google Photos" in log.text
+
+
+def test_masks_of_no_image_are_pictures_of_their_class(tmp_path):
+    put(tmp_path / "root", "mask/1.mask.png", "face/1.face.png", "face/2.face.png", "face/2.face.mask.png")
+    found = columns(load(tmp_path / "root", tmp_path / "cache"), "path", "label")
+    assert found == [("face/1.face.png", "face"), ("face/2.face.png", "face"), ("mask/1.mask.png", "mask")]

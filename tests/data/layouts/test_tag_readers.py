@@ -118,6 +118,11 @@ TEXTS = [
     ({"a.txt": "\ufeffone\r\ntw\u00f6".encode("utf-16")}, ["one", "tw\u00f6"], "one\ntw\u00f6"),
     ({"a.txt": "\0 ", "a.json": ""}, [], None),
     ({"a.txt": f"one, two\n{SENTENCE}"}, ["one", "two"], f"one, two\n{SENTENCE}"),
+    (
+        {"a.txt": "((smile)), [hat], {blue eyes}, <lora:x:1>, :), (o)_(o)"},
+        ["smile", "hat", "blue eyes", ":)", "(o)_(o)"],
+        "((smile)), [hat], {blue eyes}, <lora:x:1>, :), (o)_(o)",
+    ),
     ({"a.txt": " ".join("abcdefghijklm")}, [], " ".join("abcdefghijklm")),
 ]  # fmt: skip
 
