@@ -5,7 +5,6 @@
     python evaluate.py run_dir=RUN weights=last data.root=PATH        its last weights, on other images
     python evaluate.py weights=FILE data.root=PATH                    a weight file of ours
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
-    python evaluate.py job=grid run_dir=RUN                           all its kept weights, side by side
     python evaluate.py job=compare models=[RUN,FILE,FOLDER] data.root=PATH     taggers, ours and others'
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
@@ -13,8 +12,7 @@ Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.h
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder; other weights and
 splits have names of their own: metrics_last_test.json and so on. Figures of other images are in
 RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in outputs/evaluate/. per_image=true adds tables/images.parquet.
-job=compare writes arena.json, report.html, tables and plots, job=grid grid.json, report.html, tables/grid.csv and for
-SDXL plots/grid.png: a row of pictures for the base and each file.
+job=compare writes arena.json, report.html, tables and plots.
 """
 
 from utils.start import begin

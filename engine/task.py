@@ -173,10 +173,6 @@ class Task(nn.Module):
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
 
-    def use_base(self) -> bool:
-        """Give the trained networks the weights of the base model; return whether there is one."""
-        return False
-
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return a row for each sample of a batch, with its `loss`, for evaluate.py per_image=true."""
         return pa.table({"loss": self.forward(batch, torch.ones(())).loss.float().cpu().numpy()})

@@ -133,14 +133,6 @@ class DiffusionTask(Task):
         if config.lora is not None:
             self.adapter.attach(networks_of(self, ADAPTED))
 
-    def use_base(self) -> bool:
-        """Draw and measure with the base model alone."""
-        if self._config.lora is None:
-            self.take(open_networks(self._model, self.trained))
-        else:
-            self.adapter.detach()
-        return True
-
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
         return {name: base_files(self._model, (name,)) for name in self.helpers}

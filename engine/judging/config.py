@@ -52,19 +52,10 @@ class Compare(ArenaConfig):
     output: PathText | None
 
 
-class Grid(Strict):
-    """Measure all weights that runs have kept, and show what each draws. output: a folder."""
-
-    name: Literal["grid"]
-    run_dir: PathList
-    output: PathText | None
-    model: MovedBase
-
-
 class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked. data: None means the data of the run."""
 
-    job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
+    job: Annotated[Evaluate | Compare, Field(discriminator="name")]
     data: DataConfig | None
     batch_size: Count
     dry_run: bool

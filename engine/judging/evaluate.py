@@ -5,14 +5,13 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine.exports.predictors import load_predictor
 from engine.exports.results import read_results
 from engine.judging.arena import Arena
-from engine.judging.config import Compare, Evaluate, EvaluateConfig, Grid
-from engine.judging.measured import Measured, choose_images, list_kept_weights, open_measured
+from engine.judging.config import Compare, Evaluate, EvaluateConfig
+from engine.judging.measured import Measured, choose_images, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
@@ -32,7 +31,6 @@ from utils.io.weight_files import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import get_logger
-from utils.record.pictures import draw_grid
 from utils.record.report import write_html, write_report
 from utils.record.run_reader import run_of
 
@@ -189,49 +187,7 @@ def compare(job: Compare, config: EvaluateConfig, runtime: Runtime) -> str:
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 
-# ---------------------------------------------------------------------------------------- 3. The kept weights of runs
-
-
-def measure_kept(job: Grid, config: EvaluateConfig, runtime: Runtime) -> str:
-    """Measure the kept weight files of runs. Write a row for each file, and the pictures of `task.samples`."""
-    source = config.model_dump(mode="json", include={"job": {"run_dir"}, "data": True})
-    folder = Path(job.output or result_folder(Path(job.run_dir[0], "evaluate/grid"), source))
-    refuse_links_out("output", folder)
-    rows = []
-    tiles = []
-    for run in job.run_dir:
-        images = choose_images(config.data, run, "auto")
-        files = list_kept_weights(run)
-        for step, path in [(0, min(files.values())), *files.items()]:
-            opened = open_measured(path, job.model, images, "auto", config.runtime, config.batch_size)
-            if config.dry_run:
-                return _DRY_RUN
-            weights = opened.weights
-            if step == 0 and not weights.task.use_base():
-                continue
-            epoch = weights.metadata.get("epoch") if step else 0.0
-            with torch.inference_mode(), opened.runtime.autocast():
-                if len(opened.rows) or weights.kind.output:
-                    report = weights.task.evaluate(opened.loaders(), step)
-                else:  # SDXL without validation images
-                    report = weights.task.to(opened.runtime.device).draw()
-            label = f"{run}, step {step}, epoch {epoch}" if step else f"{run}, its base"
-            log.info("%s: %s", label, _show(report))
-            rows.append({"run": run, "step": step, "epoch": epoch, **report.scalars})
-            if "samples" in report.images:
-                prompts = weights.setup.task.samples.complete_all()
-                edges = np.cumsum([prompt.image_size_hw[1] for prompt in prompts])
-                samples = np.split(report.images["samples"], edges[:-1], axis=1)
-                tiles += [(sample, f"{label}: {prompt.text}") for sample, prompt in zip(samples, prompts)]
-    if distributed.is_main():
-        title = f"The kept weights of {', '.join(job.run_dir)}"
-        pictures = {"grid": draw_grid(tiles, len(prompts), title)} if tiles else {}
-        report = Report({"weight_files": len(rows)}, {"grid": rows}, pictures)
-        write_results(folder / "grid.json", title, {"weights": rows}, report)
-    return f"evaluated {len(rows)} weights"
-
-
-_JOBS = {"evaluate": evaluate, "compare": compare, "grid": measure_kept}
+_JOBS = {"evaluate": evaluate, "compare": compare}
 
 
 def run(config: EvaluateConfig, job: Job) -> str:

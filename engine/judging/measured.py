@@ -61,17 +61,6 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Evalu
     return EvaluationImages(data, 0 if saved is None else saved.seed, is_own)
 
 
-def list_kept_weights(run: str) -> dict[int, Path]:
-    """Return the weights that a run has kept, by step. Raises UserError (`run_dir`) if there are none."""
-    files = RunReader(Path(run)).kept
-    if not files:
-        raise UserError(
-            f"run_dir: {run} has kept no weights that could be compared; train with loop.keep_weights_every=500, for "
-            "example, which keeps weights/step_000500.safetensors and so on"
-        )
-    return files
-
-
 @dataclass(frozen=True)
 class Measured:
     """Weights, with a split of images to measure them on."""

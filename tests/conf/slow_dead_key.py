@@ -112,7 +112,6 @@ train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
 train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal
 tests.tasks.multicrop $short $images run_dir=multicrop
 evaluate run_dir=tuned $cpu
-evaluate job=grid run_dir=tuned $cpu
 export run_dir=tuned
 evaluate run_dir=asl calibrate=true $cpu
 export run_dir=asl format=wd14

@@ -23,7 +23,6 @@ MANDATORY = {
 # What jobs must be given.
 TO = {
     "evaluate": "job.run_dir=RUN",
-    "grid": "job.run_dir=RUN",
     "compare": "job.models=[A,B] data.root=IMAGES",
     "import": "job.source=IN job.output=OUT",
     "vocabulary": "job.output=X",
