@@ -41,7 +41,7 @@ from data.layouts.values import READ, read_column
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
-from utils.io.memo import in_threads
+from utils.io.memo import files_key, in_threads
 from utils.io.names import find_path, list_names
 from utils.record.logging import get_logger
 
@@ -50,13 +50,14 @@ log = get_logger(__name__)
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
+_BATCH_ROWS = 64
 _PART = 512  # files per task of a thread, and cached folders
 
 
-def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
+def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableChoice, cache: Path) -> pa.Table:
     """Read a manifest into a table, sorted by path, and fill in file sizes.
 
-    root: None for remote shards, which are not checked.
+    root: None for remote shards, which are not checked. cache: for unpacked Parquet files.
 
     Raises UserError (`data.root`) with the file and the column, row (from 0, without a CSV header) or path: broken
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
@@ -82,7 +83,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
         raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
     _check_spelling(paths, where)
     if is_packed:
-        _check_places(root, file, table)
+        table = replace_column(table, "shard", _open_shards(root, file, table, cache))
         sizes = table["length"]
     elif root is None:
         raise UserError(f"data.root: {file.name} lists files, but a URL must hold shards; pack the files (job=pack)")
@@ -196,17 +197,42 @@ def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
         )
 
 
-def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
-    """Raise UserError if a packed row is not inside a shard of the collection."""
+def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) -> pa.Array:
+    """Return the file of each packed row. Raises UserError if the row is not inside a shard of the collection."""
     shards = pc.unique(table["shard"]).drop_null()
     where = f"{str(file)!r}, column shard"
     _check_spelling(shards, where)
     sizes = [math.inf] * len(shards) if root is None else find_sizes(root, shards.to_pylist(), where)
     ends = dict(zip(shards.to_pylist(), sizes))
+    files = {name: name for name in ends}
+    for name in ends if root is not None else ():
+        if name.endswith(".parquet"):
+            files[name] = str(unpack_parquet(root / name, cache).resolve())
+            ends[name] = os.path.getsize(files[name])
     for place in table.select(["path", *PLACES]).to_pylist():
         _, shard, offset, length = place.values()
         if None in place.values() or not 0 <= offset <= offset + length <= ends[shard]:
             raise UserError(f"data.root: {str(file)!r}: {place} is not inside a shard; pack the collection again")
+    return pa.array(map(files.get, table["shard"].to_pylist()), pa.string())
+
+
+def unpack_parquet(file: Path, cache: Path) -> Path:
+    """Return an uncompressed Arrow copy of a Parquet file, written if it is missing. Raises UserError."""
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetFile(file) as parquet, pa.ipc.new_stream(str(temporary), parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(_BATCH_ROWS):
+                writer.write_batch(batch)
+
+    target = cache / "unpacked" / f"{files_key([file])}.arrow"
+    if not target.is_file():
+        try:
+            write_atomically(target, write)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"data.root: {str(file)!r} cannot be read ({error}); remove it, or save it again"
+            ) from error
+    return target
 
 
 def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
@@ -262,9 +288,9 @@ def refuse_foreign(file: Path) -> None:
         )
 
 
-def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice) -> pa.Table:
+def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice, cache: Path) -> pa.Table:
     """Read a manifest, and count what its folders have beside the images that it lists."""
-    table = read_manifest(root, manifest, unused, choice)
+    table = read_manifest(root, manifest, unused, choice, cache)
     is_packed = PLACES.keys() <= set(table.column_names)
     listed = set(table["shard" if is_packed else "path"].to_pylist())
     is_of_user = read_sources(manifest) is None

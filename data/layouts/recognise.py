@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from data.layouts.folders import read_folder
 from data.layouts.names import is_remote
-from data.layouts.scan import TableChoice, scan_folder
+from data.layouts.scan import Folder, TableChoice, scan_folder
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root, find_manifest
 from utils.record.logging import get_logger
@@ -37,7 +37,7 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
         from data.layouts.remote import fetch_manifest
 
         manifest = fetch_manifest(root, cache)
-        return Layout([manifest], partial(read_manifest, None, manifest, unused, choice))
+        return Layout([manifest], partial(read_manifest, None, manifest, unused, choice, cache))
     path = check_root(root)
     if (manifest := find_manifest(path)) is not None:
         from data.layouts.manifest import find_changed, read_listed
@@ -48,11 +48,15 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
                 choice.table, manifest,
             )  # fmt: skip
         find_changed(path, manifest)
-        return Layout([manifest], partial(read_listed, path, manifest, unused, choice))
-    folder = scan_folder(path, unused, choice)
+        return Layout([manifest], partial(read_listed, path, manifest, unused, choice, cache))
+    return open_folder(scan_folder(path, unused, choice), cache)
+
+
+def open_folder(folder: Folder, cache: Path) -> Layout:
+    """Return the layout of a folder without a manifest: its images, else its shards."""
     if folder.images or not folder.shards:
         return Layout([], partial(read_folder, folder))
     from data.layouts.shards import find_shards, read_shards
 
     files = find_shards(folder, cache)
-    return Layout(list(files.values()), partial(read_shards, path, files, unused, choice))
+    return Layout(list(files.values()), partial(read_shards, folder.root, files, folder.unused, folder.choice))

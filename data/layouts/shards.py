@@ -19,9 +19,8 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from data.layouts.manifest import OUTSIDE
+from data.layouts.manifest import OUTSIDE, unpack_parquet
 from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
 from data.layouts.places import describe_splits, place_images
 from data.layouts.readers import TABLES, is_table
@@ -32,8 +31,7 @@ from data.layouts.tables import list_labels, name_columns, read_records
 from data.layouts.unused import FAULT, POSSIBLE, Unused
 from data.layouts.values import read_label
 from utils.errors import UserError, about
-from utils.io.files import Json, readable, write_atomically
-from utils.io.memo import files_key
+from utils.io.files import Json, readable
 from utils.io.names import Names
 from utils.ranks.processes import count_cores, map_in_processes
 from utils.record.progress import track
@@ -43,7 +41,6 @@ _PARQUET = ".parquet"
 _ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
 _IMAGE = re.compile(r"(large_)?binary|struct<(.*, )?bytes: (large_)?binary.*>")  # types of columns
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
-_BATCH_ROWS = 64
 _MAX_TEXT_BYTES = 2**20
 
 
@@ -59,7 +56,7 @@ def find_shards(folder: Folder, cache: Path) -> dict[str, Path]:
         folder.unused.add("tables beside tar files", *set(names).difference(tars))
         names = tars
     files = {name: folder.root / name for name in sorted(names)}
-    return files | {name: _unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
+    return files | {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
 
 
 def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: TableChoice) -> pa.Table:
@@ -182,25 +179,6 @@ def _read_members(stream: IO[bytes], name: str, unused: Unused) -> Iterator[tarf
 def _is_plain(member: tarfile.TarInfo) -> bool:
     """Return whether a member's content is in the file as it is."""
     return member.isreg() and not member.issparse()
-
-
-def _unpack_parquet(file: Path, cache: Path) -> Path:
-    """Return an uncompressed Arrow copy of a Parquet file, written if it is missing. Raises UserError."""
-
-    def write(temporary: Path) -> None:
-        with pq.ParquetFile(file) as parquet, pa.ipc.new_stream(str(temporary), parquet.schema_arrow) as writer:
-            for batch in parquet.iter_batches(_BATCH_ROWS):
-                writer.write_batch(batch)
-
-    target = cache / "unpacked" / f"{files_key([file])}.arrow"
-    if not target.is_file():
-        try:
-            write_atomically(target, write)
-        except pa.ArrowException as error:
-            raise UserError(
-                f"data.root: {str(file)!r} cannot be read ({error}); remove it, or save it again"
-            ) from error
-    return target
 
 
 def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> list[Json]:

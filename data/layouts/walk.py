@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data.layouts.names import MANIFESTS, MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_sidecar
+from data.layouts.names import MANIFESTS, MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_remote, is_sidecar
 from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
@@ -27,6 +27,11 @@ _NOT_READ = "files and folders that cannot be read"
 
 def check_root(root: str) -> Path:
     """Return the collection's folder. Raises UserError (`data.root`) if it is none, or may not be entered."""
+    if is_remote(root):
+        raise UserError(
+            f"data.root: {root!r} is a URL, and this job writes beside the images; run "
+            "it on the folder that was packed, and pack it again"
+        )
     folder = os.path.expanduser(root)
     try:
         os.stat(folder and f"{folder}/.")

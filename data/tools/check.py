@@ -1,7 +1,7 @@
 """job=check: what a collection has, what is wrong with it, and one HTML page that shows both."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +9,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.collection.collection import Collection
+from data.collection.index import CACHE
 from data.config import DataConfig
-from data.layouts.folders import read_folder
+from data.images.bytes import open_contents
 from data.layouts.manifest import read_table
 from data.layouts.names import is_remote
+from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
 from data.layouts.table import PLACES, SPLITS, count_values
-from data.layouts.unused import FAULT, ORPHANS, ROWS, UNNAMED, Unused
+from data.layouts.unused import BESIDE, FAULT, ORPHANS, ROWS, UNNAMED, UNREAD, UNREADABLE, Unused
 from data.layouts.walk import check_root, find_manifest, is_fault
 from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
-from data.tools.measure import FileFacts, measure_files
+from data.tools.measure import FileFacts, measure_files, measure_shards
 from data.tools.tool import list_files, save_report
+from utils.io.memo import own_cache
 from utils.io.names import Names
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
@@ -30,37 +33,49 @@ log = get_logger(__name__)
 
 _SHOWN = 30  # the most frequent values of a column, in the log; the page has all
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")
+_FAULTS = (ORPHANS, ROWS, UNNAMED, BESIDE, UNREAD, UNREADABLE)
+_Fault = tuple[str, str, str]  # path, kind and reason
 _DRAWN = ("width", "height", "brightness", "sharpness")
 
 
 def check(job: Check, data: DataConfig) -> str:
     """Check the collection. Raises UserError (`data.root`, `job.report`)."""
     faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
-    kinds = Counter(kind for _, kind, _ in faults).most_common()
-    summary = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
-    if faults:
-        reasons = {}
-        for path, _, reason in faults:
-            reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
-        summary += f" ({list_files(job.report, job.name, reasons)})"
+    kinds = _save_faults(job, faults)  # before the collection, which may be refused
     collection = load_collection(data)
-    paths = [] if collection.is_packed or not job.verify else collection.table["path"].to_pylist()
-    facts = measure_files(Path(data.root), paths, data.max_pixels)
+    paths = collection.table["path"].to_pylist() if job.verify else []
+    if collection.is_packed:
+        facts = measure_shards(open_contents(collection), len(paths), data.max_pixels)
+        kinds = _save_faults(job, [*faults, *_list_unreadable(paths, facts)])
+    else:
+        facts = measure_files(Path(data.root), paths, data.max_pixels)
     copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
     if copies:
         line = "%s images show the same picture as another image: prepare.py job=duplicates data.root=%s lists them"
         log.warning(line, f"{copies:,}", data.root)
     tables = _count_values(collection, facts)
-    tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
+    tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds.items()]
     for name, rows in tables.items():
         if rows:
             log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
     pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
+    summary = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.items())
+    summary += f" ({Path(job.report, job.name)}.jsonl)" if kinds else "no fault"
     page = save_report(Path(job.report) / job.name, data.root, _summarise(collection), tables, pictures)
-    return f"{describe_collection(collection)}; {summary or 'no fault'}; {copies:,} copies; {page}"
+    return f"{describe_collection(collection)}; {summary}; {copies:,} copies; {page}"
 
 
-def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
+def _save_faults(job: Check, faults: Iterable[_Fault]) -> dict[str, int]:
+    """List the reasons of each path in a file. Return the faults of each kind, the most frequent first."""
+    reasons = {}
+    for path, _, reason in faults:
+        reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
+    if reasons:
+        list_files(job.report, job.name, reasons)
+    return dict(Counter(kind for _, kind, _ in faults).most_common())
+
+
+def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
     """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
 
     If any image has a sidecar, images without a sidecar are faults. A manifest replaces sidecars, so bad sidecars are
@@ -70,22 +85,18 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
     manifest = find_manifest(root)
     folder = scan_folder(root, unused, data.choice())
     if manifest is None:
-        table = read_folder(folder)
+        table = open_folder(folder, own_cache(CACHE)).read()
     else:
         table = read_table(manifest, unused, data.choice())
     images = sorted(folder.images)
-    for path, fact in zip(images, measure_files(root, images, data.max_pixels) if job.verify else ()):
-        if fault := fact.reason or fact.remark:
-            yield path, fact.kind or fault.partition(" (")[0], fault
+    yield from _list_unreadable(images, measure_files(root, images, data.max_pixels) if job.verify else ())
     for reason, names in unused.items():
-        if is_fault(reason) or reason.startswith((ORPHANS, ROWS, UNNAMED)):
+        if is_fault(reason) or reason.startswith(_FAULTS):
             yield from _same_fault(names, reason)
-    if PLACES.keys() <= set(table.column_names):
-        return
     if manifest is None:
         bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
         yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
-    else:
+    elif not PLACES.keys() <= {*table.column_names}:
         known = Names(folder.images)
         rows = {known.find(path) or path for path in table["path"].to_pylist()}
         lacking = [path for path in images if path not in rows]
@@ -97,7 +108,13 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[tuple[str
         yield from _same_fault(without, "an image without a sidecar")
 
 
-def _same_fault(paths: list[str], fault: str) -> Iterator[tuple[str, str, str]]:
+def _list_unreadable(paths: Iterable[str], facts: Iterable[FileFacts]) -> Iterator[_Fault]:
+    for path, fact in zip(paths, facts):
+        if fault := fact.reason or fact.remark:
+            yield path, fact.kind or fault.partition(" (")[0], fault
+
+
+def _same_fault(paths: list[str], fault: str) -> Iterator[_Fault]:
     return ((path, fault, fault) for path in paths)
 
 

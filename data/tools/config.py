@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from data.config import DataConfig
+from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from data.tags.rules import VocabularyConfig
 from utils.config.bounds import Count, DurationOrZero, Share, Side
@@ -25,7 +26,8 @@ class Tool(Strict):
 
     def check(self, data: DataConfig) -> str:
         """Check the settings without doing anything (`dry_run`); return a line for the log."""
-        check_root(data.root)
+        if not is_remote(data.root):
+            check_root(data.root)
         return NOTHING
 
     def run(self, data: DataConfig) -> str:
@@ -36,8 +38,7 @@ class Tool(Strict):
 class Check(Tool):
     """Count the values of a collection, list the faults, and write both as an HTML page into the folder `report`.
 
-    verify: decode every image, to find unreadable images and to measure formats, brightness and sharpness. Shards are
-    not decoded.
+    verify: decode every image, to find unreadable images and to measure formats, brightness and sharpness.
     """
 
     main: ClassVar[str] = "data.tools.check:check"

@@ -1,24 +1,30 @@
 """Write `manifest.parquet` for a folder (prepare.py job=manifest)."""
 
+import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow as pa
 
+from data.collection.collection import Row
+from data.collection.index import CACHE
 from data.collection.split import split_corrected
 from data.config import DataConfig
+from data.images.bytes import Shards
 from data.layouts.corrections import correct, read_corrections
-from data.layouts.folders import read_folder
 from data.layouts.manifest import find_sizes, find_sources, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.readers import is_table
+from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
 from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, list_faults, say_unused
 from data.layouts.walk import COPY, check_root, find_manifest
 from data.tools.config import Manifest
 from data.tools.duplicates import find_groups
-from data.tools.measure import measure_files
+from data.tools.measure import measure_files, measure_shards
 from utils.io.journal import open_journal
+from utils.io.memo import own_cache
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -38,18 +44,27 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
         if (manifest := find_manifest(folder)) is not None:
             refuse_foreign(manifest)
         sources = find_sources(folder)
-        table = read_folder(scan_folder(folder, unused := Unused(), data.choice()))
+        layout = open_folder(scan_folder(folder, unused := Unused(), data.choice()), own_cache(CACHE))
+        table = layout.read()
         table = list_faults(table, unused, data.on_bad_sidecar)
         for line in unused.said:
             log.info("data.root: %s", line)
         say_unused(unused.describe())
         paths = table["path"].to_pylist()
-        find_sizes(folder, paths, "a manifest cannot name this image")
-        facts = measure_files(folder, paths, data.max_pixels, decodes=job.verify)
+        if layout.files:
+            given = dict(zip(table.column_names, table.columns))
+            contents = Shards(SimpleNamespace(root=folder, row=lambda row: Row(given, row)))
+            facts = measure_shards(contents, len(table), data.max_pixels, decodes=job.verify)
+        else:
+            find_sizes(folder, paths, "a manifest cannot name this image")
+            facts = measure_files(folder, paths, data.max_pixels, decodes=job.verify)
         damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
         columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
         if damaged:
             columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+        if layout.files:  # the manifest names a Parquet file, and not its unpacked copy
+            shards = zip(table["shard"].to_pylist(), paths)
+            columns["shard"] = [path.rpartition("/")[0] if os.path.isabs(shard) else shard for shard, path in shards]
         columns[SIDECARS] = [sources.get(path, "") for path in paths]
         for name in ("sha256", *(_DECODED if job.verify else ())):
             columns[name] = [getattr(fact, name) for fact in facts]

@@ -7,7 +7,7 @@ read new and changed files.
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ import PIL
 from PIL import Image
 
 from data.collection.duplicates import draw_thumbnail
+from data.images.bytes import Files
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.images.open import NO_DECODER, NO_MEMORY, NOT_OPENED, REMARK, UNLIMITED, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import sha256_text
-from utils.io.memo import measure_once
+from utils.io.memo import in_threads, measure_once
 from utils.ranks.processes import map_items
 
 CACHE = Path("outputs/cache/facts")
@@ -76,15 +77,28 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
     return [FileFacts(*value) for value in values]
 
 
+def measure_shards(contents: Files, count: int, max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
+    """Return the facts of images in shards, which threads read at each call."""
+
+    def measure(row: int) -> FileFacts:
+        return _measure(functools.partial(contents.read, row), contents.name_of(row), max_pixels, decodes)
+
+    return [*in_threads(measure, range(count))]
+
+
 def measure_file(file: str | os.PathLike[str], max_pixels: int = UNLIMITED, *, decodes: bool = True) -> FileFacts:
     """Return the SHA-256 of a file, and facts about its pixels if it `decodes`, or the reason why it is unreadable."""
+    return _measure(functools.partial(read_file, file), os.fspath(file), max_pixels, decodes)
+
+
+def _measure(read: Callable[[], bytes], name: str, max_pixels: int, decodes: bool) -> FileFacts:
     digest = None
     try:
-        content = read_file(file)
+        content = read()
         digest = hashlib.sha256(content).hexdigest()
         if not decodes:
             return FileFacts(digest)
-        with open_image(content, os.fspath(file), max_pixels) as image:
+        with open_image(content, name, max_pixels) as image:
             return _measure_image(image)._replace(sha256=digest)
     except UnreadableImage as error:
         return FileFacts(digest, error.kind, error.reason)

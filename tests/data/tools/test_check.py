@@ -6,8 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
+from data.images.bytes import open_contents
 from data.images.open import CUT_OFF, NOT_OPENED
 from data.tools.measure import FileFacts, measure_file, measure_files
+from tests.data.collection.test_collection import load, put
+from tests.data.layouts.test_foreign import png, write_tar
+from tests.data.layouts.test_manifest import write_rows
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
 from tests.support import refuses, rows
@@ -127,6 +131,42 @@ def test_orphans_are_found_both_ways(root, tmp_path):
     (root / "cat/2.json").write_text('{"rating": 4}')
     assert "a bad sidecar: 1" in run("prepare", [*words, "job.verify=false"], tmp_path)
     assert "rating 4" in listed(tmp_path, "check")["cat/2.jpg"]
+
+
+@pytest.mark.parametrize("form", ["0.tar", "train-0.parquet"])
+def test_shards_are_checked_and_get_a_manifest(form, tmp_path):
+    images = [png(1), b"no image", png(3)]
+    (tmp_path / "images").mkdir()
+    if form == "0.tar":
+        write_tar(tmp_path / "images" / form, {f"{row}.png": image for row, image in enumerate(images)})
+    else:
+        write_rows(tmp_path / "images" / form, {"image": images, "label": ["a", "a", "b"]})
+    for job in ("check", "manifest", "check"):
+        found = run("prepare", [f"job={job}", *FOLDER], tmp_path)
+        assert "not an image of a known format: 1" in found if job == "check" else found == "3 images, 1 unreadable"
+    manifest = load(tmp_path / "images", tmp_path / "outputs/cache/collections")
+    assert manifest.weights().tolist() == [1, 0, 1] and manifest.class_names("train") == (
+        [] if form == "0.tar" else ["a", "b"]
+    )
+    assert [open_contents(manifest).read(row) for row in (0, 2)] == images[::2]
+
+
+def test_shards_behind_a_url_are_checked(root, tmp_path):
+    (root / "dog/cut.png").unlink()
+    run("prepare", ["job=pack", *FOLDER, "job.output=packed"], tmp_path)
+    words = ["data=image_folder", f"data.root=file://{tmp_path}/packed"]
+    assert "5 training and 0 validation images of 2 classes; no fault" in run(
+        "prepare", ["job=check", *words], tmp_path
+    )
+    with refuses("^data.root: .*URL.*pack it again"):
+        run("prepare", ["job=manifest", *words], tmp_path)
+
+
+def test_a_table_beside_class_folders_is_named_and_a_stray_picture_costs_itself(tmp_path):
+    put(tmp_path / "images", *(f"{name}/{number}.png" for name in "ab" for number in range(9)), "stray.png")
+    (tmp_path / "images/labels.csv").write_text("file,label\n1.png,x\n")
+    found = run("prepare", ["job=check", *FOLDER], tmp_path)
+    assert "tables that nobody has read" in found and "images that are not in a class folder" in found
 
 
 def test_copies_are_excluded_in_the_manifest(root, tmp_path):
