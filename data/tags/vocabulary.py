@@ -15,7 +15,17 @@ from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
 from utils.errors import UserError, about
-from utils.formats.spelling import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Tag, category_name, parse_tag
+from utils.formats.spelling import (
+    CATEGORIES,
+    CHARACTER,
+    GENERAL,
+    PREFIXES,
+    RATING,
+    RATINGS,
+    Tag,
+    category_name,
+    parse_tag,
+)
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import readable
 from utils.record.logging import get_logger
@@ -86,8 +96,8 @@ def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
 def read_any_vocabulary(path: Path) -> Vocabulary:
     """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt or .json file. Raises UserError.
 
-    A .txt has a tag on each line; data/tags/json_tags.py has the forms of .json. The order is kept, without padding; if
-    one tag is a rating, the four ratings come first. A bare tag is a general one.
+    A .txt has a tag on each line; `_read_tags` has the forms of .json. The order is kept, without padding; if one tag
+    is a rating, the four ratings come first. A bare tag is a general one.
     """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):
@@ -119,7 +129,8 @@ def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
         tag = row.get("tag", row.get("name"))
         category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
         count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
-        yield f"{category_name(category)}:{tag}" if category else tag, count
+        category = category_name(category).lower() if category else ""
+        yield f"{category if category in PREFIXES else 'meta'}:{tag}" if category else tag, count
 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:

@@ -75,7 +75,7 @@ def _describe_images(job: Cache, data: DataConfig) -> str:
     place = f"{data.cache.folder}, which data.cache.disk_gib={data.cache.disk_gib:g} limits"
     compared = f"{len(errors)} of them differ by at most {max(errors, default=0)} of 255 from images decoded now"
     recipe = source.inner.decoder.identity()
-    return f"{len(kept):,} of {len(rows):,} images are uint8 in {place}; {compared} ({recipe})"
+    return f"{len(kept):,} of {len(rows):,} images are raw uint8 pixels in {place}; {compared} ({recipe})"
 
 
 def _describe(path: Path, unused: int) -> TableRow:

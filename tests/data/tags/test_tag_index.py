@@ -242,10 +242,11 @@ def test_another_taggers_json_is_a_vocabulary(tmp_path, form):
 
 
 def test_the_four_ratings_of_another_tagger_come_first(tmp_path):
-    tags = {"1girl": "general", **dict.fromkeys(reversed(RATINGS), "Rating")}
+    tags = {"1girl": "Year", **dict.fromkeys(reversed(RATINGS), "Rating")}
     rows = {row: {"tag": tag, "category": tags[tag]} for row, tag in enumerate(tags)}
     (tmp_path / "tags.json").write_text(json.dumps(rows))
-    assert read_any_vocabulary(tmp_path / "tags.json").names == (*RATINGS, "1girl")
+    read = read_any_vocabulary(tmp_path / "tags.json")
+    assert read.names == (*RATINGS, "1girl") and read.categories == (9, 9, 9, 9, 5)  # a category that is not ours: meta
 
 
 @pytest.mark.parametrize("content", [{"a": "b"}, {"version": 2, "model": {"width": 7}}, 3, {"a": 0, "b": 2}, [None]])
