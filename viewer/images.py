@@ -57,7 +57,7 @@ class Shelf:
     def add(self, config: DataConfig) -> str:
         """Add a collection, and return its name."""
         if not is_remote(config.root):
-            config = config.changed({"root": str(Path(config.root).expanduser().resolve())})
+            config = config.changed({"root": str(Path(config.root).resolve())})
         keys = config.model_dump(mode="json", include={"root", *config.index_settings()})
         name = sha256_text(canonical_json(keys))[:12]
         self.configs[name] = config

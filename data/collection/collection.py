@@ -62,7 +62,7 @@ class Collection:
 
     def __init__(self, root: str, arrow: Path) -> None:
         """Map the index; root: a folder or a URL."""
-        self.root = root if is_remote(root) else Path(root).expanduser()
+        self.root = root if is_remote(root) else Path(root)
         self.arrow = arrow
         self.table = map_index(arrow)
         assert self.table is not None, arrow

@@ -92,8 +92,8 @@ def find_repeats(root: str) -> list[ConceptConfig]:
 
 def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
     """Return the absolute folder of each concept."""
-    base = os.path.abspath(os.path.expanduser(root))
-    return [find_path(os.path.abspath(os.path.join(base, os.path.expanduser(each.path)))) for each in concepts]
+    base = os.path.abspath(root)
+    return [find_path(os.path.abspath(os.path.join(base, each.path))) for each in concepts]
 
 
 def count_positions(concepts: Sequence[ConceptConfig], counts: ndarray) -> ndarray:

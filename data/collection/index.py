@@ -48,7 +48,7 @@ class _Part:
 
     def files(self) -> list[Path]:
         """Return the files that determine its rows."""
-        return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.correct else [])]
+        return [*self.layout.files, *([Path(self.folder) / CORRECTIONS] if self.correct else [])]
 
     def read(self, fraction: Share, is_prior: bool = False) -> Table:
         """Return its table with splits and corrections. is_prior: all rows are for training."""
@@ -156,7 +156,7 @@ def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str
     """Return one table. Each concept is split as a collection of its own. Raises UserError."""
     if not concepts:
         return parts[0].read(fraction)
-    base = os.path.abspath(os.path.expanduser(root))
+    base = os.path.abspath(root)
     tables = []
     for number, (concept, part) in enumerate(zip(concepts, parts)):
         with _naming(number):

@@ -31,7 +31,7 @@ from utils.record.progress import track
 def copy_images(job: Copy, data: DataConfig) -> str:
     """Copy. Raises UserError (`job.to`, `job.find`, `data.root`)."""
     root = check_root(data.root)
-    target = Path(job.to).expanduser().resolve()
+    target = Path(job.to).resolve()
     if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
         raise UserError(f"job.to: {job.to!r} is inside data.root, or data.root inside it; set another folder")
     collection = load_collection(data)

@@ -61,8 +61,7 @@ def _measure_length(run: Run, minutes: float, speed: Speed, end_sec: float) -> t
     run.evaluator.seconds = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - end_sec
-    least = _LEAST_SHARE * 60 * minutes + run.evaluator.seconds if run.evaluator.finish is None else left
-    most = max(left, least)
+    most = max(left, _LEAST_SHARE * 60 * minutes + run.evaluator.seconds)
     steps = max(1, distributed.rank_zero_call(lambda: _count_steps(most, speed, run.evaluator.seconds, plan_of)))
     plan = plan_of(steps)
     late_sec = speed.seconds_to(steps) + plan.evaluations_after(0) * run.evaluator.seconds - left
