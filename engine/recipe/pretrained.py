@@ -2,6 +2,7 @@
 
 from engine.tasks.change import AnyConfig, Start
 from models.config import TimmConfig
+from utils.config.command_line import By
 from utils.errors import UserError, about
 from utils.record.logging import get_logger
 
@@ -28,6 +29,6 @@ def take_preprocessing(config: AnyConfig, start: Start) -> AnyConfig:
         "augment.image_size_hw: timm's %s was trained on %d x %d, here images are %d x %d", model.name,
         *size_hw, *config.augment.image_size_hw,
     )  # fmt: skip
-    least = start.job.stated("init_from")
+    least = min(start.job.stated("init_from"), By.CHOICE)
     taken = {f"augment.{key}": value for key, value in preprocessing.items()}
     return config.changed({key: value for key, value in taken.items() if not start.job.states(key, least)})

@@ -31,7 +31,7 @@ from engine.update.runtime import Runtime, choose_compile, chooses_threads, star
 from optim.build import check_optimizer
 from optim.config import OneCycleConfig
 from optim.groups import build_groups, groups_table
-from utils.config.command_line import Job
+from utils.config.command_line import By, Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.files import read_json
@@ -99,9 +99,11 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
         )
     steps = known and known.steps_before(math.inf)
     plan = plan_streams(config, streams, distributed.planned_world_size(), steps)
+    is_open = config.loop.minutes is not None and known is None
+    if not is_open:
+        _check_warmup(config, plan, job)
     compiles = choose_compile(config, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
-    is_open = config.loop.minutes is not None and known is None
     screen = _start_screen(config, plan, runtime, networks_of(task, task.trained), streams, is_open)
     if 0 < streams.evaluation_samples < task.best_needs:
         log.warning(
@@ -112,6 +114,16 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     if config.dry_run:
         choose_checkpoint(config, path, plan.total_steps)
     return plan
+
+
+def _check_warmup(config: TrainingConfig, plan: Plan, job: Job) -> None:
+    """Raise UserError for a typed warm-up that is longer than the run. The start screen names one of a recipe."""
+    if isinstance(config.schedule, OneCycleConfig):
+        return
+    key = "schedule.warmup_epochs" if config.schedule.warmup_steps is None else "schedule.warmup_steps"
+    stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)
+    if stated > plan.total_steps and job.states(key, By.WORD):
+        raise UserError(f"{key}: {stated:,} steps, but the run has {plan.total_steps:,}; lower it, or train longer")
 
 
 def _start_screen(

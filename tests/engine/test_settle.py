@@ -1,13 +1,13 @@
 """What settles a configuration before a run: what is stated is never replaced, in whatever way it is stated."""
 
-import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from engine.recipe import settle
 from engine.tasks.kind import open_kind
-from tests.in_process import configure
+from tests.in_process import TINY, configure, make_images, run
 from tests.support import refuses
 from utils.config.command_line import By, Job
 from utils.config.entry_point import recompose
@@ -27,7 +27,7 @@ from utils.io.files import write_json
         (["optim={lr: 0.1, extra: {d: 1}}"], "optim.extra.d", By.WORD),
         (["optim={lr: 0.1}"], "optim.weight_decay", By.NOTHING),
         (["optim=adan"], "optim", By.WORD),
-        (["optim=adan"], "optim.lr", By.FILE),
+        (["optim=adan"], "optim.lr", By.CHOICE),
         (["optim.lr=0.1"], "optim.lr_scale", By.NOTHING),
         (["experiment=tagger/adan"], "schedule.restarts", By.EXPERIMENT),
         (["experiment=tagger/adan"], "optim.weight_decay", By.FILE),  # of the file that it chooses
@@ -50,51 +50,89 @@ def test_words_of_a_plan_are_the_least_firm():
 FINETUNE = ["finetune", "data.root=in"]
 TIMM = [*FINETUNE, "model=timm", "model.name=resnet18", "init_from=timm"]
 SDXL = ["finetune_sdxl", "data.root=in", "data.concepts=[]", "model=sdxl_tiny"]
-# A command for which a key is changed, and another value of the key. is_default: no other key asks for the change.
-CHANGED = [
-    (FINETUNE, "loop.batch_size", 48, True),
-    (FINETUNE, "optim.base_lr", 0.7, True),
-    ([*FINETUNE, "schedule.warmup_steps=20"], "schedule.warmup_most", 0.3, True),
-    ([*FINETUNE, "optim=prodigy", "+optim.extra.d0=1.0"], "optim.lr", 0.01, False),
-    (TIMM, "augment.interpolation", "bilinear", False),
-    (TIMM, "augment.eval_crop", 0.5, False),
-    ([*FINETUNE, "loop.minutes=2"], "loop.total_steps", 3, False),
-    ([*SDXL, "runtime.memory_gib=1"], "runtime.offload", False, False),
-    ([*SDXL, "runtime.memory_gib=1"], "runtime.grad_checkpointing", False, False),
+# Commands for which rules change keys.
+COMMANDS = [
+    [*FINETUNE, "schedule.warmup_steps=20"],
+    [*FINETUNE, "optim=prodigy", "+optim.extra.d0=1.0"],
+    TIMM,
+    [*FINETUNE, "loop.minutes=2"],
+    ["pretrain_fcmae", "data.root=in"],
+    [*SDXL, "runtime.memory_gib=1"],
+    [*SDXL, "optim=prodigy", "experiment=sdxl/lora"],
 ]
 
 
 def settled(script, words):
+    """Return the values of a command after all changes."""
+    return settle_all(*configure(script, words))
+
+
+def settle_all(config, job):
     """Return the values of a configuration after all changes."""
-    config, job = configure(script, words)
     start = SimpleNamespace(job=job, runtime=SimpleNamespace(precision="bf16"), collection=lambda data: None)
     for change in settle.list_changes(open_kind(config.task.name)):
         config = settle.make(change, config, start)
     return flatten(config.model_dump())
 
 
-def ways_of(key, value, folder, is_default):
-    """Return the words that state a key, in each way."""
-    group, name = key.split(".")
-    text = json.dumps(value).replace('"', "")
-    ways = [f"{key}={text}", f"++{key}={text}", f"{group}={{{name}: {text}}}"]
-    if is_default:
-        write_json(folder / "recipe.yaml", {group: {name: value}})
-        ways.append(f"experiment={folder / 'recipe.yaml'}")
-    return ways
+def state(job, keys):
+    """Return the job with words that state keys; their values are those of the configuration."""
+    return replace(job, overrides=[*job.overrides, *(f"++{key}=null" for key in keys)])
 
 
-@pytest.mark.parametrize(("command", "key", "value", "is_default"), CHANGED)
-def test_what_is_stated_survives_or_ends_the_command(command, key, value, is_default, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[1:]))
+def test_what_is_stated_survives_or_ends_the_command(command, monkeypatch):
+    """Of every key of the schema: all keys at once, and each key that a rule changes, alone and in each way."""
     monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
     needed = lambda config, _: {"step": 2.0 - config.runtime.offload - config.runtime.grad_checkpointing}  # noqa: E731
     monkeypatch.setattr("sdxl.memory.predict_memory", needed)
-    script, *words = command
-    for way in ways_of(key, value, tmp_path, is_default):
+    config, job = configure(command[0], command[1:])
+    before = flatten(config.model_dump())
+    free = settle_all(config, job)
+    changed = [key for key in before if free.get(key) != before[key]]
+    assert changed or "loop.minutes=2" in command
+    firm = [key for key, value in before.items() if value not in (None, "auto", {}, [])]  # a rule completes these
+    stated = [*firm]
+    while stated:
         try:
-            assert settled(script, [*words, way])[key] == value
+            after = settle_all(config, state(job, stated))
         except UserError as refused:
-            assert key in str(refused)
+            named = str(refused).partition(":")[0]
+            if named not in stated:  # a key of the command, which cannot be as it asks
+                assert f"{named}=" in " ".join(command)
+                break
+            stated.remove(named)
+        else:
+            assert {key: after.get(key) for key in stated} == {key: before[key] for key in stated}
+            break
+    for key in filter(firm.__contains__, changed):
+        for way in (f"{key}=null", f"++{key}=null", "{}={{{}: null}}".format(*key.split(".", 1))):
+            try:
+                assert settle_all(config, replace(job, overrides=[*job.overrides, way]))[key] == before[key], way
+            except UserError as refused:
+                assert key in str(refused)
+
+
+def test_a_chosen_file_keeps_its_values_against_those_of_timm(monkeypatch):
+    """timm trained with another crop; without the file, it is taken."""
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    monkeypatch.setattr("models.weights.timm_hub.stated_preprocessing", lambda _: {
+        "image_size_hw": [224, 224], "eval_crop": 0.5, "mean": [0.5] * 3, "std": [0.5] * 3,
+    })  # fmt: skip
+    for words, crop, mean in (([], 0.5, [0.5] * 3), (["augment=light"], 0.875, [0.485, 0.456, 0.406])):
+        values = settled("finetune", [*TIMM[1:], *words])
+        assert (values["augment.eval_crop"], values["augment.mean"]) == (crop, mean)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("loop.batch_size", 48), ("optim.base_lr", 0.7), ("schedule.warmup_most", 0.3)]
+)
+def test_an_experiment_states_as_a_word_does(key, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+    group, name = key.split(".")
+    write_json(tmp_path / "recipe.yaml", {group: {name: value}})
+    words = [*FINETUNE[1:], "schedule.warmup_steps=20", f"experiment={tmp_path / 'recipe.yaml'}"]
+    assert settled("finetune", words)[key] == value
 
 
 def test_an_older_run_goes_on_with_what_held_before(tmp_path, monkeypatch):
@@ -154,3 +192,11 @@ def test_a_plan_and_a_recipe_without_a_network_keep_that_of_init_from(tmp_path):
     config, job = configure("train", words)
     config = recompose(job, ["optim=muon"], type(config))
     assert (config.optim.opt, config.model.name, config.model.drop_path_rate) == ("muon", "resnet18d", 0.1)
+
+
+def test_a_typed_warmup_that_is_longer_than_the_run_is_refused(tmp_path):
+    make_images(tmp_path / "images")
+    words = [*TINY, "data.root=images", "schedule=cosine", "loop.total_steps=10", "dry_run=true"]
+    run("finetune", [*words, "schedule.warmup_steps=10"], tmp_path)
+    with refuses("^schedule.warmup_steps: 11 "):
+        run("finetune", [*words, "schedule.warmup_steps=11"], tmp_path)

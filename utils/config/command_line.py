@@ -32,15 +32,20 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it 
 
 
 class By(IntEnum):
-    """What states a key, from the least firm: the plan of `loop.minutes`, a chosen file, the experiment, a word."""
+    """What states a key, from the least firm.
+
+    The plan of `loop.minutes`, a file that an experiment chooses, a file that a word chooses, the experiment, a word.
+    """
 
     NOTHING = 0
     PLAN = 1
     FILE = 2
-    EXPERIMENT = 3
-    WORD = 4
+    CHOICE = 3
+    EXPERIMENT = 4
+    WORD = 5
 
 
+_OF_FILE = {By.PLAN: By.PLAN, By.EXPERIMENT: By.FILE, By.WORD: By.CHOICE}  # what states the keys of a chosen file
 _Row = tuple[str, By, bool]  # a key, what states it, and whether it names a file of a group
 
 
@@ -64,7 +69,7 @@ class Job:
             if f"{name}.".startswith(f"{key}."):
                 found = max(found, by)
             elif key.startswith(f"{name}."):
-                found = max(found, min(by, By.FILE) if is_file else by)
+                found = max(found, _OF_FILE[by] if is_file else by)
         return found
 
     @cached_property
