@@ -1,28 +1,54 @@
 """Read LoRAs of all kinds: files of kohya and LyCORIS (sd-scripts, ComfyUI, the web UIs), diffusers', and our runs'.
 
-Layers of kohya's files have the names of SDXL's original U-Net or of diffusers', with underscores.
+The names of a layer's tensors are a row of _SPELLINGS and an ending. Source: comfyanonymous/ComfyUI:comfy/lora.py;
+huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py; Nerogar/OneTrainer:modules/util/convert/lora.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from data.layouts.table import show_some
 from models.interop.metadata import dict_of
 from sdxl.config import LoRAConfig
 from sdxl.files.family import PARTS
+from sdxl.files.names import rename
 from sdxl.lora.changes import LayerChange
-from sdxl.lora.lora import find_layers, kohya_name
+from sdxl.lora.lora import find_layers
 from sdxl.networks import unused_layer
 from utils.contracts import State
 from utils.errors import UserError
-from utils.io.files import Values, readable
+from utils.io.files import Values, read_json, readable
 from utils.io.weights import read_header, read_weights
+from utils.record.logging import get_logger
 
+log = get_logger(__name__)
+
+# The names of layers in files, with underscores for dots. inside: the name in diffusers; original: in a single file.
+_SPELLINGS = (
+    "{network}.{inside}",  # diffusers, PEFT
+    "{lora}_{original}",  # sd-scripts
+    "{lora}_{inside}",  # OneTrainer
+    "{comfy}.{original}",  # OneTrainer, for ComfyUI
+    "text_encoders.{comfy}.transformer.{inside}",  # ComfyUI
+)
+_OF_UNET = (
+    "{inside}",  # PEFT and diffusers, of the U-Net alone
+    "lycoris_{inside}",  # LyCORIS' own
+    "diffusion_model.{original}",  # ComfyUI
+)
+_COMFY = {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_FIRST_ENCODER = ("lora_te1_", "text_encoder_text_model_", "clip_l_", "text_encoders_clip_l_")
+_WRAPPERS = re.compile(r"^base_model\.model\.|\bprocessor\.")  # PEFT's, and that of old files of diffusers
+_EMBEDDING = "bundle_emb."  # textual inversion beside a LoRA
+_MATRICES = (".lora_{}.weight", ".lora.{}.weight", "_lora.{}.weight", ".lora_linear_layer.{}.weight")
 _ENDINGS = {
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "lora_A.weight"),
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "lora_B.weight"),
+    **{each.format(end): f"lora_{side}.weight" for each in _MATRICES for end, side in (("down", "A"), ("up", "B"))},
+    **{f".lora_{side}.{name}": f"lora_{side}.weight" for name in ("weight", "default.weight") for side in "AB"},
     **{f".{name}": name for name in ("alpha", "dora_scale", "lokr_w1", "lokr_w2")},
     **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "dora_scale"),  # PEFT's
     **{f".{name}_{end}": f"{name}_{end}" for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2") for end in "ab"},
@@ -33,37 +59,40 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
     """Return the changes in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
 
     networks: SDXL's; only their shapes are used. Raises UserError for a LoRA of another base model or kind, or other
-    files. Changes of the first text encoder's last layer, whose output SDXL does not use, are ignored.
+    files. Changes of the first text encoder's last layer, whose output SDXL does not use, are ignored. Layers that SDXL
+    lacks and embeddings are named and left out.
     """
     texts = read_header(path)[1]
     tensors, metadata = read_weights(path)
     stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture") or "not stated"
     other = f"{path} is no LoRA of SDXL's linear layers and convolutions (base model: {stated[:99]}): "
     layers = find_layers(networks)
-    names = {}
-    for name in layers:
-        network, _, inside = name.partition(".")
-        names |= dict.fromkeys([_flat(name), _flat(f"{PARTS[network].lora}_{inside}"), kohya_name(name)], name)
+    names = {spelling: name for name in layers for spelling in _spell(name)}
     unused = _flat(unused_layer(networks["text_encoder"]))
     tensors_of = {}
+    foreign = []
+    unread = []
     for full, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if full.endswith(ending)), "")
-        stem = _flat(full.removesuffix(ending))
-        if stem.startswith(("lora_te1_", "text_encoder_text_model_")) and unused in stem:
+        stem = _flat(_WRAPPERS.sub("", full.removesuffix(ending)))
+        if stem.startswith(_FIRST_ENCODER) and unused in stem:
             continue
-        if not ending or stem not in names:
-            raise UserError(
-                f"{other}its tensor {full[:200]} is of another layer, or of a kind that is not read "
-                "(norms, Tucker, OFT, full matrices, ...); name another file"
-            )
-        tensors_of.setdefault(names[stem], {})[_ENDINGS[ending]] = tensor.float()
+        if ending and stem in names:
+            tensors_of.setdefault(names[stem], {})[_ENDINGS[ending]] = tensor.float()
+        else:
+            (foreign if ending or full.startswith(_EMBEDDING) else unread).append(full)
+    if unread or (foreign and not tensors_of):
+        raise UserError(
+            f"{other}its tensor {(unread or foreign)[0][:200]} is of another layer, or of a kind that is not read "
+            "(norms, Tucker, OFT, full matrices, ...); name another file"
+        )
+    if foreign:
+        log.warning("%s: %d tensors of no layer of SDXL are left out: %s", path, len(foreign), show_some(foreign))
     changes = {}
     with readable(path, "LoRA"):
         own = _own_config(metadata)
-        stated = json.loads(texts.get("lora_adapter_metadata", "{}"))
-        for key, value in stated.items():
-            if value and key.endswith(("alpha_pattern", "use_rslora")):
-                raise ValueError(f"lora_adapter_metadata has {key}, which is not supported")
+        beside = path.with_name("adapter_config.json")
+        stated = read_json(beside) if beside.is_file() else json.loads(texts.get("lora_adapter_metadata", "{}"))
         for name, parts in tensors_of.items():
             weight = layers[name].weight
             alpha = parts.pop("alpha", None)
@@ -71,8 +100,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
                 parts["dora_scale"] = parts["dora_scale"].view(-1, *[1] * (weight.ndim - 1))
             change = LayerChange(parts, 1.0)
             if alpha is None:
-                given = stated.get(f"{name.partition('.')[0]}.lora_alpha", change.rank)
-                alpha = own.layers.get(name, own).alpha if own else given
+                alpha = own.layers.get(name, own).alpha if own else _find_alpha(stated, name, change.rank)
             changes[name] = change._replace(alpha=float(alpha))
             if not _fits(change, weight.to("meta")):
                 shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
@@ -81,6 +109,29 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerC
                 parts["lora_A.weight"] = parts["lora_A.weight"].view(-1, *weight.shape[1:])
                 parts["lora_B.weight"] = parts["lora_B.weight"].view(len(weight), -1, *[1] * (weight.ndim - 2))
     return changes
+
+
+def _spell(name: str) -> list[str]:
+    """Return the spellings of a layer."""
+    network, _, inside = name.partition(".")
+    rows = _SPELLINGS + _OF_UNET if network == "unet" else _SPELLINGS
+    names = {"network": network, "lora": PARTS[network].lora, "comfy": _COMFY[network]}
+    names["original"] = rename("unet", inside, to_single=True) if network == "unet" else inside
+    # Old files of diffusers have to_out for to_out.0.
+    return [_flat(row.format(**names, inside=each)) for row in rows for each in (inside, inside.removesuffix(".0"))]
+
+
+def _find_alpha(stated: Values, name: str, rank: int) -> float:
+    """Return the alpha of a layer by PEFT's configuration, without one its rank.
+
+    rsLoRA divides alpha by the root of the rank. Patterns are read as ends of names, not as expressions.
+    """
+    network, _, inside = name.partition(".")
+    own = {key.removeprefix(f"{network}."): value for key, value in stated.items()}
+    patterns = (own.get("alpha_pattern") or {}).items()
+    given = [alpha for pattern, alpha in patterns if f".{inside}".endswith(f".{pattern.lstrip('^')}")]
+    alpha = next(iter(given), own.get("lora_alpha", rank))
+    return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
 
 
 def _fits(change: LayerChange, weight: Tensor) -> bool:

@@ -103,12 +103,12 @@ def write_lora(path, changes, metadata=None):
     ("changes", "metadata", "said"),
     [
         ({"{}.lora_down.weight": torch.ones(2, 20)}, {"ss_base_model_version": "sd_v1"}, r"sd_v1.*\(32, 32\)"),
-        ({"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)}, {}, "lora_te_text_model_q"),
+        ({"{}.w_norm": torch.ones(2)}, {}, "w_norm"),
         ({"{}.dora_scale": torch.ones(31, 1)}, {}, r"dora_scale \(31, 1\)"),
         ({"{}.lora_mid.weight": torch.ones(2, 2)}, {}, "lora_mid"),
         ({"{}.lora_up.weight": None}, {}, "not a readable LoRA"),
         ({"{}.alpha": torch.ones(3)}, {}, "not a readable LoRA"),
-        ({"{}.alpha": None}, {"lora_adapter_metadata": '{"unet.use_rslora": true}'}, "use_rslora"),
+        ({"{}.alpha": None}, {"lora_adapter_metadata": '{"unet.lora_alpha": [4]}'}, "not a readable LoRA"),
     ],
 )
 def test_files_of_another_base_or_kind_are_refused(changes, metadata, said, tmp_path):
@@ -128,3 +128,49 @@ def test_the_scale_of_each_layout_and_layers_that_sdxl_does_not_use(tmp_path):
         assert read_lora(path, networks)[name].scale == scale
     save_file(other | {f"{name}.lora_magnitude_vector": torch.ones(32)}, path)  # PEFT's
     assert read_lora(path, networks)[name].kind == "dora_out"
+
+
+# A layer as programs name it: (the U-Net's, the second encoder's), and the endings of its matrices.
+UNET, TEXT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "text_model.encoder.layers.1.mlp.fc1"
+ORIGINAL = "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+SPELLINGS = [
+    ((f"lora_unet_{ORIGINAL.replace('.', '_')}", f"lora_te2_{TEXT.replace('.', '_')}"), KOHYA),
+    ((f"lora_unet_{UNET.replace('.', '_')}", f"lora_te2_{TEXT.replace('.', '_')}"), KOHYA),
+    ((f"unet.{ORIGINAL}", f"clip_g.{TEXT}"), KOHYA),
+    ((f"diffusion_model.{ORIGINAL}", f"text_encoders.clip_g.transformer.{TEXT}"), KOHYA),
+    ((f"lycoris_{UNET.replace('.', '_')}",), KOHYA),
+    ((f"base_model.model.{UNET}",), (".lora_A.weight", ".lora_B.weight")),
+    ((f"unet.{UNET}", f"text_encoder_2.{TEXT}"), (".lora_A.default.weight", ".lora_B.default.weight")),
+    ((f"unet.{UNET}", f"text_encoder_2.{TEXT}"), (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")),
+    ((f"unet.{UNET[:-8]}processor.to_out",), ("_lora.down.weight", "_lora.up.weight")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stems", "endings"), SPELLINGS)
+def test_layers_are_found_in_each_spelling_and_what_is_foreign_is_named(stems, endings, tmp_path, log):
+    sides = {"unet": (32, 32), "text_encoder_2": (48, 96)}
+    wanted, tensors = {}, {"bundle_emb.sks.clip_g": torch.ones(1, 48)}
+    for stem, (network, (inner, outer)), inside in zip(stems, sides.items(), (UNET, TEXT)):
+        down, up = torch.rand(2, inner), torch.rand(outer, 2)
+        tensors |= {f"{stem}{endings[0]}": down, f"{stem}{endings[1]}": up, f"{stem}.alpha": torch.tensor(4.0)}
+        wanted[f"{network}.{inside}"] = 2 * up @ down
+    tensors[f"lora_unet_down_blocks_9_conv{KOHYA[0]}"] = torch.ones(2, 2)
+    save_file(tensors, path := tmp_path / "lora.safetensors")
+    found = read_lora(path, draw_networks())
+    assert found.keys() == wanted.keys()
+    for name, change in found.items():
+        torch.testing.assert_close(change.matrix(), wanted[name])
+    assert "bundle_emb.sks.clip_g" in log.text and "lora_unet_down_blocks_9_conv" in log.text
+
+
+def test_a_layer_has_its_own_alpha_in_pefts_configuration(tmp_path):
+    values = {"lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 8}, "use_rslora": True}
+    matrices = {}
+    for stem in (f"base_model.model.{UNET[:-8]}{layer}" for layer in ("to_q", "to_k")):
+        matrices |= {f"{stem}.lora_A.weight": torch.ones(4, 32), f"{stem}.lora_B.weight": torch.ones(32, 4)}
+    save_file(matrices, path := tmp_path / "adapter_model.safetensors")
+    for is_rs in (False, True):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"use_rslora": is_rs}))
+        scales = {name.rsplit(".")[-1]: change.scale for name, change in read_lora(path, draw_networks()).items()}
+        assert scales == ({"to_q": 4.0, "to_k": 3.0} if is_rs else {"to_q": 2.0, "to_k": 1.5})
