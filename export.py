@@ -3,7 +3,7 @@
     python export.py format=onnx run_dir=RUN                          writes RUN/export/model.onnx
     python export.py format=onnx precision=fp16 run_dir=RUN           RUN/export/model_fp16.onnx
     python export.py format=onnx precision=int8 run_dir=RUN           RUN/export/model_int8.onnx, if it pays
-    python export.py format=timm run_dir=RUN                          or transformers, safetensors
+    python export.py format=timm run_dir=RUN                          which transformers loads, too; or safetensors
     python export.py format=page run_dir=RUN                          one HTML file that predicts in a browser
     python export.py format=wd14 run_dir=RUN                          for a tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish

@@ -132,8 +132,8 @@ def test_an_export_on_the_hub_is_where_a_run_begins(place, server):  # noqa: F81
 def test_an_export_comes_back_as_a_run_of_no_steps(place):
     """With the same figures, the licence, and classes in the file's order where it names them."""
     wanted = metrics(place, "run_dir=run", "weights=last", *ON_CPU)
-    run("export", ["format=transformers", "run_dir=run", "weights=last"], place)
-    words = ["init_from=run/export/transformers", "task.head=kept", "loop.total_steps=0", "run_dir=back"]
+    run("export", ["format=timm", "run_dir=run", "weights=last"], place)
+    words = ["init_from=run/export/timm", "task.head=kept", "loop.total_steps=0", "run_dir=back"]
     run("finetune", [*SMALL, *words], place)
     found = metrics(place, "run_dir=back", *ON_CPU)
     assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4

@@ -72,12 +72,6 @@ _vae = partial(Format, of=("autoencoder",), library="diffusers", use="sdxl.expor
 FORMATS = {
     "onnx": Format("model.onnx", "engine.exports.formats:export_onnx", template="onnx", fp16=True, int8=True),
     "timm": Format("model.safetensors", "engine.exports.formats:export_timm", library="timm", template="timm"),
-    "transformers": Format(
-        "model.safetensors",
-        "engine.exports.formats:export_transformers",
-        library="transformers",
-        template="transformers",
-    ),
     "safetensors": Format("model.safetensors", "engine.exports.formats:export_safetensors"),
     "page": Format("page.html", "engine.exports.formats:export_page", of=("classes", "tags"), int8=True, load=_OPEN),
     "wd14": _tagger("model.onnx", "engine.exports.formats:export_wd14"),

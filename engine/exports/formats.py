@@ -70,16 +70,8 @@ def export_timm(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
         metadata = {**metadata, **kept.facts(), "preprocessing": preprocessing}
         tag_forms.write_tags(folder, kept, _thresholds(weights, config))
         report = tag_forms.describe_changes(vocabulary, kept)
-    report["max_abs_diff"] = libraries.write_compared(libraries.TIMM, network, metadata, folder, config.accepted)
+    report["max_abs_diff"] = libraries.write_compared(network, metadata, folder, config.accepted)
     return report
-
-
-def export_transformers(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:
-    """Write a folder of transformers."""
-    difference = libraries.write_compared(
-        libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config.accepted
-    )
-    return {"max_abs_diff": difference}
 
 
 def export_safetensors(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entry:

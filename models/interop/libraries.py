@@ -1,8 +1,8 @@
-"""Folders that timm and transformers load: model.safetensors with config.json, and preprocessor_config.json.
+"""Folders that timm and transformers load: model.safetensors with config.json.
 
 timm.create_model("local-dir:FOLDER", pretrained=True)
 timm.create_model("convnextv2_atto", num_classes=K, checkpoint_path="FOLDER/model.safetensors")
-transformers.ConvNextV2ForImageClassification.from_pretrained("FOLDER")
+transformers.AutoModelForImageClassification.from_pretrained("FOLDER")      it builds timm's network
 transformers.AutoImageProcessor.from_pretrained("FOLDER")
 
 Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_from_path.
@@ -10,7 +10,6 @@ Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_f
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +18,34 @@ from models.build import timm_arguments
 from models.config import TimmConfig
 from models.interop.metadata import label_names, licence_entry
 from models.interop.parity import refuse_difference, vary_weights
-from models.outputs import OUTPUTS
-from models.weights.layouts import Geometry, read_geometry, recognise_state, translate
+from models.weights.layouts import Geometry, read_geometry, recognise_state
 from models.weights.timm_hub import filter_state
 from utils.contracts import State
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.io.files import Json, Values, read_json, write_json
+from utils.io.files import Json, Values, write_json
 from utils.io.weights import write_tensors
 
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
 _IMAGES = 4  # to compare
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> None:
     """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
-    stated = _state_images("timm", metadata)
+    stated = _state_images(metadata)
     if hasattr(network, "pretrained_cfg"):
         target = network
         state = network.state_dict()
         arguments = timm_arguments(TimmConfig.model_validate(metadata["model"]))
     else:
-        official, geometry = _read_official(network, "timm")
+        official, geometry = _read_official(network)
         stages = len(geometry.depths)
         if (geometry.stem_stride, stages) != (4, 4):  # with patch_size=2, timm's first stage halves the map again
             raise UserError(
                 f"format: timm has no ConvNeXt V2 with {stages} stages and a stem of stride {geometry.stem_stride}; "
-                "set format=transformers, onnx or safetensors"
+                "set format=onnx or safetensors"
             )
         arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
         name = f"convnextv2_{geometry.size or 'tiny'}"  # sizes of our own have their depths and dims as arguments
@@ -90,67 +87,7 @@ def open_timm_folder(folder: Path) -> Outputs:
     return network if network.num_classes else network.forward_features
 
 
-def write_transformers_folder(network: nn.Module, metadata: Values, folder: Path) -> None:
-    """Write weights, configuration and image processor. Raises UserError (`format`) if transformers lacks a feature."""
-    from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    stated = _state_images("transformers", metadata)
-    official, geometry = _read_official(network, "transformers")
-    names = label_names(metadata)
-    labels = {"num_labels": geometry.num_classes or 2}
-    if names and len(set(names)) == len(names):
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    config = ConvNextV2Config(
-        num_channels=geometry.in_channels,
-        patch_size=geometry.stem_stride,
-        num_stages=len(geometry.dims),
-        hidden_sizes=list(geometry.dims),
-        depths=list(geometry.depths),
-        layer_norm_eps=1e-6,  # for the final norm; the default is 1e-12
-        image_size=stated.image_size_hw[0],
-        **labels,
-    )
-    config.update(licence_entry(metadata))
-    if OUTPUTS[metadata["output"]].has_tags:
-        config.problem_type = "multi_label_classification"
-    with torch.random.fork_rng(devices=[]):
-        target = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)
-    prefix = "" if geometry.num_classes else "convnextv2."  # a backbone's names do not have it
-    state = translate(official, "official", "transformers")
-    target.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
-    target.save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", _processor(stated))
-
-
-def open_transformers_folder(folder: Path) -> Outputs:
-    """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
-    from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
-
-    if read_json(folder / "config.json")["architectures"] == ["ConvNextV2Model"]:
-        backbone = ConvNextV2Model.from_pretrained(folder, local_files_only=True).eval()
-        return lambda images: backbone(images).last_hidden_state
-    network = ConvNextV2ForImageClassification.from_pretrained(folder, local_files_only=True).eval()
-    return lambda images: network(images).logits
-
-
-def _processor(stated: Preprocessing) -> Json:
-    """Return our preprocessing as the configuration of transformers' image processor."""
-    height, width = stated.image_size_hw
-    size = {"height": height, "width": width}
-    common = {
-        "do_resize": True, "resample": _RESAMPLE[stated.interpolation], "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": stated.mean, "image_std": stated.std,
-        "do_convert_rgb": stated.channels == 3,
-    }  # fmt: skip
-    if stated.squashes:
-        return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
-    crop = {"size": {"shortest_edge": stated.resized_hw[0]}, "do_center_crop": True, "crop_size": size}
-    return {"image_processor_type": "BitImageProcessor", **crop, **common}
-
-
-def _read_official(network: nn.Module, library: str) -> tuple[State, Geometry]:
+def _read_official(network: nn.Module) -> tuple[State, Geometry]:
     """Return the tensors of a ConvNeXt V2, ours or timm's, under official names, and its geometry.
 
     If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks.
@@ -158,14 +95,14 @@ def _read_official(network: nn.Module, library: str) -> tuple[State, Geometry]:
     layout, state = recognise_state(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
         name = type(network).__name__
-        raise UserError(f"format: {library} takes ConvNeXt V2, not {name}; set format=timm, onnx or safetensors")
+        raise UserError(f"format: timm takes ConvNeXt V2, not {name}; set format=onnx or safetensors")
     geometry = read_geometry(state)
     width = geometry.dims[-1]
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
-def _state_images(library: str, metadata: Values) -> Preprocessing:
-    """Return the preprocessing. Raises UserError (`format`) if the library prepares images differently."""
+def _state_images(metadata: Values) -> Preprocessing:
+    """Return the preprocessing. Raises UserError (`format`) if timm prepares images differently."""
     stated = Preprocessing.model_validate(metadata["preprocessing"])
     height, width = stated.image_size_hw
     if stated.pad != "none":
@@ -174,21 +111,10 @@ def _state_images(library: str, metadata: Values) -> Preprocessing:
         reason = f"crop squares only, not {height} x {width}; set format=onnx, or train with augment.eval_resize=squash"
     else:
         return stated
-    raise UserError(f"format: the image transforms of {library} {reason}")
+    raise UserError(f"format: the image transforms of timm {reason}")
 
 
-class Library(NamedTuple):
-    """How a library's files are written, and loaded as its users do."""
-
-    write: Callable[[nn.Module, Values, Path], None]
-    load: Callable[[Path], Outputs]
-
-
-TIMM = Library(write_timm_folder, open_timm_folder)
-TRANSFORMERS = Library(write_transformers_folder, open_transformers_folder)
-
-
-def write_compared(library: Library, network: nn.Module, metadata: Values, folder: Path, tolerance: float) -> float:
+def write_compared(network: nn.Module, metadata: Values, folder: Path, tolerance: float) -> float:
     """Write a network's files into an empty folder and load them like their users; return the largest difference.
 
     A copy with varied weights comes first, because with small weights a wrong converter gives almost the right outputs.
@@ -196,11 +122,11 @@ def write_compared(library: Library, network: nn.Module, metadata: Values, folde
     """
     if any("grn" in name for name, _ in network.named_parameters()):  # tensors of timm networks are not converted
         varied = vary_weights(network)
-        library.write(varied, metadata, folder)
-        difference, largest = _compare(varied, library.load(folder), metadata)
+        write_timm_folder(varied, metadata, folder)
+        difference, largest = _compare(varied, open_timm_folder(folder), metadata)
         refuse_difference(difference / max(largest, 1.0), tolerance, "a copy with varied weights")
-    library.write(network.eval(), metadata, folder)
-    difference, _ = _compare(network, library.load(folder), metadata)
+    write_timm_folder(network.eval(), metadata, folder)
+    difference, _ = _compare(network, open_timm_folder(folder), metadata)
     refuse_difference(difference, tolerance, "the output of the target's own network")
     return difference
 

@@ -37,7 +37,6 @@ def test_no_file_of_an_export_names_a_place(tmp_path, monkeypatch):
     run("finetune_sdxl", [*TINY["diffusion"], *pictures, "optim.lr=0.01", "run_dir=lora"], home)
     run("finetune_vae", [*TINY["autoencoder"], *pictures, "run_dir=vae"], home)
     of = {
-        "transformers": "classifier",
         "kohya": "lora",
         "single_file": "lora",
         "diffusers": "lora",

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from transformers import AutoModelForImageClassification
 
 from engine.exports.card import Card
 from engine.exports.config import FORMATS
@@ -97,6 +98,9 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
         wanted = model.network(inputs)
         assert wanted.std(dim=0).mean() > 0.05
         assert_near(loaded(inputs), wanted)
+        hugging = AutoModelForImageClassification.from_pretrained(tmp_path).eval()  # transformers builds timm's network
+        assert_near(hugging(inputs).logits, wanted)
+        assert list(hugging.config.id2label.values()) == metadata["class_names"]
         path = str(tmp_path / "model.safetensors")
         from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
         assert_near(from_file(inputs), wanted)
