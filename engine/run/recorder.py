@@ -267,7 +267,9 @@ class Recorder:
                 keep_pictures(self.folder, step, drawn)
         if self._tracker is not None:
             images = {f"images/{name.removesuffix('_before')}": image for name, image in drawn.items()}
-            self._tracker.add(step, images | {f"tables/{name}": rows for name, rows in report.tables.items() if rows})
+            self._tracker.add(
+                step, images | {f"tables/{name}": [*rows] for name, rows in report.tables.items() if rows}
+            )
 
     def log_step(self, step: int) -> None:
         """Write the means since the last log: the only regular host synchronisation.
