@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from data.layouts.manifest import cast_columns, read_splits
 from data.layouts.names import is_image_name
-from data.layouts.places import find_splits
+from data.layouts.places import describe_splits, find_splits
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Columns, Folder
 from data.layouts.table import SHOWN, SPLITS, TEST, TYPES
@@ -37,7 +37,7 @@ class _Listed(NamedTuple):
     """A table of texts, its column of names, and the image of each row, or None. split: the one that its name says."""
 
     file: Path
-    split: str | None
+    split: str
     table: pa.Table
     key: str
     paths: list[str | None]
@@ -55,11 +55,11 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     for names in (*([file.stem] for file in chosen), [file.stem for file in chosen]):
         splits |= find_splits(names, folder.choice.splits)
     finders = [build_finder(folder.splits if chosen else {}, shorten) for shorten in (str, _find_end)]
-    found = [_match(file, splits.get(file.stem), finders, folder) for file in chosen]
-    tables = sorted(filter(None, found), key=lambda each: SPLITS.index(each.split or SPLITS[0]))
+    found = [_match(file, splits.get(file.stem, "train"), finders, folder) for file in chosen]
+    tables = sorted(filter(None, found), key=lambda each: SPLITS.index(each.split))
     columns = {*tables[0].table.column_names} if tables else {}
     tables = [each for each in tables if each.split != TEST or columns <= {*each.table.column_names}]  # it has labels
-    if len({each.split or SPLITS[0] for each in tables}) < len(tables):
+    if len({each.split for each in tables}) < len(tables):
         lines = [f"{each.file.name} ({', '.join(each.table.column_names[:SHOWN])})" for each in tables]
         raise UserError(
             f"data.table: {len(tables)} tables name images: {'; '.join(lines)}; choose one, as in "
@@ -67,6 +67,7 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
         )
     read = {each.file: each.file.name for each in tables}
     folder.unused.add_files(*(name for name in files if folder.root / name not in read and name != folder.choice.table))
+    folder.unused.said += describe_splits(splits, splits.values(), "tables")
     sidecars = {}
     for each in tables:
         sidecars = _read_rows(each, folder) | sidecars
@@ -103,14 +104,15 @@ def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str]
 
 def _split_name(name: str) -> list[str]:
     """Return the name of a file without its ending, and its folders, the last first; all in one spelling."""
+    name = name.strip()
     stem = os.path.splitext(name)[0] if is_image_name(name) else name
-    return to_nfc(stem).casefold().strip().replace("\\", "/").split("/")[::-1]
+    return to_nfc(stem).casefold().replace("\\", "/").split("/")[::-1]
 
 
 def _find_end(stem: str) -> str:
     """Return the number at the end of a name without zeros before it, else the last word: `7` of `img_007`."""
-    number = re.search(r"\d+$", stem)
-    return str(int(number[0])) if number else re.split(r"[\W_]", stem)[-1]
+    number = re.search(r"(\d+)(\.0+)?$", stem)  # 1.0 for 1 in columns of pandas with gaps
+    return str(int(number[1])) if number else re.split(r"[\W_]", stem)[-1]
 
 
 def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
@@ -128,7 +130,7 @@ def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
     return [file]
 
 
-def _match(file: Path, split: str | None, finders: Sequence[_Find], folder: Folder) -> _Listed | None:
+def _match(file: Path, split: str, finders: Sequence[_Find], folder: Folder) -> _Listed | None:
     """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
     The ends of names count if the names are those of few images, and all ends name one. Raises UserError (`data.table`)
@@ -160,7 +162,7 @@ def _match(file: Path, split: str | None, finders: Sequence[_Find], folder: Fold
 
 
 def _find_key(
-    table: pa.Table, split: str | None, finders: Sequence[_Find], stated: Columns
+    table: pa.Table, split: str, finders: Sequence[_Find], stated: Columns
 ) -> tuple[int, bool, str, list[str | None]]:
     """Return the column that names most images: their count, whether its name is a usual one, its name, the images."""
     best = (0, False, "", [])
@@ -168,7 +170,7 @@ def _find_key(
         found = [best]
         for name in table.column_names if 2 * best[0] < len(table) else ():
             texts = ["" if value is None else str(value) for value in table[name].to_pylist()]
-            paths = [find(text, split or SPLITS[0]) for text in texts if stated.get("path") in (None, name)]
+            paths = [find(text, split) for text in texts if stated.get("path") in (None, name)]
             if find is finders[0] or None not in paths:
                 found.append((len({*paths} - {None}), name_field(name) == "path", name, paths))
         best = max(found, key=operator.itemgetter(0, 1))
@@ -189,13 +191,11 @@ def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
             unused.add(f"{ROWS} {name} that name an image again", str(values[row]))
     below = os.path.join(os.path.commonpath([*map(os.path.dirname, rows)]), "")
     count = sum(path.startswith(below) for path in splits)
-    endings = ", ".join({os.path.splitext(path)[1]: None for path in rows})
-    line = f"{name}: column {each.key} names {len(rows):,} of {count:,} files in {below or './'}, with {endings}"
     order = [*rows.values()]
+    example = f"{values[order[0]]} for {next(iter(rows)).removeprefix(below)}"
+    line = f"{name}: column {each.key} names {len(rows):,} of {count:,} files in {below or './'}, such as {example}"
     table, names = _choose_columns(type_columns(each.table.take(order).drop_columns([each.key])), folder)
     read = [f"{ours}: {theirs}" for theirs, ours in names.items() if ours in _MAPPED]
-    if each.split is not None:
-        read.append(f"split: {each.split}, by the table's name (data.splits=false: none)")
     unused.said += (f"{line}; {', '.join(read) or 'no label'}",)
     columns = cast_columns(each.file, table, names, unused, order)
     stated = read_splits(each.file, columns.pop("split"), "", folder.choice, unused)

@@ -137,7 +137,9 @@ def cast_columns(
         try:
             columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
             if field == "split" and name in IS_VALID:
-                is_true = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(columns[field])), pa.array(["true", "1"]))
+                is_true = pc.is_in(
+                    pc.utf8_lower(pc.utf8_trim_whitespace(columns[field])), pa.array(["true", "1", "1.0"])
+                )
                 columns[field] = pc.if_else(is_true, "val", "train")
         except (ValueError, pa.ArrowException) as error:
             where = f"column {name!r} of {str(file)!r}"

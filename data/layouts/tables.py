@@ -34,7 +34,18 @@ _NAMES = {
         *("file", "image", "image_name", "img", "img_path", "img_name", "image_id", "datei", "dateiname", "bild"),
     ),
     "label": (
-        *("label_name", "class_name", "category_name", "label", "labels", "class", "classname", "classes", "target"),
+        *(
+            "label_name",
+            "label_text",
+            "class_name",
+            "category_name",
+            "label",
+            "labels",
+            "class",
+            "classname",
+            "classes",
+            "target",
+        ),
         *(
             "category",
             "fine_label",
@@ -56,6 +67,7 @@ _NAMES = {
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _ORDER = {name: number for number, name in enumerate(_FIELDS)}
 _SEPARATORS = ",;\t|"
+csv.field_size_limit(2**24)  # characters
 _STATED = re.compile(r"sep=(.)\n")
 _SINGLE = re.compile(f"^'[^'\n]*'[{_SEPARATORS}]", re.M)
 _HEAD = 5000  # characters that tell the form of a file
@@ -134,7 +146,7 @@ def read_columns(file: Path, key: str = "data.root", *, is_typed: bool = True) -
             text = decode(content)
         except UnicodeDecodeError:
             notes.append("it is not UTF-8 and is read as Windows-1252")
-            text = content.decode("cp1252", "replace")
+            text = content.decode("cp1252", "replace").replace("\r\n", "\n").replace("\r", "\n")
         table = _read_csv(text, notes)
     if notes:
         log.info("%s: %s: %s", key, file.name, "; ".join(notes))

@@ -72,11 +72,8 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
             groups = find_groups(dict(zip(paths, facts)), "near")
             numbers = {path: number for number, group in enumerate(groups) for path in group}
             columns["group"] = [numbers.get(path) for path in paths]
-            log.info(
-                "near-duplicates: %d groups, the largest has %d images (column group)",
-                len(groups),
-                max(map(len, groups), default=0),
-            )
+            largest = max(map(len, groups), default=0)
+            log.info("near-duplicates: %d groups, the largest has %d images (column group)", len(groups), largest)
         for name, column in columns.items():
             table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
         left = Unused()

@@ -26,7 +26,7 @@ def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log, capsys)
     (root / "sample_submission.csv").write_text("\n".join(["id,breed", *(f"{each},breed A" for each in ids)]))
     (root / "dogs.zip").write_bytes(b"PK")
     follow("competition.md", tmp_path, {"PHOTOS": "dogs", "RUN": "run"}, QUICK)
-    assert "train.csv: column id names 30 of 30 files in train/, with .png; label: breed" in log.text
+    assert "train.csv: column id names 30 of 30 files in train/, such as tr000 for tr000.png; label: breed" in log.text
     assert "dogs.zip" in log.text
     words = "input=dogs/test output=submission.csv form=dogs/sample_submission.csv"
     assert f"predict.py weights=run {words}" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_a_layout_is_what_nearly_all_images_say(opened, root, log):
     put(root, *(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)), "raw.png")
     assert opened(root).table["label"].to_pylist() == ["cat"] * 3 + ["dog"] * 3 + [None]
     assert "1 images that are not in a class folder or the only ones in it, which have no label: raw.png" in log.text
-    put(root, *(f"{number}.png" for number in range(100)))
+    put(root, *(f"x{number}.png" for number in range(100)))
     assert {*opened(root).table["label"].to_pylist()} == {None}
     assert "6 images that are not in a class folder or the only ones" in log.text
 
