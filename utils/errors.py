@@ -70,7 +70,7 @@ def find_lack(error: BaseException) -> str | None:
         target = _EXTRAS.get(str(error.name).partition(".")[0], "")
         activate = f"make install{target}, then: source .venv/bin/activate"
         return f"{error} in {sys.executable}; run: {activate} (docs/install.md)"
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     return next((f"{text}; {advice}" for sign, advice in _LIMITS.items() if re.search(sign, text)), None)
 
 

@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from utils.config.help import CONF, read_defaults
+from utils.config.help import CONF, list_options, read_defaults
 from utils.config.recipe import flatten
 from utils.config.schema import list_keys
 from utils.config.sweep_config import FLAGS
@@ -124,6 +124,9 @@ _OTHER_NAMES = {
 def _name_usual(word: str, script: Script) -> Iterator[str]:
     key, equals, value = word.partition("=")
     known = list_keys(script.schema)
+    if not equals and key in list_options("job", script.name):
+        yield f"job={key}"
+        return
     if equals or key in known or re.match(r"-|~\w", key) or script.typed & {"data.root", "input"}:
         names = [key, *_OTHER_NAMES.get(key, ())]
     else:  # a path alone

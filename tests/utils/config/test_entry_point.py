@@ -164,6 +164,7 @@ def test_a_folder_is_of_the_users_own_images(words, data):
         ("evaluate", "run_dir={here} input={here}", "job.run_dir={here} data.root={here}"),
         ("export", "{here} format=onnx", "run_dir={here} format=onnx"),
         ("evaluate", "{run}", "job.run_dir={run}"),
+        ("prepare", "manifest data.root={here}", "job=manifest data.root={here}"),
         ("predict", "{run} {here} output=x.csv", "weights={run} input={here} output=x.csv"),
     ],
 )
@@ -177,7 +178,7 @@ def test_what_people_type_first_is_understood(script, typed, read, tmp_path):
 
 def test_a_word_beside_a_path_is_no_other_path():
     with pytest.raises(OverrideParseException):
-        compose("prepare", ["manifest", "data.root=photos"])
+        compose("prepare", ["photographs", "data.root=photos"])
 
 
 def test_each_word_that_is_read_as_another_has_its_line_on_the_page():
