@@ -64,7 +64,7 @@ def _read_json(value: Any) -> Form:
             return "COCO", _read_coco(images, marks, kinds)
         case {"classes": names, "labels": dict(labels)}:
             return "FiftyOne", _read_fiftyone(labels, names)
-        case [{"data": dict(), "annotations": list()}, *_]:
+        case [{"data": dict(), "annotations": list()}, *_] | [{"image": str(), "choice": _}, *_]:
             return "Label Studio", _read_studio(value)
         case {"title": _, "photoTakenTime": _} | {"title": _, "access": _}:
             return _GOOGLE, ()
@@ -94,10 +94,12 @@ def _read_fiftyone(labels: Any, names: Any) -> Iterator[Mark]:
 
 def _read_studio(tasks: Any) -> Iterator[Mark]:
     for task in tasks:
-        url = next(text for text in task["data"].values() if is_image_name(str(text)))
+        url = next(text for text in task.get("data", task).values() if is_image_name(str(text)))
         image = _UPLOADED.sub("", unquote(url))
         yield image, None, ""
-        for mark in itertools.chain(*(each["result"] for each in task["annotations"])):
+        choice = task.get("choice")
+        short = [{"type": "choices", "value": choice if isinstance(choice, dict) else {"choices": [choice]}}]
+        for mark in itertools.chain(short, *(each["result"] for each in task.get("annotations", ()))):
             words = mark["value"].get(mark["type"])
             for word in words if isinstance(words, list) else ():
                 yield image, word, _OF_STUDIO.get(mark["type"], OUTLINES)

@@ -16,14 +16,14 @@ from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import decode, refuse_link_out
 from data.layouts.table import TEST
-from data.layouts.unused import ORPHANS, ROWS, UNNAMED
+from data.layouts.unused import ORPHANS, ROWS, UNNAMED, WITH
 from data.layouts.values import READ
 from utils.errors import UserError
 from utils.io.memo import in_threads
 
 _TAKE = "data.table=FILE, or its folder, reads the classes in each image"
-_PLACES = f"annotation files with outlines, or with several of a class in an image, which no task learns ({_TAKE})"
-_BESIDE = f"annotation files beside others, or beside folders of classes ({_TAKE})"
+_PLACES = f"{WITH} outlines, or with several of a class in an image, which no task learns ({_TAKE})"
+_BESIDE = f"{WITH}out effect: beside others, or beside folders of classes ({_TAKE})"
 _FEW = 0.1  # of the images may have several of a class
 _Told = dict[str, list[tuple[str | None, str, str]]]  # by image: class, kind and file of its marks
 

@@ -22,7 +22,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data.layouts.names import PARQUET, is_image_name, is_sidecar
-from data.layouts.readers import is_table
+from data.layouts.readers import SIDECARS as BESIDE_IMAGES
+from data.layouts.readers import TABLES, is_table
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.table import (
@@ -311,8 +312,8 @@ def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice,
 def find_sources(root: Path) -> dict[str, str]:
     """Return name, size and time of change of each table, and of the sidecars of each image, by path."""
     folder = scan_folder(root, Unused(), TableChoice())
-    tables = filter(is_table, itertools.chain(*folder.files.values()))
-    sources = {**folder.sidecars, **{table: [table] for table in tables}}
+    tables = [files for form, files in folder.files.items() if form not in (TABLES, BESIDE_IMAGES)]
+    sources = {**folder.sidecars, **{table: [table] for table in itertools.chain(*tables)}}
     return {path: ", ".join(_describe(root / file) for file in files) for path, files in sources.items()}
 
 

@@ -6,7 +6,7 @@ that a start that reads no file again says the same.
 
 import csv
 import io
-import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,9 +24,10 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar` in data/layouts/readers.py
-ORPHANS = "sidecars without an image (of annotation files, boxes and outlines are not read)"  # a reason
+ORPHANS = "sidecars without an image"  # a reason
 ROWS = "rows of"  # how reasons about rows of tables begin
 UNNAMED = "images that no row of"
+WITH = "annotation files with"  # how reasons about annotation files begin
 UNREADABLE = "tables that cannot be read"  # a reason
 BESIDE = "images that are not in"
 OTHERS = "files of kinds that no reader takes"  # a reason
@@ -40,6 +41,7 @@ _KINDS = {
     UNREAD: ".csv .tsv .xlsx .xls .ods",
     "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",
     UNFINISHED: ".part .partial .tmp .crdownload .download",
+    "volumes of NIfTI, which are not read (write slices as PNG or DICOM)": ".nii .nii.gz",
     "annotation files, whose boxes and outlines are not read": ".xml",
 }
 _BY_ENDING = {ending: reason for reason, endings in _KINDS.items() for ending in endings.split()}
@@ -90,7 +92,7 @@ def is_form(name: str) -> bool:
 
 def find_ending(name: str) -> str:
     """Return the ending of a file."""
-    return os.path.splitext(name)[1].lower() or "no ending"
+    return re.search(r"(\.nii)?\.[^./]*$|$", name.lower())[0] or "no ending"
 
 
 def list_unused(unused: Unused, folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from data.layouts.names import is_remote
 from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
 from data.layouts.table import PLACES, SPLITS, count_values
-from data.layouts.unused import BESIDE, FAULT, ORPHANS, ROWS, UNNAMED, UNREAD, UNREADABLE, Unused
+from data.layouts.unused import BESIDE, FAULT, ORPHANS, ROWS, UNNAMED, UNREAD, UNREADABLE, WITH, Unused
 from data.layouts.walk import check_root, find_manifest, is_fault
 from data.load import describe_collection, load_collection
 from data.tools.config import Check
@@ -33,7 +33,7 @@ log = get_logger(__name__)
 
 _SHOWN = 30  # the most frequent values of a column, in the log; the page has all
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")
-_FAULTS = (ORPHANS, ROWS, UNNAMED, BESIDE, UNREAD, UNREADABLE)
+_FAULTS = (ORPHANS, ROWS, UNNAMED, BESIDE, UNREAD, UNREADABLE, WITH)
 _Fault = tuple[str, str, str]  # path, kind and reason
 _DRAWN = ("width", "height", "brightness", "sharpness")
 

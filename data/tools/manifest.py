@@ -13,8 +13,7 @@ from data.config import DataConfig
 from data.images.bytes import Shards
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.manifest import find_sizes, find_sources, refuse_foreign, save_manifest
-from data.layouts.names import PARQUET
-from data.layouts.readers import is_table
+from data.layouts.names import PARQUET, is_image_name
 from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
 from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
@@ -80,7 +79,7 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
         decisions = read_corrections(folder, left) if data.corrections else {}
         table = split_corrected(table, correct(table, decisions, left), data.validation_fraction)
         say_unused(left.describe())
-        save_manifest(folder, table, {path: fact for path, fact in sources.items() if is_table(path)})
+        save_manifest(folder, table, {path: fact for path, fact in sources.items() if not is_image_name(path)})
     if damaged:
         for path in list(damaged)[:_NAMED]:
             log.warning("%s: unreadable: %s", path, damaged[path].reason)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.data.collection.test_collection import columns, load, put
-from tests.support import refuses
+from tests.support import refuses, write_manifest
 
 IMAGES = "images/a.png images/b.png images/c.png images/d.png"
 LABELS = ["a x", "b y", "c x", "d y"]
@@ -59,6 +59,7 @@ FORMS = {
             for n, (name, word) in enumerate(zip("abcd", "xyxy"))
         ]
     },
+    "Label Studio, short": {"min.json": [{"image": f"a/{n}.png", "choice": w} for n, w in zip("abcd", "xyxy")]},
     "Caffe": {"train.txt": "".join(f"images/{n}.png {i % 2}\n" for i, n in enumerate("abcd")), "synsets.txt": "x\ny\n"},
     "VOC": {f"Annotations/{name}.xml": voc(word) for name, word in zip("abcd", "xyxy")},
     "YOLO": {
@@ -100,6 +101,13 @@ def test_places_are_named_and_read_where_the_file_is_stated(value, read, log):
     assert read({}, table="none") == ["a", "b", "c", "d"]
     with refuses("data.table: 'other.json'"):
         read({}, table="other.json")
+
+
+def test_an_annotation_file_that_changes_is_said_beside_a_manifest(read, tmp_path, log):
+    read({"all.json": coco(*"xyxy")})
+    write_manifest(tmp_path / "root")
+    assert read({}) == LABELS and "differ from" not in log.text
+    assert read({"all.json": coco(*"yyx")}) == LABELS and "differ from" in log.text
 
 
 def test_lists_of_splits_and_broken_files(read, log):

@@ -15,6 +15,7 @@ SAID = (
     "120 images whose package is not installed (make install-formats reads them): .heic 80 (pillow-heif), .nef 40 (raw",
     "126 files of kinds that no reader takes: .mov 124, no ending 2",
     "2 tables that nobody has read (data.table=FILE",
+    "1 volumes of NIfTI, which are not read (write slices as PNG or DICOM): a/scan.nii.gz",
     "2 archives, which are not looked into (unpack them): b/more.tar.gz, photos.zip",
     "2 annotation files that cannot be read: a/0.xml (no element found: line 1, column 0), instances.json (",
 )
@@ -38,6 +39,7 @@ def phone(tmp_path):
         "b/README",
         "a/0.xml",
         "photos.zip",
+        "a/scan.nii.gz",
         "b/more.tar.gz",
         "instances.json",
     ):
