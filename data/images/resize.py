@@ -68,17 +68,14 @@ def _whole_weights(size: int, count: int, interpolation: str) -> tuple[csr_array
     stretch = max(scale, 1.0)
     reach = _REACH[interpolation] * stretch
     centres = scale * (np.arange(count) + 0.5)
-    first = np.maximum((centres - reach + 0.5).astype(np.int64), 0)
-    ends = np.minimum((centres + reach + 0.5).astype(np.int64), size)
-    places = first[:, None] + np.arange((ends - first).max())
-    distances = np.abs((places - centres[:, None] + 0.5) * (1 / stretch))
-    shares = np.where(places < ends[:, None], _curve(distances, interpolation), 0.0)
+    places = np.floor(centres - reach + 0.5)[:, None] + np.arange(int(2 * reach) + 2)
+    inside = (places >= 0) & (places < size)
+    shares = inside * _curve(np.abs(places - centres[:, None] + 0.5) * (1 / stretch), interpolation)
     shares /= shares.sum(axis=1, keepdims=True)
-    bits = next(bits for bits in range(_MOST_BITS + 1) if int(0.5 + shares.max() * 2 ** (bits + 1)) >= _MOST_WEIGHT)
+    bits = sum(int(0.5 + shares.max() * 2**bits) < _MOST_WEIGHT for bits in range(1, _MOST_BITS + 1))
     weights = np.trunc(shares * 2**bits + np.copysign(0.5, shares)).astype(np.int32)
-    rows = np.repeat(np.arange(count), places.shape[1])
-    columns = np.minimum(places, size - 1).ravel()
-    return csr_array((weights.ravel(), (rows, columns)), shape=(count, size)), bits
+    rows = np.nonzero(inside)[0]
+    return csr_array((weights[inside], (rows, places[inside].astype(int))), shape=(count, size)), bits
 
 
 def _curve(x: ndarray, interpolation: str) -> ndarray:

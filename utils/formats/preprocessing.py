@@ -1,6 +1,6 @@
 """How an image file becomes a network's input: one description, stored in weight files and exports.
 
-Training's evaluation and predict.py run it (data/open.py, data/augment/transforms.py), exports state it in the words of
+Training's evaluation and predict.py run it (data/images/prepare.py), exports state it in the words of
 other libraries (models/interop/libraries.py), and the program in an export's card is printed from it
 (models/interop/snippets). The steps, in order:
 

@@ -26,6 +26,8 @@ def test_numpy_resizes_as_torch_to_the_bit(interpolation, channels, monkeypatch)
     draw = np.random.default_rng(0)
     for number in range(40):
         sides, resized = draw.integers(1, 300, (2, 2))
+        resized = resized if number else (1, 1)  # 300 times as small: the weights have all their bits
+        sides = sides if number else (900, 7)
         pixels = draw.integers(0, 256, (*sides, channels), dtype=np.uint8)
         pixels = pixels if number % 2 else np.where(pixels > 127, 255, 0).astype(np.uint8)  # overshoots are clipped
         by_torch = resize(pixels, resized, interpolation)
