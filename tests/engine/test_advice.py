@@ -13,18 +13,14 @@ def ask(recalls, class_images, samples=100):
     ]
     images = samples * len(recalls)
     right = sum(row["correct"] for row in classes)
-    decisions = [
-        {"threshold": share / 100, "predicted": images * (100 - share) // 100, "correct": right * (100 - share) // 100,
-         "precision": right / max(1, images)} for share in range(100)
-    ]  # fmt: skip
+    decisions = [{"predicted": images, "precision": right / max(1, images)}]
     return advise({"classes": classes, "decisions": decisions}, class_images)
 
 
-def test_the_classes_with_most_errors_and_labels_to_check():
-    errors, labels = ask([0.9, 0.2, 0.8, 0.4, 0.6, 0.7], [90, 20, 80, 40, 60, 70])
+def test_the_classes_with_most_errors():
+    (errors,) = ask([0.9, 0.2, 0.8, 0.4, 0.6, 0.7], [90, 20, 80, 40, 60, 70])
     most = "c1 33% (accuracy 0.2, 20 images), c3 25% (accuracy 0.4, 40 images)"
     assert errors == f"most errors: {most}"
-    assert "120 of 300 sure" in labels and "prepare.py job=labels" in labels  # the right ones have 0.5 on average
 
 
 @pytest.mark.parametrize("counts", [(), (9,)], ids=["a task without classes", "another number of classes"])
