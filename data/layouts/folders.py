@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from data.layouts.names import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_image_name
-from data.layouts.places import is_few, lacks_labels
+from data.layouts.places import is_few
 from data.layouts.readers import READERS, Reader, Sidecar
 from data.layouts.scan import Folder
-from data.layouts.table import build_table, show_some
+from data.layouts.table import TEST, build_table, show_some
 from data.layouts.unused import BESIDE
 from data.layouts.values import read_label
 from utils.errors import UserError
@@ -123,15 +123,16 @@ def _settle_places(folder: Folder) -> None:
 
     Raises UserError if many images are not in split folders, or many of train and val not in class folders.
     """
-    splits = [*folder.splits.values()]
-    is_outside = [any(splits) and split is None for split in splits]
-    is_bare = lacks_labels(splits, [*folder.labels.values()])
-    for what, lacking in (("a split folder", is_outside), ("a class folder", is_bare)):
-        others = [path for path, lacks in zip(folder.images, lacking) if lacks]
-        odd = min(others, folder.images.keys() - others, key=len)
-        if len(others) > 1 and not is_few(len(odd), len(splits)):
+    inside = [path for path, split in folder.splits.items() if split]
+    needed = [path for path in folder.images if folder.splits[path] != TEST]  # the test split needs no label
+    labelled = [path for path in needed if folder.labels[path]]
+    total = len(folder.images)
+    for what, paths, within in (("a split folder", folder.images, inside), ("a class folder", needed, labelled)):
+        others = sorted({*paths}.difference(within)) if within else []
+        odd = min(others, within, key=len)
+        if len(others) > 1 and not is_few(len(odd), total):
             raise UserError(
-                f"data.root: {str(folder.root)!r} mixes layouts: {len(others):,} of {len(splits):,} images are not in "
+                f"data.root: {str(folder.root)!r} mixes layouts: {len(others):,} of {total:,} images are not in "
                 f"{what}: {show_some(others)}; move all images into such folders, or none; or list images, splits and "
                 "labels in a manifest.jsonl. data.splits=false takes all folders for classes"
             )

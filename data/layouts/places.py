@@ -82,9 +82,3 @@ def _find_depth(folders: Sequence[Sequence[str]], chosen: Splits) -> tuple[int, 
 def is_few(count: int, total: int) -> bool:
     """Return whether so few images say nothing about a layout."""
     return count <= total // 10
-
-
-def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:
-    """Return for each image whether its label is missing: another one of train or val has one. Test needs no labels."""
-    is_needed = any(label for split, label in zip(splits, labels) if split != TEST)
-    return [is_needed and label is None and split != TEST for split, label in zip(splits, labels)]

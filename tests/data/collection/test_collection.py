@@ -148,6 +148,13 @@ def test_mixed_layouts_are_refused(refuse, root, paths, words):
     refuse(put(root, *paths), "mixes", *words)
 
 
+@pytest.mark.parametrize(
+    "paths", ["train/c/1.png test/2.png test/3.png", "train/1.png train/4.png test/c/2.png test/3.png"]
+)
+def test_the_test_split_alone_may_lack_labels(paths, opened, root):
+    assert len(opened(put(root, *paths.split()))) == len(paths.split())
+
+
 def test_a_layout_is_what_nearly_all_images_say(opened, root, log):
     put(root, *(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)), "raw.png")
     assert opened(root).table["label"].to_pylist() == ["cat"] * 3 + ["dog"] * 3 + [None]
