@@ -76,10 +76,8 @@ def _parse(folder: Folder, name: str) -> tuple[str, list[Mark]]:
     except Exception as error:  # any type
         folder.unused.add("annotation files that cannot be read", f"{name} ({error})")
         return "", []
-    if not marks and form not in ("", NAMES):
+    if not marks:
         folder.unused.add(form, name)
-    elif not marks:
-        folder.unused.add_files(name)
     return form, marks
 
 
