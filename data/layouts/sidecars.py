@@ -198,11 +198,13 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, Json]]:
-    """Yield the JSON object of each line, after its position for messages. Raises UserError (`data.root`)."""
+    """Yield the JSON object of each line, or item of one list, after its position. Raises UserError (`data.root`)."""
     with about("data.root"), readable(file, file.suffix):
         with open(file, "rb") as content:
-            encoding = find_encoding(content.read(2))
-        with open(file, encoding=encoding) as lines:
+            start = content.read(2)
+        with open(file, encoding=find_encoding(start)) as lines:
+            if start.startswith(b"["):
+                lines = map(json.dumps, load_json(lines.read(), repr(str(file))))
             for number, line in enumerate(lines, start=1):
                 where = f"{str(file)!r}, line {number},"
                 if line.strip():

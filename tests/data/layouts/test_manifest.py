@@ -83,6 +83,8 @@ def test_a_parquet_manifest_of_other_types(opened, root):
     (root / "manifest.parquet").unlink()
     lines = [{"path": "a.png", "label": "5", "weight": 0}, {"path": "b.png", "label": "3", "tags": ["t"]}]
     assert opened(jsonl(root, lines)).fingerprint == collection.fingerprint
+    (root / "manifest.jsonl").write_text(json.dumps(lines, indent=1))
+    assert opened(root).fingerprint == collection.fingerprint
 
 
 @pytest.mark.parametrize(
