@@ -99,7 +99,8 @@ def index_collection(
     lines = [*unused.describe(), *list_unused(unused, cache)]
     _say(unused.said, lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
-    if map_index(target) is None:
+    known = map_index(target)
+    if known is None or not known.equals(rows):  # the fingerprint lacks the columns of MEASURED
         seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
         facts = {
             "fingerprint": fingerprint,

@@ -264,6 +264,14 @@ def test_the_index_of_a_folder(opened, root, tmp_path):
     assert opened(root).arrow.stat() == before
 
 
+def test_the_index_of_a_folder_follows_its_groups(root, tmp_path):
+    put(root, "1.png", "2.png")
+    for groups in ([1, 2], [1, 1]):
+        (root / "labels.csv").write_text("image,label,patient\n1,x,{}\n2,y,{}\n".format(*groups))
+        collection = load(root, tmp_path / "cache", table="auto", columns={"group": "patient"})
+        assert collection.column("group").tolist() == groups
+
+
 @pytest.mark.parametrize("name", SCHEMA.names)
 def test_every_column_is_in_the_hash(name):
     base = {"path": ["a", "b"], "size": [1, 2], "tags": [["x", "y"], []], "label": ["l", None], "weight": [1, 0.5]}
