@@ -90,11 +90,8 @@ def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
     """Return the name of a sweep, and the words of each job that is not complete."""
     schema = importlib.import_module(script).main.schema  # tells which words are paths
     sweep = parse_sweep(quote_paths(words, schema))
-    if sweep.settings.trials or sweep.settings.wandb:
-        raise UserError(
-            "sweep.trials, sweep.wandb: a search needs the results of the jobs before, and W&B's agents start their "
-            "own; run it without SLURM's array"
-        )
+    if sweep.settings.wandb:
+        raise UserError("sweep.wandb: W&B's agents start the jobs; write the file without submit/slurm.py")
     jobs = list(sweep.jobs())
     left = [list(job.words) for job in jobs if not job.is_complete]
     log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))

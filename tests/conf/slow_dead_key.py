@@ -183,7 +183,7 @@ LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project weights                        # tests/utils/record/test_trackers.py
-SweepConfig: name gpus trials wandb                       # of the words: tests/utils/config/test_sweep.py
+SweepConfig: name gpus wandb                        # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py
 NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
 FCMAETaskConfig: decoder_dim decoder_depth          # to the network: tests/models/test_build.py, test_fcmae.py

@@ -122,8 +122,8 @@ def test_jobs_of_a_sweep_are_those_that_are_not_complete(tmp_path, monkeypatch):
     (complete.parent / "overrides.txt").write_text("optim.lr=2\nrun_dir=outputs/sweeps/rates/lr=2\n")
     left = [[f"optim.lr={rate}", "sweep.name='rates'", f"run_dir=outputs/sweeps/rates/lr={rate}"] for rate in (1, 3)]
     assert slurm.list_jobs("finetune", words) == ("rates", left)
-    with refuses(r"^sweep.trials, sweep.wandb: a search needs the results of the jobs before"):
-        slurm.list_jobs("finetune", [*words, "sweep.trials=3"])
+    with refuses("^sweep.wandb: "):
+        slurm.list_jobs("finetune", [*words, "sweep.wandb=sweep.yaml"])
 
 
 def test_no_slurm_is_said(tmp_path, monkeypatch):

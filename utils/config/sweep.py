@@ -2,11 +2,10 @@
 
     python finetune.py --multirun optim.lr=0.001,0.003 seed=0,1,2 sweep.name=rates
     python finetune.py --multirun optim.lr=0.001,0.003 sweep.gpus=[0,1]
-    python finetune.py --multirun 'optim.lr=tag(log,interval(1e-4,1e-2))' sweep.trials=20
+    python finetune.py --multirun 'optim.lr=tag(log,interval(1e-4,1e-2))' sweep.wandb=sweep.yaml
 
 Each job has a run folder named by its swept values (`lr=0.001,seed=0`), so the same command again runs only the missing
-jobs. In a search (sweep.trials), Optuna chooses a job's values from the results of earlier jobs. Its state is in the
-sweep's folder (optuna.log): the same command continues the search and repeats interrupted trials.
+jobs. A search over ranges is W&B's: sweep.wandb writes the sweep that its agents run.
 """
 
 import itertools
@@ -19,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -48,11 +47,10 @@ class _SweepWords(Strict):
 
 
 class SweepJob(NamedTuple):
-    """A job: the overrides of its command, its run folder and, in a search, Optuna's trial."""
+    """A job: the overrides of its command, and its run folder."""
 
     words: tuple[str, ...]
     folder: str
-    trial: Any = None
 
     @property
     def is_complete(self) -> bool:
@@ -74,15 +72,18 @@ class Sweep(NamedTuple):
         return [override for override in self.overrides if override.is_sweep_override()]
 
     def jobs(self) -> Iterator[SweepJob]:
-        """Yield the jobs of all combinations of values, or of a search."""
-        if self.settings.trials is not None:
-            yield from _trials(self)
-            return
+        """Yield the jobs of all combinations of values. Raises UserError for a range."""
+        for key in self.swept:
+            if key.is_interval_sweep():
+                raise UserError(
+                    f"{key.key_or_group}: found a range, {key.input_line}; W&B's agents search in it: add "
+                    "sweep.wandb=FILE.yaml, or write values: A,B"
+                )
         names = [key.key_or_group for key in self.swept]
         for values in itertools.product(*(key.sweep_string_iterator() for key in self.swept)):
             yield self.job(dict(zip(names, values)))
 
-    def job(self, chosen: Values, trial: Any = None) -> SweepJob:
+    def job(self, chosen: Values) -> SweepJob:
         """Return the job with the `chosen` values.
 
         Its folder's name has the last part of each swept key, or the whole key if two keys end alike, and a hash if
@@ -102,7 +103,7 @@ class Sweep(NamedTuple):
         if name != full:
             name = f"{name}-{sha256_text(full)[:8]}"
         folder = f"{self.base}/{name}"
-        return SweepJob((*words, f"run_dir={folder}"), folder, trial)
+        return SweepJob((*words, f"run_dir={folder}"), folder)
 
 
 def parse_sweep(words: Sequence[str]) -> Sweep:
@@ -122,7 +123,7 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
 def write_wandb_sweep(sweep: Sweep, script: str) -> int:
     """Write the swept values as a sweep of W&B, and return the exit status. Raises UserError (`sweep.wandb`).
 
-    W&B's agents start the script with values such as `optim.lr=0.001`. With `sweep.trials` they search, as ranges need.
+    W&B's agents start the script with values such as `optim.lr=0.001`. They search if a key has a range.
     """
     parameters = {key.key_or_group: _to_wandb(key) for key in sweep.swept}
     fixed = [
@@ -130,7 +131,7 @@ def write_wandb_sweep(sweep: Sweep, script: str) -> int:
     ]
     values = {
         "program": Path(script).name,
-        "method": "grid" if sweep.settings.trials is None else "bayes",
+        "method": "bayes" if any(key.is_interval_sweep() for key in sweep.swept) else "grid",
         "metric": {"name": OBJECTIVE, "goal": "maximize"},
         "parameters": parameters,
         "command": ["${env}", "${interpreter}", "${program}", "tracking=wandb", *fixed, "${args_no_hyphens}"],
@@ -161,8 +162,8 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
     A stop signal is forwarded to the running jobs, no further job starts, and the sweep raises SystemExit(75). A
     launcher starts the sweep on each rank: then jobs run in turn, and each rank starts its process of a job.
     """
-    if detect_world().size > 1 and (settings.gpus or settings.trials):
-        raise UserError("sweep.gpus, sweep.trials: their jobs have one rank each; start the sweep without a launcher")
+    if detect_world().size > 1 and settings.gpus:
+        raise UserError("sweep.gpus: its jobs have one rank each; start the sweep without a launcher")
     free = [*(settings.gpus or [None])]
     running: dict[subprocess.Popen, tuple[SweepJob, int | None]] = {}
     statuses = {}
@@ -172,9 +173,7 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
             while free and not stop.requested and (job := next(jobs, None)) is not None:
                 if job.is_complete:
                     log.info("complete already: %s", job.folder)
-                    _end(job, EXIT_OK, statuses)
-                elif job.folder in [other.folder for other, _ in running.values()]:  # a trial with the same values
-                    _tell(job, None)
+                    statuses[job] = EXIT_OK
                 else:
                     gpu = free.pop(0)
                     running[_start(job, script, gpu)] = job, gpu
@@ -189,7 +188,9 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
                 job, gpu = running.pop(process)
                 free.append(gpu)
                 status = process.returncode
-                _end(job, status if status >= 0 else 128 - status, statuses)  # a signal's number as in a shell
+                statuses[job] = status if status >= 0 else 128 - status  # a signal's number as in a shell
+                if status not in (EXIT_OK, EXIT_STOPPED):
+                    log.error("failed with status %d: %s", statuses[job], job.folder)
     if stop.requested:
         raise SystemExit(EXIT_STOPPED)
     return statuses
@@ -212,57 +213,3 @@ def _start(job: SweepJob, script: str, gpu: int | None) -> subprocess.Popen:
             [sys.executable, script, *job.words],
             env=environment, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
-
-
-def _end(job: SweepJob, status: int, statuses: dict[SweepJob, int]) -> None:
-    """Record a job's exit status. A stopped job stays an open trial."""
-    statuses[job] = status
-    if status not in (EXIT_OK, EXIT_STOPPED):
-        log.error("failed with status %d: %s", status, job.folder)
-    if job.trial is not None and status != EXIT_STOPPED:
-        _tell(job, RunReader(Path(job.folder)).objective)
-
-
-def _trials(sweep: Sweep) -> Iterator[SweepJob]:
-    """Yield the jobs of a search; Optuna chooses each from the earlier results."""
-    import optuna  # takes a second
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.trial import TrialState
-
-    if not sweep.swept:
-        raise UserError("sweep.trials: nothing is swept; add a range, optim.lr=tag(log,interval(1e-4,1e-2))")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with output_errors("run_dir", Path(sweep.base)):
-        Path(sweep.base).mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(f"{sweep.base}/optuna.log")),
-        study_name="sweep", direction="maximize", load_if_exists=True,
-    )  # fmt: skip
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # interrupted trials: repeat them
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # the same seed would repeat values
-    for _ in range(sweep.settings.trials - len(study.get_trials(states=(TrialState.COMPLETE,)))):
-        trial = study.ask()
-        yield sweep.job({key.key_or_group: _suggest(trial, key) for key in sweep.swept}, trial)
-
-
-def _suggest(trial: Any, override: Override) -> str | int | float:
-    """Return a trial's value for a swept key."""
-    name = override.key_or_group
-    sweep = override.value()
-    if not isinstance(sweep, IntervalSweep):
-        return trial.suggest_categorical(name, list(override.sweep_string_iterator()))
-    is_log = "log" in sweep.tags
-    if "int" in sweep.tags:
-        return trial.suggest_int(name, int(sweep.start), int(sweep.end), log=is_log)
-    value = trial.suggest_float(name, float(sweep.start), float(sweep.end), log=is_log)
-    return float(f"{value:.4g}")  # short, for the folder's name; Optuna keeps more digits
-
-
-def _tell(job: SweepJob, objective: float | None) -> None:
-    """Report a job's figure to Optuna; None means that the trial failed."""
-    from optuna.trial import TrialState
-
-    job.trial.study.tell(job.trial, objective, TrialState.FAIL if objective is None else TrialState.COMPLETE)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from utils.config.bounds import Count, CountOrZero
+from utils.config.bounds import CountOrZero
 from utils.config.schema import PathText, Strict
 
 FLAGS = {"--multirun", "-m"}
@@ -16,4 +16,3 @@ class SweepConfig(Strict):
     name: PathText
     gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # a job at a time for each
     wandb: PathText | None  # a file for `wandb sweep`, written in place of the jobs
-    trials: Count | None  # the number of jobs whose values Optuna chooses

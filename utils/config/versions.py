@@ -41,12 +41,14 @@ LATER = {
 CUT = {
     "loop.audit_every": None,
     "runtime.parallel": "ddp",
+    "sweep.trials": None,
     "task[diffusion].judge": None,
     "task[diffusion].captions.order": None,
     "task[diffusion].captions.dropout": None,
     "task[diffusion].preference_beta": None,
 }
-_WITHOUT_WEIGHTS = {"task[diffusion].judge"}  # keys of CUT that changed no weights: they go, whatever their value
+# Keys of CUT that changed no weights: they go, whatever their value.
+_WITHOUT_WEIGHTS = {"sweep.trials", "task[diffusion].judge"}
 
 
 def read_saved(values: Values) -> Json:

@@ -67,7 +67,7 @@ def test_all_errors_are_listed_together():
 FROM_HYDRA = {
     "optim.lrr=1": "optim.lrr: ... close: optim.lr",
     "loop.lr=1": "loop.lr: ... optim.lr",
-    "sweep.zzzzzzzzzzz=1": "sweep.zzzzzzzzzzz: ... known: sweep.gpus, sweep.name, sweep.trials, ",
+    "sweep.zzzzzzzzzzz=1": "sweep.zzzzzzzzzzz: ... known: sweep.gpus, sweep.name, ",
     "model=convnextv2_tny": "model: unknown 'convnextv2_tny' ... close: convnextv2_tiny",
     "model=resnet50": "model: unknown 'resnet50' ... model=timm model.name=resnet50",
     "tracking=null": "tracking: ... jsonl, tensorboard, wandb",
@@ -87,7 +87,7 @@ FROM_HYDRA = {
     "seed=${nothing}": "seed: ... 'nothing' not found",
     "seed=${oc.env:HOME}": "seed: ... oc.env",
     "data.root=\udcff": "'data.root': must be UTF-8 ... udcff",
-    "sweep.trials=0 --multirun": "sweep.trials: ... found 0",
+    "sweep.gpus=[] --multirun": "sweep.gpus: ... found []",
 }
 
 

@@ -12,7 +12,8 @@ import wandb
 
 from tests.in_process import TINY, make_images, run
 from tests.support import is_reading, rows
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
+from utils.record.run_reader import RunReader
 from utils.record.trackers import Tracker, _Wandb, choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -115,6 +116,12 @@ def test_wandb_has_the_objective_of_a_sweep_and_the_weights_if_asked(images, tmp
     fine_tune(images, tmp_path, "loop.total_steps=2", "run_dir=sent", "tracking.weights=true", *WANDB)
     files = [Path(f"sent/weights/{name}_weights.safetensors") for name in ("best", "last")]
     assert sent == [(files[0], "weights-fromagent", ["best"]), (files[1], "weights-fromagent", ["latest"])]
+
+
+@pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5)])
+def test_the_objective_is_highest_where_the_run_is_best(tmp_path, is_lowest_best, value):
+    write_json(tmp_path / "result.json", {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})
+    assert RunReader(tmp_path).objective == value
 
 
 def test_wandb_offline_keeps_the_weights(images, tmp_path):
