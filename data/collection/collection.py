@@ -7,6 +7,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -196,6 +197,9 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     known, missing, unknown = (
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
+    alike = Counter(map(str.casefold, train))
+    if double := [name for name in train if alike[name.casefold()] > 1]:
+        log.warning("data.root: classes differ in case alone; give them one spelling: %s", show_some(double))
     tagged = has_value(collection.table["tags"].take(rows)).sum()
     if len(train) < 2:
         further = show_some(collection.possible_labels)

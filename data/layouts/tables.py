@@ -123,7 +123,7 @@ def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, name
         if is_field(field := names[name]):
             columns[field] = map(explain_column(field, table, name), table.column(name).to_pylist())
         else:
-            unused.add("columns of tables of unknown name, or second of their kind", name)
+            unused.add("columns of unknown name, or second of their kind (data.columns={label: NAME} reads one)", name)
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
     return [parse_record(f"row {number} of {where!r}", row) for number, row in enumerate(rows)]
 

@@ -37,8 +37,11 @@ _WANTED = {
 def read_label(value: Any) -> str | None:
     """Return a text on one line; a whole number without a point, and a truth value as Python writes it.
 
-    -1 is none, as Hugging Face has it.
+    -1 is none, as Hugging Face has it. A JSON object of one value, such as VIA's {"class": "cat"}, is this value.
     """
+    if isinstance(value, str) and value.startswith("{"):
+        with suppress(ValueError):
+            [value] = json.loads(value).values()
     listed = read_list(value) if isinstance(value, str) else None
     text = _without_point(" ".join(_write("label", value if listed is None else listed).split()))
     return None if text in ("", "-1") else text

@@ -15,6 +15,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.io.files import canonical_json, readable, sha256_text
 
+_HEADER = ["antecedent_name", "consequent_name"]  # of the aliases and implications of Danbooru and e621
 Category = Literal["general", "artist", "copyright", "character", "meta"]
 
 
@@ -146,7 +147,7 @@ def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
         return []
     with about(key), readable(Path(path), "CSV"), open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
-        rows = [(reader.line_num, row) for row in reader if row]
+        rows = [(reader.line_num, row) for row in reader if row not in ([], _HEADER)]
     pairs = []
     for line, row in rows:
         tags = tuple(map(parse_tag, row))

@@ -209,7 +209,7 @@ def write_parquet(file, table):
     pq.write_table(table, file, row_group_size=4, compression="snappy")
 
 
-NAMED = "1 columns of tables of unknown name, or second of their kind: "
+NAMED = "1 columns of unknown name, or second of their kind (data.columns={label: NAME} reads one): "
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])

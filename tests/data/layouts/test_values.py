@@ -12,7 +12,8 @@ from tests.support import refuses
 # By field: values of one type, and what the table has of each.
 VALUES = [
     ("label", {"cat ": "cat", "\xa0cat": "cat", "red\xa0 hat": "red hat", "cafe\u0301": "café", "A&amp;B": "A&B",
-               "1.0": "1", "007": "007", "-1": None, "none": "none", " ": None}),
+               "1.0": "1", "007": "007", "-1": None, "none": "none", " ": None,
+               '{"class":"cat"}': "cat"}),
     ("label", {0.0: "0", 1.0: "1", 0.5: "0.5", None: None, 2.0: "2"}),
     ("label", {True: "True", False: "False", None: None}),
     ("label", {3: "3", -1: None, 0: "0"}),

@@ -101,11 +101,12 @@ def test_what_is_unknown_is_stated_by_tag_by_category_or_for_all_but_some(tmp_pa
 
 
 def test_aliases_and_implications(tmp_path):
-    aliases = "cat ears,animal ears\nkitty,cat\ncat,character:Felix\n"
+    aliases = "antecedent_name,consequent_name\ncat ears,animal ears\nkitty,cat\ncat,character:Felix\n"
     rules = rules_of(tmp_path, aliases, "felix,tail\n\ntail,animal\nlost,tail\n")
     table = of_rows([["kitty"], ["cat_ears", "artist:kitty"], ["lost"]])
     found = map_tags(table, vocabulary("animal", "animal_ears", (4, "felix"), "tail", ratings=False), rules)
     assert rows_of(found) == [[0, 2, 3], [0, 1, 2, 3], [0, 3]]
+    assert "antecedent_name" not in rules.aliases
     assert rules.hash != rules_of(tmp_path, "kitty,cat\n").hash != NO_RULES.hash
 
 
