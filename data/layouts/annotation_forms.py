@@ -66,7 +66,7 @@ def _read_json(value: Any) -> Form:
             return "FiftyOne", _read_fiftyone(labels, names)
         case [{"data": dict(), "annotations": list()}, *_] | [{"image": str(), "choice": _}, *_]:
             return "Label Studio", _read_studio(value)
-        case {"title": _, "photoTakenTime": _} | {"title": _, "access": _}:
+        case {"title": _, **others} if not others or others.keys() & {"photoTakenTime", "access", "people"}:
             return _GOOGLE, ()
     return ORPHANS, ()
 

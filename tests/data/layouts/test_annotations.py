@@ -137,11 +137,16 @@ def test_albums_are_the_classes_and_copies_in_a_year_count_once(around, tmp_path
     for name in DOGS.split():
         copy = root / around / TAKEOUT[around] / f"{name[-1]}.png"
         copy.write_bytes((root / f"{around}{name}.png").read_bytes())
-    (root / around / "Dogs/1.png.supplemental-metadata.json").write_text('{"title": "x", "photoTakenTime": {}}')
+    for name, more in {
+        "1.png.supplemental-metadata": ', "photoTakenTime": {}',
+        "metadata": "",
+        "2.png.supplemental-metadata": ', "people": []',
+    }.items():
+        (root / around / f"Dogs/{name}.json").write_text(f'{{"title": "x"{more}}}')
     found = columns(load(root, tmp_path / "cache"), "path", "label")
     assert {path[-5]: label for path, label in found} == {"1": "Dogs", "2": "Dogs", "3": "Rome", "9": None}
     assert len(found) == 4
-    assert "3 copies in folders of years" in log.text and "1 files of Google Photos" in log.text
+    assert "3 copies in folders of years" in log.text and "3 files of Google Photos" in log.text
 
 
 def test_masks_of_no_image_are_pictures_of_their_class(tmp_path):
