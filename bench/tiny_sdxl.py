@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import RandomCrop
 
-from data.images.bytes import Images
 from data.images.decode import Decoder
+from data.images.open import read_file
 from data.stream.source import UnreadableImage
 from data.tools.predictions import list_images
 from sdxl.files.checkpoints import save_pipeline
@@ -117,11 +117,11 @@ def write_tagged(folder: Path) -> None:
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Return up to _READ images of a folder, evenly spaced, cropped to one size; without the unreadable ones."""
     paths = list_images(str(folder), "images").paths
-    source = Images(paths, Decoder(3, _MAX_PIXELS))
+    decoder = Decoder(3, _MAX_PIXELS)
     pictures = []
-    for row in range(0, len(paths), -(-len(paths) // _READ)):
+    for path in paths[:: -(-len(paths) // _READ)]:
         with suppress(UnreadableImage):
-            picture = Image.fromarray(source.read(row)["image"].permute(1, 2, 0).numpy())
+            picture = Image.fromarray(decoder(read_file(path), str(path)))
             pictures.append(ImageOps.fit(picture, SIZES_HW[0][::-1]))
     return pictures
 

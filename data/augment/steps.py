@@ -18,10 +18,10 @@ from data.augment.transforms import (
     PolicyAugment,
     ResizedCrop,
     on_pillow,
-    on_pixels,
     random_affine,
 )
 from data.images.prepare import letterbox
+from data.images.resize import on_pixels
 from data.stream.order import Draw, Views
 from utils.contracts import Batch
 from utils.formats.background import DEFAULT
@@ -98,8 +98,7 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
-        if self._config.pad != "none":
-            image = on_pixels(image, letterbox, self._config.image_size_hw, self._background, self._config.pad)
+        image = on_pixels(image, letterbox, self._config.image_size_hw, self._background, self._config.pad)
         for step in self.steps.values():  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image

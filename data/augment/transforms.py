@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -18,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment.config import AugmentConfig
 from data.images.prepare import prepare
-from data.images.resize import resize_tensor
+from data.images.resize import on_pixels, resize
 from data.stream.order import Draw
 from utils import rng
 from utils.formats.preprocessing import Preprocessing
@@ -109,7 +108,7 @@ class ResizedCrop(v2.RandomResizedCrop):
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return a random crop, resized."""
-        return resize_tensor(self.cut(image), self.size, self.interpolation)
+        return on_pixels(self.cut(image), resize, self.size, self.interpolation)
 
     def cut(self, image: Tensor) -> Tensor:
         """Return a random crop. Differs: v2 pads crops beyond the image; there are none."""
@@ -157,8 +156,3 @@ class EvalTransform:
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized image or its centre, [C, H, W]."""
         return on_pixels(image, prepare, self._stated)
-
-
-def on_pixels(image: Tensor, change: Callable[..., np.ndarray], *settings: Any) -> Tensor:
-    """Return an image, uint8 [C, H, W], after a change of its pixels, uint8 [H, W, C]."""
-    return torch.from_numpy(change(image.permute(1, 2, 0).numpy(), *settings)).permute(2, 0, 1)

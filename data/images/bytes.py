@@ -7,8 +7,7 @@ source.read(7)["image"]          uint8 [3, H, W]
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from data.collection.collection import Collection
@@ -27,11 +26,15 @@ _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
 class Files:
-    """Encoded images, each in a file. paths: the path of a row below `root`."""
+    """Encoded images of a collection, each in a file."""
 
-    def __init__(self, root: str, paths: Callable[[int], str]) -> None:
-        self._root = root
-        self.name_of = paths
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self._root = os.fspath(collection.root)
+
+    def name_of(self, row: int) -> str:
+        """Return the path of a row, for messages too."""
+        return self.collection.row(row).path
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the local file of a row, or its range of a shard."""
@@ -39,7 +42,7 @@ class Files:
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row. Raises UnreadableImage with the name of the file or shard."""
-        return read_file(os.path.join(self._root, self.name_of(row)), self.name_of(row))
+        return read_file(self.file_of(row).path, self.name_of(row))
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows of a batch together; only remote shards gain from it."""
@@ -49,11 +52,10 @@ class Shards(Files):
     """Encoded images in local shards."""
 
     def __init__(self, collection: Collection) -> None:
-        super().__init__(os.fspath(collection.root), self._name_of)
-        self.collection = collection
+        super().__init__(collection)
         self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
 
-    def _name_of(self, row: int) -> str:
+    def name_of(self, row: int) -> str:
         """Return the path of a row, after the path of its shard."""
         view = self.collection.row(row)
         return view.path if view.path.startswith(f"{view.shard}/") else f"{view.shard}/{view.path}"
@@ -90,21 +92,18 @@ def member_key(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
-def open_contents(images: Collection | Sequence[Path]) -> Files:
-    """Return the encoded images of a collection, or of a list of files."""
-    if not isinstance(images, Collection):
-        return Files("", list(map(str, images)).__getitem__)
-    if is_remote(str(images.root)):
-        return open_name("data.images.remote_shards:RemoteShards")(images)
-    return Shards(images) if images.is_packed else Files(os.fspath(images.root), lambda row: images.row(row).path)
+def open_contents(collection: Collection) -> Files:
+    """Return the encoded images of a collection."""
+    if is_remote(str(collection.root)):
+        return open_name("data.images.remote_shards:RemoteShards")(collection)
+    return Shards(collection) if collection.is_packed else Files(collection)
 
 
 class Images(Source):
-    """Decoded images of a collection or of a list of files, as `image`, uint8 [channels, H, W]."""
+    """Decoded images of a collection, as `image`, uint8 [channels, H, W]."""
 
-    def __init__(self, images: Collection | Sequence[Path], decoder: "Decoder") -> None:
-        self.listing = images
-        self.contents = open_contents(images)
+    def __init__(self, collection: Collection, decoder: "Decoder") -> None:
+        self.contents = open_contents(collection)
         self.decoder = decoder
         self.prefetch = self.contents.prefetch
 

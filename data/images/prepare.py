@@ -40,8 +40,7 @@ def letterbox(pixels: ndarray, image_size_hw: Sequence[int], background: Any, pa
         pixels = resize(pixels, [max(1, round(side * shrink)) for side in pixels.shape[:2]], "bicubic")
     height, width, channels = pixels.shape
     side = max(height, width)
-    square = np.empty((side, side, channels), np.uint8)
-    square[:] = background_levels(background, channels)
+    square = np.full((side, side, channels), background_levels(background, channels), np.uint8)
     top = (side - height) // 2
     left = (side - width) // 2
     square[top : top + height, left : left + width] = pixels
@@ -92,10 +91,7 @@ def read_images(paths: Iterable[Path], preprocessing: Values, max_pixels: int, t
         except UnreadableImage as error:
             return error.reason
 
-    if threads == 0:
-        yield from map(read, paths)
-        return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         waiting = deque()
         for path in paths:
             waiting.append(pool.submit(read, path))

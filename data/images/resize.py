@@ -6,8 +6,8 @@ with whole weights, and rounded to bytes.
 
 import functools
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
@@ -33,24 +33,18 @@ def resize(pixels: ndarray, size_hw: Sequence[int], interpolation: str) -> ndarr
         wide = _resize_rows(pixels.swapaxes(0, 1), width, interpolation)
         return _resize_rows(wide.swapaxes(0, 1), height, interpolation)
     import torch
-
-    return resize_tensor(torch.from_numpy(pixels).permute(2, 0, 1), size_hw, interpolation).permute(1, 2, 0).numpy()
-
-
-def resize_tensor(image: "Tensor", size_hw: Sequence[int], interpolation: str) -> "Tensor":
-    """Resize an image, uint8 [C, H, W], in torch.
-
-    torch's kernel is fastest for channels-last memory, as decoders return it.
-    """
     from torch.nn import functional as F
 
-    if tuple(size_hw) == tuple(image.shape[1:]):
-        return image
-    if image.stride(0) == 1:  # also for crops, whose rows have gaps
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    # Not `image[None]`: with its first stride, the kernel would not detect the memory format.
-    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
-    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
+    # For channels-last memory without gaps, torch's kernel is fastest; `pixels[None]` would have another first stride.
+    batch = torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def on_pixels(image: "Tensor", change: Callable[..., ndarray], *settings: Any) -> "Tensor":
+    """Return an image, uint8 [C, H, W], after a change of its pixels, uint8 [H, W, C]."""
+    import torch
+
+    return torch.from_numpy(change(image.permute(1, 2, 0).numpy(), *settings)).permute(2, 0, 1)
 
 
 def _resize_rows(pixels: ndarray, count: int, interpolation: str) -> ndarray:

@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from data.collection.collection import Collection
-from data.images.resize import resize_tensor
+from data.images.resize import on_pixels, resize
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from sdxl.config import BucketConfig
@@ -100,7 +100,7 @@ def fit_into(size_hw: ndarray, bucket_hw: ndarray, choose_corner: CornerRule | N
 
 def place(image: Tensor, fit: BucketFit, flip: bool) -> Tensor:
     """Resize, flip and crop an image [C, H, W] into its bucket: [C, h, w]."""
-    image = resize_tensor(image, fit.resized_hw.tolist(), "bicubic")
+    image = on_pixels(image, resize, fit.resized_hw.tolist(), "bicubic")
     top, left = fit.crop_top_left.tolist()
     height, width = fit.target_hw.tolist()
     return (image.flip(-1) if flip else image)[:, top : top + height, left : left + width]

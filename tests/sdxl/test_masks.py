@@ -68,8 +68,9 @@ def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
 
 def test_a_concept_without_masks_has_none(opened, monkeypatch):
     images, _, find = opened
-    monkeypatch.setattr(images.listing, "concepts", [SimpleNamespace(mask=False), SimpleNamespace(mask=None)])
-    monkeypatch.setattr(images.listing, "concept_ids", lambda: np.array([0, 1, 1]))
+    collection = images.contents.collection
+    monkeypatch.setattr(collection, "concepts", [SimpleNamespace(mask=False), SimpleNamespace(mask=None)])
+    monkeypatch.setattr(collection, "concept_ids", lambda: np.array([0, 1, 1]))
     assert list(find()) == [1]
 
 
