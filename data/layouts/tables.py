@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import Table
 
@@ -185,6 +186,9 @@ def _read_csv(text: str, notes: list[str]) -> Table:
     plain = re.sub(f"^(#.*|sep=.)\n|{quote}[^{quote}]*{quote}", "", text[:_HEAD], flags=re.M)
     head = next(filter(re.compile(f"[{_SEPARATORS}]").search, plain.split("\n")), "")
     separator = stated[1] if stated else max(_SEPARATORS, key=head.count)
+    metadata = {_POINT: "." if separator == "," else ","}
+    if not stated and (columns := _read_clean(text.rstrip(), separator, quote)):
+        return pa.table(columns, metadata=metadata)
     rows = _split_rows(text, separator, quote)
     first = next((place for place, (_, row) in enumerate(rows) if any(row[1:]) and row[0][:1] != "#"), 0)
     if first:
@@ -198,7 +202,27 @@ def _read_csv(text: str, notes: list[str]) -> Table:
         if name and columns.setdefault(name.strip(), values) is not values:
             notes.append(f"the first column {name} counts")
     arrays = [pa.array([value or None for value in values], pa.string()) for values in columns.values()]
-    return pa.table(arrays, [*columns], metadata={_POINT: "." if separator == "," else ","})
+    return pa.table(arrays, [*columns], metadata=metadata)
+
+
+def _read_clean(text: str, separator: str, quote: str) -> dict[str, pa.ChunkedArray]:
+    """Return the columns of a CSV file as Arrow reads them, ten times as fast; none if anything has to be assumed."""
+    names = next(csv.reader(io.StringIO(text), delimiter=separator, quotechar=quote), [])
+    is_header = any(names[1:]) and names[0][:1] != "#" and len({*map(str.strip, names)}) == len(names)
+    if not is_header or text.count(quote) % 2:
+        return {}
+    types = dict.fromkeys(names, pa.string())  # Arrow would take texts that are dates for timestamps
+    with suppress(pa.ArrowInvalid):  # a row of another length
+        table = pa.csv.read_csv(
+            io.BytesIO(text.encode()),
+            parse_options=pa.csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=True),
+            convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
+        )
+        texts = [pa.chunked_array([names]), *table.columns]
+        if not any(pc.any(pc.match_substring_regex(column, r"^\s")).as_py() for column in texts):
+            table = table.filter(pc.is_valid(pc.coalesce(*table.columns)))  # a line of separators is no row
+            return {name.strip(): table[name] for name in filter(None, names)}
+    return {}
 
 
 def _split_rows(text: str, separator: str, quote: str) -> list[tuple[int, list[str]]]:

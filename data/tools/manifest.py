@@ -35,8 +35,8 @@ _NAMED = 20  # unreadable images in the log
 def write_manifest(job: Manifest, data: DataConfig) -> str:
     """Write `manifest.parquet` into the folder.
 
-    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not
-    writable or whose manifest another command writes, and for a manifest that this job did not write.
+    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, a folder that is not writable or
+    whose manifest another command writes, and a manifest that this job did not write.
     """
     folder = check_root(data.root)
     with open_journal("data.root", folder / PARQUET, advice=COPY):
@@ -44,27 +44,25 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
             refuse_foreign(manifest)
         sources = find_sources(folder)
         layout = open_folder(scan_folder(folder, unused := Unused(), data.choice()), own_cache(CACHE))
-        table = layout.read()
-        table = list_faults(table, unused, data.on_bad_sidecar)
+        table = list_faults(layout.read(), unused, data.on_bad_sidecar)
         for line in unused.said:
             log.info("data.root: %s", line)
         say_unused(unused.describe())
         paths = table["path"].to_pylist()
+        columns = {SIDECARS: [sources.get(path, "") for path in paths]}
         if layout.files:
             given = dict(zip(table.column_names, table.columns))
             contents = Shards(SimpleNamespace(root=folder, row=lambda row: Row(given, row)))
             facts = measure_shards(contents, len(table), data.max_pixels, decodes=job.verify)
+            shards = zip(table["shard"].to_pylist(), paths)  # a Parquet file, and not its unpacked copy
+            columns["shard"] = [path.rpartition("/")[0] if os.path.isabs(shard) else shard for shard, path in shards]
         else:
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=job.verify)
         damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
-        columns = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
+        columns["weight"] = [0.0 if path in damaged else 1.0 for path in paths]
         if damaged:
             columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
-        if layout.files:  # the manifest names a Parquet file, and not its unpacked copy
-            shards = zip(table["shard"].to_pylist(), paths)
-            columns["shard"] = [path.rpartition("/")[0] if os.path.isabs(shard) else shard for shard, path in shards]
-        columns[SIDECARS] = [sources.get(path, "") for path in paths]
         for name in ("sha256", *(_DECODED if job.verify else ())):
             columns[name] = [getattr(fact, name) for fact in facts]
         if job.verify:
