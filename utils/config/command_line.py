@@ -122,18 +122,17 @@ _OTHER_NAMES = {
 
 
 def _name_usual(word: str, script: Script) -> Iterator[str]:
-    key, equals, value = word.partition("=")
+    key, equals, _ = word.partition("=")
     known = list_keys(script.schema)
     if not equals and key in list_options("job", script.name):
         yield f"job={key}"
         return
-    if equals or key in known or re.match(r"-|~\w", key) or script.typed & {"data.root", "input"}:
-        names = [key, *_OTHER_NAMES.get(key, ())]
-    else:  # a path alone
-        names = ["run_dir", "weights"] if run_of(Path(word)) else ["data.root", "input", "run_dir"]
-        word = f"{names[0]}={word}"
-    name = next((name for name in names if {name, f"job.{name}"} & known.keys()), names[0])
-    yield word.replace(names[0], name, 1)
+    if not (equals or key in known or re.match(r"-|~\w", key) or script.typed & {"data.root", "input"}):  # a path
+        key = "run_dir" if run_of(Path(word)) else "data.root"
+        word = f"{key}={word}"
+    names = [key, *_OTHER_NAMES.get(key, ())]
+    name = next((name for name in names if {name, f"job.{name}"} & known.keys()), key)
+    yield word.replace(key, name, 1)
 
 
 def join_spaces(words: Sequence[str]) -> list[str]:

@@ -11,11 +11,11 @@ jobs. A search over ranges is W&B's: sweep.wandb writes the sweep that its agent
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -164,40 +164,30 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
     """
     if detect_world().size > 1 and settings.gpus:
         raise UserError("sweep.gpus: its jobs have one rank each; start the sweep without a launcher")
-    free = [*(settings.gpus or [None])]
-    running: dict[subprocess.Popen, tuple[SweepJob, int | None]] = {}
+    waiting = iter([*jobs])
     statuses = {}
-    forwarded = False
-    with StopRequest() as stop:
-        while True:
-            while free and not stop.requested and (job := next(jobs, None)) is not None:
-                if job.is_complete:
-                    log.info("complete already: %s", job.folder)
-                    statuses[job] = EXIT_OK
-                else:
-                    gpu = free.pop(0)
-                    running[_start(job, script, gpu)] = job, gpu
-            if not running:
-                break
-            time.sleep(_LOOK_SEC)
-            if stop.requested and not forwarded:
-                forwarded = True
-                for process in running:
-                    process.send_signal(signal.SIGTERM)
-            for process in [process for process in running if process.poll() is not None]:
-                job, gpu = running.pop(process)
-                free.append(gpu)
-                status = process.returncode
-                statuses[job] = status if status >= 0 else 128 - status  # a signal's number as in a shell
-                if status not in (EXIT_OK, EXIT_STOPPED):
-                    log.error("failed with status %d: %s", statuses[job], job.folder)
+
+    def work(gpu: int | None) -> None:
+        for job in waiting:
+            status = EXIT_OK
+            if job.is_complete:
+                log.info("complete already: %s", job.folder)
+            elif stop.requested:
+                return
+            else:
+                status = _run(job, script, gpu, stop)
+            statuses[job] = status
+
+    gpus = settings.gpus or [None]
+    with StopRequest() as stop, ThreadPoolExecutor(len(gpus)) as pool:
+        list(pool.map(work, gpus))
     if stop.requested:
         raise SystemExit(EXIT_STOPPED)
     return statuses
 
 
-def _start(job: SweepJob, script: str, gpu: int | None) -> subprocess.Popen:
-    """Start a job. Its output goes to the terminal, or with a GPU of its own to a file beside its folder."""
+def _run(job: SweepJob, script: str, gpu: int | None, stop: StopRequest) -> int:
+    """Run a job and return its status. Its output goes to the terminal, or with a GPU to a file beside its folder."""
     folder = Path(job.folder)
     with output_errors("run_dir", folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +199,15 @@ def _start(job: SweepJob, script: str, gpu: int | None) -> subprocess.Popen:
     log.info("started: %s", folder)
     with output as stream:
         # In a new session: the sweep forwards Ctrl-C as a request to save.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, script, *job.words],
             env=environment, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
+    while process.poll() is None and not stop.requested:
+        time.sleep(_LOOK_SEC)
+    process.terminate()  # does nothing to a process that has ended
+    status = process.wait()
+    status = status if status >= 0 else 128 - status  # a signal's number as in a shell
+    if status not in (EXIT_OK, EXIT_STOPPED):
+        log.error("failed with status %d: %s", status, folder)
+    return status

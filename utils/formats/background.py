@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageColor
 from pydantic import Field
 
 _Level = Annotated[int, Field(ge=0, le=255)]
@@ -15,8 +15,9 @@ def background_rgb(background: Any) -> tuple[int, int, int] | None:
     """Return the colour of a background; None for `drop`."""
     if background == "drop":
         return None
-    named = {"white": 255, "black": 0}.get(background, background) if isinstance(background, str) else background
-    return tuple(named) if isinstance(named, list | tuple) else (named,) * 3
+    if isinstance(background, str):
+        return ImageColor.getrgb(background)
+    return tuple(background) if isinstance(background, list | tuple) else (background,) * 3
 
 
 def background_levels(background: Any, channels: int) -> list[int]:
