@@ -33,7 +33,7 @@ from data.layouts.values import read_label
 from utils.errors import UserError, about
 from utils.io.files import Json, readable
 from utils.io.names import Names
-from utils.ranks.processes import count_cores, map_in_processes
+from utils.ranks.processes import map_items
 from utils.record.progress import track
 
 _TAR = ".tar"
@@ -70,10 +70,9 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: Tabl
     shards = [*zip(files, places, splits, files.values())]
     tables = []
     read = functools.partial(_read_shard, choice._replace(columns={**choice.columns}))  # a mappingproxy cannot be sent
-    results = map(read, shards)
-    if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
-        lost = "shards that end the process that reads them"
-        results = map_in_processes(read, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
+    lost = "shards that end the process that reads them"
+    fatal = lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]}))  # noqa: E731
+    results = map_items(read, shards, fatal, _PARALLEL_FROM)
     for rows, left in track(results, len(shards), "scanning shards"):
         tables.append(rows)
         unused.merge(left)

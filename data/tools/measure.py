@@ -28,6 +28,7 @@ from utils.ranks.processes import map_items
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault if a decoder crashes
 _PASSING = (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)  # faults that an unchanged file may lose
+_PARALLEL_FROM = 512  # files; with fewer, starting processes takes longer than the work
 _NEARLY_BLACK = 2**13  # levels of 2**16
 _SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all images
 
@@ -69,7 +70,7 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
         [Path(root, path) for path in paths],
-        lambda missing: map_items(measure, missing, _fatal_file),
+        lambda missing: map_items(measure, missing, _fatal_file, _PARALLEL_FROM),
         CACHE / f"{sha256_text(cache_key)[:16]}.jsonl",
         "reading the images",
         lambda facts: facts.kind not in _PASSING,

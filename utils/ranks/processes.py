@@ -22,7 +22,6 @@ log = get_logger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PARALLEL_FROM = 512  # items; with fewer, starting processes takes longer than the work
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")  # linux/un.h: 108 bytes with the zero at their end
 _MAX_CHUNK = 64  # items per message to a process
@@ -54,10 +53,10 @@ def count_cores() -> int:
 
 
 def map_items(
-    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
+    function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result], least: int
 ) -> Iterator[Result]:
-    """Like `map_in_processes`, but in this process if there are few items or one core."""
-    if len(items) < PARALLEL_FROM or count_cores() == 1:
+    """Like `map_in_processes`, but in this process for fewer than `least` items, or on one core."""
+    if len(items) < least or count_cores() == 1:
         return map(function, items)
     return map_in_processes(function, items, fatal)
 

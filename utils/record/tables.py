@@ -35,7 +35,7 @@ class Difference(NamedTuple):
     near: list[str] = []
 
 
-_DIFFERENCE = TypeAdapter(Difference | None)
+_DIFFERENCE = TypeAdapter(Difference)
 
 
 def find_tables(run: Path) -> dict[str, Path]:
@@ -126,20 +126,23 @@ def find_differences(run: Path, most: int) -> list[Difference]:
 
 
 def _differ(row: Json) -> Difference | None:
-    found = None
+    by = 1 - row.get("probability", 0)
+    guesses = {}
     if "tag" in row:  # of job=labels, too
-        by = 1 - row["probability"]
-        found = Difference(row["path"], by, {row["tag"]: not row["given"]}, near=row["neighbours"])
+        says = {row["tag"]: not row["given"]}
     elif "given" in row:  # of job=labels
+        says = row["proposed"]
         guesses = dict(zip(row["guesses"], row["probabilities"]))
-        found = Difference(row["path"], 1 - row["probability"], row["proposed"], guesses, row["neighbours"])
     elif "label" in row:
-        guesses = {row["prediction"]: row["probability"]}
-        found = Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"], guesses)
+        says = row["prediction"]
+        guesses = {says: row["probability"]}
+        by = 1 - math.exp(-row["loss"])
     else:
         tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
         tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
         tags.sort(reverse=True)
-        if tags:
-            found = Difference(row["path"], tags[0][0], {name: is_added for _, name, is_added in tags})
-    return _DIFFERENCE.validate_python(found)
+        if not tags:
+            return None
+        says = {name: is_added for _, name, is_added in tags}
+        by = tags[0][0]
+    return _DIFFERENCE.validate_python(Difference(row["path"], by, says, guesses, row.get("neighbours", [])))

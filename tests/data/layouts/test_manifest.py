@@ -219,7 +219,7 @@ def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, parallel):
-    monkeypatch.setattr(utils.ranks.processes, "PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(data.tools.measure, "_PARALLEL_FROM", 2 if parallel else 100)
     monkeypatch.setattr(utils.ranks.processes, "count_cores", lambda: 2)
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
@@ -234,7 +234,7 @@ def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, paralle
 def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
     """tests/utils/test_processes.py kills the processes; here every second file does."""
 
-    def all_but_every_second(inspect, files, fatal):
+    def all_but_every_second(inspect, files, fatal, least):
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
     monkeypatch.setattr(data.tools.measure, "map_items", all_but_every_second)
