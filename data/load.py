@@ -8,7 +8,7 @@ from data.collection.collection import Collection
 from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.open import allow_pixels, decoder_versions
-from data.layouts.table import SPLITS
+from data.layouts.table import SPLITS, has_value
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -48,7 +48,12 @@ def describe_collection(collection: Collection) -> str:
         else f"{train} training, {val} validation and {test} test"
     )
     classes = len(collection.class_names("train") or collection.class_names("test"))
-    labels = f" of {classes} classes" if classes else ", without labels"
+    rows = np.concatenate([collection.rows("train"), collection.rows("val")])
+    bare = collection.table["label"].take(rows).null_count
+    tagged = has_value(collection.table["tags"]).sum()
+    unlabelled = f", {tagged:,} with tags" if tagged else ", without labels"
+    labels = f" of {classes} classes" if classes else unlabelled
+    labels += f", {bare:,} without a label" if classes and bare else ""
     unused = np.count_nonzero(collection.weights() == 0)
     without = f", without {unused:,} of weight 0" if unused else ""
     return f"{collection.root}: {counts} images{labels}{without}"

@@ -203,15 +203,15 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     tagged = has_value(collection.table["tags"].take(rows)).sum()
     if len(train) < 2:
         further = show_some(collection.possible_labels)
-        others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""
+        others = further and f", and no column is the label; 'data.columns={{label: NAME}}' takes one of {further}"
         if tests := len(collection.rows("test")):
             others += f", and {tests:,} images in its test split, which is not trained on"
         if tagged and not train:
             others += f", but tags on {tagged:,} images (task=tagging trains a tagger: docs/booru.md)"
         raise UserError(
-            f"data.root: {root!r} has {len(train)} classes in its training split ({known}){others}; classification "
-            "needs two. Set data.root to a folder with one sub-folder per class (or with train/ and val/ that contain "
-            "them), or add a manifest.csv with the columns path and label"
+            f"data.root: {root!r} has {len(train)} classes in its training split ({known or 'no label'}){others}; "
+            "classification needs two. Set data.root to a folder with one sub-folder per class (or with train/ and "
+            "val/ that contain them), or add a manifest.csv with the columns path and label"
         )
     if unknown:
         raise UserError(

@@ -53,12 +53,15 @@ def _read_all(folder: Folder, names: Sequence[str]) -> dict[str, _Told]:
     words = next((marks for form, marks in parsed.values() if form == NAMES and marks), [])
     classes = {str(number): word for number, (_, word, _) in enumerate(words)}
     find = build_finder(folder.splits)
+    splits = find_splits({Path(name).stem for name in names}, folder.choice.splits)
     told = {}
     for name, (form, marks) in parsed.items():
         own = os.path.splitext(name)[0]
         is_read = stated == "auto" or f"{name}/".startswith(f"{stated.rstrip('/')}/")
         for image, word, kind in marks if is_read and form != NAMES else ():
-            path = find(image, "") or find(own, "")
+            nearby = os.path.join(os.path.dirname(name), image)
+            split = splits.get(Path(name).stem, "")
+            path = find(image, split) or find(nearby, split) or find(own, split)
             if path is None:
                 folder.unused.add(f"{ROWS} annotation files without an image", f"{image} in {name}")
             else:

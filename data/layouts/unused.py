@@ -35,8 +35,8 @@ LACKING = f"images whose package is not installed ({INSTALL} reads them)"
 UNFINISHED = "files of downloads and copies that have not ended (fetch them again, or remove them)"
 FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
 _COUNTED = (OTHERS, LACKING)  # by ending
-POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
-UNREAD = "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)"
+POSSIBLE = "columns that may be labels ('data.columns={label: NAME}' takes one)"  # names have counts of values
+UNREAD = "tables that nobody has read (data.table=FILE 'data.columns={path: COLUMN, label: COLUMN}' reads a .csv)"
 _KINDS = {
     UNREAD: ".csv .tsv .xlsx .xls .ods",
     "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",

@@ -82,7 +82,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
     counts = Counter(category_name(tag.category) for tag, _ in chosen)
     kinds = ", ".join(f"{n:,} {name}" for name, n in counts.items())
     rule = f"those on at least {config.min_count} training images ({key}min_count)"
-    log.info("%d of %d tags, %s: %s", len(chosen), len(found), rule, kinds)
+    log.info("%d of %d tags, %s: %s", len(chosen), sum(count > 0 for _, count in found), rule, kinds)
     return _complete(chosen)
 
 

@@ -4,6 +4,7 @@ import filecmp
 import os
 import shutil
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from itertools import islice, takewhile
@@ -13,17 +14,22 @@ from typing import Any
 
 from data.layouts.names import is_image_name
 from utils.io.files import write_atomically
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 def sort_rows(rows: Iterable[dict[str, Any]], folder: Path, by: str) -> Iterator[dict[str, Any]]:
     """Yield rows with the path of the image's copy or link in the folder of its class; unreadable images have none.
 
     by: copy or link. Files beside an image that share its name go with it. undo.sh removes each new file that still
-    equals its source.
+    equals its source. The log has the number of images in each folder.
     """
+    counts = Counter()
     put = shutil.copy2 if by == "copy" else os.symlink
     with open(folder / "undo.sh", "a", buffering=1, encoding="utf-8", errors="surrogateescape") as undo:
         for row in rows:
+            name = "unreadable"
             if "error" not in row:
                 name = "unsure" if row.get("unsure") else row["class"].replace("/", "_").lstrip(".")
                 files = _list_own(Path(os.path.abspath(row["path"])))
@@ -34,7 +40,9 @@ def sort_rows(rows: Iterable[dict[str, Any]], folder: Path, by: str) -> Iterator
                         undo.write(f"cmp -s {quote(str(file))} {quote(str(copy))} && rm {quote(str(copy))}\n")
                         write_atomically(copy, partial(put, file), flush=False)
                 row["sorted"] = str(place)
+            counts[name] += 1
             yield row
+    log.info("sorted: %s", ", ".join(f"{name} {count:,}" for name, count in counts.most_common()))
 
 
 def _choose_place(place: Path, files: list[Path]) -> Path:

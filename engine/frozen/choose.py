@@ -63,7 +63,7 @@ def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime,
     if frozen is None and (run := _find_fcmae(collection)) is not None:
         frozen = _open_own(RunReader(run).weights("last"), collection, runtime)
     frozen = frozen or PIXELS
-    log.info("features: those of %s", frozen.says)
+    log.info("features of %s", frozen.says)
     return frozen
 
 

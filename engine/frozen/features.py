@@ -51,7 +51,7 @@ PIXELS = Frozen(
         lambda images, what: (images.flatten(1).cpu() / 127.5 - 1).numpy(),
     ),
     "pixels",
-    "no network, but the images at 16 px: this machine has none that is trained, and could fetch none",
+    "the images at 16 px, because this machine has no trained network and cannot fetch one",
 )
 
 

@@ -145,7 +145,8 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
-    line = f"about {wrong:,} of {len(rows):,} labels are probably wrong{_describe(growth)}"
+    most = given.bincount().max().item() / len(rows)
+    line = f"about {wrong:,} of {len(rows):,} labels are probably wrong{_describe(growth, most + len(rows) ** -0.5)}"
     return _Suspects(files, {"labels": len(rows), "probably wrong": wrong}, line, growth)
 
 
@@ -176,12 +177,11 @@ def _rank(
     return pa.table({**shared, **columns, "neighbours": neighbours})
 
 
-def _describe(growth: Sequence[TableRow]) -> str:
-    """Return the accuracy with twice as many labels, as the end of a sentence."""
+def _describe(growth: Sequence[TableRow], least: float) -> str:
+    """Return the accuracy with twice as many labels, as the end of a sentence. least: a useful accuracy."""
     if not growth:
         return ""
     now, twice = growth
-    interval = f"{twice['low']:.2f} to {twice['high']:.2f}"
-    return (
-        f"; a linear classifier has {now['accuracy']:.2f}, with twice the labels {twice['accuracy']:.2f} ({interval})"
-    )
+    growing = f"with twice the labels {twice['accuracy']:.2f} ({twice['low']:.2f} to {twice['high']:.2f})"
+    doubt = "" if now["accuracy"] > least else ", so the features hardly tell the classes, and the ranking is a guess"
+    return f"; a linear classifier has the accuracy {now['accuracy']:.2f}, {growing}{doubt}"

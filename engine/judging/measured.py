@@ -79,8 +79,8 @@ class Measured:
         loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
         if len(self.rows) == 0:
             raise UserError(
-                f"split: {self.data.collection.root} has no image of split={self.split}; set another one, such as "
-                "split=all, or train with validation images (data.validation_fraction=0.1)"
+                f"split: {self.data.collection.root} has no image of split={self.split}; put images into a folder "
+                f"{self.split}/, set split=all, or train with validation images (data.validation_fraction=0.1)"
             )
         if loaders["val"].samples < len(self.rows):
             self._report_unlabelled(loaders["val"].samples)

@@ -110,7 +110,8 @@ class Pace:
         corrected = self._length.corrected
         if step == self._next and not plan.phase_ends:
             steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
-            log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
+            if steps != plan.total_steps:
+                log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
             corrected[step] = steps
             self._next = step + (steps - step) // 2 if steps - step > _LAST_SHARE * steps else -1
             self._write()

@@ -13,7 +13,7 @@ log = get_logger(__name__)
 _MUCH_WAITING = 0.1  # the last screen mentions the wait for data above this share of the training time
 _WAITING = (
     "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
-    "small files into shards (prepare.py job=pack), or set augment.on_device=true"
+    "small files into shards (prepare.py job=pack), or set augment.on_device=true where it is false"
 )
 
 

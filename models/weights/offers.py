@@ -79,7 +79,7 @@ def _fetch(offer: Offer, seconds: float) -> None:
         got = f"{download.done:,} of {download.size:,} bytes came in {seconds:.0f} s; the next run continues"
         log.warning("%s are left: %s", what, got if download.size else f"no answer in {_ANSWER_SEC:.0f} s")
     elif download.error:
-        log.warning("%s cannot be fetched: %s", what, download.error)
+        log.warning("%s cannot be fetched (%s); the command continues without them", what, download.error)
 
 
 class _Download(Thread):

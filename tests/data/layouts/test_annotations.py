@@ -153,3 +153,13 @@ def test_masks_of_no_image_are_pictures_of_their_class(tmp_path):
     put(tmp_path / "root", "mask/1.mask.png", "face/1.face.png", "face/2.face.png", "face/2.face.mask.png")
     found = columns(load(tmp_path / "root", tmp_path / "cache"), "path", "label")
     assert found == [("face/1.face.png", "face"), ("face/2.face.png", "face"), ("mask/1.mask.png", "mask")]
+
+
+@pytest.mark.parametrize(
+    "names", ["annotations/my_train.json annotations/my_val.json", "train/a.coco.json val/a.coco.json"]
+)
+def test_a_name_in_two_folders_is_found_by_the_split_or_the_folder_of_its_file(names, read, log):
+    images = " ".join(f"{split}/{name}.png" for split in ("train", "val") for name in "abcd")
+    labels = [*LABELS, "a y val", "b x val", "c y val", "d x val"]
+    assert read(dict(zip(names.split(), [coco(*"xyxy"), coco(*"yxyx")])), images) == labels
+    assert "not used" not in log.text
