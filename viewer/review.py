@@ -21,7 +21,8 @@ from utils.formats.spelling import RATINGS, Tag, parse_tag, write_tag
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
-from utils.record.tables import LABELS, Difference, find_differences, find_image_table, images_about
+from utils.record.tables import LABELS, find_image_table, images_about
+from viewer.differences import Difference, find_differences
 from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import (
     REFRESH_SEC,

@@ -68,8 +68,9 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
     """Return the facts of files with paths relative to the root, using one process per core."""
     cache_key = f"3 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
+    files = [Path(root, path) for path in paths]
     values = measure_once(
-        [Path(root, path) for path in paths],
+        files,
         lambda missing: map_items(measure, missing, _fatal_file, _PARALLEL_FROM),
         CACHE / f"{sha256_text(cache_key)[:16]}.jsonl",
         "reading the images",

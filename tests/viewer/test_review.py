@@ -10,7 +10,8 @@ from tests.data.collection.test_collection import load
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, save_grey, sees
-from utils.record.tables import LABELS, find_differences, images_about
+from utils.record.tables import LABELS, images_about
+from viewer.differences import find_differences
 from viewer.review import Review, make_question
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]

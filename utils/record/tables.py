@@ -1,16 +1,14 @@
 """Read the tables that evaluations leave in a run folder: tables/NAME.csv, and tables/images.parquet."""
 
 import csv
-import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
 from utils.io.files import Json, readable
 from utils.io.safe_text import escape_controls
@@ -20,22 +18,6 @@ DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
 LABELS = "tables/labels.parquet"  # of prepare.py job=labels
 _TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
-
-
-class Difference(NamedTuple):
-    """An image where network and label differ. by: how far, 0 to 1; says: a class, or tags to add (True) or take away.
-
-    guesses: the first classes with their probabilities; near: the paths of the images most like it.
-    """
-
-    path: str
-    by: float
-    says: str | dict[str, bool]
-    guesses: dict[str, float] = {}
-    near: list[str] = []
-
-
-_DIFFERENCE = TypeAdapter(Difference)
 
 
 def find_tables(run: Path) -> dict[str, Path]:
@@ -109,40 +91,3 @@ def images_about(run: Path, key: str) -> str:
     path = find_image_table(run)
     metadata = (path and pq.read_schema(path).metadata) or {}
     return metadata.get(key.encode(), b"").decode(errors="replace")
-
-
-def find_differences(run: Path, most: int) -> list[Difference]:
-    """Return the images of highest loss where network and label differ, by distance.
-
-    The distance is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold. Tags are
-    in the order of it, the farthest first. There are none without images.parquet or `LABELS`. Raises UserError.
-    """
-    found = {}
-    for each in filter(None, worst_images(run, most, of=_differ) or ()):
-        first = found.setdefault(each.path, each)
-        if isinstance(each.says, dict):  # job=labels has a row for each tag
-            first.says.update(each.says)
-    return sorted(found.values(), key=lambda difference: -difference.by)
-
-
-def _differ(row: Json) -> Difference | None:
-    by = 1 - row.get("probability", 0)
-    guesses = {}
-    if "tag" in row:  # of job=labels, too
-        says = {row["tag"]: not row["given"]}
-    elif "given" in row:  # of job=labels
-        says = row["proposed"]
-        guesses = dict(zip(row["guesses"], row["probabilities"]))
-    elif "label" in row:
-        says = row["prediction"]
-        guesses = {says: row["probability"]}
-        by = 1 - math.exp(-row["loss"])
-    else:
-        tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
-        tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
-        tags.sort(reverse=True)
-        if not tags:
-            return None
-        says = {name: is_added for _, name, is_added in tags}
-        by = tags[0][0]
-    return _DIFFERENCE.validate_python(Difference(row["path"], by, says, guesses, row.get("neighbours", [])))

@@ -12,7 +12,8 @@ from tests.engine.frozen.test_features import RESNET, place  # noqa: F401
 from tests.in_process import run
 from tests.support import refuses
 from utils.io.files import read_json
-from utils.record.tables import LABELS, find_differences, images_about
+from utils.record.tables import LABELS, images_about
+from viewer.differences import find_differences
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 190, 40), "blue": (40, 50, 210)}
 WRONG = ("07.png", "16.png", "25.png", "34.png")  # green ones, which are called blue
