@@ -109,6 +109,7 @@ class Script(NamedTuple):
     typed: set[str]
 
 
+Spelling = Callable[[str, Script], Iterator[str]]  # yields what Hydra gets in place of a word
 # Words that people type first, and the keys that scripts without this word have.
 _OTHER_NAMES = {
     "data.root": ["input", "run_dir"],
@@ -122,6 +123,7 @@ _OTHER_NAMES = {
 
 
 def _name_usual(word: str, script: Script) -> Iterator[str]:
+    """`PATH`, `epochs=X` | `data.root=PATH`, `loop.total_epochs=X`: the names of these keys."""
     key, equals, _ = word.partition("=")
     known = list_keys(script.schema)
     if not equals and key in list_options("job", script.name):
@@ -142,7 +144,7 @@ def join_spaces(words: Sequence[str]) -> list[str]:
 
 
 def _quote_path(word: str, script: Script) -> Iterator[str]:
-    """Quote a path, so that Hydra takes it literally.
+    """`run_dir=a,b` | `run_dir='a,b'`: paths and terms of a search are text.
 
     Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. Hydra reads lists of paths and,
     in a multirun, several paths; if a file has that name, it is one path.
@@ -168,12 +170,14 @@ def literal(value: Any) -> Any:
 
 
 def _name_job(word: str, script: Script) -> Iterator[str]:
+    """`output=X` | `job.output=X`, in scripts with jobs: keys of no group are those of the job."""
     fields = script.schema.model_fields
     group = re.match(r"([a-z_]+)(\.[a-z_]+)*(=|$)", word)
     yield f"job.{word}" if "job" in fields and group and group[1] not in fields else word
 
 
 def _choose_folder(word: str, script: Script) -> Iterator[str]:
+    """`data.root=X` | `data=image_folder data.root=X`, without `data` and `experiment`."""
     if word.lstrip("+").startswith("data.root=") and not script.typed & {"data", _EXPERIMENT}:
         usual = read_defaults(script.config_dir / f"{script.name}.yaml").get("data", "")
         if usual in ("glyphs", None):
@@ -182,9 +186,10 @@ def _choose_folder(word: str, script: Script) -> Iterator[str]:
 
 
 def store_experiment(word: str, script: Script) -> Iterator[str]:
-    """Register a file of any folder with Hydra, and yield the word that chooses the file.
+    """`experiment=X.yaml` | a file of the group `experiment`, in any folder.
 
-    Only conf/ and the command line may refer to other keys: the file may come from a stranger.
+    Hydra knows the file as `of_file`. Only conf/ and the command line may refer to other keys: the file may come from a
+    stranger.
     """
     key, _, file = word.partition("=")
     if key == _EXPERIMENT and file.endswith(_FILES):
@@ -195,32 +200,18 @@ def store_experiment(word: str, script: Script) -> Iterator[str]:
     yield word
 
 
-class Spelling(NamedTuple):
-    """A word of the command line that Hydra gets in other words; docs/configuration.md has a line for each."""
-
-    typed: str
-    read: str
-    spell: Callable[[str, Script], Iterator[str]]
-
-
-_PATHS = Spelling("`run_dir=a,b`", "`run_dir='a,b'`: paths and terms of a search are text", _quote_path)
-# In order. The run folder records the words after all spellings but the last one.
-SPELLINGS = (
-    Spelling("`PATH`, `epochs=X`", "`data.root=PATH`, `loop.total_epochs=X`: the names of these keys", _name_usual),
-    Spelling("`output=X`", "`job.output=X`, in scripts with jobs: keys of no group are those of the job", _name_job),
-    _PATHS,
-    Spelling("`data.root=X`", "`data=image_folder data.root=X`, without `data` and `experiment`", _choose_folder),
-)
-FILE_SPELLING = Spelling("`experiment=X.yaml`", "a file of the group `experiment`, in any folder", store_experiment)
+# In order. The first line of a docstring, typed | read as, is also in docs/configuration.md. The run folder records the
+# words after these spellings.
+SPELLINGS = (_name_usual, _name_job, _quote_path, _choose_folder)
 
 
 def respell(words: list[str], script: Script, *spellings: Spelling) -> list[str]:
     """Return words in the given spellings."""
-    for spelling in spellings:
-        words = [*chain.from_iterable(spelling.spell(word, script) for word in words)]
+    for spell in spellings:
+        words = [*chain.from_iterable(spell(word, script) for word in words)]
     return words
 
 
 def quote_paths(words: list[str], schema: type[BaseModel]) -> list[str]:
     """Return the words of a sweep with quoted paths."""
-    return respell(words, Script("", schema, CONF, {*words}), _PATHS)
+    return respell(words, Script("", schema, CONF, {*words}), _quote_path)

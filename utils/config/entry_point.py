@@ -27,7 +27,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config.command_line import FILE_SPELLING, SPELLINGS, Job, Script, join_spaces, literal, quote_paths, respell
+from utils.config.command_line import (
+    SPELLINGS,
+    Job,
+    Script,
+    join_spaces,
+    literal,
+    quote_paths,
+    respell,
+    store_experiment,
+)
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.recipe import flatten
@@ -164,7 +173,7 @@ class Command(Generic[Schema]):
         script = Script(self.script, self.schema, self.config_dir, typed)
         words = respell(words, script, *SPELLINGS)
         groups = f"hydra.searchpath=['file://{CONF}']"
-        read = [*respell(words, script, FILE_SPELLING), groups]
+        read = [*respell(words, script, store_experiment), groups]
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, read, return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}

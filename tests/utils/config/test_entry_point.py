@@ -9,7 +9,7 @@ from hydra.errors import OverrideParseException
 
 from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
-from utils.config.command_line import FILE_SPELLING, SPELLINGS, join_spaces
+from utils.config.command_line import SPELLINGS, join_spaces, store_experiment
 from utils.config.entry_point import entry_point, quote_paths
 from utils.config.help import ROOT
 from utils.errors import UserError
@@ -183,4 +183,5 @@ def test_a_word_beside_a_path_is_no_other_path():
 
 def test_each_word_that_is_read_as_another_has_its_line_on_the_page():
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    assert all(f"| {each.typed} | {each.read} |" in page for each in (*SPELLINGS, FILE_SPELLING))
+    lines = [spell.__doc__.splitlines()[0].removesuffix(".") for spell in (*SPELLINGS, store_experiment)]
+    assert all(f"| {line} |" in page for line in lines)
