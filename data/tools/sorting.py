@@ -26,6 +26,8 @@ def sort_rows(rows: Iterable[dict[str, Any]], folder: Path, by: str) -> Iterator
     equals its source. The log has the number of images in each folder.
     """
     counts = Counter()
+    if (folder / "undo.sh").exists():
+        log.warning("sort: %s has copies of an earlier command, which stay; sh undo.sh in it takes them back", folder)
     put = shutil.copy2 if by == "copy" else os.symlink
     with open(folder / "undo.sh", "a", buffering=1, encoding="utf-8", errors="surrogateescape") as undo:
         for row in rows:

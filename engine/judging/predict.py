@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,6 @@ def predict(config: PredictConfig, job: Job) -> str:
         predicted.write(join_texts(batches, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
     if config.sort is not None:
-        written += f" (to take the copies back: sh {config.sort}/undo.sh)"
+        written += f" (to take the copies back: sh {quote(f'{config.sort}/undo.sh')})"
     present = len(images.paths) - len(paths)
     return f"wrote {written}: {len(paths)} images" + (f", {present} there already" if present else "")

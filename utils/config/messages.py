@@ -114,7 +114,7 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals or key.startswith("-"):
             return f"{key}: write KEY=VALUE, without dashes; {close_names(key.lstrip('-'), list_keys(schema))}"
-        return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
+        return f"{key}: {value!r} cannot be read; quote the option for the shell: '{key}=[a,b]', '{key}=\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         cause = error.__cause__
         return f"{cause.full_key}: {_unknown(cause.full_key, schema)}"

@@ -25,7 +25,7 @@ NEW = {
 
 
 @pytest.mark.parametrize("by", ["copy", "link"])
-def test_nothing_is_overwritten_sidecars_go_along_and_it_can_be_undone(by, tmp_path):
+def test_nothing_is_overwritten_sidecars_go_along_and_it_can_be_undone(by, tmp_path, log):
     write(tmp_path / "new", NEW)
     write(tmp_path / "sorted", {"cat/mine.jpg": "mine", "dog/it's -y.jpg": "of the user"})
     rows = [
@@ -37,6 +37,7 @@ def test_nothing_is_overwritten_sidecars_go_along_and_it_can_be_undone(by, tmp_p
     ]
     sort = lambda: list(sort_rows(map(dict, rows), tmp_path / "sorted", by))  # noqa: E731
     places = [row.get("sorted") for row in sort()]
+    assert log.messages[-1].endswith("cat 2, unsure 1, _dog 1, unreadable 1") and len(log.messages) == 1
     assert places == [*(str(tmp_path / "sorted" / name) for name in ("cat", "unsure", "cat/2", "_dog")), None]
     expected = {
         "cat/mine.jpg": "mine", "dog/it's -y.jpg": "of the user", "_dog/it's -y.jpg": "y",
@@ -46,6 +47,7 @@ def test_nothing_is_overwritten_sidecars_go_along_and_it_can_be_undone(by, tmp_p
     assert read(tmp_path / "sorted") == expected
     assert (tmp_path / "sorted/cat/x.jpg").is_symlink() == (by == "link")
     sort()
+    assert "sh undo.sh" in log.messages[1]
     assert read(tmp_path / "sorted") == expected and read(tmp_path / "new") == NEW
     if by == "copy":
         (tmp_path / "sorted/cat/x.jpg.json").write_text("edited")
