@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment.transforms import EvalTransform
+from data.augment.steps import evaluation_views
 from engine.exports.opened_task import open_task
 from engine.exports.predictors import load_predictor
 from tests.in_process import TINY, configure, make_images, run
@@ -36,7 +36,8 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
     assert [row["path"] for row in found] == [f"images/val/{c}/{number:03}.png" for c in "ABC" for number in range(2)]
     assert found.pop(2).keys() == {"path", "error"}
     weights = open_task(place / "run/weights/best_weights.safetensors")
-    transform, names = EvalTransform(weights.metadata["preprocessing"]), weights.metadata["class_names"]
+    transform = evaluation_views(weights.metadata["preprocessing"])["images"]
+    names = weights.metadata["class_names"]
     for row in found:
         pixels = torch.from_numpy(np.array(Image.open(place / row["path"]).convert("RGB"))).permute(2, 0, 1)
         with torch.no_grad():

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from data.augment.transforms import EvalTransform
+from data.augment.steps import evaluation_views
 from data.images.decode import Decoder
 from tests.in_process import make_images
 from utils.config.help import ROOT
@@ -104,5 +104,5 @@ def test_a_prediction_by_an_onnx_file_needs_no_torch_and_has_the_same_pixels(tmp
     with np.load(tmp_path / "found.npz") as found:
         for path, pixels in zip(found["paths"], found["vectors"], strict=True):
             decoded = Decoder(3, 10**6)((tmp_path / path).read_bytes(), path)
-            view = EvalTransform(stated)(torch.from_numpy(decoded).permute(2, 0, 1))
+            view = evaluation_views(stated)["images"](torch.from_numpy(decoded).permute(2, 0, 1))
             assert np.array_equal(pixels, (view.float() / 255.0).flatten())

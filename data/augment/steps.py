@@ -12,7 +12,6 @@ from torchvision.transforms import v2
 
 from data.augment.config import AugmentConfig
 from data.augment.transforms import (
-    EvalTransform,
     Mirror,
     NoiseErasing,
     PolicyAugment,
@@ -20,11 +19,12 @@ from data.augment.transforms import (
     on_pillow,
     random_affine,
 )
-from data.images.prepare import letterbox
+from data.images.prepare import letterbox, prepare
 from data.images.resize import on_pixels
 from data.stream.order import Draw, Views
 from utils.contracts import Batch
 from utils.formats.background import DEFAULT
+from utils.formats.preprocessing import Preprocessing
 from utils.io.files import Values
 from utils.start import open_name
 
@@ -86,19 +86,19 @@ class TrainTransform:
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        self._config = config
-        self._background = background
+        stated = {**config.preprocessing(len(config.mean)), "background": background}
+        self._stated = Preprocessing.model_validate(stated)
         steps = [step for step in steps_of(config) if not (config.on_device and step.device)]
         self.steps = {step.key: step.worker(config) for step in steps}
 
     @property
     def only_cuts(self) -> bool:
         """Whether nothing but crop and flip changes an image."""
-        return self._config.pad == "none" and self.steps.keys() <= {CROP, MIRROR}
+        return self._stated.pad == "none" and self.steps.keys() <= {CROP, MIRROR}
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
-        image = on_pixels(image, letterbox, self._config.image_size_hw, self._background, self._config.pad)
+        image = on_pixels(image, letterbox, self._stated)
         for step in self.steps.values():  # plain calls: v2.Compose looks for images in nested inputs at each step
             image = step(image)
         return image
@@ -136,5 +136,6 @@ def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
 
 
 def evaluation_views(preprocessing: Values) -> Views:
-    """Return the view of an evaluation image."""
-    return {IMAGES: EvalTransform(preprocessing)}
+    """Return the view of an evaluation image. preprocessing: of AugmentConfig.preprocessing, as weight files have it."""
+    stated = Preprocessing.model_validate(preprocessing)
+    return {IMAGES: lambda image, _=None: on_pixels(image, prepare, stated)}

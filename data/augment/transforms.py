@@ -16,14 +16,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from data.augment.config import AugmentConfig
-from data.images.prepare import prepare
 from data.images.resize import on_pixels, resize
-from data.stream.order import Draw
 from utils import rng
-from utils.formats.preprocessing import Preprocessing
-from utils.io.files import Json, Values
+from utils.io.files import Json
 
-IMAGES = "images"
 _TRIES = 4  # crops of a random shape, before torchvision's
 
 
@@ -145,14 +141,3 @@ class Mirror:
     def draw(self) -> bool:
         """Draw whether to flip an image."""
         return bool(torch.rand(()) < self._share)
-
-
-class EvalTransform:
-    """The view of an evaluation image. preprocessing: of AugmentConfig.preprocessing, as weight files state it."""
-
-    def __init__(self, preprocessing: Values) -> None:
-        self._stated = Preprocessing.model_validate(preprocessing)
-
-    def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return the resized image or its centre, [C, H, W]."""
-        return on_pixels(image, prepare, self._stated)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from data.images.decode import Decoder
 from data.images.open import read_file
 from data.images.resize import resize
 from data.stream.source import UnreadableImage
-from utils.formats.background import background_levels
-from utils.formats.preprocessing import LONGEST, Decoding, Preprocessing
+from utils.formats.preprocessing import Decoding, Preprocessing
 from utils.io.files import Values
 
 _AHEAD = 4  # images a thread
@@ -28,19 +27,19 @@ def decoder_of(preprocessing: Values, max_pixels: int, background: Any = None) -
     return Decoder(stated.channels, max_pixels, background, stated.shortest_px)
 
 
-def letterbox(pixels: ndarray, image_size_hw: Sequence[int], background: Any, pad: str) -> ndarray:
-    """Centre the whole image, uint8 [H, W, C], on a square; an odd pixel of padding goes to the right or the bottom.
+def letterbox(pixels: ndarray, stated: Preprocessing) -> ndarray:
+    """Centre the whole image, uint8 [H, W, C], on a square, unless `pad` is none.
 
-    background: as in data.config; `drop` pads with white. pad: none returns the image unchanged.
+    An odd pixel of padding goes to the right or the bottom.
     """
-    if pad == "none":
+    if stated.pad == "none":
         return pixels
-    shrink = LONGEST * max(image_size_hw) / max(pixels.shape[:2])
+    shrink = stated.longest_px / max(pixels.shape[:2])
     if shrink < 1:
         pixels = resize(pixels, [max(1, round(side * shrink)) for side in pixels.shape[:2]], "bicubic")
     height, width, channels = pixels.shape
     side = max(height, width)
-    square = np.full((side, side, channels), background_levels(background, channels), np.uint8)
+    square = np.full((side, side, channels), stated.levels, np.uint8)
     top = (side - height) // 2
     left = (side - width) // 2
     square[top : top + height, left : left + width] = pixels
@@ -54,10 +53,10 @@ def prepare(pixels: ndarray, stated: Preprocessing) -> ndarray:
     a very long image is resized, because the whole may exceed the memory.
     """
     size_hw = stated.image_size_hw
-    pixels = letterbox(pixels, size_hw, stated.background, stated.pad)
+    pixels = letterbox(pixels, stated)
     if stated.squashes:
         return resize(pixels, size_hw, stated.interpolation)
-    longest = math.ceil(LONGEST * min(pixels.shape[:2]) * max(size_hw) / min(size_hw))
+    longest = math.ceil(stated.longest_px * min(pixels.shape[:2]) / min(size_hw))
     ends = [max(0, side - longest) // 2 for side in pixels.shape[:2]]
     pixels = pixels[tuple(slice(end, side - end) for end, side in zip(ends, pixels.shape))]
     factor = max(resized / side for resized, side in zip(stated.resized_hw, pixels.shape[:2]))

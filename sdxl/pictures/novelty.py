@@ -6,13 +6,14 @@ from itertools import compress
 import torch
 from numpy import ndarray
 
-from data.augment.transforms import EvalTransform
 from data.collection.choose import spread
+from data.images.prepare import prepare
 from data.open import Data
 from data.stream.loader import EvaluationStream
 from engine.frozen.features import PIXELS
 from sdxl.pictures.texts import text_field, texts_of
 from utils.contracts import Batch
+from utils.formats.preprocessing import Preprocessing
 from utils.io.files import Json
 from utils.ranks import distributed
 
@@ -35,9 +36,10 @@ def find_nearest_images(pictures: Iterable[ndarray], trained: Iterable[Batch]) -
     for batch in trained:
         read += compress(zip(texts_of(batch), batch["images"].cpu() - 127.5), batch["weight"] > 0)
     images = dict(sum(distributed.gather_objects(read), []))
+    small_size = Preprocessing.model_validate(_SMALL)
     nearest = []
     for picture in pictures if images else ():
-        small = EvalTransform(_SMALL)(torch.from_numpy(picture).permute(2, 0, 1)) - 127.5
+        small = torch.from_numpy(prepare(picture, small_size)).permute(2, 0, 1) - 127.5
         cosines = torch.cosine_similarity(small.flatten(), torch.stack([*images.values()]).flatten(1))
         novelty, path = min(zip((1 - cosines).tolist(), images))
         nearest.append({"novelty": round(novelty, 4), "nearest": path})

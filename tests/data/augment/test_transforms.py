@@ -10,12 +10,13 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import transforms
 from data.augment.config import AugmentConfig
-from data.augment.steps import describe_augmentation, training_views
-from data.augment.transforms import EvalTransform, PolicyAugment
+from data.augment.steps import describe_augmentation, evaluation_views, training_views
+from data.augment.transforms import PolicyAugment
 from data.images.prepare import letterbox
 from data.stream.order import Draw
 from tests.support import no_large_allocation
 from utils import rng
+from utils.formats.preprocessing import Preprocessing
 
 PLAIN = {
     "image_size_hw": [32, 48], "pad": "none", "crop_scale": [1.0, 1.0], "crop_ratio": [1.5, 1.5],
@@ -84,7 +85,8 @@ def test_values_out_of_range_are_refused(change, key):
 
 def evaluate(image, size_hw, eval_crop=0.875, interpolation="bilinear", eval_resize="crop"):
     stated = {"image_size_hw": list(size_hw), "eval_crop": eval_crop, "interpolation": interpolation}
-    return EvalTransform({**stated, "channels": 1, "mean": [0.5], "std": [0.5], "eval_resize": eval_resize})(image)
+    stated |= {"channels": 1, "mean": [0.5], "std": [0.5], "eval_resize": eval_resize}
+    return evaluation_views(stated)["images"](image)
 
 
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (100_000, 100)])
@@ -161,7 +163,7 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
     values = {**PLAIN, **PADDED, "interpolation": interpolation, "mean": [0.5] * channels, "std": [0.5] * channels}
     config, image = AugmentConfig(**values), soft(channels, image_hw)
     wanted = by_pillow(image, 32, interpolation, colour).int()
-    evaluation = EvalTransform({**config.preprocessing(channels), "background": background})(image)
+    evaluation = evaluation_views({**config.preprocessing(channels), "background": background})["images"](image)
     assert (evaluation.int() - wanted).abs().max() <= 1
     for on_device in (False, True):
         view = training_views(config.model_copy(update={"on_device": on_device}), background)["images"]
@@ -171,6 +173,6 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])
 def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
     image = np.zeros((*image_hw, 3), np.uint8)
-    square = letterbox(image, (32, 32), "white", "square")
+    square = letterbox(image, Preprocessing(**AugmentConfig(**PLAIN | PADDED).preprocessing(3)))
     assert square.shape == (256, 256, 3)
     assert (square == 0).mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)

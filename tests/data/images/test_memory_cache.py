@@ -13,8 +13,7 @@ import yaml
 from PIL import Image
 
 from data.augment.config import AugmentConfig
-from data.augment.steps import TrainTransform, training_views
-from data.augment.transforms import EvalTransform
+from data.augment.steps import TrainTransform, evaluation_views, training_views
 from data.images import caches
 from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory
@@ -85,7 +84,7 @@ def test_no_transform_changes_what_is_kept(collection):
         "affine": {"degrees": 5.0, "translate": 0.1, "scale": [0.9, 1.1], "shear_degrees": 5.0},
     }  # fmt: skip
     transforms = [TrainTransform(AugmentConfig(**values | changes)) for changes in (others, {})]
-    transforms.append(EvalTransform({**values, "channels": 3, "eval_resize": "squash"}))
+    transforms.append(evaluation_views({**values, "channels": 3, "eval_resize": "squash"})["images"])
     kept = cached(collection)
     before = [kept.read(row)["image"].clone() for row in range(12)]
     for transform in transforms:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment.transforms import EvalTransform
+from data.augment.steps import evaluation_views
 from data.images import resize as module
 from data.images.decode import Decoder
 from data.images.prepare import read_images
@@ -59,7 +59,7 @@ def test_files_are_as_the_view_of_an_evaluation(changes, threads, tmp_path, monk
         Image.fromarray(draw.integers(0, 256, (*hw, 3), dtype=np.uint8)).save(path)
     (broken := tmp_path / "broken.png").write_bytes(b"no image")
     decoder = Decoder(stated["channels"], 10**6, stated["background"], stated.get("shortest_px"))
-    view = EvalTransform(stated)
+    view = evaluation_views(stated)["images"]
     expected = [view(torch.from_numpy(decoder(path.read_bytes(), path.name)).permute(2, 0, 1)) for path in paths]
     monkeypatch.setattr(module, "sys", NO_TORCH)
     *found, reason = read_images([*paths, broken], stated, 10**6, threads)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.augment.transforms import EvalTransform
+from data.augment.steps import evaluation_views
 from data.images.bytes import open_contents
 from data.images.remote_shards import NO_ANSWER
 from data.open import open_images
@@ -47,7 +47,7 @@ def test_a_remote_collection_is_the_collection(packed, place):
 def test_a_loader_gives_what_the_files_give(workers, packed, place):
     sizes = {"image_size_hw": [32, 32], "pad": "none", "eval_resize": "squash", "eval_crop": 1.0}
     levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
-    views = {"images": EvalTransform({**sizes, **levels, "background": "white"})}
+    views = evaluation_views({**sizes, **levels, "background": "white"})
     config = data_config(max_pixels=10**6)
     found, rows = [], packed.rows("train")
     for collection in (packed, load(place / "files", place / "cache")):
