@@ -136,6 +136,6 @@ def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
 
 
 def evaluation_views(preprocessing: Values) -> Views:
-    """Return the view of an evaluation image. preprocessing: of AugmentConfig.preprocessing, as weight files have it."""
+    """Return the view of an evaluation image. preprocessing: as weight files have it."""
     stated = Preprocessing.model_validate(preprocessing)
     return {IMAGES: lambda image, _=None: on_pixels(image, prepare, stated)}

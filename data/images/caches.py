@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from utils.errors import UserError
 from utils.hardware import free_memory
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-
-if TYPE_CHECKING:
-    from data.images.record_store import LimitedStore
 
 log = get_logger(__name__)
 
@@ -50,10 +47,11 @@ HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channel
 class Cached(Source):
     """The images of a source, kept as records when they are decoded.
 
-    key_of: from a row to the key of its record, or None if it cannot be kept. name: begins the names of the metrics.
+    records: a LimitedStore or a Pool. key_of: from a row to the key of its record, or None if it cannot be kept.
+    name: begins the names of the metrics.
     """
 
-    def __init__(self, inner: Source, records: "LimitedStore | Pool", key_of: Callable[[int], Any], name: str) -> None:
+    def __init__(self, inner: Source, records: Any, key_of: Callable[[int], Any], name: str) -> None:
         self.inner = inner
         self.blank = inner.blank
         self.records = records

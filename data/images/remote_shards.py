@@ -8,7 +8,6 @@ from data.layouts.remote import open_store
 from data.stream.source import FileRange, UnreadableImage
 
 NO_ANSWER = "the store did not return the bytes"
-_Answers = dict[int, bytes | Exception]  # of a store, by row
 
 
 class RemoteShards(Shards):
@@ -34,7 +33,7 @@ class RemoteShards(Shards):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
         return self.check(row, content)
 
-    def _request(self, rows: Sequence[int]) -> _Answers:
+    def _request(self, rows: Sequence[int]) -> dict[int, bytes | Exception]:
         """Return the bytes of each row, or the error of the store."""
         files = open_store(str(self.collection.root))[0]
         paths, starts, lengths = map(list, zip(*map(super().file_of, rows)))

@@ -88,9 +88,9 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
 
 def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
     """Return the vocabulary of tags and their counts, with ids."""
-    ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
-    vocabulary = Vocabulary.of(tag for tag, _ in chosen)
-    return replace(vocabulary, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
+    tags, counts = zip(*chosen)
+    ids = tuple(RATINGS[tag.name] if tag.category == RATING else row for row, tag in enumerate(tags))
+    return replace(Vocabulary.of(tags), counts=counts, tag_ids=ids)
 
 
 def read_any_vocabulary(path: Path) -> Vocabulary:

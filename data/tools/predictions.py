@@ -90,15 +90,9 @@ def _list_folder(path: Path, unused: Unused) -> list[Path]:
         walked = walk_folders(path, unused, follows_links=False)  # outputs beside images stay in the folder
         found = itertools.chain.from_iterable(map(folder.__add__, names) for folder, _, names in walked)
         return sorted(path / name for name in found if is_picture(path, name))
-    files = []
-    for file in map(Path, glob.iglob(str(path), recursive=True)):
-        if (
-            file.is_file()
-            and is_picture(file.parent, file.name)
-            and not any(map(is_passed_over, {*file.parts} - {*path.parts}))
-        ):
-            files.append(file)
-    return sorted(files)
+    files = filter(Path.is_file, map(Path, glob.iglob(str(path), recursive=True)))
+    shown = (file for file in files if not any(map(is_passed_over, {*file.parts} - {*path.parts})))
+    return sorted(file for file in shown if is_picture(file.parent, file.name))
 
 
 class Predicted:
@@ -217,11 +211,10 @@ class Sidecars(Destination):
         base = Path(os.path.abspath(folder or images.root))
         self._replace = replace
         self._files: dict[str, Path] = {}
-        relative = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
-        stems = Counter(os.path.splitext(name)[0] for name in relative.values())
-        for path, name in relative.items():
-            stem = os.path.splitext(name)[0]
-            file = base / f"{stem if stems[stem] == 1 else name}.txt"
+        beside = {str(path): base / os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
+        stems = Counter(image.with_suffix("") for image in beside.values())
+        for path, image in beside.items():
+            file = image.with_suffix(".txt" if stems[image.with_suffix("")] == 1 else f"{image.suffix}.txt")
             if not file.resolve().is_relative_to(base.resolve()):
                 raise UserError(
                     f"output: {file} is a link out of {base}, to {file.resolve()}; set a folder for the texts"
@@ -273,8 +266,7 @@ def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> li
     kept = [tag for tag in kept if tag.name not in implied]
     first = [parse_tag(text).name for text in config.first_tags]
     order = [CATEGORIES[name] for name in config.category_order]
-    kept.sort(key=lambda tag: [*order, tag.category].index(tag.category))
-    kept.sort(key=lambda tag: [*first, tag.name].index(tag.name))
+    kept.sort(key=lambda tag: ([*first, tag.name].index(tag.name), [*order, tag.category].index(tag.category)))
     return [part for tag in kept for part in (split_series(tag) if config.expand_series else [tag])]
 
 
