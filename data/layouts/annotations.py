@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
-from data.layouts.listed import build_finder
+from data.layouts.listed import add_waiting, build_finder
 from data.layouts.places import find_splits
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import decode, refuse_link_out
-from data.layouts.table import TEST
-from data.layouts.unused import ORPHANS, ROWS, UNNAMED, WITH
+from data.layouts.unused import ORPHANS, ROWS, WITH
 from data.layouts.values import READ
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -104,17 +103,12 @@ def _choose(folder: Folder, form: str, told: _Told) -> dict[str, Sidecar]:
     stems = {path: Path(marks[0][2]).stem for path, marks in told.items()}
     splits = find_splits({*stems.values()}, folder.choice.splits)
     has_splits = len({*splits.values()}) > 1
-    folders = {*map(os.path.dirname, words)}
     sidecars = {}
-    for path in folder.images:
-        if texts := words.get(path):
+    for path, texts in words.items():
+        if texts:
             split = folder.splits[path] or (splits.get(stems[path]) if has_splits else None)
             sidecars[path] = Sidecar(split=split, **{field: READ[field](texts if field == "tags" else texts[0])})
-        elif os.path.dirname(path) in folders or folder.splits[path] == TEST:
-            sidecars[path] = Sidecar()
-        else:
-            folder.unused.add(f"{UNNAMED} {form} names", path)
-    return sidecars
+    return add_waiting(folder, sidecars, form, {*map(os.path.dirname, words)})
 
 
 def _list_files(told: _Told) -> set[str]:

@@ -7,7 +7,7 @@ Masks of images, hidden names and what systems put beside pictures are passed ov
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
@@ -101,13 +101,11 @@ def _settle_albums(folder: Folder, known: dict[str, Sidecar]) -> bool:
     An image of a year that an album has, too, by name and size, is dropped from `known`. Return whether one has no
     album.
     """
-    parts = {path: path.split("/")[:-1] for path in known}
-    depth = len(os.path.commonprefix([*parts.values()]))
-    albums = {path: each for path, each in parts.items() if not _YEAR.fullmatch("".join(each[depth : depth + 1]))}
-    depth = len(os.path.commonprefix([*albums.values()]))
-    albums = {path: each[depth] for path, each in albums.items() if len(each) > depth}
-    kept = {(os.path.basename(path), folder.images[path]) for path in albums}
-    copies = [path for path in known if path not in albums and (os.path.basename(path), folder.images[path]) in kept]
+    albums = _find_outer([path for path, name in _find_outer(known).items() if not _YEAR.fullmatch(name)])
+    albums = {path: name for path, name in albums.items() if name}
+    files = {path: (os.path.basename(path), folder.images[path]) for path in known}
+    kept = {*map(files.get, albums)}
+    copies = [path for path in known if path not in albums and files[path] in kept]
     is_wrapped = len({*folder.labels.values()}) == 1
     if any(folder.splits.values()) or len({*albums.values()}) < 2 or not (copies or is_wrapped):
         return False
@@ -116,6 +114,13 @@ def _settle_albums(folder: Folder, known: dict[str, Sidecar]) -> bool:
         del known[path]
     folder.labels.update(dict.fromkeys(known) | albums)
     return len(known) > len(albums)
+
+
+def _find_outer(paths: Iterable[str]) -> dict[str, str]:
+    """Return the first folder of each path below the folders around all, or ""."""
+    folders = {path: path.split("/")[:-1] for path in paths}
+    depth = len(os.path.commonprefix([*folders.values()]))
+    return {path: "".join(parts[depth : depth + 1]) for path, parts in folders.items()}
 
 
 def _settle_places(folder: Folder) -> None:

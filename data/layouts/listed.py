@@ -11,7 +11,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +71,17 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     sidecars = {}
     for each in tables:
         sidecars = _read_rows(each, folder) | sidecars
-    left = folder.images.keys() - sidecars if tables else set()
-    waiting = [path for path in left if folder.splits[path] == TEST]
-    folder.unused.add(f"{UNNAMED} {' or '.join(read.values())} names", *left.difference(waiting))
-    return sidecars | dict.fromkeys(waiting, Sidecar(split=TEST))
+    return add_waiting(folder, sidecars, " or ".join(read.values())) if tables else {}
+
+
+def add_waiting(
+    folder: Folder, found: dict[str, Sidecar], what: str, within: Collection[str] = ()
+) -> dict[str, Sidecar]:
+    """Return what is found of images, and those of the test split and of folders `within`; the others are named."""
+    left = folder.images.keys() - found
+    waiting = {path for path in left if folder.splits[path] == TEST or os.path.dirname(path) in within}
+    folder.unused.add(f"{UNNAMED} {what} names", *left - waiting)
+    return found | dict.fromkeys(waiting, Sidecar())
 
 
 def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str] = str) -> _Find:
@@ -241,14 +248,14 @@ def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[
     unknown = [[name for name in flags if has_no and row[name] == -1] or None for row in rows]
     counts = {len(each) for each, row in zip(tags, rows) if row[flags[0]] is not None}  # test images wait without
     what = f"the {len(flags)} columns of 0 and 1"
-    table = table.drop_columns(flags)
-    if counts == {1} and not any(unknown):
-        return table.append_column(what, pa.array([next(iter(each), None) for each in tags])), others | {what: "label"}
     uncertain = f"-1 in {what}"
-    table = table.append_column(what, pa.array(tags)).append_column(uncertain, pa.array(unknown, TYPES["tags"]))
-    return table, others | {what: "tags", uncertain: "unknown_tags"}
+    is_label = counts == {1} and not any(unknown)
+    values = [next(iter(each), None) for each in tags] if is_label else tags
+    table = table.drop_columns(flags).append_column(what, pa.array(values))
+    table = table.append_column(uncertain, pa.array(unknown, TYPES["tags"]))
+    return table, others | {what: "label" if is_label else "tags", uncertain: "unknown_tags"}
 
 
 def _is_flag(column: pa.ChunkedArray) -> bool:
-    is_number = re.match("u?int|double|bool", str(column.type))
-    return bool(is_number) and _FLAGS.issuperset(column.drop_null().unique().to_pylist())
+    is_nested = pa.types.is_nested(column.type)
+    return not is_nested and _FLAGS.issuperset(column.drop_null().unique().to_pylist())

@@ -138,10 +138,8 @@ def cast_columns(
         try:
             columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
             if field == "split" and name in IS_VALID:
-                is_true = pc.is_in(
-                    pc.utf8_lower(pc.utf8_trim_whitespace(columns[field])), pa.array(["true", "1", "1.0"])
-                )
-                columns[field] = pc.if_else(is_true, "val", "train")
+                is_true = pc.match_substring_regex(columns[field], r"(?i)^\s*(true|1|1\.0)\s*$")
+                columns[field] = pc.if_else(is_true.fill_null(False), "val", "train")
         except (ValueError, pa.ArrowException) as error:
             where = f"column {name!r} of {str(file)!r}"
             if field in READ:

@@ -67,8 +67,9 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
         stems = {os.path.splitext(name)[0] for name in here - raw} if raw else ()
         twins = {name for name in raw if os.path.splitext(name)[0] in stems}
         unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
+        here -= twins
         for entry in entries:
-            if entry.name in here and entry.name not in twins:
+            if entry.name in here:
                 found.images[folder + entry.name] = entry.stat().st_size
         others = sorted(names - here, key=lambda name: (-len(name), name))
         beside = _pair_sidecars(folder, here, [*filter(is_sidecar, others)], found.sidecars)

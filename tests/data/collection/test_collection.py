@@ -94,7 +94,8 @@ def test_backslashes_in_names_are_folders(opened, root, log):
 def test_a_raw_photograph_beside_its_jpeg_is_no_second_image(opened, root, log, monkeypatch):
     monkeypatch.setattr("data.layouts.names.IMAGE_SUFFIXES", (".jpg", ".nef"))
     put(root, "a/1.jpg", "a/1.NEF", "a/2.nef")
-    assert listed(opened(root), "path") == ["a/1.jpg", "a/2.nef"]
+    (root / "a/1.txt").write_text("red")
+    assert listed(opened(root), "path", "tags") == ["a/1.jpg ['red']", "a/2.nef []"]
     assert "1 raw photographs beside an image of the same name: a/1.NEF" in log.text
 
 
