@@ -176,7 +176,8 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
                 caption = read_caption(text) if suffix == ".caption" else found.caption
                 found = found._replace(caption=sidecar.caption or caption)
         except (OSError, ValueError) as error:  # UserError is one
-            fault = str(error) if isinstance(error, UserError) else f"{name!r} cannot be read ({error})"
+            unread = f"{name!r} cannot be read ({error}); write it again, as UTF-8"
+            fault = str(error) if isinstance(error, UserError) else unread
             found = Sidecar(sidecar_fault=f"file: {fault.removeprefix('data.root: ')}")
         sidecar = sidecar.updated(found)
     return sidecar
