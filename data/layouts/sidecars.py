@@ -157,11 +157,11 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
     """
     sidecar = Sidecar()
     for suffix in filter(texts.get, TEXT_SUFFIXES):
+        found = Sidecar()
         try:
             text = decode(read(name := texts[suffix]))
             if suffix == ".json":
                 record = load_json(text, repr(name)) if text.strip() else {"tags": None}
-                found = Sidecar()
                 if isinstance(record, dict) and any(map(is_field, record)):
                     found = parse_record(repr(name), record)
                 else:
@@ -169,7 +169,6 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
             elif suffix == ".cls":
                 found = Sidecar(label=read_label(text))
             elif is_boxes(text):
-                found = Sidecar()
                 unused.add(_BOXES, name)
             else:
                 found = parse_text(name, text, unused, one_per_line=f"{image}.txt".lower() == name.lower())

@@ -7,7 +7,6 @@ that a start that reads no file again says the same.
 import csv
 import io
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from data.layouts.names import INSTALL, MISSING
-from data.layouts.table import SHOWN, show_some
+from data.layouts.table import SHOWN, count_values, show_some
 from data.layouts.values import FIELDS
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_text
@@ -111,8 +110,8 @@ def list_unused(unused: Unused, folder: Path) -> list[str]:
 
 def count_endings(names: Iterable[str]) -> list[str]:
     """Return how many names have each ending, the most frequent first, and the package that it lacks."""
-    ordered = sorted(Counter(map(find_ending, names)).items(), key=lambda item: (-item[1], item[0]))
-    return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in ordered]
+    counts = count_values(pa.chunked_array([[*map(find_ending, names)]], pa.string())).items()
+    return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in counts]
 
 
 def say_unused(lines: Iterable[str], key: str = "data.root") -> None:

@@ -69,9 +69,9 @@ def _save_faults(job: Check, faults: Iterable[_Fault]) -> dict[str, int]:
     """List the reasons of each path in a file. Return the faults of each kind, the most frequent first."""
     reasons = {}
     for path, _, reason in faults:
-        reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
+        reasons.setdefault(path, []).append(reason)
     if reasons:
-        list_files(job.report, job.name, reasons)
+        list_files(job.report, job.name, {path: "; ".join(each) for path, each in reasons.items()})
     return dict(Counter(kind for _, kind, _ in faults).most_common())
 
 
@@ -90,32 +90,26 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
         table = read_table(manifest, unused, data.choice())
     images = sorted(folder.images)
     yield from _list_unreadable(images, measure_files(root, images, data.max_pixels) if job.verify else ())
-    for reason, names in unused.items():
-        if is_fault(reason) or reason.startswith(_FAULTS):
-            yield from _same_fault(names, reason)
+    found = {reason: names for reason, names in unused.items() if is_fault(reason) or reason.startswith(_FAULTS)}
     if manifest is None:
         bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
         yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
     elif not PLACES.keys() <= {*table.column_names}:
         known = Names(folder.images)
         rows = {known.find(path) or path for path in table["path"].to_pylist()}
-        lacking = [path for path in images if path not in rows]
-        gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
-        yield from _same_fault(lacking, "an image without a row in the manifest")
-        yield from _same_fault(gone, "a row of the manifest without a file")
-    without = [path for path in images if path not in folder.sidecars]
-    if len(without) < len(images):
-        yield from _same_fault(without, "an image without a sidecar")
+        gone = sorted(rows.difference(images))
+        found["an image without a row in the manifest"] = [path for path in images if path not in rows]
+        found["a row of the manifest without a file"] = [path for path in gone if not (root / path).is_file()]
+    if folder.sidecars:
+        found["an image without a sidecar"] = [path for path in images if path not in folder.sidecars]
+    for fault, paths in found.items():
+        yield from ((path, fault, fault) for path in paths)
 
 
 def _list_unreadable(paths: Iterable[str], facts: Iterable[FileFacts]) -> Iterator[_Fault]:
     for path, fact in zip(paths, facts):
         if fault := fact.reason or fact.remark:
             yield path, fact.kind or fault.partition(" (")[0], fault
-
-
-def _same_fault(paths: list[str], fault: str) -> Iterator[_Fault]:
-    return ((path, fault, fault) for path in paths)
 
 
 def _count_values(collection: Collection, facts: list[FileFacts]) -> dict[str, list[TableRow]]:
