@@ -43,14 +43,13 @@ log = get_logger(__name__)
 def open_images(collection: Collection, config: DataConfig, preprocessing: Values, *, repeats: bool = False) -> Source:
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
-    preprocessing: of a weight file. repeats: images are read several times, so a memory cache
-    pays. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
+    preprocessing: of a weight file. repeats: images are read several times, so a memory cache pays.
+    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
     decoder = decoder_of(preprocessing, config.max_pixels, config.background)
-    images = Images(collection, decoder)
-    source: Source = images
+    source = Images(collection, decoder)
     if config.cache.disk_gib > 0:
-        source = open_name("data.images.disk_cache:keep_on_disk")(images, config.cache)
+        source = open_name("data.images.disk_cache:keep_on_disk")(source, config.cache)
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 

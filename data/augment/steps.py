@@ -50,8 +50,7 @@ class Step(NamedTuple):
 
 
 def _color_jitter(config: AugmentConfig) -> v2.ColorJitter:
-    jitter = config.color_jitter
-    return v2.ColorJitter(*[jitter.strength] * 3, jitter.hue)
+    return v2.ColorJitter(*[config.color_jitter.strength] * 3, config.color_jitter.hue)
 
 
 # Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).

@@ -79,9 +79,8 @@ class Decoder:
         short, long = sorted(whole if scaled else pixels.shape[:2])
         if self.shortest_px is None or short <= self.shortest_px:
             return pixels
-        longer = int(self.shortest_px * long / short)  # the rule of torchvision
-        is_wide = pixels.shape[0] <= pixels.shape[1]
-        return resize(pixels, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
+        size_hw = (self.shortest_px, int(self.shortest_px * long / short))  # the rule of torchvision
+        return resize(pixels, size_hw if pixels.shape[0] <= pixels.shape[1] else size_hw[::-1], "bilinear")
 
     def _decode_jpeg(self, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""

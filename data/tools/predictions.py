@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from data.layouts.walk import NOT_UTF8, is_picture, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
 from utils.formats.spelling import CATEGORIES, CHARACTER, Tag, is_sentence, parse_tag, split_tags, write_tag
-from utils.io.files import remove_temporary, write_atomically
+from utils.io.files import Json, remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.io.names import find_path, is_utf8, show_file_name
@@ -42,7 +42,7 @@ log = get_logger(__name__)
 _LINE = re.compile(rb"""^(["']?)(.+?)\1\r?$""", re.MULTILINE)  # of stdin; Windows and `ls -Q` write quotes
 _SERIES = re.compile(r"(.+)_\(([^()]+)\)")
 
-Row = dict[str, Any]
+Row = Json
 Choose = Callable[[Iterable[Row]], Iterable[Row]]
 
 

@@ -7,19 +7,17 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from itertools import islice, takewhile
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from data.layouts.names import is_image_name
-from utils.io.files import write_atomically
+from utils.io.files import Json, write_atomically
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-def sort_rows(rows: Iterable[dict[str, Any]], folder: Path, by: str) -> Iterator[dict[str, Any]]:
+def sort_rows(rows: Iterable[Json], folder: Path, by: str) -> Iterator[Json]:
     """Yield rows with the path of the image's copy or link in the folder of its class; unreadable images have none.
 
     by: copy or link. Files beside an image that share its name go with it. undo.sh removes each new file that still
@@ -58,7 +56,7 @@ def _list_own(image: Path) -> list[Path]:
     """Return an image and the other files that share its name, such as x.txt and x.MOV; no other image."""
     start = f"{image.stem}."
     names = _list_names(image.parent)
-    same = takewhile(lambda name: name.startswith(start), islice(names, bisect(names, start), None))
+    same = names[bisect(names, start) : bisect(names, f"{image.stem}/")]  # "/" follows "." and is in no name
     return [image.with_name(name) for name in same if name == image.name or not is_image_name(name)]
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from utils.io.files import AppendFile, Json, ignore_write_errors, write_text
 from utils.record.logging import get_logger
@@ -22,7 +21,7 @@ log = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _CSV_SEC = 20.0  # between two writes of training_log.txt
-Row = dict[str, Any]
+Row = Json
 
 
 def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Row]]:
