@@ -30,7 +30,6 @@ from data.stream.order import (
     Draw,
     Sampler,
     Views,
-    ViewsOnDevice,
     evaluation_batches,
     plan_batches,
     train_batches,
@@ -110,7 +109,8 @@ class Loader(Dataset):
 
     views: by name. The first is seeded with the sample's key, each other one with a key derived from it, so an added
     view does not change earlier ones. fields: additions of a task, such as labels. report: called with the (name,
-    reason) of unreadable images. windows: other views, for batches of which the device has the images.
+    reason) of unreadable images. windows: other views, for batches of which the device has the images, as in
+    data/augment/windows.py.
     """
 
     collection: Collection
@@ -120,7 +120,7 @@ class Loader(Dataset):
     machine: LoaderMachine
     report: Callable[[_Problems], None]
     training: bool
-    windows: ViewsOnDevice | None = None
+    windows: Any = None
 
     def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""

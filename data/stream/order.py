@@ -12,7 +12,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -43,18 +43,6 @@ class Draw(NamedTuple):
 # method `on_device`, each batch passes through it on the device, as a part of the update.
 View = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, View]
-
-
-class ViewsOnDevice(Protocol):
-    """Other views, for batches of which the device has the images. refresh: called before each step."""
-
-    views: Views
-
-    def has(self, rows: Sequence[int]) -> bool:
-        """Return whether the device has the images of these rows."""
-
-    def refresh(self) -> None:
-        """Copy images to the device as soon as they are decoded."""
 
 
 class Turns:
