@@ -38,7 +38,7 @@ _TABLES = ("index_to_tag", "idx_to_tag", "id2label", "tag_to_index", "tag_to_idx
 _NO_TAGS = ("", "<PAD>", "<UNK>")
 _FORMS = (
     "its form is none of these: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to "
-    "indices or from indices to tags, or entries with name, category and count; the selected_tags.csv of prepare.py "
+    "indices or from indices to tags, or entries with tag and category; the selected_tags.csv of prepare.py "
     "job=vocabulary"
 )
 
@@ -117,7 +117,7 @@ def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
     """Yield the tags of a tagger in order, and their counts or 0. Raises various errors for an unknown form.
 
     content: a list, a dictionary from tags to indices or from indices to tags, or one that has such a table. An entry
-    is a text, or a dictionary with `tag` or `name`, and perhaps `category` and `count`.
+    is a text, or a dictionary with `tag`, and perhaps `category`.
     """
     tables = content if isinstance(content, dict) else {}
     table = next((tables[name] for name in _TABLES if name in tables), content)
@@ -126,9 +126,9 @@ def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
         table = [table[str(index)] for index in range(len(table))]
     for row in table:
         row = row if isinstance(row, dict) else {"tag": row}
-        tag = row.get("tag", row.get("name"))
+        tag = row["tag"]
         category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
-        count = row.get("count") or tables.get("tag_frequencies", {}).get(tag, 0)
+        count = tables.get("tag_frequencies", {}).get(tag, 0)
         category = category_name(category).lower() if category else ""
         yield f"{category if category in PREFIXES else 'meta'}:{tag}" if category else tag, count
 

@@ -216,11 +216,11 @@ def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
 
 JSON = {
     "list": ["1girl", "blue eyes", "character:miku"],
-    "entries": [{"name": "1girl", "count": 7}, {"name": "blue_eyes"}, {"name": "miku", "category": 4}],
+    "entries": [{"tag": "1girl"}, {"tag": "blue_eyes"}, {"tag": "miku", "category": 4}],
     "tag to index": {"blue_eyes": 1, "1girl": 0, "character:miku": 2},
     "index to tag": {"1": "blue_eyes", "0": "1girl", "2": "character:miku"},
     "index to entry": {
-        "0": {"tag": "1girl", "category": "General", "count": 7},
+        "0": {"tag": "1girl", "category": "General"},
         "1": {"tag": "blue_eyes", "category": 0},
         "2": {"tag": "miku", "category": "character"},
     },
