@@ -55,7 +55,8 @@ def test_the_task_adds_it_at_low_noise_and_leaves_the_evaluation_loss(collection
 
     figures = []
     for name, value in (("off", "null"), ("on", "{weight: 2.0, min_snr: 1.0}")):
-        words = ["loop.total_steps=1", "loop.batch_size=8", "loop.micro_batch_size=4", f"task.loss.perceptual={value}"]
+        words = ["loop.total_steps=1", "schedule.warmup_steps=1", "loop.batch_size=8", "loop.micro_batch_size=4"]
+        words.append(f"task.loss.perceptual={value}")
         run("finetune_sdxl", common("diffusion", collection, tmp_path / name, *words), tmp_path)
         figures.append(rows(tmp_path / name / "metrics.jsonl"))
     (off, *_), (on, *_, evaluated) = figures

@@ -61,6 +61,8 @@ def test_a_system_that_cannot_train_is_told_what_is_needed(before, options, word
 
 def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, monkeypatch, capsys):
     """Without what Linux alone has; no test has run on a Mac."""
+    import torchvision  # noqa: F401  loads its library before CDLL is replaced
+
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "memfd_create")
