@@ -107,7 +107,8 @@ class Run:
             raise UserError(f"lr_finder.only: {self.folder.path} has {self.step} updates; give another run_dir")
         if self.is_complete:
             done = f"{self.step} of {plan.total_steps} steps are done"
-            log.info("the run is complete: %s; raise loop.total_epochs, or give another run_dir", done)
+            more = "raise loop.total_epochs" if self.config.loop.minutes is None else "begin from it (init_from=RUN)"
+            log.info("the run is complete: %s; %s, or give another run_dir", done, more)
             return
         if self.step == 0 and plan.total_steps > 0 and not only:
             self.evaluator.begin()
