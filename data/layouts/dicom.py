@@ -1,6 +1,7 @@
 """What DICOM files say of their pictures: columns of the index, for `data.columns={group: PatientID}`."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.layouts.readers import Sidecar
@@ -12,7 +13,9 @@ _FIELDS = ["PatientID", "StudyDate", "Modality"]
 
 
 def read_fields(root: Path, paths: Sequence[str]) -> dict[str, Sidecar]:
-    """Return the fields of each DICOM file, by path."""
+    """Return the fields of each DICOM file, by path; none without pydicom, which the pictures need, too."""
+    if find_spec("pydicom") is None:
+        return {}
     files = [root / path for path in paths]
     rows = measure_once(files, lambda missing: in_threads(_read, missing), _CACHE, "reading the fields of DICOM files")
     return {path: Sidecar(more=row) for path, row in zip(paths, rows)}

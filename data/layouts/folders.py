@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
-from data.layouts.names import DICOM_SUFFIXES, IMAGE_SUFFIXES, is_image_name
+from data.layouts.names import IMAGE_SUFFIXES, is_dicom_name
 from data.layouts.places import is_few
 from data.layouts.readers import READERS, Reader, Sidecar
 from data.layouts.scan import Folder
@@ -51,7 +51,7 @@ def read_folder(folder: Folder) -> pa.Table:
             f"{len(slashed):,}", show_some(slashed),
         )  # fmt: skip
     known = dict.fromkeys(folder.images, Sidecar())
-    if dicom := [path for path in known if path.lower().endswith(DICOM_SUFFIXES) or not is_image_name(path)]:
+    if dicom := [path for path in known if is_dicom_name(path)]:
         known |= open_name("data.layouts.dicom:read_fields")(folder.root, dicom)
     for number, reader in enumerate(READERS):
         found = _read_form(folder, reader)

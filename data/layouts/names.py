@@ -60,6 +60,11 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)
 
 
+def is_dicom_name(name: str) -> bool:
+    """Return whether an image is a DICOM file by its name, which may have no ending."""
+    return name.lower().endswith(DICOM_SUFFIXES) or not name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def is_mask_name(name: str) -> bool:
     """Return whether a file name belongs to a mask."""
     return masked_stem(name) is not None
