@@ -38,7 +38,8 @@ def list_commands(demo, images, folder):
 
 def shorten(words):
     """Return the words of a command with few steps."""
-    short = [re.sub("^0.5$", "0.01", word) for word in words if not word.startswith("loop.minutes=")]
+    of_minutes = ("loop.minutes=", "schedule.warmup_steps=")
+    short = [re.sub("^0.5$", "0.01", word) for word in words if not word.startswith(of_minutes)]
     if len(short) < len(words):
         short += SDXL if "finetune_sdxl.py" in words else IMAGES
     return [*short, "task.min_count=1"] if "task=tagging" in words else short

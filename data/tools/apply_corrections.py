@@ -84,10 +84,12 @@ def _apply(root: Path, choice: TableChoice) -> str:
 
 def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
     unused = Unused()
-    table = read_folder(scan_folder(root, unused, choice))
-    if unused.said:
+    folder = scan_folder(root, unused, choice)
+    of_folders = len(unused.said)
+    table = read_folder(folder)
+    if said := unused.said[of_folders:]:
         raise UserError(
-            f"data.table: sidecars are not read beside a table ({unused.said[0]}); edit it, or leave {CORRECTIONS}, "
+            f"data.table: sidecars are not read beside a table ({said[0]}); edit it, or leave {CORRECTIONS}, "
             "which is read"
         )
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))

@@ -118,7 +118,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
 
 def _check_warmup(config: TrainingConfig, plan: Plan, job: Job) -> None:
     """Raise UserError for a typed warm-up that is longer than the run. The start screen names one of a recipe."""
-    if isinstance(config.schedule, OneCycleConfig):
+    if isinstance(config.schedule, OneCycleConfig) or config.loop.minutes is not None:  # their length comes later
         return
     key = "schedule.warmup_epochs" if config.schedule.warmup_steps is None else "schedule.warmup_steps"
     stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)

@@ -117,7 +117,7 @@ export run_dir=tuned
 evaluate run_dir=asl calibrate=true $cpu
 export run_dir=asl format=wd14
 evaluate job=compare models=[asl] min_support=1 $folders $cpu
-predict weights=tuned input=images output=found.csv
+predict weights=tuned input=images sort=sorted
 predict weights=asl input=images output=tags.csv
 prepare job=manifest $folders
 prepare job=check $glyphs
