@@ -1,4 +1,4 @@
-"""What of a minute is training: `train.py loop.minutes=1`, as a user types it.
+"""Measure how much of a minute is training: `train.py loop.minutes=1`, as a user types it.
 
 python bench/minute.py [quick] [rows] [TEXT OF A SETTING]        (a minute and a half a setting, on a GPU)
 

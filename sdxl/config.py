@@ -84,7 +84,7 @@ class BucketConfig(Strict):
     The default sizes are, for each of `areas_px`, a square of about this area, and for every side from `min_px` to
     `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
     largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes for each area.
-    fit: of each area, only so many sizes, which crop the training images little; a run states them in sizes_hw.
+    fit: the number of sizes of each area; they crop the training images little, and the run states them in sizes_hw.
     assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
     (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). crop: the crop position.
     small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
-State = dict[str, "Tensor"]  # tensors by name, such as those of a network
+State = dict[str, "Tensor"]  # tensors by name: the weights of a network
 Tensors = Mapping[str, "Tensor"]
 
 

@@ -132,7 +132,7 @@ class Links(Part, component="vue/links.vue"):
 
 
 class Sheet(Part, component="vue/sheet.vue"):
-    """A table of what is chosen among names.
+    """A table that a person chooses by name.
 
     read: called in a thread, returns labels of columns by field, and rows; keyed: the field that names a row.
     """

@@ -134,7 +134,7 @@ def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
-    """Return a vocabulary, followed by the tags of another one that it lacks, without ratings."""
+    """Return `known`, followed by the tags that only `wanted` has, except ratings."""
     rows = [row for key, row in wanted.columns.items() if key not in known.columns and key[0] != RATING]
     return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(wanted))))
 

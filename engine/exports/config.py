@@ -44,8 +44,8 @@ class Format(NamedTuple):
     file: the file that names the export. write: `module:function`, which writes and compares the files; it takes
     the weights, an empty folder and the settings (ExportConfig), and returns the report. of: the outputs
     (models/outputs.py) or tasks that the format can have. library: the hub's name of the library that loads it.
-    template: the program of the card, in models/interop/snippets. use: the name of what writes another program, with
-    the call `load`. With neither, `load` says how to use it, or the format is for Atelier's own commands.
+    template: the program of the card, in models/interop/snippets. use: the function that writes another program, which
+    has the call `load`. Without both, `load` is the call itself, or the format is for Atelier's own commands.
     """
 
     file: str

@@ -320,7 +320,7 @@ def index_of(collection: Collection, setup: Setup) -> TagIndex:
 
 
 def append_tags(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
-    """Return the vocabulary of a tagger, followed by the tags of another vocabulary that it lacks, without ratings."""
+    """Return a tagger's vocabulary, followed by the tags that only `wanted` has. Raises UserError if there are none."""
     both = append_vocabulary(known, wanted)
     if len(both) == len(known):
         raise UserError(
