@@ -91,13 +91,13 @@ def index_collection(
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
         facts = json.loads(known.schema.metadata[FACTS])
-        _say(facts["said"], facts["unused"])
+        say_unused(facts["unused"], said=facts["said"])
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
     fingerprint = _hash(rows, stated)
     lines = [*unused.describe(), *list_unused(unused, cache)]
-    _say(unused.said, lines)
+    say_unused(lines, said=unused.said)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     known = map_index(target)
     if known is None or not known.equals(rows):  # the fingerprint lacks the columns of MEASURED
@@ -115,12 +115,6 @@ def index_collection(
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(rows, str(file), "uncompressed", chunksize=len(rows)))
     return target
-
-
-def _say(said: Sequence[str], unused: Sequence[str]) -> None:
-    for line in said:
-        log.info("data.root: %s", line)
-    say_unused(unused)
 
 
 def _hash(table: Table, stated: bytes) -> str:

@@ -56,11 +56,11 @@ def _read_all(folder: Folder, names: Sequence[str]) -> dict[str, _Told]:
     told = {}
     for name, (form, marks) in parsed.items():
         own = os.path.splitext(name)[0]
+        beside = os.path.dirname(name)
+        split = splits.get(Path(name).stem, "")
         is_read = stated == "auto" or f"{name}/".startswith(f"{stated.rstrip('/')}/")
         for image, word, kind in marks if is_read and form != NAMES else ():
-            nearby = os.path.join(os.path.dirname(name), image)
-            split = splits.get(Path(name).stem, "")
-            path = find(image, split) or find(nearby, split) or find(own, split)
+            path = find(image, split) or find(os.path.join(beside, image), split) or find(own, split)
             if path is None:
                 folder.unused.add(f"{ROWS} annotation files without an image", f"{image} in {name}")
             else:

@@ -54,7 +54,7 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     splits = {}
     for names in (*([file.stem] for file in chosen), [file.stem for file in chosen]):
         splits |= find_splits(names, folder.choice.splits)
-    finders = [build_finder(folder.splits if chosen else {}, shorten) for shorten in (str, _find_end)]
+    finders = [build_finder(folder.splits, shorten) for shorten in (str, _find_end)]
     found = [_match(file, splits.get(file.stem, "train"), finders, folder) for file in chosen]
     tables = sorted(filter(None, found), key=lambda each: SPLITS.index(each.split))
     columns = {*tables[0].table.column_names} if tables else {}
@@ -89,9 +89,13 @@ def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str]
 
     shorten: gives the part of names to compare.
     """
-    images = {}
-    for path in splits:
-        images.setdefault(shorten(_split_name(path)[0]), []).append(path)
+
+    @functools.cache
+    def by_stem() -> dict[str, list[str]]:
+        images = {}
+        for path in splits:
+            images.setdefault(shorten(_split_name(path)[0]), []).append(path)
+        return images
 
     @functools.cache
     def find(name: str, split: str) -> str | None:
@@ -99,7 +103,7 @@ def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str]
         parts = _split_name(name)
         ending = os.path.splitext(name.lower())[1]
         ranks = {}
-        for path in images.get(shorten(parts[0]), ()):
+        for path in by_stem().get(shorten(parts[0]), ()):
             shared = len(os.path.commonprefix([parts, _split_name(path)]))
             ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split, name in path)
         best = max(ranks.values(), default=None)

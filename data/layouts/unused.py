@@ -109,13 +109,15 @@ def list_unused(unused: Unused, folder: Path) -> list[str]:
 
 
 def count_endings(names: Iterable[str]) -> list[str]:
-    """Return how many names have each ending, the most frequent first, and the package that it lacks."""
+    """Return each ending with the number of names, the most frequent first, and the package that would read it."""
     counts = count_values(pa.chunked_array([[*map(find_ending, names)]], pa.string())).items()
     return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in counts]
 
 
-def say_unused(lines: Iterable[str], key: str = "data.root") -> None:
-    """Log the lines of `describe`."""
+def say_unused(lines: Iterable[str], key: str = "data.root", said: Iterable[str] = ()) -> None:
+    """Log the lines of `describe`, after the lines `said` of what is read as what."""
+    for line in said:
+        log.info("%s: %s", key, line)
     for line in lines:
         log.warning("%s: not used: %s", key, line)
 

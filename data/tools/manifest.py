@@ -45,9 +45,7 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
         sources = find_sources(folder)
         layout = open_folder(scan_folder(folder, unused := Unused(), data.choice()), own_cache(CACHE))
         table = list_faults(layout.read(), unused, data.on_bad_sidecar)
-        for line in unused.said:
-            log.info("data.root: %s", line)
-        say_unused(unused.describe())
+        say_unused(unused.describe(), said=unused.said)
         paths = table["path"].to_pylist()
         columns = {SIDECARS: [sources.get(path, "") for path in paths]}
         if layout.files:

@@ -100,8 +100,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     steps = known and known.steps_before(math.inf)
     plan = plan_streams(config, streams, distributed.planned_world_size(), steps)
     is_open = config.loop.minutes is not None and known is None
-    if not is_open:
-        _check_warmup(config, plan, job)
+    _check_warmup(config, plan, job)
     compiles = choose_compile(config, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     screen = _start_screen(config, plan, runtime, networks_of(task, task.trained), streams, is_open)
@@ -118,7 +117,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
 
 def _check_warmup(config: TrainingConfig, plan: Plan, job: Job) -> None:
     """Raise UserError for a typed warm-up that is longer than the run. The start screen names one of a recipe."""
-    if isinstance(config.schedule, OneCycleConfig) or config.loop.minutes is not None:  # their length comes later
+    if isinstance(config.schedule, OneCycleConfig) or config.loop.minutes is not None:  # the clock decides
         return
     key = "schedule.warmup_epochs" if config.schedule.warmup_steps is None else "schedule.warmup_steps"
     stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)

@@ -36,11 +36,14 @@ def find_nearest_images(pictures: Iterable[ndarray], trained: Iterable[Batch]) -
     for batch in trained:
         read += compress(zip(texts_of(batch), batch["images"].cpu() - 127.5), batch["weight"] > 0)
     images = dict(sum(distributed.gather_objects(read), []))
+    if not images:
+        return []
+    known = torch.stack([*images.values()]).flatten(1)
     small_size = Preprocessing.model_validate(_SMALL)
     nearest = []
-    for picture in pictures if images else ():
+    for picture in pictures:
         small = torch.from_numpy(prepare(picture, small_size)).permute(2, 0, 1) - 127.5
-        cosines = torch.cosine_similarity(small.flatten(), torch.stack([*images.values()]).flatten(1))
+        cosines = torch.cosine_similarity(small.flatten(), known)
         novelty, path = min(zip((1 - cosines).tolist(), images))
         nearest.append({"novelty": round(novelty, 4), "nearest": path})
     return nearest
