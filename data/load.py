@@ -29,13 +29,6 @@ def load_collection(config: DataConfig) -> Collection:
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
-    for split, twins in collection.twins.items():
-        if twins:
-            log.warning(
-                "data.root: %s of %s images of the %s split have an equal or similar image in training, so figures are "
-                "too good; prepare.py job=duplicates shows them; job.apply=true excludes copies (docs/collections.md)",
-                f"{twins:,}", f"{len(collection.rows(split)):,}", split,
-            )  # fmt: skip
     return collection
 
 

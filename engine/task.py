@@ -39,6 +39,7 @@ class Streams:
     trained_on: facts about the training images for weight files, JSON values.
     earlier: the training streams of `loop.phases`, which come before `train`.
     tables: functions that return the rows of a dry run's tables, by name.
+    findings: what speaks against the figures of the run, the most serious first: `weight`, `key`, `line`, `mark`.
     """
 
     train: StepStream
@@ -49,6 +50,7 @@ class Streams:
     trained_on: Values = field(default_factory=dict)
     earlier: Sequence[StepStream] = ()
     tables: Mapping[str, Callable[[], list[Json]]] = field(default_factory=dict)
+    findings: Sequence[Values] = ()
 
     @property
     def in_order(self) -> list[StepStream]:

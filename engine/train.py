@@ -11,10 +11,12 @@ How a run begins. The order matters: a step reads only what earlier steps have s
 """
 
 import shlex
+from dataclasses import replace
 
 from data.open import Data
 from engine.config import TrainingConfig
 from engine.recipe.settle import settle
+from engine.recipe.validity import ask
 from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
 from engine.run.start import build_task, describe_run, open_run
@@ -35,6 +37,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     stages = Stages()
     kind = open_kind(config.task.name)
     config, job, runtime, collection, path = settle(config, job, kind, stages)
+    findings = sorted([*collection.findings, *ask(config, collection, runtime)], reverse=True)
     stages.end("plan")
 
     # --------------------------------------------------------------------------------------------------- 2. The data
@@ -57,6 +60,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     if not resumes:
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
     streams = kind.streams(data, setup, config)
+    streams = replace(streams, findings=[finding._asdict() for finding in findings])
     plan = describe_run(task, streams, config, job, path, runtime)
     if config.dry_run:
         if distributed.is_main():

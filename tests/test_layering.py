@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from utils.config.help import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
-DATA = {f"data/{name}" for name in ("layouts", "collection", "stream", "images", "tags", "augment")}
+DATA = {f"data/{name}" for name in ("layouts", "collection", "validity", "stream", "images", "tags", "augment")}
 ENGINE = {"optim", "engine", "engine/update", "engine/run", "engine/measures"}
 # What each room may import beside itself. Root scripts are not a room: not even another script imports one.
 ALLOWED = {
@@ -19,7 +19,8 @@ ALLOWED = {
     "models": {"utils"},
     "data": {"utils", "data/collection", "data/layouts", "data/stream", "data/images", "data/augment"},
     "data/layouts": {"utils"},
-    "data/collection": {"utils", "data/layouts"},
+    "data/collection": {"utils", "data/layouts", "data/validity"},
+    "data/validity": {"utils", "data/layouts", "data/collection"},
     "data/stream": {"utils", "data/collection"},
     "data/images": {"utils", "data", "data/stream", "data/collection", "data/layouts"},
     "data/tags": {"utils", "data", "data/stream", "data/collection", "data/layouts"},

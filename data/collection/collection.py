@@ -25,6 +25,7 @@ from data.layouts.names import is_remote
 from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, has_value, show_some
 from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
+from data.validity.finding import Finding
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -56,7 +57,7 @@ class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
     fingerprint: a hash of the columns, stored in the index. seen: a hash of the rows that training may read, without
-    the test split. twins: how many images of `val` and of `test` have a near-duplicate in training (`count_twins`).
+    the test split. findings: what files and tables say about the figures of a run (data/validity/).
     is_packed: whether rows are byte ranges of shards, in the columns `data.layouts.table.PLACES`. concepts:
     `data.concepts`; empty without. unused: lines about files that no reader uses.
     """
@@ -70,7 +71,7 @@ class Collection:
         facts = json.loads(self.table.schema.metadata[FACTS])
         self.fingerprint: str = facts["fingerprint"]
         self.seen: str = facts["seen"]
-        self.twins: dict[str, int] = facts["twins"]
+        self.findings = [Finding(*values) for values in facts["findings"]]
         self.concepts = CONCEPT_LIST.validate_python(facts["concepts"])
         self.possible_labels: list[str] = facts["possible_labels"]
         self.unused: list[str] = facts["unused"]

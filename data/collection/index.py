@@ -16,7 +16,7 @@ from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import Share, count_twins, split_corrected
+from data.collection.split import Share, split_corrected
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES, is_remote
 from data.layouts.recognise import Layout, find_layout
 from data.layouts.scan import TableChoice
@@ -24,6 +24,7 @@ from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, has
 from data.layouts.unused import POSSIBLE, Unused, list_faults, list_unused, say_unused
 from data.layouts.values import RULES
 from data.layouts.walk import check_root
+from data.validity.questions import ask
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import files_key, own_cache
@@ -35,7 +36,7 @@ log = get_logger(__name__)
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 20  # format version; increment it to rebuild every index
+_INDEX = 21  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def index_collection(
             "seen": seen,
             "said": unused.said,
             "unused": lines,
-            "twins": count_twins(rows),
+            "findings": ask(rows, root),
             "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
             "concepts": json.loads(stated),
         }

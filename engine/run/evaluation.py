@@ -175,9 +175,11 @@ class Evaluator:
             yield batch
 
     def write_result(self, advice: Sequence[str] = ()) -> None:
-        """Write result.json on rank 0: the best figure, and what would improve it."""
+        """Write result.json on rank 0: the best figure, what speaks against it, and what would improve it."""
         task = self.learner.task
         result = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
+        if self.streams.findings:
+            result["findings"] = self.streams.findings
         if advice:
             result["help"] = advice
         file = self.recorder.folder / RESULT_FILE

@@ -44,6 +44,8 @@ from utils.record.logging import get_logger
 from utils.record.run_folder import ENVIRONMENT_FILE, environment_state, open_run_folder, write_config
 
 log = get_logger(__name__)
+
+_SHOWN = 6  # findings; result.json has all
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
@@ -142,6 +144,7 @@ def _start_screen(
         ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}{_show_warmup(config, plan, is_open)}"),
         ("machine", _show_machine(plan, runtime)),
     ]
+    rows += [("validity", f"{finding['line']} ({finding['key']})") for finding in streams.findings[:_SHOWN]]
     return show_lines(f"{config.task.name}, {config.model.name}, {count:,} parameters{source}", rows)
 
 
