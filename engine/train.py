@@ -16,7 +16,7 @@ from dataclasses import replace
 from data.open import Data
 from engine.config import TrainingConfig
 from engine.recipe.settle import settle
-from engine.recipe.validity import ask
+from engine.recipe.validity import list_findings
 from engine.run.checkpoint import will_resume
 from engine.run.clock import Stages
 from engine.run.start import build_task, describe_run, open_run
@@ -37,7 +37,6 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     stages = Stages()
     kind = open_kind(config.task.name)
     config, job, runtime, collection, path = settle(config, job, kind, stages)
-    findings = sorted([*collection.findings, *ask(config, collection, runtime)], reverse=True)
     stages.end("plan")
 
     # --------------------------------------------------------------------------------------------------- 2. The data
@@ -59,8 +58,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     task = build_task(lambda: kind.build(setup), config)
     if not resumes:
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
-    streams = kind.streams(data, setup, config)
-    streams = replace(streams, findings=[finding._asdict() for finding in findings])
+    streams = replace(kind.streams(data, setup, config), findings=list_findings(config, collection, runtime))
     plan = describe_run(task, streams, config, job, path, runtime)
     if config.dry_run:
         if distributed.is_main():

@@ -11,7 +11,7 @@ from data.collection.collection import Collection
 from data.validity.finding import Finding
 from engine.config import TrainingConfig
 from engine.update.runtime import Runtime
-from utils.io.files import ignore_write_errors, read_json, write_json
+from utils.io.files import Json, ignore_write_errors, read_json, write_json
 from utils.io.memo import OURS, files_key, own_cache
 from utils.ranks import distributed
 
@@ -23,12 +23,14 @@ _FOLDER = OURS / "findings"
 _VERSION = 1  # increment it when a question changes
 
 
+def list_findings(config: TrainingConfig, collection: Collection, runtime: Runtime) -> list[Json]:
+    """Return all findings about a run, the most serious first: the fields of `Finding`. Rank 0 asks for all ranks."""
+    asked = distributed.rank_zero_call(lambda: ask(config, collection, runtime))
+    return [finding._asdict() for finding in sorted([*collection.findings, *asked], reverse=True)]
+
+
 def ask(config: TrainingConfig, collection: Collection, runtime: Runtime) -> list[Finding]:
-    """Return the findings of all questions, on every rank. Rank 0 asks."""
-    return distributed.rank_zero_call(lambda: _ask_once(config, collection, runtime))
-
-
-def _ask_once(config: TrainingConfig, collection: Collection, runtime: Runtime) -> list[Finding]:
+    """Return the findings of the questions, which are asked once."""
     stated = [config.task.model_dump(mode="json"), config.data.model_dump(mode="json"), config.init_from]
     file = own_cache(_FOLDER) / f"{files_key([collection.arrow], _VERSION, len(QUESTIONS), *stated)}.json"
     with suppress(OSError, ValueError, TypeError):
