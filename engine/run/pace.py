@@ -108,6 +108,8 @@ class Pace:
         Raises UserError (`run_dir`) if a correction cannot be written.
         """
         corrected = self._length.corrected
+        if self._speed is not None and step == self._speed.epoch:  # no measurement is of steps before and after it
+            self._learn(step, clock)
         if step == self._next and not plan.phase_ends:
             steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
             if steps != plan.total_steps:
@@ -118,14 +120,17 @@ class Pace:
         return corrected.get(step, plan.total_steps)
 
     def _count(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
-        """Return the number of steps that fit, if the steps keep the speed that they have had since `_since`."""
-        now = clock.mark(step)
-        step_sec = (now.seconds - self._since.seconds) / (step - self._since.step)
-        if step <= self._speed.epoch:
-            self._speed = self._speed._replace(first=step_sec)
-        elif self._since.step >= self._speed.epoch:
-            self._speed = self._speed._replace(later=step_sec)
-        self._since = now
+        """Return the number of steps that fit, if the steps keep the speed that they have had lately."""
+        self._learn(step, clock)
         left = 60 * self._length.minutes - (monotonic() - STARTED) - self._end_sec
         left -= plan.evaluations_after(step) * evaluation_sec
         return max(step + 1, self._speed.count(self._speed.seconds_to(step) + left))
+
+    def _learn(self, step: int, clock: Clock) -> None:
+        """Measure the speed of the steps since the last call, which are of the first epoch, or of later ones."""
+        now = clock.mark(step)
+        if step > self._since.step:
+            step_sec = (now.seconds - self._since.seconds) / (step - self._since.step)
+            name = "first" if step <= self._speed.epoch else "later"
+            self._speed = self._speed._replace(**{name: step_sec})
+            self._since = now

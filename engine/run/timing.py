@@ -27,7 +27,6 @@ _WARM_UP_UPDATES = 3  # the first ones are slow
 _TIMING_SHARE = 0.02  # of the time for a timing of updates; a stream has two
 _MOST_TIMED_UPDATES = 50  # of a timing
 _FEW_UPDATES = 8  # if fewer updates than this fit into a timing, one warm-up update is enough
-_DRAIN_FACTOR = 2  # times the batches read ahead are used up first: the timing then waits for data as the run will
 _TIMED_BATCHES = 8  # of an evaluation
 _LEAST_SHARE = 0.1  # of the minutes is for updates, even if the start has taken the others
 _END_SEC = 4.5  # the last pictures and weights
@@ -123,13 +122,14 @@ def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None)
             about = time_updates(1)
             if about > seconds / _FEW_UPDATES:
                 break
+        # Batches that are read ahead are used up first: the timing then waits for data as the run will.
+        ahead = learner.runtime.workers * learner.runtime.prefetch_batches
         if count is None:
-            count = min(_MOST_TIMED_UPDATES, int(seconds / max(about, 1e-6)))
+            count = min(max(_MOST_TIMED_UPDATES, ahead), int(seconds / max(about, 1e-6)))
         if count < 1:
             return 0, about
-        ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
         if ahead:
-            time_updates(min(_DRAIN_FACTOR * ahead, count))
+            time_updates(min(ahead, count))
         return count, time_updates(count)
 
 

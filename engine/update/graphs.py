@@ -7,6 +7,7 @@ same random numbers, and differ from other updates only by the rounding of the l
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,6 @@ _EAGER_UPDATES = 2  # of the same shapes precede a recording: they choose kernel
 _MOST_GRAPHS = 16  # one for each bucket of SDXL
 _MOST_KEYS = 100  # a momentum or weight decay that changes with every update is not recorded
 Prepare = Callable[[Batch], Batch]  # of `Learner`
-_MEMORY_SHARE = 0.6  # of the GPU's memory may be used with a recording, which takes as much memory as an update
 
 
 @dataclass
@@ -108,22 +108,16 @@ class UpdateGraphs:
     def _record(self, key: Any, batch: Batch) -> None:
         """Record an update without making it; give up if that is not possible."""
         try:
-            if self.device.type == "cuda" and self._pool is None:
-                self._check_memory()
+            if self.device.type == "cuda":
+                _check_memory(self.device)
             self.recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
             log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
+            self._reset()  # frees the memory of the other graphs, which are no longer replayed
             self.is_off = True
             self.optimizer.zero_grad(set_to_none=True)
         else:
             log.debug("runtime.cuda_graphs: an update was recorded")
-
-    def _check_memory(self) -> None:
-        lasting = torch.cuda.memory_allocated(self.device)  # weights, state, and the copy of the images
-        used = 2 * torch.cuda.max_memory_reserved(self.device) - lasting
-        share = used / torch.cuda.get_device_properties(self.device).total_memory
-        if share > _MEMORY_SHARE:
-            raise RuntimeError(f"it would take {share:.0%} of the GPU's memory")
 
     def _capture(self, batch: Batch) -> _Recorded:
         optimizer = self.optimizer
@@ -155,16 +149,40 @@ class UpdateGraphs:
         return _Recorded(inputs, values, results, replay, replay_step)
 
 
+def _check_memory(device: torch.device) -> None:
+    """Raise RuntimeError unless a recording fits beside an update: each takes as much memory as updates so far."""
+    held = torch.cuda.memory_allocated(device)  # weights, state, and the copy of the images
+    needed = 2 * (torch.cuda.max_memory_allocated(device) - held)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+    if needed > free:
+        raise RuntimeError(f"an update and its recording take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+
+
 def record_graph(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
     """Capture a function without running it. Return a function that replays its kernels, and the memory pool.
 
-    On a CPU, the replay calls the function. pool: the memory of another recording, to share. Raises RuntimeError if the
-    function waits for the GPU.
+    On a CPU, the replay calls the function. pool: the memory of another recording, to share. Raises RuntimeError, the
+    function's own, if it waits for the GPU or memory runs out; then the stream and the allocator are as before.
     """
     if device.type != "cuda":
         return function, None
     graph = torch.cuda.CUDAGraph()
-    # Threads of the loader may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
+    pool = pool or torch.cuda.graph_pool_handle()
+    errors = []
+    try:
+        # After a failure torch leaves its own stream as the current one. Threads of the loader may call CUDA meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            try:
+                function()
+            except RuntimeError as error:
+                errors.append(error)  # the end of the capture raises another one
+                raise
+    except RuntimeError as error:
+        with suppress(RuntimeError):  # torch 2.11 and 2.12 go on to allocate from the pool (pytorch #180395)
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        graph.reset()
+        raise (errors or [error])[0] from None
     return graph.replay, graph.pool()

@@ -1,5 +1,7 @@
 """Updates by CUDA graphs: on a GPU the graphs themselves; on a CPU, where a replay computes again, all around them."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
 from engine.tasks.config import MixingConfig
 from engine.tasks.mixing import Mixing
+from engine.update import graphs
 from tests import small_tasks
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
@@ -102,3 +105,58 @@ def test_a_task_that_draws_on_the_cpu_or_waits_for_the_gpu_is_not_recorded(facto
     for number in range(4):
         assert learner.update([batch_of(number, "cuda")]).applied
     assert len(learner.graphs.recorded) == 0
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["capture_end_raises", "capture_begin_raises"])
+def test_a_failed_recording_is_undone(ends, monkeypatch):
+    """torch's own `torch.cuda.graph` runs, on a graph and on streams that are not real."""
+
+    def fails(*_, **__):
+        raise RuntimeError("the capture is invalid")
+
+    def function():
+        raise RuntimeError("the first error")
+
+    graph = mock.MagicMock()
+    (graph.capture_end if ends else graph.capture_begin).side_effect = fails
+    streams = ["default"]
+
+    class Context:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before = streams[-1]
+            streams.append(self.stream)
+
+        def __exit__(self, *_):
+            streams.append(self.before)
+
+    monkeypatch.setattr(torch.cuda, "stream", Context)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams[-1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "capture")
+    monkeypatch.setattr(torch._C, "_host_emptyCache", mock.MagicMock(), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended := mock.MagicMock(), raising=False)
+    with pytest.raises(RuntimeError, match="the first error" if ends else "the capture is invalid"):
+        graphs.record_graph(function, torch.device("cuda"))
+    assert streams[-1] == "default" and ended.called and graph.reset.called
+
+
+@pytest.mark.parametrize("total, held, update, recorded, fits", [
+    (24, 3, 4, 0, True), (24, 3, 4, 5, True), (80, 10, 15, 20, True), (141, 20, 25, 30, True), (24, 8, 9, 0, False),
+])  # fmt: skip
+def test_a_recording_needs_memory_for_itself_and_an_update(total, held, update, recorded, fits, monkeypatch):
+    """In GiB; also after an earlier recording of the run, whose memory the allocator keeps."""
+    reserved = held + update + recorded
+    figures = {"memory_allocated": held, "max_memory_allocated": held + update, "memory_reserved": reserved}
+    for name, gib in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: ((total - reserved) * 2**30, total * 2**30))
+    if fits:
+        graphs._check_memory(torch.device("cuda"))
+    else:
+        with pytest.raises(RuntimeError, match="18.0 GiB, 16.0 are free"):
+            graphs._check_memory(torch.device("cuda"))

@@ -1,11 +1,13 @@
 """`loop.minutes`: the steps that fit into a time, kept by the run, and equal to a run of so many steps."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import engine.run.summary
 from engine.run import pace, timing
 from engine.run.clock import Clock, Mark
-from engine.run.pace import Speed
+from engine.run.pace import Length, Pace, Speed
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import assert_equal_runs, refuses
 from utils.io.files import read_json
@@ -77,6 +79,19 @@ def test_a_run_whose_steps_take_half_as_long_makes_more_and_a_resumed_one_repeat
     assert read_json(file) == found
     run("finetune", [*words, f"run_dir={tmp_path / 'whole'}"], tmp_path)
     assert_equal_runs(tmp_path / "run", tmp_path / "whole", [*steps.values()][-1])
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
+def test_the_first_correction_is_right_also_after_the_end_of_the_first_epoch(factor, tmp_path, monkeypatch):
+    """A step was measured too short by a factor; the first epoch's last step is before the correction."""
+    length = Length(minutes=10, steps=int(600 * factor), words=[])
+    plan = SimpleNamespace(phase_ends=(), total_steps=length.steps, evaluations_after=lambda step: 0)
+    clock = SimpleNamespace(mark=lambda step: Mark(step, min(step, 50) * 2.0 + max(0, step - 50)))
+    run_pace = Pace(tmp_path, length, Mark(), Speed(2 / factor, 1 / factor, 50), 0.0)
+    for step in range(1, int(0.16 * length.steps)):
+        monkeypatch.setattr(pace, "monotonic", lambda step=step: pace.STARTED + clock.mark(step).seconds)
+        run_pace.steps_at(step, plan, clock, 0.0)
+    assert [*length.corrected.values()] == [550]
 
 
 def test_two_lengths_are_refused(words, tmp_path):
