@@ -5,8 +5,8 @@ python bench/minute.py [quick] [rows] [TEXT OF A SETTING]        (a minute and a
 A setting gives rows in milliseconds over a goal. start: from typing to the first update, at most 8 s. other: all that
 is not training, at most 15 s. to top1: the training until an evaluation has 0.94, at most 30 s; there is no such row
 if none has. updates: the training, at most as long as its updates take alone, on one batch on the device, over 0.9.
-Fashion-MNIST is in outputs/bench/collections, where bench/draw_collections.py draws it. `quick`: two updates of a few
-images of noise, whose figures mean nothing.
+Fashion-MNIST is measured if it is in outputs/bench/collections, where bench/draw_collections.py draws it. `quick`: two
+updates of a few images of noise, whose figures mean nothing.
 """
 
 import re
@@ -31,7 +31,8 @@ from utils.config.entry_point import validate
 from utils.config.help import ROOT
 from utils.record.run_reader import RunReader
 
-COLLECTIONS = {"glyphs": [], "fashion": [f"data.root={OUT / 'collections/fashion'}"]}
+FASHION = OUT / "collections/fashion"
+COLLECTIONS = {"glyphs": [], "fashion": [f"data.root={FASHION}"]}
 FEW = OUT / "collections/few"
 QUICK = [f"data.root={FEW}", "loop.total_steps=2", "loop.batch_size=8", "augment.image_size_hw=[32,32]"]
 GOAL_MS = {"start": 8e3, "other": 15e3, "top1": 30e3}
@@ -104,8 +105,8 @@ def measure(name, quick):
 
 
 def settings(device, quick):
-    """Yield a setting for each collection."""
-    for name in COLLECTIONS:
+    """Yield a setting for each collection that is here."""
+    for name in list(COLLECTIONS)[: 1 + FASHION.is_dir()]:
         yield name, lambda name=name: measure(name, quick)
 
 
