@@ -10,9 +10,7 @@ from data.config import DataConfig
 from data.images.open import allow_pixels, decoder_versions
 from data.layouts.table import SPLITS, has_value
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def load_collection(config: DataConfig) -> Collection:

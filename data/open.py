@@ -34,10 +34,7 @@ from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from utils.contracts import LoaderMachine
 from utils.io.files import Values
-from utils.record.logging import get_logger
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 
 def open_images(collection: Collection, config: DataConfig, preprocessing: Values, *, repeats: bool = False) -> Source:

@@ -7,10 +7,7 @@ from itertools import accumulate
 from engine.config import TrainingConfig
 from engine.task import COMPARED, Streams
 from optim.config import OneCycleConfig
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
-
+from utils.record.logging import log
 
 _LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, with any batch size
 # `loop.evaluate_every_epochs=auto`: at least 5 evaluations; more while they read at most a fifth of training's images.

@@ -25,10 +25,8 @@ from utils.config.command_line import Job
 from utils.contracts import InitFrom
 from utils.io.files import output_errors, refuse_links_out
 from utils.ranks import distributed
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import write_report
-
-log = get_logger(__name__)
 
 
 def train(config: TrainingConfig, job: Job) -> str | None:

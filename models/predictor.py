@@ -21,12 +21,11 @@ from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import PER_TAG, find_thresholds
 from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 from utils.io.files import Json, Values, readable
-from utils.record.logging import get_logger
+from utils.record.logging import log
 
 if TYPE_CHECKING:
     import torch
 
-log = get_logger(__name__)
 
 Images = "np.ndarray | Tensor"  # an array or a tensor, uint8 [B, C, H, W]
 

@@ -41,9 +41,7 @@ from utils.io.files import Json
 from utils.io.hub import stated_license
 from utils.ranks import distributed
 from utils.record import pictures
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _WORST = 4  # pictures of an evaluation
 _AMPLIFIED = 4  # times the difference in a picture

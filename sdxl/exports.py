@@ -27,9 +27,7 @@ from sdxl.step import decode_to_levels
 from sdxl.vae import unlike_sdxls
 from utils.errors import UserError
 from utils.io.files import Json, Values
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 Entry = Json  # of export.json

@@ -19,9 +19,7 @@ from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import split_tags
 from utils.io.files import Json, output_errors, readable, write_text
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _ALPHA = {"source": "alpha", "floor": 0.0, "normalise": False}  # task.mask
 _WITHOUT = {

@@ -48,9 +48,7 @@ from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.memo import hash_once
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _TEXTS_AT_ONCE = 16
 

@@ -31,9 +31,7 @@ from sdxl.files.tokenizer import LENGTH
 from sdxl.task import DiffusionTask
 from utils.errors import UserError
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _GIB = 2**30
 LIBRARIES_GIB = 0.8  # CUDA's context and its libraries; an estimate

@@ -21,10 +21,8 @@ from utils.contracts import InitFrom
 from utils.errors import UserError, about
 from utils.io.files import Json
 from utils.io.weight_files import find_initial
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_reader import run_of
-
-log = get_logger(__name__)
 
 
 def settle_vae(config: AnyConfig, start: Start) -> AnyConfig:

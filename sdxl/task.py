@@ -77,9 +77,7 @@ from utils.io.memo import hash_once
 from utils.io.weight_files import find_initial
 from utils.io.weights import read_header, read_weights
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _BINS = 5  # ranges of timesteps with a logged error each
 _LEAST_AREA = 1e-6  # divisor for smaller masks, so that an empty mask trains nothing

@@ -42,10 +42,8 @@ from utils.config.sweep_config import FLAGS
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import output_errors, write_json
 from utils.ranks.distributed import GPUS_VARIABLE, RANKS_VARIABLE
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import GIT_FILE, git_state
-
-log = get_logger(__name__)
 
 SCRIPT_WORDS: list[str] = []  # the command line without the words for `launch`
 # A copy of the code has the packages and their configuration.

@@ -48,10 +48,9 @@ def store():
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """Return caplog with what our loggers say, reasons (DEBUG) too, whatever other tests did to logging."""
+    """Return caplog with what our logger says, reasons (DEBUG) too, whatever other tests did to logging."""
     ours = logging.getLogger(ROOT)
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith(ROOT)]:
-        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+    monkeypatch.setattr(ours, "disabled", False)
     monkeypatch.setattr(ours, "propagate", False)  # else a message comes twice
     monkeypatch.setattr(ours, "handlers", [*ours.handlers, caplog.handler])
     caplog.set_level(logging.DEBUG, ROOT)

@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from viewer.collection import CollectionPage, CollectionsPage
 from viewer.compare import ComparePage
 from viewer.config import PageConfig
@@ -34,8 +34,6 @@ from viewer.samples import SamplesPage
 from viewer.site import Site, add_missing_page, set_looks
 from viewer.start import StartPage, keep_queue_going
 from viewer.try_image import MAX_BYTES, TryPage
-
-log = get_logger(__name__)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"

@@ -7,9 +7,7 @@ from data.collection.collection import Collection
 from data.collection.split import hash_paths, rank_by_hash
 from utils.contracts import TrainChoice
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarray | None = None) -> ndarray:

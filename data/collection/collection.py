@@ -27,9 +27,7 @@ from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
 from data.validity.finding import Finding
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _MARGIN = " " * 14  # of a table on the start screen
 

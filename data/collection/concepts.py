@@ -19,9 +19,7 @@ from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.names import find_path
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 CONCEPT = "concept"  # a column: the index of a row's concept
 

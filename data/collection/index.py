@@ -28,10 +28,8 @@ from data.validity.questions import ask
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import files_key, own_cache
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`

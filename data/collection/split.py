@@ -11,9 +11,7 @@ from numpy import ndarray
 from pyarrow import Table
 
 from data.layouts.table import SPLITS, TEST, replace_column, show_some
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 Share = float | Literal["auto"]  # of the images, for validation
 FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images agree

@@ -23,9 +23,7 @@ from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils.errors import UserError
 from utils.hardware import free_memory
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 GIB = 2**30
 _COUNTED = ("hits", "misses", "refused")  # refused: images that could not be written

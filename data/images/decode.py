@@ -17,9 +17,7 @@ from data.images.open import REMARK, decoder_versions, open_image
 from data.images.resize import resize
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _RULES = 5  # version of conversion and resizing; increment it to invalidate cached images
 

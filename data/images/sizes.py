@@ -18,9 +18,7 @@ from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 SIZES = Path("outputs/cache/upright_sizes.jsonl")
 _WIDTH = 0x0100  # a tag of TIFF

@@ -35,9 +35,7 @@ from utils.formats.spelling import join_tags, split_tags
 from utils.io.files import file_lock, output_errors, readable
 from utils.io.memo import file_version
 from utils.io.names import Names
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _PATIENCE_SEC = 10  # for another process that appends a line
 _KINDS = {"label": (str, type(None)), "tags": (list,), "weight": (int, float), "group": (int, type(None))}

@@ -19,10 +19,8 @@ from data.layouts.table import TEST, build_table, show_some
 from data.layouts.unused import BESIDE
 from data.layouts.values import read_label
 from utils.errors import UserError
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 # Folders of dumps: the last digits of a post's id, with zeros before them, or the first ones of a hash.
 _OF_POST = re.compile(r"0*((?<!\d)\d{2}|\d{3})/\d{2,}\1|([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\2.*")

@@ -27,10 +27,8 @@ from data.layouts.names import GLYPHS, PARQUET
 from data.layouts.table import build_table
 from utils.errors import UserError
 from utils.io.files import Json, output_errors, read_json, write_json
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 GLYPHS_VERSION = 1
 TRAIN_FACES = (

@@ -44,9 +44,7 @@ from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
 from utils.io.memo import files_key, in_threads
 from utils.io.names import find_path, list_names
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten

@@ -15,9 +15,7 @@ from data.layouts.names import is_remote
 from data.layouts.scan import Folder, TableChoice, scan_folder
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root, find_manifest
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 class Layout(NamedTuple):

@@ -23,9 +23,7 @@ from data.layouts.unused import Unused
 from data.layouts.values import explain_column
 from utils.errors import UserError, about
 from utils.io.files import Json, readable
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 IS_VALID = ("is_valid", "is_val")  # of columns that are true in the validation split, as fastai has them
 # The names of a column, in the order in which they are tried; in lower case, with _ between words.

@@ -18,9 +18,7 @@ from data.layouts.table import SHOWN, count_values, show_some
 from data.layouts.values import FIELDS
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_text
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar` in data/layouts/readers.py
 ORPHANS = "sidecars without an image"  # a reason

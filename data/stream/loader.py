@@ -43,9 +43,7 @@ from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
 from utils.ranks.processes import end_with_parent, shorten_socket_folder
 from utils.ranks.signals import leave_to_parent
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _Problems = list[tuple[str, str]]  # the name of an image and why it is unreadable
 # Counters for keys derived from a sample's key.

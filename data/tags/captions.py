@@ -26,12 +26,11 @@ from utils.errors import UserError
 from utils.formats.emphasis import escape, read_emphasis
 from utils.formats.spelling import RATING, is_sentence, parse_tag, split_tags, with_spaces
 from utils.io.files import Values
-from utils.record.logging import get_logger
+from utils.record.logging import log
 
 if TYPE_CHECKING:
     from torch import Generator
 
-log = get_logger(__name__)
 
 Vary = Callable[[str, "Generator"], str]  # from a text to a random caption
 _SEPARATOR = ", "  # between tags

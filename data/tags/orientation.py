@@ -28,9 +28,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import CATEGORIES, GENERAL
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import Json, Values, readable
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 MAPS = ("booru", "glyphs")
 _MIRRORED = (GENERAL, CATEGORIES["meta"])

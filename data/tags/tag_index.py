@@ -28,9 +28,7 @@ from utils.formats.vocabulary import Vocabulary
 from utils.io.files import write_atomically
 from utils.io.memo import own_cache
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _VERSION = 7  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message

@@ -28,9 +28,7 @@ from utils.formats.spelling import (
 )
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import readable
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message

@@ -25,9 +25,8 @@ from utils.errors import UserError
 from utils.formats.spelling import join_tags
 from utils.io.files import AppendFile, Json, remove_temporary, write_atomically, write_text
 from utils.io.journal import open_journal
-from utils.record.logging import get_logger
+from utils.record.logging import log
 
-log = get_logger(__name__)
 _LACK = "images whose sidecars lack the corrections"
 _NO_PLACE = "weights and groups, for which sidecars have no place; corrections.jsonl keeps them"
 

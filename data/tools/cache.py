@@ -20,11 +20,9 @@ from utils.io.files import output_errors
 from utils.io.memo import in_threads
 from utils.io.safe_text import Lines
 from utils.record.figures import show_rows
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
 from utils.record.report import TableRow
-
-log = get_logger(__name__)
 
 _COMPARED = 32  # images
 _CACHES = Path("outputs/cache")

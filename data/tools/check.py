@@ -26,10 +26,8 @@ from data.tools.measure import FileFacts, measure_files, measure_shards
 from data.tools.tool import list_files, save_report
 from utils.io.memo import own_cache
 from utils.io.names import Names
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import TableRow
-
-log = get_logger(__name__)
 
 _SHOWN = 30  # the most frequent values of a column, in the log; the page has all
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")

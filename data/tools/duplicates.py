@@ -16,10 +16,7 @@ from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
 from utils.formats.spelling import RATING, parse_rating, parse_tag
 from utils.io.files import Values
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
-
+from utils.record.logging import log
 
 Image = Values  # a row of the collection, its `FileFacts`, and `claims`
 

@@ -22,9 +22,7 @@ from utils.errors import UserError
 from utils.hardware import check_compile, choose_device, choose_precision, free_memory, missing_for_compile
 from utils.io.files import output_errors
 from utils.ranks.processes import count_cores
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _GIB = 2**30
 _PRECISIONS = (("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("tf32", None))  # two are for GPUs

@@ -24,9 +24,7 @@ from data.tools.duplicates import find_groups
 from data.tools.measure import measure_files, measure_shards
 from utils.io.journal import open_journal
 from utils.io.memo import own_cache
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _DECODED = ("width", "height", "mode", "orientation", "transparent", "sharpness")  # columns of verify=true
 _NAMED = 20  # unreadable images in the log

@@ -37,10 +37,8 @@ from utils.errors import UserError
 from utils.io.files import Json, write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import in_threads
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 _VERSION = 1  # version of the shard content
 _ORDER_SEED = 0

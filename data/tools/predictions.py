@@ -35,9 +35,7 @@ from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.io.names import find_path, is_utf8, show_file_name
 from utils.io.safe_text import safe_row
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _LINE = re.compile(rb"""^(["']?)(.+?)\1\r?$""", re.MULTILINE)  # of stdin; Windows and `ls -Q` write quotes
 _SERIES = re.compile(r"(.+)_\(([^()]+)\)")

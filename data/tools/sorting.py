@@ -12,9 +12,7 @@ from shlex import quote
 
 from data.layouts.names import is_image_name
 from utils.io.files import Json, write_atomically
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def sort_rows(rows: Iterable[Json], folder: Path, by: str) -> Iterator[Json]:

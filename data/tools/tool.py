@@ -10,10 +10,8 @@ import pyarrow as pa
 from data.layouts.table import PLACES
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import PAGE, TableRow, write_html, write_report
-
-log = get_logger(__name__)
 
 _NAMED = 10  # files in the log
 

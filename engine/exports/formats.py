@@ -24,9 +24,6 @@ from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import vocabulary_of
 from utils.io.files import Json, readable
 from utils.io.weights import write_weights
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 _SCRATCH = ".export-"
 Entry = Json  # of export.json

@@ -23,11 +23,9 @@ from utils.errors import UserError, about
 from utils.io.memo import OURS, hash_once
 from utils.io.weight_files import find_weights
 from utils.io.weights import hash_tensors
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader, run_of
-
-log = get_logger(__name__)
 
 _RUNS = Path("outputs")
 _HASHES = OURS / "weight_hashes.jsonl"

@@ -29,10 +29,8 @@ from models.predictor import Predictor, known_outputs
 from utils.errors import UserError, about
 from utils.formats.spelling import RATING
 from utils.formats.vocabulary import Vocabulary
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 _SLACK = 1e-3  # rounding in fp16 may move probabilities this far beyond 0 and 1
 _SHOWN_FIGURES = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")

@@ -30,11 +30,9 @@ from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weight_files import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import write_html, write_report
 from utils.record.run_reader import run_of
-
-log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
 _IN_NAMES = ("last", "ema", "test", "train", "all")  # weights and splits whose results have names of their own

@@ -19,11 +19,9 @@ from engine.task import Loaders
 from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained
 from utils.errors import UserError, about
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
 from utils.record.run_reader import RunReader
-
-log = get_logger(__name__)
 
 
 class _RunData(BaseModel):

@@ -38,11 +38,9 @@ from utils.hardware import choose_device, choose_workers
 from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weight_files import find_weights
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 Predict = Callable[[np.ndarray], Iterable[Row]]  # from images to their rows
 

@@ -16,9 +16,7 @@ from optim.linear import count_hits
 from optim.ridge import Ridge, standardise
 from utils.contracts import Batch
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 # Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; facebookresearch/dino:eval_knn.py.
 TEMPERATURE = 0.07

@@ -19,9 +19,7 @@ from engine.measures.tags import TagCounts
 from utils.errors import UserError
 from utils.formats.thresholds import OVERALL, RISK, ThresholdTable
 from utils.formats.vocabulary import Vocabulary
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _CONFIDENCE = 0.95
 _FIRST_SHARE = 0.25  # of the images, which the first threshold answers

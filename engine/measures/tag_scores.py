@@ -19,9 +19,7 @@ from utils.formats.spelling import RATING, category_name
 from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import Json
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _DEFAULT_EDGE = int(edge_below(DEFAULT_LOGIT))
 _PRIOR_POSITIVES = 50  # the weight of a category's threshold in the threshold of a tag

@@ -29,10 +29,8 @@ from optim.linear import count_right
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.start import STARTED
-
-log = get_logger(__name__)
 
 UNIT_PX = 64  # of timing
 FINE_PX = 96  # of the features of weights

@@ -4,9 +4,7 @@ from engine.tasks.change import AnyConfig, Start
 from models.config import TimmConfig
 from utils.config.command_line import By
 from utils.errors import UserError, about
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def take_preprocessing(config: AnyConfig, start: Start) -> AnyConfig:

@@ -30,10 +30,8 @@ from utils.config.entry_point import recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.record.figures import show_lines
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import default_run_dir
-
-log = get_logger(__name__)
 
 _SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 _REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best of _NETWORKS

@@ -24,12 +24,10 @@ from utils.config.command_line import By, Job
 from utils.config.messages import ConfigError, wrong_keys
 from utils.config.recipe import flatten
 from utils.errors import UserError
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import default_run_dir
 from utils.record.run_reader import run_of
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are lower
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it

@@ -57,7 +57,7 @@ from utils.io.weights import (
     write_weights,
 )
 from utils.ranks import distributed
-from utils.record.logging import get_logger, restart_count
+from utils.record.logging import log, restart_count
 from utils.record.run_folder import RunFolder
 from utils.record.run_reader import RunReader
 from utils.start import open_name
@@ -65,7 +65,6 @@ from utils.start import open_name
 if TYPE_CHECKING:
     from engine.run.remote_copy import RemoteCopy
 
-log = get_logger(__name__)
 
 FORMAT = 2
 KEPT = 2  # newest checkpoints that stay, beside the best one

@@ -18,11 +18,9 @@ from utils.io.files import Json, Values, ignore_write_errors, write_json
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.figures import COUNTS, interval, show_evaluated
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
 from utils.record.run_reader import RESULT_FILE
-
-log = get_logger(__name__)
 
 _SHOWN_FIGURES = 3  # figures of an evaluation in the log line
 

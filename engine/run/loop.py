@@ -28,13 +28,11 @@ from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, is_stop_requested
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import RunFolder, git_state
 
 if TYPE_CHECKING:
     from engine.run.pace import Pace
-
-log = get_logger(__name__)
 
 
 class Run:

@@ -30,10 +30,8 @@ from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 _LOWEST_RATE = 1e-5
 _HIGHEST_RATE = 10.0

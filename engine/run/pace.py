@@ -15,10 +15,8 @@ from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json
 from utils.ranks import distributed
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.start import STARTED
-
-log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _FIRST_SHARE = 0.15  # of the steps precede the first correction; the next ones halve the rest

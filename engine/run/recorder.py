@@ -26,7 +26,7 @@ from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import show_duration
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
@@ -36,7 +36,6 @@ from utils.record.run_reader import write_progress
 if TYPE_CHECKING:
     from utils.record.trackers import Tracker
 
-log = get_logger(__name__)
 
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
 _PROGRESS_PAUSE_SEC = 5.0  # between two writes of the progress

@@ -19,10 +19,8 @@ from fsspec.utils import get_protocol
 
 from utils.errors import UserError
 from utils.io.files import Values, output_errors
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import locked
-
-log = get_logger(__name__)
 
 _KEY = "loop.checkpoint_mirror"
 _MARK = "state.sha256"  # the last file of a whole checkpoint

@@ -20,10 +20,8 @@ from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import AppendFile, Json, ignore_write_errors
 from utils.ranks import distributed
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.metrics_log import keep_rows
-
-log = get_logger(__name__)
 
 WINDOW_STEPS = 100
 MOST_SKIPPED = 50  # of the last WINDOW_STEPS; more end the run

@@ -40,10 +40,8 @@ from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.figures import show_lines
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_folder import ENVIRONMENT_FILE, environment_state, open_run_folder, write_config
-
-log = get_logger(__name__)
 
 _SHOWN = 6  # findings; result.json has all
 AnyTask = TypeVar("AnyTask", bound=Task)

@@ -6,9 +6,7 @@ from engine.run.advice import advise
 from engine.run.evaluation import Evaluator
 from utils.io.safe_text import Lines
 from utils.record.figures import show_duration, show_interval, show_lines
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _MUCH_WAITING = 0.1  # the last screen mentions the wait for data above this share of the training time
 _WAITING = (

@@ -18,10 +18,8 @@ from engine.run.pace import Length, Pace, Speed, read_minutes
 from engine.update.runtime import Runtime
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.start import STARTED
-
-log = get_logger(__name__)
 
 _WARM_UP_UPDATES = 3  # the first ones are slow
 _TIMING_SHARE = 0.02  # of the time for a timing of updates; a stream has two

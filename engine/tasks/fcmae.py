@@ -25,9 +25,7 @@ from utils.contracts import Batch, State
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.record import pictures
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 # With this many images the loss is exact to a percent; a large split would take longer than an epoch of training.
 VALIDATION_IMAGES = 4096

@@ -28,9 +28,7 @@ from optim.ridge import standardise
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 @torch.no_grad()

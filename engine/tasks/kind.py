@@ -40,10 +40,7 @@ from utils.contracts import InitFrom
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
-from utils.record.logging import get_logger
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

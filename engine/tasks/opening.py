@@ -16,10 +16,8 @@ from models.weights.fit import refuse_misfits
 from utils.errors import UserError, close_names
 from utils.io.files import Json, readable
 from utils.io.weights import read_weights, restore_paths
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_reader import run_of
-
-log = get_logger(__name__)
 
 
 def read_setup(

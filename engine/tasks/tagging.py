@@ -45,9 +45,7 @@ from utils.io.files import Json
 from utils.io.weight_files import find_initial, find_weights
 from utils.io.weights import read_weights
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 CACHE = Path("outputs/cache/tags")
 _SHOWN_MISTAKES = 24  # images in the picture

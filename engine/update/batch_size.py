@@ -15,9 +15,7 @@ import torch
 from engine.config import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def show_samples(batch: Batch) -> str:

@@ -20,9 +20,7 @@ from optim.build import skips_on_device
 from optim.groups import is_frozen
 from optim.schedules import GroupValues
 from utils.contracts import Batch
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _EAGER_UPDATES = 2  # of the same shapes precede a recording: they choose kernels and create state
 _MOST_GRAPHS = 16  # one for each bucket of SDXL

@@ -29,7 +29,6 @@ from utils.contracts import Batch, State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
 from utils.ranks import distributed
-from utils.record.logging import get_logger
 from utils.start import open_name
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from optim.alone import FusedBackward
     from optim.ema import Averages
 
-log = get_logger(__name__)
 
 Groups = dict[str, State]  # tensors by group and name
 _TINY = torch.finfo(torch.float32).tiny

@@ -14,9 +14,7 @@ from engine.task import Task, networks_of
 from engine.update.runtime import Runtime
 from utils.errors import UserError
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 
 def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: bool) -> nn.Module:

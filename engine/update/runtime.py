@@ -12,10 +12,8 @@ from engine.config import MachineConfig, RuntimeConfig, TrainingConfig
 from utils.contracts import LoaderMachine
 from utils.hardware import check_compile, choose_device, choose_precision, choose_workers, missing_for_compile
 from utils.ranks import distributed
-from utils.record.logging import get_logger, setup_logging
+from utils.record.logging import log, setup_logging
 from utils.start import cores_of_others
-
-log = get_logger(__name__)
 
 # runtime.compile=auto compiles a run on a GPU that has at least these steps, or these `loop.minutes`. Measured on an
 # H200, beside CUDA graphs: 41 s of compilation save half of a step of convnextv2_atto at 224 px (6.7 ms), and 21 s a

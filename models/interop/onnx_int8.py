@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from models.predictor import open_session
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _TURNS = 30
 _MOST_FALL = 0.005  # of top-1 or mAP

@@ -34,9 +34,7 @@ from utils.formats.spelling import CHARACTER, GENERAL, RATING, RATINGS, category
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.formats.vocabulary import FILE, Vocabulary, write_vocabulary
 from utils.io.files import Json
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 SD_SCRIPTS_SIDE = 448  # pixels; sd-scripts always resizes images to this side
 # Without a general tag or a character, ComfyUI-WD14-Tagger prints the rows of other categories twice.

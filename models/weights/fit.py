@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.record.figures import align_columns
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _MAX_ROWS = 20
 _ENCODER = "encoder."

@@ -15,9 +15,7 @@ from utils.io.files import Json, Values, read_json
 from utils.io.hub import is_reference, stated_license
 from utils.io.weight_files import FOLDER_FILES, find_initial
 from utils.io.weights import hash_tensors, read_weights
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _MAX_NAME = 60  # characters of a class name from a file
 _MAX_TEXT = 200  # characters of a text from a file

@@ -15,10 +15,8 @@ from models.weights.timm_hub import WEIGHTS, cached_file, cached_names, find_con
 from utils.errors import UserError
 from utils.io.files import file_lock, sha256_file, write_text
 from utils.io.safe_text import hide_secrets
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import Bar
-
-log = get_logger(__name__)
 
 _ANSWER_SEC = 2.0
 _STALLED_SEC = 10.0

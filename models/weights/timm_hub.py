@@ -12,9 +12,7 @@ from models.weights.fit import TimmFamily
 from utils.contracts import State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 WEIGHTS = "model.safetensors"  # in a repository of timm on the hub
 _CACHED = "models--timm--"  # begins the name of a repository's folder in the cache

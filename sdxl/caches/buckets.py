@@ -25,9 +25,7 @@ from data.stream.order import Draw, Views
 from sdxl.config import BucketConfig
 from utils import rng
 from utils.io.files import Json
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
 _TURNS = 9  # of `choose_sizes`; four were enough on drawn collections

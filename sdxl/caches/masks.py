@@ -32,9 +32,7 @@ from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
 from utils.io.names import to_nfc
 from utils.ranks import distributed
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 MASK = "mask"
 _MEASURED = Path("outputs/cache/masks.jsonl")

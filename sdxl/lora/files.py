@@ -24,9 +24,7 @@ from utils.contracts import State
 from utils.errors import UserError
 from utils.io.files import Values, read_json, readable
 from utils.io.weights import read_header, read_weights
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 # The names of layers in files, with underscores for dots. inside: the name in diffusers; original: in a single file.
 _SPELLINGS = (

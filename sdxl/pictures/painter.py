@@ -45,11 +45,8 @@ from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_weights
 from utils.io.weights import read_weights
-from utils.record.logging import get_logger
 from utils.record.pictures import draw_grid
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ from utils.config.schema import Strict
 from utils.errors import about
 from utils.formats.emphasis import MARK, escape, read_emphasis
 from utils.io.files import Json, readable
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _FIELDS = {  # by option of sd-scripts' lines, of the web UIs, and of sd-scripts' .toml and .json
     "n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps", "prompt": "text",

@@ -55,11 +55,9 @@ from utils.errors import (
 from utils.io.safe_text import Lines, hide_secrets, message_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
-from utils.record.logging import environment_rank, get_logger, own_place, setup_logging
+from utils.record.logging import environment_rank, log, own_place, setup_logging
 from utils.record.run_reader import run_of
 from utils.start import open_name
-
-log = get_logger(__name__)
 
 Main = Callable[[Schema, Job], str | None]
 _SHOW = ("--cfg", "job")  # prints the configuration

@@ -32,10 +32,8 @@ from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.io.files import Json, Values, output_errors, sha256_text, write_json
 from utils.ranks.distributed import detect_world
 from utils.ranks.signals import StopRequest
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.run_reader import OBJECTIVE, RunReader, settings_of
-
-log = get_logger(__name__)
 
 _NAME_BYTES = 200  # of a job's folder; file systems allow 255
 _LOOK_SEC = 0.1

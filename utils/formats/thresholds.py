@@ -26,10 +26,8 @@ from utils.config.bounds import Fraction
 from utils.errors import UserError, about
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import readable
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import write_table
-
-log = get_logger(__name__)
 
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"

@@ -18,9 +18,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from utils.errors import DiskFull, UserError
-from utils.record.logging import get_logger
+from utils.record.logging import log
 
-log = get_logger(__name__)
 T = TypeVar("T")
 Json = dict[str, Any]  # a JSON object, or other values by name
 Values = Mapping[str, Any]  # such values, to read

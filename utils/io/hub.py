@@ -11,9 +11,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.io.safe_text import hide_secrets
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 _PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file

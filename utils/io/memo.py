@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 OURS = Path("outputs/cache")  # of all caches that no key names
 _THREADS = 8

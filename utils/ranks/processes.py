@@ -15,9 +15,7 @@ from typing import TypeVar
 
 from utils.io.files import output_errors
 from utils.ranks.signals import leave_to_parent
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -16,9 +16,7 @@ import torch.distributed as dist
 from utils.errors import EXIT_LOST_RANK
 from utils.ranks import distributed
 from utils.ranks.signals import is_stop_requested
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
+from utils.record.logging import log
 
 # Intervals without an answer from the store. A signal may end the launcher, which owns the store, before this rank's
 # main thread returns from a call and handles the same signal.

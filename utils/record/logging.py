@@ -16,6 +16,7 @@ from typing import Any
 from utils.io.safe_text import Lines, escape_controls, message_lines
 
 ROOT = "atelier"
+log = logging.getLogger(ROOT)  # of all modules
 
 
 class _SafeFormatter(logging.Formatter):
@@ -47,11 +48,6 @@ class _StderrHandler(logging.StreamHandler):
     stream = property(lambda self: sys.stderr, lambda self, stream: None)
 
 
-def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module (`get_logger(__name__)`)."""
-    return logging.getLogger(f"{ROOT}.{name}")
-
-
 def environment_rank() -> int:
     """Return the rank from the launcher's variables, or 0 without a launcher. Needs no process group."""
     for variable in ("RANK", "SLURM_PROCID"):
@@ -76,32 +72,30 @@ def setup_logging() -> None:
 
     DEBUG messages give reasons, such as for the value of an `auto`; log.txt alone has them.
     """
-    logger = logging.getLogger(ROOT)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
         handler.close()
     handler = _StderrHandler()
     handler.setLevel(logging.WARNING if environment_rank() else logging.INFO)
     handler.setFormatter(_SafeFormatter("%(message)s", own_place()))
-    logger.addHandler(handler)
-    logger.addHandler(MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))  # kept for log.txt
+    log.addHandler(handler)
+    log.addHandler(MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))  # kept for log.txt
 
 
 @contextmanager
 def log_copied_to(stream: Any) -> Iterator[None]:
     """Copy rank 0's messages, earlier ones too, to a stream with time and level. Closes the stream."""
-    logger = logging.getLogger(ROOT)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
-    for early in [kept for kept in logger.handlers if isinstance(kept, MemoryHandler)]:
+    for early in [kept for kept in log.handlers if isinstance(kept, MemoryHandler)]:
         early.setTarget(handler)
-        logger.removeHandler(early)
+        log.removeHandler(early)
         early.close()
-    logger.addHandler(handler)
+    log.addHandler(handler)
     with closing(stream):
         try:
             yield
         finally:
-            logger.removeHandler(handler)
+            log.removeHandler(handler)

@@ -14,10 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.io.files import AppendFile, Json, ignore_write_errors, write_text
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import write_table
-
-log = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _CSV_SEC = 20.0  # between two writes of training_log.txt

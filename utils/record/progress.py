@@ -21,9 +21,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from utils.record.logging import environment_rank, get_logger
+from utils.record.logging import environment_rank, log
 
-log = get_logger(__name__)
 T = TypeVar("T")
 
 _REDRAW_SEC = 0.25

@@ -11,7 +11,7 @@ from utils.config.versions import read_saved
 from utils.errors import UserError, about
 from utils.io.files import Json, canonical_json, ignore_write_errors, is_locked, read_json, readable, write_atomically
 from utils.io.safe_text import hide_secrets
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
 
 CONFIG_FILE = "config.json"
@@ -25,7 +25,6 @@ OBJECTIVE = "objective"  # `RunReader.objective` in W&B's sweeps
 NOTE_VARIABLE = "ATELIER_RUN_NOTE"  # a file in which a run writes its folder, for the SLURM job that may requeue it
 # failed: it has ended with an error. dead: its process has vanished, by a kill or with its machine.
 STATES = ("running", "requeued", "failed", "dead", "stopped", "finished")
-log = get_logger(__name__)
 Section = TypeVar("Section", bound=BaseModel)
 
 

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from utils.io.files import Values, write_text
-from utils.record.logging import get_logger
+from utils.record.logging import log
 from utils.record.report import TableRow
 from utils.record.run_folder import git_state
 from utils.record.run_reader import OBJECTIVE, RunReader
-
-log = get_logger(__name__)
 
 Value = float | np.ndarray | list[TableRow]  # a finite number, a picture [H, W, 3] uint8, or a table for W&B
 ID_FILE = "wandb_run_id.txt"

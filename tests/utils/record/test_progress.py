@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from utils.record import progress
-from utils.record.logging import get_logger, setup_logging
+from utils.record.logging import log, setup_logging
 from utils.record.progress import Bar, track
 
 
@@ -58,14 +58,14 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
         with bar.opened(40):
             for step in range(41, 44):
                 bar.advance(step)
-                get_logger("test").info("step %d  [bold]loss[/bold] 0.5", step)
+                log.info("step %d  [bold]loss[/bold] 0.5", step)
             bar.advance(43, description="epoch 3/20", figures="train loss 0.1234")
-            get_logger("test").info(long)
+            log.info(long)
             print("a library's own warning", file=sys.stderr)
             assert list(track("abc", 3, "evaluating val")) == ["a", "b", "c"]
             assert bar.left_sec > 0
             bar.advance(44)
-        get_logger("test").info("the end")
+        log.info("the end")
         assert sys.stderr is terminal and not progress._console._live_stack
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text)  # without colours and moves
     said = [f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)]
@@ -78,7 +78,7 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
 
 def write_from_worker():
     sys.stderr.write("from the worker\n")
-    get_logger("test").warning("logged by the worker")
+    log.warning("logged by the worker")
     sys.stderr.flush()
     os._exit(0)
 

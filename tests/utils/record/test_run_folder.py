@@ -14,7 +14,7 @@ from tests.support import refuses
 from utils.config.entry_point import Job
 from utils.errors import UserError
 from utils.io.files import read_json
-from utils.record.logging import get_logger, setup_logging
+from utils.record.logging import log, setup_logging
 from utils.record.run_folder import environment_state, git_state, open_run_folder, write_config
 from utils.record.run_reader import RunReader
 
@@ -38,14 +38,14 @@ def fresh_logging(tmp_path):
 
 def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ATELIER_RUN_NOTE", str(tmp_path / "job/run_dir"))
-    get_logger("before").info("said before")
+    log.info("said before")
     with open_folder(config_for(tmp_path / "a/run", seed=1)) as folder:
         write_config(folder, {"torch": "x"})
-        get_logger("during").warning("said during")
+        log.warning("said during")
         assert all((folder.path / name).is_dir() for name in ("checkpoints", "weights", "plots"))
         assert RunReader(folder.path).state == "running"
     assert (tmp_path / "job/run_dir").read_text() == str(folder.path.absolute())
-    get_logger("after").info("said after")
+    log.info("said after")
     run = RunReader(folder.path)
     assert read_json(folder.path / "config.json") == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)}
     assert run.state == "stopped"
@@ -112,7 +112,7 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
     for _ in range(2):  # the folder is let go of
         setup_logging()
         with refuses("^the mistake$"), open_folder(config_for(tmp_path)):
-            get_logger("during").warning("password=%s", "a-secret-of-mine")
+            log.warning("password=%s", "a-secret-of-mine")
             raise UserError("the mistake")
         said = capsys.readouterr().err
         assert said.count("log.txt cannot be written (No space left on device)") == 1
