@@ -138,9 +138,20 @@ class Evaluator:
         if self.finish is not None and self.streams.evaluation_samples:
             self.evaluate()
 
-    @torch.no_grad()
     def measure(self, *, only_draws: bool, most: int | None = None) -> Report:
-        """Return the task's report on the due loaders (`most` batches of each), or only its pictures of prompts."""
+        """Return the task's report on the due loaders (`most` batches of each), or only its pictures of prompts.
+
+        If the device runs out of memory, recorded updates are dropped, and the evaluation begins again.
+        """
+        try:
+            return self._measure(only_draws, most)
+        except torch.OutOfMemoryError:
+            if not self.learner.drop_recordings():
+                raise
+        return self._measure(only_draws, most)
+
+    @torch.no_grad()
+    def _measure(self, only_draws: bool, most: int | None) -> Report:
         learner = self.learner
         learner.task.eval()
         try:

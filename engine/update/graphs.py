@@ -64,6 +64,13 @@ class UpdateGraphs:
         self._pool = None  # the memory of the graphs, which they share, because one is replayed after another
         self.recorded: dict[Any, _Recorded] = {}
 
+    def drop(self) -> bool:
+        """Record and replay no more, which frees the memory of the graphs. Return whether there were any."""
+        had_any = bool(self.recorded)
+        self._reset()
+        self.is_off = True
+        return had_any
+
     def update(
         self, step: int, batch: Batch, progress: float, values: GroupValues, prepare: Prepare
     ) -> StepResult | None:
@@ -111,8 +118,7 @@ class UpdateGraphs:
             self.recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
             log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
-            self._reset()  # frees the memory of the other graphs, which are no longer replayed
-            self.is_off = True
+            self.drop()
             self.optimizer.zero_grad(set_to_none=True)
         else:
             log.debug("runtime.cuda_graphs: an update was recorded")

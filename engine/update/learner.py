@@ -110,9 +110,8 @@ class Learner:
                 if result is None:
                     self.optimizer.zero_grad(set_to_none=True)
                     self._buffers.put_back(before)
-                    if self.runtime.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                    self.micro_batches.halve(parts[0])
+                    if not self.drop_recordings():
+                        self.micro_batches.halve(parts[0])
             self._apply(result)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
@@ -121,6 +120,13 @@ class Learner:
             self.averages.update(decay, result.applied)
         self.step += 1
         return result
+
+    def drop_recordings(self) -> bool:
+        """Free what a device that is out of memory can do without. Return whether updates were recorded."""
+        dropped = self.graphs is not None and self.graphs.drop()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return dropped
 
     def _seed_pass(self, part: int = 0) -> None:
         """Seed what the pass of a micro-batch draws."""

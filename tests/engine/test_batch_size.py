@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from engine.tasks.classification import ClassificationTask
 from engine.update.batch_size import MicroBatches, show_samples
+from engine.update.learner import Learner
 from tests.in_process import TINY, make_images, run
 from tests.support import assert_equal_runs, common, refuses
 from tests.support import run as run_process
@@ -42,14 +44,21 @@ def test_a_run_that_runs_out_equals_one_of_the_size_found(tmp_path, little_memor
         run("finetune", [*base, "run_dir=none"], tmp_path)
 
 
-def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
-    def full(*arguments):
+def test_an_evaluation_that_runs_out_drops_recorded_updates_or_is_named(tmp_path, monkeypatch):
+    def fill(task, *arguments):
+        if recorded:
+            return evaluate(task, *arguments)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("engine.tasks.classification.ClassificationTask.evaluate", full)
+    recorded = []
+    evaluate = ClassificationTask.evaluate
+    monkeypatch.setattr(ClassificationTask, "evaluate", fill)
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "run_dir=run"]
     with refuses("^loop.micro_batch_size: .*in step 1: evaluating"):
         run("finetune", base, tmp_path)
+    monkeypatch.setattr(Learner, "drop_recordings", lambda learner: recorded.append(learner) or True)
+    run("finetune", [*base, "run_dir=other"], tmp_path)
+    assert len(recorded) == 1 and (tmp_path / "other/result.json").exists()
 
 
 def test_a_rank_that_runs_out_ends_the_run(collection, tmp_path):
