@@ -12,7 +12,7 @@ from nicegui import ui
 
 from utils.io.safe_text import escape_controls
 from utils.record import tables
-from utils.record.figures import show_interval
+from utils.record.figures import show_best
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
@@ -23,7 +23,7 @@ from viewer.runs import make_row
 from viewer.site import RunTab
 
 _WORST = 10  # images
-_PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  to improve .*", re.MULTILINE)
+_PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  by class .*", re.MULTILINE)
 _NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
 # What a word of a command leaves in a run's folder.
 _LEAVES = {
@@ -37,12 +37,13 @@ _LOG_BYTES = 200_000  # from the start of the log, with the plan, and from the e
 def summarise_run(index: RunIndex, path: Path) -> str:
     """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
     row = make_row(index, index.read(path))
-    best = row["shown"] and f"best {row['shown']}{show_interval((RunReader(path).result or {}).get('interval'))}"
+    result = RunReader(path).result or {}
+    best = row["shown"] and f"best {escape_controls(show_best(result)) if result.get('figures') else row['shown']}"
     return f"{row['state']}, step {row['steps']}\n{row['task']}, {row['model']}\n{best}"
 
 
 def read_advice(path: Path) -> tuple[str, list[list[str]]]:
-    """Return what a run has logged for people: its plan and what would improve it, and the commands that come next."""
+    """Return what a run has logged for people: its plan, the rates of classes, and the commands that come next."""
     log = path / "log.txt"
     with log.open("rb") as file:
         text = file.read(_LOG_BYTES)

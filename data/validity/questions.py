@@ -9,7 +9,10 @@ import pyarrow.compute as pc
 from pyarrow import Table
 
 from data.collection.split import count_twins
+from data.layouts.table import count_values
 from data.validity.finding import Finding
+
+_RULES = 0.7  # of the images, from which on answering one class alone looks like a result
 
 Question = Callable[[Table, str], Finding | None]  # of the table of all rows, with splits, and `data.root`
 
@@ -30,7 +33,20 @@ def find_twins(table: Table, root: str) -> Finding | None:
     return Finding(0.9, "data.root", line, "with copies of training images")
 
 
-QUESTIONS: tuple[Question, ...] = (find_twins,)
+def find_rare_classes(table: Table, root: str) -> Finding | None:
+    """Name the class that is right for most images if it is always answered."""
+    counts = count_values(table["label"])
+    share = max(counts.values(), default=0) / max(sum(counts.values()), 1)
+    if not _RULES <= share < 1:
+        return None
+    line = (
+        f"always answering {next(iter(counts))!r} is right for {share:.0%} of the images: read the balanced accuracy "
+        "and the rate of each class; loop.sampling=balanced reads all classes equally often"
+    )
+    return Finding(0.4, "loop.sampling", line)
+
+
+QUESTIONS: tuple[Question, ...] = (find_twins, find_rare_classes)
 
 
 def ask(table: Table, root: str) -> list[Finding]:

@@ -32,7 +32,7 @@ from utils.ranks import distributed
 from utils.record.figures import show_cell, show_figure, show_name, show_rows
 from utils.record.logging import log
 from utils.record.report import write_html, write_report
-from utils.record.run_reader import run_of
+from utils.record.run_reader import RunReader, run_of
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
 _IN_NAMES = ("last", "ema", "test", "train", "all")  # weights and splits whose results have names of their own
@@ -92,7 +92,8 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
     if not images.is_own:
         figures["data"] = hide_secrets(str(collection.root))
         place = f"{Path(figures['data']).name}, {place}"
-    measured = f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images"
+    marks = RunReader(Path(job.run_dir)).marks if images.is_own else ()
+    measured = "; ".join([f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images", *marks])
     figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
     title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
     write_results(folder / f"metrics{other}.json", title, figures, report, other)

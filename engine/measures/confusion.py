@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.io.files import Json
 from utils.ranks import distributed
+from utils.record.figures import BALANCED, ONE_CLASS
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Confusion:
         return list(zip(*(column[wrong].tolist() for column in (pairs.row, pairs.col, pairs.data))))
 
     def macro_scalars(self) -> dict[str, float]:
-        """Return the mean accuracy and mean F1 over the classes that have samples."""
+        """Return the mean accuracy and mean F1 over the classes with samples, and the accuracy of one class always."""
         classes = np.flatnonzero(self.samples)
         samples = self.samples[classes]
         correct = self.correct[classes]
         return {
-            "mean_class_accuracy": float((correct / samples).mean()),
+            BALANCED: float((correct / samples).mean()),
             "macro_f1": float((2 * correct / (samples + self.predicted[classes])).mean()),
+            ONE_CLASS: float(samples.max() / samples.sum()),
         }
 
     def class_rows(self, names: Sequence[str]) -> list[Json]:

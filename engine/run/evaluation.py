@@ -29,13 +29,14 @@ _SHOWN_FIGURES = 3  # figures of an evaluation in the log line
 class Best:
     """The task's best_metric at an evaluation, its 95 % interval if it has one, and the step.
 
-    weights: the checksum of the weight file.
+    weights: the checksum of the weight file. figures: the scalars of the evaluation.
     """
 
     value: float | None = None
     step: int | None = None
     interval: Sequence[float] | None = None
     weights: str = ""
+    figures: Values = field(default_factory=dict)
 
 
 @dataclass
@@ -116,7 +117,8 @@ class Evaluator:
         is_best = may_be_best and self._gain(value, self.best) >= 0
         written = is_best and self.saver.write_alone(self.learner, "best_weights.safetensors")
         if written:
-            self.best = Best(value, step, interval(task.best_metric, report.scalars), written)
+            figures = {name: each for name, each in report.scalars.items() if math.isfinite(each)}
+            self.best = Best(value, step, interval(task.best_metric, figures), written, figures)
             self.recorder.best = value
         if self._gain(value, self.gain) > self.config.loop.early_stop_least:
             self.gain = Best(value, step)
@@ -183,24 +185,26 @@ class Evaluator:
             self.recorder.enters(self.learner.step, f"evaluating {name}", batch)
             yield batch
 
-    def write_result(self, advice: Sequence[str] = ()) -> None:
-        """Write result.json on rank 0: the best figure, what speaks against it, and what would improve it."""
-        task = self.learner.task
-        result = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
-        if self.streams.findings:
-            result["findings"] = self.streams.findings
-        if advice:
-            result["help"] = advice
+    def write_result(self) -> None:
+        """Write `result` into result.json on rank 0."""
         file = self.recorder.folder / RESULT_FILE
         if distributed.is_main():
             with ignore_write_errors(file):
-                write_json(file, result)
+                write_json(file, self.result)
 
-    def name_best(self, interval: str = "") -> str:
-        """Return the name of the best figure, the figure and its epoch. interval: text behind the figure."""
-        metric = show_evaluated(self.learner.task.best_metric)
-        epoch = self.learner.plan.shown_epoch(self.best.step)
-        return f"{metric} {self.best.value:.4g}{interval} at epoch {epoch:g}"
+    @property
+    def result(self) -> Json:
+        """The best figure, and what speaks against it. marks: the words that stand behind the figures."""
+        task = self.learner.task
+        findings = self.streams.findings
+        marks = [finding["mark"] for finding in findings if finding["mark"]]
+        best = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
+        return {**best, "findings": findings, "marks": marks}
+
+    def name_best(self, shown: str = "") -> str:
+        """Return the best figure, or `shown`, and its epoch."""
+        shown = shown or f"{show_evaluated(self.learner.task.best_metric)} {self.best.value:.4g}"
+        return f"{shown} at epoch {self.learner.plan.shown_epoch(self.best.step):g}"
 
     def state(self) -> Json:
         """Return the state for a checkpoint (JSON values)."""

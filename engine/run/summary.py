@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from engine.run.advice import advise
 from engine.run.evaluation import Evaluator
+from utils.io.files import Values
 from utils.io.safe_text import Lines
-from utils.record.figures import show_duration, show_interval, show_lines
+from utils.record.figures import show_best, show_duration, show_lines
 from utils.record.logging import log
 
 _MUCH_WAITING = 0.1  # the last screen mentions the wait for data above this share of the training time
+_SHOWN_CLASSES = 6
 _WAITING = (
     "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
     "small files into shards (prepare.py job=pack), or set augment.on_device=true where it is false"
@@ -23,7 +24,9 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
     if evaluator.best.step is not None:
         metric = learner.task.best_metric
         last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
-        rows.append(("best", f"{evaluator.name_best(show_interval(evaluator.best.interval))}; last {last:.4g}"))
+        rows.append(("best", f"{evaluator.name_best(show_best(evaluator.result))}; last {last:.4g}"))
+    if classes := evaluator.tables.get("classes"):
+        rows.append(("by class", _show_rates(classes)))
     rows += [
         ("weights", f"{folder}/weights"),
         ("curves", f"{folder}/plots/curves.png"),
@@ -34,11 +37,14 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
     share = recorder.clock.wait_share
     if share > _MUCH_WAITING:
         rows.append(("waiting", _WAITING.format(share)))
-    advice = advise(evaluator.tables, streams.trained_on.get("class_images", ()))
-    if advice:
-        evaluator.write_result(advice)
-    rows += [("to improve", line) for line in advice]
     rows += [("next", command) for command in next_commands]
     end = "finished" if learner.step >= learner.plan.total_steps else "stopped early by loop.early_stop_epochs"
     title = f"{end}: {learner.step:,} steps in {show_duration(seconds)}"
     log.info("%s", Lines(show_lines(title, rows)))
+
+
+def _show_rates(classes: Sequence[Values]) -> str:
+    """Return how many images of the classes are right, the worst classes first. classes: the rows of the table."""
+    judged = [row for row in classes if row["samples"]]
+    worst = sorted(judged, key=lambda row: (row["recall"], -row["samples"]))[:_SHOWN_CLASSES]
+    return ", ".join(f"{row['class']} {row['correct']:,} of {row['samples']:,} right" for row in worst)

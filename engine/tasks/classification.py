@@ -31,6 +31,7 @@ from engine.update.runtime import Runtime
 from utils.contracts import Batch
 from utils.io.files import Json
 from utils.ranks import distributed
+from utils.record.figures import BALANCED, is_unequal
 
 if TYPE_CHECKING:
     from utils.formats.thresholds import ThresholdTable
@@ -91,8 +92,9 @@ class ClassificationTask(MixingTask):
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`.
 
-        Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
-        samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`.
+        Scalars: loss, top-1, top-5 (with K < 6 classes, top-K-1), accuracy and F1, averaged over the classes that have
+        samples, and the share of the largest class. Of classes of unequal size, the averaged accuracy is the first.
+        Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`.
         """
         return self._measure(loaders["val"])[0]
 
@@ -109,7 +111,7 @@ class ClassificationTask(MixingTask):
     def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None = None) -> tuple[Report, TagCounts]:
         """Return the report, and the right and wrong answers by probability. With leads, only they count."""
         names = self.class_names
-        most = min(5, len(names))
+        most = min(5, max(1, len(names) - 1))
         means = Means()
         counts = ConfusionCounts(len(names))
         decisions = TagHistograms(1)
@@ -140,7 +142,9 @@ class ClassificationTask(MixingTask):
             mistakes.add(prob, valid & ~hits[:, 0], {**fields, "predicted": predicted, "prob": prob})
         scalars = means.reduce()
         confusion = counts.reduce()
-        report = Report({**scalars, **confusion.macro_scalars()})
+        figures = {**scalars, **confusion.macro_scalars()}
+        # A key keeps its place.
+        report = Report({BALANCED: 0.0, **figures} if is_unequal(confusion.samples) else figures)
         wrong = mistakes.reduce()
         answers = decisions.reduce()
         if distributed.is_main():

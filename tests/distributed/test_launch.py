@@ -77,7 +77,7 @@ def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collectio
         run("evaluate.py", [f"run_dir={tmp_path}/run", *arguments], tmp_path, ranks=ranks)
         found = read_json(tmp_path / "run/metrics_last.json")
         assert found["step"] == 4 and found["samples"] == 15.0
-        for name in ("loss", "top1", "top3"):
+        for name in ("loss", "top1", "top2"):
             assert found[name] == pytest.approx(trained[name], rel=1e-6)
         tables.append(pq.read_table(tmp_path / "run/tables/images_last.parquet"))
     for name, column, other in zip(tables[0].column_names, *tables, strict=True):

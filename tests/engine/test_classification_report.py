@@ -91,7 +91,8 @@ def test_figures_equal_those_of_scikit_learn(classes, samples):
         places = held if name == "f1" else every
         np.testing.assert_allclose(own[places], np.nan_to_num(column)[held] if name == "f1" else column, rtol=1e-12)
     f1 = np.nan_to_num(expected[2][held]).mean()
-    assert found.macro_scalars() == pytest.approx({"macro_f1": f1, "mean_class_accuracy": expected[1][held].mean()})
+    means = {"macro_f1": f1, "mean_class_accuracy": expected[1][held].mean()}
+    assert found.macro_scalars() == pytest.approx({**means, "always_one_class": expected[3].max() / samples})
 
 
 def test_top_k_equals_that_of_scikit_learn():
@@ -118,8 +119,9 @@ def test_edges_are_drawn(names, labels, right):
     logits = torch.full((3, len(names)), -5.0)
     logits[range(3), [label if right else (label + 1) % len(names) for label in labels]] = 5.0
     report = make_task(logits, names).evaluate({"val": [make_batch(range(3), labels)]}, 0)
-    most = min(5, len(names))
-    assert set(report.scalars) == {"loss", "top1", f"top{most}", "mean_class_accuracy", "macro_f1", "samples"}
+    most = min(5, len(names) - 1)
+    expected = {"loss", "top1", f"top{most}", "mean_class_accuracy", "macro_f1", "samples", "always_one_class"}
+    assert set(report.scalars) == expected
     assert report.scalars["macro_f1"] == report.scalars["top1"] == float(right)
     assert len(report.tables["classes"]) == len(names) and bool(report.tables["confusions"]) != right
     for image in report.draw().values():

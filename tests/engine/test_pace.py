@@ -1,10 +1,10 @@
 """`loop.minutes`: the steps that fit into a time, kept by the run, and equal to a run of so many steps."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
-import engine.run.summary
 from engine.run import pace, timing
 from engine.run.clock import Clock, Mark
 from engine.run.pace import Length, Pace, Speed
@@ -112,14 +112,13 @@ def test_a_refitted_head_is_the_result_if_no_step_fits(words, tmp_path):
     assert read_json(tmp_path / "run/minutes.json")["steps"] == 1
 
 
-def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine.run.summary, "advise", lambda *_: ["more images"])
+def test_how_sure_the_best_figure_is_and_what_is_easy_are_said(words, tmp_path, capsys):
     run("finetune", [*words[0], "loop.minutes=2"], tmp_path)
     said = capsys.readouterr().err
     assert "1 steps, 0.5 epochs" in said
     found = read_json(tmp_path / "run/result.json")
     (low, high), value = found["interval"], found["value"]
     assert low < value < high and f"top-1 {value:.4g} (95 % interval: {low:.4g} to {high:.4g})" in said
-    assert found["help"] == ["more images"] and "to improve  more images" in said
+    assert ", always one class 0.5" in said and re.search(r"by class +\w+ \d of 2 right, ", said)
     run("finetune", [*words[0], "loop.minutes=2"], tmp_path)  # a complete run keeps it
     assert read_json(tmp_path / "run/result.json") == found

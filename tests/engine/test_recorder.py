@@ -149,7 +149,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
     losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
     means = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2])]
     assert [float(line["train_loss"]) for line in lines] == pytest.approx(means, rel=1e-5)
-    columns = "epoch train_loss train_accuracy val_loss top1 top2 lr momentum images_per_sec seconds peak_memory_gib"
+    columns = "epoch train_loss train_accuracy val_loss top1 lr momentum images_per_sec seconds peak_memory_gib"
     assert {*columns.split()} <= {*lines[0]}
     assert all(float(line[name]) >= 0 for line in lines for name in columns.split())
 

@@ -1,5 +1,7 @@
 """The page of a run: thresholds, mistakes with their images, pictures by step, the log by level; whole sweeps."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" 
     for level in range(100)
 )
 PLAN = "2026-01-01 00:00:00,000 INFO the plan for 5 minutes\n  optim=sgd because it is good\n"
-NEXT = "2026-01-01 00:00:00,000 INFO finished\n  to improve  more cats\n  next        python export.py run_dir=x\n"
+NEXT = "2026-01-01 00:00:00,000 INFO finished\n  by class  cat 1 of 2 right\n  next        python export.py run_dir=x\n"
 NEXT += "  next        python evaluate.py run_dir=x\n"
 LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("INFO", "WARNING", "ERROR"))
 
@@ -29,7 +31,9 @@ LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("
 def runs(tmp_path_factory):
     """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
     root = tmp_path_factory.mktemp("run")
-    result = '{"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": false, "interval": [0.4, 0.6]}'
+    figures = {"mean_class_accuracy": 0.25, "top1": 0.5, "samples": 96, "always_one_class": 0.5}
+    best = {"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": False, "figures": figures}
+    result = json.dumps({**best, "marks": ["by pictures"]})
     files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
         corrected = "2026-01-01 00:00:00,000 INFO data.corrections: x decides on 19 labels\n" * (name == "b")
@@ -95,8 +99,9 @@ def test_one_visit(page, address, runs):
     page.goto(f"{address}/run/0/sweep/a")
     sees(page, "Learning rate and steps")
     said = page.locator(".lines").all_inner_texts()
-    assert "best top-1 0.5 (95 % interval: 0.4 to 0.6)" in said[0] and said[0].startswith("finished, step 2")
-    assert "optim=sgd because it is good\n" in said[2] and "more cats" in said[2]
+    best = "top-1 0.5 (95 % interval: 0.4019 to 0.5981), always one class 0.5, by pictures"
+    assert f"best balanced accuracy 0.25, {best}" in said[0] and said[0].startswith("finished, step 2")
+    assert "optim=sgd because it is good\n" in said[2] and "cat 1 of 2 right" in said[2]
     assert page.locator(".cards img").count() == 2
     assert page.get_by_text("python export.py").count() == 1
     assert page.locator("s", has_text="evaluate.py per_image=true").count() == 1

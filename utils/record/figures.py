@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import numpy as np
 from utils.io.files import Values
 
 INK = "#212529"  # the colour of texts in plots and pictures
-COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
+BALANCED = "mean_class_accuracy"
+ONE_CLASS = "always_one_class"  # the accuracy of always answering the most frequent class
+COUNTS = ("samples", "support", "tags", "tags_without_positives", ONE_CLASS)  # figures that measure no network
+_UNEQUAL = 1.5  # times an even share of the images: from here on the largest class rules the accuracy
 # Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
 GROUPS = {
     "Loss and metrics": "",
@@ -22,7 +26,7 @@ _WITHOUT_CURVE = {"epoch", "seconds", *COUNTS}
 
 def show_name(name: str) -> str:
     """Return a figure's name for people: `top-5` for top5, `average top-1` for ema/top1."""
-    name = re.sub(r"^ema/", "average ", name)
+    name = re.sub(r"^ema/", "average ", name).replace(BALANCED, "balanced accuracy")
     return re.sub(r"\btop(\d+)\b", r"top-\1", name).replace("_", " ").replace("/", " ")
 
 
@@ -95,9 +99,22 @@ def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
     return sorted(np.roots([1 + spread, -2 * share - spread, share**2]).tolist())
 
 
+def is_unequal(images: Collection[int]) -> bool:
+    """Return whether the classes with these numbers of images have unequal sizes."""
+    return max(images, default=0) * len(images) >= max(_UNEQUAL * sum(images), 1)
+
+
 def show_figure(name: str, figures: Mapping[str, float]) -> str:
     """Return a figure with its interval as text; nothing if it is not among the figures."""
     return f"{show_cell(figures.get(name))}{show_interval(interval(name, figures))}"
+
+
+def show_best(result: Values) -> str:
+    """Return the figures of the best weights in result.json: the first, the best one, what is easy, and the marks."""
+    figures = result["figures"]
+    names = dict.fromkeys([*islice(figures, 1), result["metric"], ONE_CLASS])
+    shown = [f"{show_evaluated(name)} {show_figure(name, figures)}" for name in names if name in figures]
+    return ", ".join([*shown, *result["marks"]])
 
 
 def show_interval(ends: Sequence[float] | None) -> str:
