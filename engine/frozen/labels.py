@@ -4,7 +4,8 @@ Predictions come from the features of a frozen network. The label of an image ha
 image, so a wrong label cannot hide. All arithmetic is float64, exact and without random numbers.
 
 right, probs = judge_classes(features, labels)
-right = judge_tags(features, targets)
+right, probs = judge_tags(features, targets)
+low, high = bound_wrong(probs[:, None], labels[:, None])
 """
 
 import math
@@ -21,6 +22,10 @@ _MOST_LANDMARKS = 2_000  # images that all images are compared with
 _PENALTIES = (0.1, 0.3, 1.0, 3.0)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
+_SHARES = torch.linspace(0, 1, 41).double().square()  # of labels that are drawn at random
+_TRUST = torch.linspace(0, 2, 21).tolist()  # powers of the probabilities by other images
+_LIKELY = 1.92  # nats below the likeliest share: 95 %, half a quantile of chi squared
+_MOST_COUNTED = 2**17  # labels
 _EM_ROUNDS = 15
 _PAIR_ERRORS = 0.1  # the prior errors of a pair of classes, as a multiple of the mean
 _EQUAL_PAIRS = 1e3  # a prior that makes all pairs equal
@@ -70,16 +75,35 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return right, logits.softmax(dim=1)
 
 
-def judge_tags(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the probabilities that targets, bool [N, T], are right. A target states whether an image has a tag.
+def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities that targets, bool [N, T], are right, and of no tag and a tag by other images [N, T, 2].
 
+    A target states whether an image has a tag.
     A tag is superfluous if the other images make it less probable than usual. A rare tag is not.
     """
     given = targets.double()
     predicted = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
     odds = predicted.logit(eps=1 - _MOST_PROBABLE)
     usual = given.mean(dim=0).logit(eps=1 - _MOST_PROBABLE)
-    return (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()
+    right = (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()
+    return right, torch.stack([-odds, odds], dim=-1).sigmoid()
+
+
+def bound_wrong(probs: Tensor, labels: Tensor) -> list[int]:
+    """Return how many of the labels [N, T] are wrong, from some of many images: the ends of a 95 % interval.
+
+    probs: of the classes by other images [N, T, K]. In the model, a share of the labels is drawn at random, and the
+    others follow `probs`, to the power that fits a column best. If images tell nothing of labels, all shares are
+    equally likely, so the interval begins at 0.
+    """
+    step = math.ceil(labels.numel() / _MOST_COUNTED)
+    logits = (probs[::step] + 1e-9).log()
+    usual = (F.one_hot(labels).double().mean(dim=0) + 1e-9).log()
+    given = labels[::step, :, None]
+    rights = [usual.lerp(logits, trust).softmax(dim=-1).gather(-1, given) for trust in _TRUST]
+    likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(dim=0).sum(dim=0)
+    wrong = _SHARES[likely > likely.max() - _LIKELY] * (1 - rights[0]).sum() * step
+    return wrong[[0, -1]].round().int().tolist()
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from data.tools.tool import save_report
 from engine.frozen.choose import MACHINE, choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
-from engine.frozen.labels import judge_classes, judge_tags
+from engine.frozen.labels import bound_wrong, judge_classes, judge_tags
 from engine.frozen.order import order_next, predict_classes
 from engine.measures.neighbours import find_nearest
 from engine.update.runtime import choose_runtime
@@ -37,7 +37,7 @@ from utils.record.tables import LABELS
 _LEAST_IMAGES = 2  # of a class: other images say nothing about the class of a single image
 _LEAST_TAGGED = 5  # images of a tag
 _MOST_CELLS = 2**24  # images times tags; above, only the most frequent tags are judged
-_ROWS_PER_ERROR = 2  # rows of tags in the table for one that is probably wrong
+_LEAST_ROWS = 200  # of tags in the table
 _GUESSES = 3
 _NEIGHBOURS = 6  # of an image in the table
 _NEXT_IMAGES = 200  # to label next
@@ -133,7 +133,6 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
     }
     paths = collection.table["path"].take(rows)
     files = {LABELS: _rank(columns, right[order], features, order, paths)}
-    wrong = round((1 - right).sum().item())
     free = np.flatnonzero((collection.weights() > 0) & collection.table["label"].is_null().to_numpy())
     free = np.setdiff1d(free, collection.rows("test"))
     if len(free):
@@ -145,25 +144,30 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
-    most = given.bincount().max().item() / len(rows)
-    line = f"about {wrong:,} of {len(rows):,} labels are probably wrong{_describe(growth, most + len(rows) ** -0.5)}"
-    return _Suspects(files, {"labels": len(rows), "probably wrong": wrong}, line, growth)
+    figures, line = _count("labels", len(rows), bound_wrong(probs[:, None], given[:, None]))
+    return _Suspects(files, figures, line + _describe(growth), growth)
 
 
 def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
     """Rank the missing and the superfluous tags of rows."""
     features, read_rows = read(rows)
     has = has[np.isin(rows, read_rows)]
-    right = judge_tags(features, torch.from_numpy(has))
-    wrong = round((1 - right).sum().item())
-    order = right.flatten().argsort(stable=True)[: min(_ROWS_PER_ERROR * wrong, _MOST_ROWS)].numpy()
+    targets = torch.from_numpy(has)
+    right, probs = judge_tags(features, targets)
+    wrong = bound_wrong(probs, targets.long())
+    order = right.flatten().argsort(stable=True)[: min(max(_LEAST_ROWS, wrong[1]), _MOST_ROWS)].numpy()
     images, tags = np.divmod(order, len(names))
     columns = {"tag": names[tags], "given": has[images, tags]}
     paths = collection.table["path"].take(read_rows)
     files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
-    count = int(has.sum())
-    line = f"about {wrong:,} tags are probably missing or too many, of {count:,}"
-    return _Suspects(files, {"tags": count, "probably wrong": wrong}, line)
+    return _Suspects(files, *_count("tags", int(has.sum()), wrong))
+
+
+def _count(what: str, given: int, wrong: Sequence[int]) -> tuple[dict[str, int], str]:
+    """Return the figures and a line. wrong: at least, and at most."""
+    low, high = wrong
+    line = f"by the other images, {low:,} to {high:,} of {given:,} {what} are wrong"
+    return {what: given, "wrong, at least": low, "wrong, at most": high}, line
 
 
 def _rank(
@@ -177,11 +181,10 @@ def _rank(
     return pa.table({**shared, **columns, "neighbours": neighbours})
 
 
-def _describe(growth: Sequence[TableRow], least: float) -> str:
-    """Return the accuracy with twice as many labels, as the end of a sentence. least: a useful accuracy."""
+def _describe(growth: Sequence[TableRow]) -> str:
+    """Return the accuracy with twice as many labels, as the end of a sentence."""
     if not growth:
         return ""
     now, twice = growth
     growing = f"with twice the labels {twice['accuracy']:.2f} ({twice['low']:.2f} to {twice['high']:.2f})"
-    doubt = "" if now["accuracy"] > least else ", so the features hardly tell the classes, and the ranking is a guess"
-    return f"; a linear classifier has the accuracy {now['accuracy']:.2f}, {growing}{doubt}"
+    return f"; a linear classifier has the accuracy {now['accuracy']:.2f}, {growing}"

@@ -3,7 +3,7 @@
 import torch
 from sklearn.metrics import average_precision_score
 
-from engine.frozen.labels import judge_classes
+from engine.frozen.labels import bound_wrong, judge_classes, judge_tags
 
 CLASSES = 6
 
@@ -44,3 +44,15 @@ def test_right_labels_are_not_doubted():
     features, labels = draw_images(300, noise=0.5)
     right, probs = judge_classes(features, labels)
     assert torch.equal(probs.argmax(dim=1), labels) and (1 - right).sum() < 1
+
+
+def test_features_that_tell_nothing_leave_open_whether_labels_are_wrong():
+    features, labels = draw_images(300)
+    noise = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    low, high = bound_wrong(judge_classes(noise, labels)[1][:, None], labels[:, None])
+    assert low == 0 and high > 150
+    tags = labels[:, None] == torch.arange(2)
+    assert bound_wrong(judge_tags(features, tags)[1], tags.long())[0] == 0
+    labels[:40] = (labels[:40] + 1) % CLASSES
+    low, high = bound_wrong(judge_classes(features, labels)[1][:, None], labels[:, None])
+    assert 20 < low < 40 < high < 60
