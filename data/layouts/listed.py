@@ -17,13 +17,22 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.manifest import cast_columns, read_splits
 from data.layouts.names import is_image_name
 from data.layouts.places import describe_splits, find_splits
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Columns, Folder
 from data.layouts.table import SHOWN, SPLITS, TEST, TYPES
-from data.layouts.tables import list_labels, name_columns, name_field, read_columns, type_columns, unhead
+from data.layouts.tables import (
+    cast_columns,
+    list_labels,
+    list_rows,
+    name_columns,
+    name_field,
+    read_columns,
+    read_splits,
+    type_columns,
+    unhead,
+)
 from data.layouts.unused import ROWS, UNNAMED, UNREADABLE, is_form
 from utils.errors import UserError
 from utils.io.names import to_nfc
@@ -210,13 +219,9 @@ def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
     unused.said += (f"{line}; {', '.join(read) or 'no label'}",)
     columns = cast_columns(each.file, table, names, unused, order)
     stated = read_splits(each.file, columns.pop("split"), "", folder.choice, unused)
-    columns = {name: column.to_pylist() for name, column in columns.items() if column.null_count < len(column)}
-    sidecars = {}
-    for row, path in enumerate(rows):
-        values = {name: column[row] for name, column in columns.items()}
-        known = {name: values.pop(name) for name in Sidecar._fields if name in values}
-        sidecars[path] = Sidecar(**known, split=stated[row] or splits[path] or each.split, more=values)
-    return sidecars
+    columns = {name: column for name, column in columns.items() if column.null_count < len(column)}
+    settled = [split or splits[path] or each.split for split, path in zip(stated, rows)]
+    return dict(zip(rows, list_rows({**columns, "split": pa.array(settled)})))
 
 
 def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str, str]]:

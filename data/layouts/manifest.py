@@ -30,15 +30,13 @@ from data.layouts.table import (
     PLACES,
     SCHEMA,
     SIDECARS,
-    SPLIT_NAMES,
     TYPES,
     build_table,
     replace_column,
     show_some,
 )
-from data.layouts.tables import IS_VALID, list_labels, name_columns, name_field, read_columns
-from data.layouts.unused import LACKING, POSSIBLE, Unused
-from data.layouts.values import READ, read_column
+from data.layouts.tables import cast_columns, name_columns, name_field, read_columns, read_splits
+from data.layouts.unused import LACKING, Unused
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
@@ -48,7 +46,6 @@ from utils.record.logging import log
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
-_ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
 _BATCH_ROWS = 64
 _PART = 512  # files per task of a thread, and cached folders
 
@@ -119,71 +116,6 @@ def read_table(file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
         row = pc.index(columns["path"].is_null(), True).as_py()
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
     return pa.table(columns)
-
-
-def cast_columns(
-    file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused, rows: Sequence[int] | None = None
-) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Return columns by our names (`names`: ours by theirs), of our types; the columns of SCHEMA first, null if absent.
-
-    rows: their numbers in the file, if not all are in the table.
-    Raises UserError (`data.root`) for one of _ASKED that cannot be read; others are added to `unused`.
-    """
-    columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
-    unused.add(POSSIBLE, *list_labels(table, names).values())
-    numbers = range(len(table)) if rows is None else rows
-    for name, field in names.items():
-        try:
-            columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
-            if field == "split" and name in IS_VALID:
-                is_true = pc.match_substring_regex(columns[field], r"(?i)^\s*(true|1|1\.0)\s*$")
-                columns[field] = pc.if_else(is_true.fill_null(False), "val", "train")
-        except (ValueError, pa.ArrowException) as error:
-            where = f"column {name!r} of {str(file)!r}"
-            if field in READ:
-                raise UserError(f"data.root: {where}: {error}") from error
-            where = f"{where} is {table[name].type} ({error})"
-            if field in _ASKED:
-                raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
-            unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
-    return columns
-
-
-def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast a column to its type, an extra one to int64, float64 or text. Raises ArrowException for other values."""
-    source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    other = pa.string()
-    if pa.types.is_boolean(source) or pa.types.is_integer(source):
-        other = pa.int64()
-    elif pa.types.is_floating(source):
-        other = pa.float64()
-    if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
-        column = pc.index_in(column, value_set=pc.unique(column).drop_null())
-    return column.cast(TYPES.get(name, other))
-
-
-def read_splits(
-    file: Path, column: pa.ChunkedArray | pa.Array, default: str, choice: TableChoice, unused: Unused
-) -> list[str]:
-    """Return the splits of a column as train, val and test; of nothing, and of a column without any split, `default`.
-
-    Raises UserError (`data.root`) for other values beside splits.
-    """
-    known = {"": default, **SPLIT_NAMES}
-    if not isinstance(choice.splits, bool):
-        known |= {name.lower(): split for name, split in choice.splits.items()}
-    names = [(name or "").strip().lower() for name in column.to_pylist()]
-    odd = sorted({*names}.difference(known))
-    advice = f"data.splits={{{odd[0]}: train}}" if odd else ""
-    if odd and known.keys() & names <= {""}:
-        unused.add(f"columns split whose values are no splits ({advice} reads one)", f"{file.name}: {show_some(odd)}")
-        return [default] * len(names)
-    if odd:
-        raise UserError(
-            f"data.root: {str(file)!r}, row {names.index(odd[0])}: split is {odd[0]!r}; allowed are "
-            f"{', '.join(SPLIT_NAMES)}, or say with {advice} what it is"
-        )
-    return [known[name] for name in names]
 
 
 def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:

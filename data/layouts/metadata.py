@@ -28,7 +28,7 @@ from data.layouts.sidecars import (
     read_lines,
     refuse_link_out,
 )  # fmt: skip
-from data.layouts.tables import name_columns, read_columns, read_records
+from data.layouts.tables import list_rows, read_columns, read_fields
 from data.layouts.unused import Unused
 from data.layouts.walk import find_one
 from utils.errors import UserError, about
@@ -69,11 +69,9 @@ def _find_images(
 
 def _read_table(folder: Folder, file: Path) -> list[_Row]:
     """Return the metadata in each row of a table, after its path; none without a column of paths."""
-    table = read_columns(file)
-    names = name_columns(table, folder.choice.columns)
-    key = {ours: theirs for theirs, ours in names.items()}.get("path")
-    paths = table[key].to_pylist() if names.pop(key, None) else ()
-    return [*zip(map(str, paths), read_records(str(file), table, folder.unused, names))]
+    columns = read_fields(file, read_columns(file), folder.choice.columns, folder.unused)
+    paths = map(str, columns.pop("path", ()))
+    return [*zip(paths, list_rows(columns))]
 
 
 def _read_entries(folder: Folder, file: Path) -> list[_Row]:

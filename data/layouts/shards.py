@@ -26,12 +26,12 @@ from data.layouts.places import describe_splits, place_images
 from data.layouts.readers import TABLES, is_table
 from data.layouts.scan import Folder, TableChoice
 from data.layouts.sidecars import TEXT_SUFFIXES, read_texts
-from data.layouts.table import TYPES, build_table, show_some
-from data.layouts.tables import list_labels, name_columns, read_records
-from data.layouts.unused import FAULT, POSSIBLE, Unused
+from data.layouts.table import TYPES, build_table, replace_column, show_some
+from data.layouts.tables import read_fields
+from data.layouts.unused import FAULT, Unused
 from data.layouts.values import read_label
 from utils.errors import UserError, about
-from utils.io.files import Json, readable
+from utils.io.files import readable
 from utils.io.names import Names
 from utils.ranks.processes import map_items
 from utils.record.progress import track
@@ -91,12 +91,12 @@ def _read_shard(choice: TableChoice, shard: tuple[str, str, str | None, Path]) -
     unused = Unused()
     with about("data.root"):
         rows = (_read_tar if name.endswith(_TAR) else _read_arrow)(file, name, unused, choice)
-    rows = [{**row, "split": row.get("split") or split or "train", "shard": place} for row in rows]
-    return pa.Table.from_pylist(rows, _ROWS), unused
+    rows = replace_column(rows, "split", rows["split"].fill_null(split or "train"))
+    return replace_column(rows, "shard", pa.repeat(place, len(rows))), unused
 
 
-def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> list[Json]:
-    """Return the images of a tar file as rows.
+def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.Table:
+    """Return the images of a tar file.
 
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
     image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row. Without any
@@ -149,7 +149,7 @@ def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> lis
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
     alone = (file for stem in texts if stem not in read for file in texts[stem].values())
     unused.add("texts in shards without an image", *alone)
-    return rows
+    return pa.Table.from_pylist(rows, _ROWS)
 
 
 def _read_members(stream: IO[bytes], name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
@@ -180,8 +180,8 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()
 
 
-def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> list[Json]:
-    """Return the images of an Arrow file as rows.
+def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.Table:
+    """Return the images of an Arrow file.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
@@ -192,17 +192,17 @@ def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> l
         image = _find_image(table.schema)
         if image is None:
             raise UserError(f"data.root: {name!r} has no image column (bytes), only {table.column_names}")
-        names = name_columns(table.drop_columns(image), choice.columns)
-        unused.add(POSSIBLE, *list_labels(table, names).values())
-        rows = []
-        for batch in table.to_batches():
-            places = _find_bytes(name, batch.column(image), whole)
-            records = read_records(name, batch, unused, names)
-            for number, ((ending, offset, length), record) in enumerate(zip(places, records), start=len(rows)):
-                row = {"path": f"{name}/{number:08}{ending}", "offset": offset, "length": length, "size": length}
-                rows.append({**row, **record._asdict()})
+        columns = read_fields(Path(name), table.drop_columns(image), choice.columns, unused)
+        places = [place for chunk in table[image].chunks for place in _find_bytes(name, chunk, whole)]
+    rows = [
+        {"path": f"{name}/{number:08}{ending}", "offset": offset, "length": length, "size": length}
+        for number, (ending, offset, length) in enumerate(places)
+    ]
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
-    return [row for row in rows if row["length"]]
+    found = pa.Table.from_pylist(rows, _ROWS)
+    for field, column in columns.items():
+        found = replace_column(found, field, column) if field != "path" else found
+    return found.filter(pc.greater(found["length"], 0))
 
 
 def _find_image(schema: pa.Schema) -> str | None:

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from pyarrow import Table
 
 from data.layouts.readers import Sidecar
-from data.layouts.scan import Columns
-from data.layouts.sidecars import decode, is_field, parse_record, read_lines
-from data.layouts.table import TYPES, show_some
-from data.layouts.unused import Unused
-from data.layouts.values import explain_column
+from data.layouts.scan import Columns, TableChoice
+from data.layouts.sidecars import decode, read_lines
+from data.layouts.table import SCHEMA, SPLIT_NAMES, TYPES, show_some
+from data.layouts.unused import POSSIBLE, Unused
+from data.layouts.values import READ, read_column
 from utils.errors import UserError, about
 from utils.io.files import Json, readable
 from utils.record.logging import log
@@ -33,7 +33,7 @@ _NAMES = {
     "label": "label_name label_text class_name category_name label labels class classname classes target category "
     "fine_label coarse_label breed species variety diagnosis klasse kategorie classe clase categoria",
     "caption": "caption captions text prompt",
-    "tags": "tags",
+    "tags": "tags tag_string",
     "split": " ".join(("split", *IS_VALID)),
 }
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names.split()}
@@ -43,6 +43,7 @@ csv.field_size_limit(2**24)  # characters
 _STATED = re.compile(r"sep=(.)\n")
 _SINGLE = re.compile(f"^'[^'\n]*'[{_SEPARATORS}]", re.M)
 _HEAD = 5000  # characters that tell the form of a file
+_ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
 _POINT = b"decimal point"  # in the metadata of a table whose columns are texts
 
 
@@ -88,16 +89,87 @@ def list_labels(table: Table, names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def read_records(where: str, table: pa.RecordBatch | Table, unused: Unused, names: Mapping[str, str]) -> list[Sidecar]:
-    """Return the metadata in each row of a table. names: ours by theirs. Columns that are not read are named."""
-    columns = {}
-    for name in filter(table.schema.names.__contains__, names):
-        if is_field(field := names[name]):
-            columns[field] = map(explain_column(field, table, name), table.column(name).to_pylist())
-        else:
-            unused.add("columns of unknown name, or second of their kind (data.columns={label: NAME} reads one)", name)
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
-    return [parse_record(f"row {number} of {where!r}", row) for number, row in enumerate(rows)]
+def read_fields(file: Path, table: Table, stated: Columns, unused: Unused) -> dict[str, pa.ChunkedArray]:
+    """Return `path` and what a `Sidecar` has of a table, by our names. Columns that are not read are named."""
+    names = name_columns(table, stated)
+    known = {name: ours for name, ours in names.items() if ours in ("path", *READ)}
+    others = names.keys() - known
+    unused.add("columns of unknown name, or second of their kind (data.columns={label: NAME} reads one)", *others)
+    unused.add(POSSIBLE, *list_labels(table, names).values())
+    columns = cast_columns(file, table, known, unused)
+    return {name: columns[name] for name in known.values()}
+
+
+def list_rows(columns: Mapping[str, pa.ChunkedArray]) -> Iterator[Sidecar]:
+    """Yield the metadata in each row of columns with our names; those that a `Sidecar` has not are its `more`."""
+    for row in pa.table(columns).to_pylist():
+        known = {name: row.pop(name) for name in Sidecar._fields if name in row}
+        yield Sidecar(**known, more=row)
+
+
+def cast_columns(
+    file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused, rows: Sequence[int] | None = None
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Return columns by our names (`names`: ours by theirs), of our types; the columns of SCHEMA first, null if absent.
+
+    rows: their numbers in the file, if not all are in the table.
+    Raises UserError (`data.root`) for one of _ASKED that cannot be read; others are added to `unused`.
+    """
+    columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
+    unused.add(POSSIBLE, *list_labels(table, names).values())
+    numbers = range(len(table)) if rows is None else rows
+    for name, field in names.items():
+        try:
+            columns[field] = read_column(field, table, name, numbers) if field in READ else _cast(field, table[name])
+            if field == "split" and name in IS_VALID:
+                is_true = pc.match_substring_regex(columns[field], r"(?i)^\s*(true|1|1\.0)\s*$")
+                columns[field] = pc.if_else(is_true.fill_null(False), "val", "train")
+        except (ValueError, pa.ArrowException) as error:
+            where = f"column {name!r} of {str(file)!r}"
+            if field in READ:
+                raise UserError(f"data.root: {where}: {error}") from error
+            where = f"{where} is {table[name].type} ({error})"
+            if field in _ASKED:
+                raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
+            unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
+    return columns
+
+
+def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cast a column to its type, an extra one to int64, float64 or text. Raises ArrowException for other values."""
+    source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    other = pa.string()
+    if pa.types.is_boolean(source) or pa.types.is_integer(source):
+        other = pa.int64()
+    elif pa.types.is_floating(source):
+        other = pa.float64()
+    if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
+        column = pc.index_in(column, value_set=pc.unique(column).drop_null())
+    return column.cast(TYPES.get(name, other))
+
+
+def read_splits(
+    file: Path, column: pa.ChunkedArray | pa.Array, default: str, choice: TableChoice, unused: Unused
+) -> list[str]:
+    """Return the splits of a column as train, val and test; of nothing, and of a column without any split, `default`.
+
+    Raises UserError (`data.root`) for other values beside splits.
+    """
+    known = {"": default, **SPLIT_NAMES}
+    if not isinstance(choice.splits, bool):
+        known |= {name.lower(): split for name, split in choice.splits.items()}
+    names = [(name or "").strip().lower() for name in column.to_pylist()]
+    odd = sorted({*names}.difference(known))
+    advice = f"data.splits={{{odd[0]}: train}}" if odd else ""
+    if odd and known.keys() & names <= {""}:
+        unused.add(f"columns split whose values are no splits ({advice} reads one)", f"{file.name}: {show_some(odd)}")
+        return [default] * len(names)
+    if odd:
+        raise UserError(
+            f"data.root: {str(file)!r}, row {names.index(odd[0])}: split is {odd[0]!r}; allowed are "
+            f"{', '.join(SPLIT_NAMES)}, or say with {advice} what it is"
+        )
+    return [known[name] for name in names]
 
 
 def read_columns(file: Path, key: str = "data.root", *, is_typed: bool = True) -> Table:
