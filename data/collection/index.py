@@ -21,7 +21,7 @@ from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES, is_remote
 from data.layouts.recognise import Layout, find_layout
 from data.layouts.scan import TableChoice
 from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, hash_table, replace_column
-from data.layouts.unused import POSSIBLE, Unused, list_faults, list_unused, say_unused
+from data.layouts.unused import POSSIBLE, Unused, list_faults, say_unused
 from data.layouts.values import RULES
 from data.layouts.walk import check_root
 from data.validity.questions import ask
@@ -95,7 +95,7 @@ def index_collection(
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
     fingerprint = _hash(rows, stated)
-    lines = [*unused.describe(), *list_unused(unused, cache)]
+    lines = unused.describe()
     say_unused(lines, said=unused.said)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     known = map_index(target)

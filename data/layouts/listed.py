@@ -4,7 +4,7 @@
     labels.csv: filename;klasse    Fotos\\IMG_1.JPG;Käfer       2024/IMG_1.jpg
 
 The column that names most images is the one of paths. A name is found without its ending, and in any folder. Rows
-without an image, and images without a row, are counted and listed in a file; they stop nothing.
+without an image, and images without a row, are counted; they stop nothing.
 """
 
 import functools

@@ -4,22 +4,19 @@ Every reader of `layouts/` takes an `Unused` and adds what it does not use. The 
 that a start that reads no file again says the same.
 """
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 
 from data.layouts.names import INSTALL, MISSING
-from data.layouts.table import SHOWN, count_values, show_some
+from data.layouts.table import count_values, show_some
 from data.layouts.values import FIELDS
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_text
 from utils.record.logging import log
 
+_ALL = "prepare.py job=check lists all of these"  # the last line, if others end in ...
 FAULT = "sidecar_fault"  # a column; see `Sidecar` in data/layouts/readers.py
 ORPHANS = "sidecars without an image"  # a reason
 ROWS = "rows of"  # how reasons about rows of tables begin
@@ -79,7 +76,7 @@ class Unused(dict[str, list[str]]):
             names = sorted({*names})  # threads add in any order, and columns recur in each shard
             shown = count_endings(names) if reason in _COUNTED else names
             lines.append(f"{len(names):,} {reason}: {show_some(shown)}")
-        return lines
+        return [*lines, *[_ALL] * any(line.endswith("...") for line in lines)]
 
 
 def is_form(name: str) -> bool:
@@ -90,20 +87,6 @@ def is_form(name: str) -> bool:
 def find_ending(name: str) -> str:
     """Return the ending of a file."""
     return re.search(r"(\.nii)?\.[^./]*$|$", name.lower())[0] or "no ending"
-
-
-def list_unused(unused: Unused, folder: Path) -> list[str]:
-    """Write all names into a CSV file, if the lines of `describe` leave out some; return a line of it."""
-    if not any(len(names) > SHOWN for reason, names in unused.items() if reason not in _COUNTED):
-        return []
-    rows = [("name", "why it is not used")]
-    for reason, names in sorted(unused.items()):
-        rows += [(name, reason) for name in sorted({*names})]
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    file = folder / f"unused_{sha256_text(text.getvalue())[:16]}.csv"
-    write_text(file, text.getvalue())
-    return [f"all of these are listed in {file}"]
 
 
 def count_endings(names: Iterable[str]) -> list[str]:

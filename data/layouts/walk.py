@@ -23,6 +23,8 @@ _SPECIAL = "pipes, sockets and devices"
 # Of a file beside the images, whose place no key names.
 COPY = "make room, let your user write there, or work on a copy: prepare.py job=copy data.root=PATH job.to=FOLDER"
 _NOT_READ = "files and folders that cannot be read"
+# How reasons begin that are faults: a name or a file cannot be read, or not yet.
+FAULTS = (NOT_UTF8, _NOT_FOLLOWED, _SPECIAL, _NOT_READ, LACKING, UNFINISHED)
 
 
 def check_root(root: str) -> Path:
@@ -126,11 +128,6 @@ def _find_fault(entry: os.DirEntry[str], path: str) -> str | None:
 def unreadable(error: OSError) -> str:
     """Return the reason for `Unused` of a file that cannot be read."""
     return f"{_NOT_READ} ({error.strerror})"
-
-
-def is_fault(reason: str) -> bool:
-    """Return whether a reason for `Unused` is that a name or a file cannot be read, or not yet."""
-    return reason.startswith((NOT_UTF8, _NOT_FOLLOWED, _SPECIAL, _NOT_READ, LACKING, UNFINISHED))
 
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:

@@ -18,7 +18,7 @@ from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
 from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import BESIDE, FAULT, ORPHANS, ROWS, UNNAMED, UNREAD, UNREADABLE, WITH, Unused
-from data.layouts.walk import check_root, find_manifest, is_fault
+from data.layouts.walk import FAULTS, check_root, find_manifest
 from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
@@ -31,7 +31,7 @@ from utils.record.report import TableRow
 
 _SHOWN = 30  # the most frequent values of a column, in the log; the page has all
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")
-_FAULTS = (ORPHANS, ROWS, UNNAMED, BESIDE, UNREAD, UNREADABLE, WITH)
+_FAULTS = (*FAULTS, ORPHANS, ROWS, UNNAMED, BESIDE, UNREAD, UNREADABLE, WITH, "an image", "a row")
 _Fault = tuple[str, str, str]  # path, kind and reason
 _DRAWN = ("width", "height", "brightness", "sharpness")
 
@@ -70,12 +70,13 @@ def _save_faults(job: Check, faults: Iterable[_Fault]) -> dict[str, int]:
         reasons.setdefault(path, []).append(reason)
     if reasons:
         list_files(job.report, job.name, {path: "; ".join(each) for path, each in reasons.items()})
-    return dict(Counter(kind for _, kind, _ in faults).most_common())
+    return dict(Counter(kind for _, kind, _ in faults if kind).most_common())
 
 
 def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
     """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
 
+    What is not used and no fault has no kind.
     If any image has a sidecar, images without a sidecar are faults. A manifest replaces sidecars, so bad sidecars are
     not.
     """
@@ -88,7 +89,7 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
         table = read_table(manifest, unused, data.choice())
     images = sorted(folder.images)
     yield from _list_unreadable(images, measure_files(root, images, data.max_pixels) if job.verify else ())
-    found = {reason: names for reason, names in unused.items() if is_fault(reason) or reason.startswith(_FAULTS)}
+    found = dict(unused)
     if manifest is None:
         bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
         yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
@@ -100,8 +101,9 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
         found["a row of the manifest without a file"] = [path for path in gone if not (root / path).is_file()]
     if folder.sidecars:
         found["an image without a sidecar"] = [path for path in images if path not in folder.sidecars]
-    for fault, paths in found.items():
-        yield from ((path, fault, fault) for path in paths)
+    for reason, paths in found.items():
+        kind = reason if reason.startswith(_FAULTS) else ""
+        yield from ((path, kind, reason) for path in paths)
 
 
 def _list_unreadable(paths: Iterable[str], facts: Iterable[FileFacts]) -> Iterator[_Fault]:
