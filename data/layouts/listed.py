@@ -93,10 +93,12 @@ def add_waiting(
     return found | dict.fromkeys(waiting, Sidecar())
 
 
-def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str] = str) -> _Find:
+def build_finder(
+    splits: Mapping[str, str | None], shorten: Callable[[str], str] = str, *, is_whole: bool = False
+) -> _Find:
     """Return a function that finds the image of a name: with or without its ending, in any folder.
 
-    shorten: gives the part of names to compare.
+    shorten: gives the part of names to compare. is_whole: a name has all folders of its image, perhaps below others.
     """
 
     @functools.cache
@@ -113,8 +115,10 @@ def build_finder(splits: Mapping[str, str | None], shorten: Callable[[str], str]
         ending = os.path.splitext(name.lower())[1]
         ranks = {}
         for path in by_stem().get(shorten(parts[0]), ()):
-            shared = len(os.path.commonprefix([parts, _split_name(path)]))
-            ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split, name in path)
+            own = _split_name(path)
+            shared = len(os.path.commonprefix([parts, own]))
+            if shared == len(own) or not is_whole:
+                ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split, name in path)
         best = max(ranks.values(), default=None)
         found = [path for path, rank in ranks.items() if rank == best]
         return found[0] if len(found) == 1 else None

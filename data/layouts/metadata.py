@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from data.layouts.listed import build_finder
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import (
@@ -34,7 +35,6 @@ from data.layouts.walk import find_one
 from utils.errors import UserError, about
 from utils.formats.spelling import CATEGORIES, Tag, parse_tag, read_list, split_tags, write_tag
 from utils.io.files import Json, readable
-from utils.io.names import Names
 
 _Row = tuple[str, Sidecar]  # after the path that it states
 
@@ -43,8 +43,7 @@ def _find_images(
     read: Callable[[Folder, Path], list[_Row]], folder: Folder, files: Sequence[str]
 ) -> dict[str, Sidecar]:
     """Return what tables say of images, by path. Raises UserError (`data.root`): a bad table, or two in a folder."""
-    by_key = {key: path for path in folder.images for key in (os.path.splitext(path)[0], path)}
-    known = Names(by_key)
+    find = build_finder(folder.splits, is_whole=True)
     first = {}  # table of each folder
     sidecars = {}
     for name in sorted(files):
@@ -55,14 +54,10 @@ def _find_images(
         else:
             folder.unused.add("tables that name no image", name)
         for key, record in rows:
-            parts = os.path.normpath(f"{beside}/{key}".replace("\\", "/")).strip("/").split("/")
-            ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            with about(f"data.root: {name}"):
-                end = next(filter(None, map(known.find, ends)), None)
-            if end is None:
+            path = find(os.path.normpath(f"{beside}/{key}".replace("\\", "/")), "")
+            if path is None:
                 folder.unused.add("rows of tables without an image", f"{key} in {name}")
             else:
-                path = by_key[end]
                 sidecars[path] = sidecars.get(path, Sidecar()).updated(record)
     return sidecars
 
