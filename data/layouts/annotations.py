@@ -6,7 +6,7 @@ Where they say more, outlines or how many of a class there are, no task here lea
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
@@ -33,11 +33,10 @@ def read_annotations(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]
     Raises UserError (`data.table`): the stated file or folder says nothing.
     """
     stated = folder.choice.table
-    orphans = {*folder.unused.pop(ORPHANS, ())} - {*files}
-    folder.unused.add(ORPHANS, *orphans)
-    told = _read_all(folder, [name for name in dict.fromkeys(files) if (folder.root / name).is_file()])
+    folder.unused.pop(ORPHANS, None)  # all of them are files here
+    told, splits = _read_all(folder, [name for name in dict.fromkeys(files) if (folder.root / name).is_file()])
     form = max(told, key=lambda form: len(told[form]), default="")
-    found = _choose(folder, form, told.pop(form, {}))
+    found = _choose(folder, form, told.pop(form, {}), splits)
     for other in told.values():
         folder.unused.add(_BESIDE, *_list_files(other))
     if stated not in ("auto", "none") and not found:
@@ -45,14 +44,14 @@ def read_annotations(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]
     return found
 
 
-def _read_all(folder: Folder, names: Sequence[str]) -> dict[str, _Told]:
-    """Return what the files say, by form."""
+def _read_all(folder: Folder, names: Sequence[str]) -> tuple[dict[str, _Told], dict[str, str]]:
+    """Return what the files say, by form, and the splits of files, by name without ending."""
     stated = folder.choice.table
     parsed = dict(zip(names, in_threads(functools.partial(_parse, folder), names)))
     words = next((marks for form, marks in parsed.values() if form == NAMES and marks), [])
     classes = {str(number): word for number, (_, word, _) in enumerate(words)}
     find = build_finder(folder.splits)
-    splits = find_splits({Path(name).stem for name in names}, folder.choice.splits)
+    splits = find_splits({Path(name).stem for name in names if parsed[name][1]}, folder.choice.splits)
     told = {}
     for name, (form, marks) in parsed.items():
         own = os.path.splitext(name)[0]
@@ -65,7 +64,7 @@ def _read_all(folder: Folder, names: Sequence[str]) -> dict[str, _Told]:
                 folder.unused.add(f"{ROWS} annotation files without an image", f"{image} in {name}")
             else:
                 told.setdefault(form, {}).setdefault(path, []).append((classes.get(word, word), kind, name))
-    return told
+    return told, splits
 
 
 def _parse(folder: Folder, name: str) -> tuple[str, list[Mark]]:
@@ -83,7 +82,7 @@ def _parse(folder: Folder, name: str) -> tuple[str, list[Mark]]:
     return form, marks
 
 
-def _choose(folder: Folder, form: str, told: _Told) -> dict[str, Sidecar]:
+def _choose(folder: Folder, form: str, told: _Told, splits: Mapping[str, str]) -> dict[str, Sidecar]:
     """Return classes as labels, or as tags if an image has several or a box is none; nothing if they say more."""
     kinds = {kind for marks in told.values() for word, kind, _ in marks if word}
     used = {CLASSES} & kinds or kinds
@@ -100,13 +99,12 @@ def _choose(folder: Folder, form: str, told: _Told) -> dict[str, Sidecar]:
     field = "tags" if several or (bare and CLASSES not in used) else "label"
     line = f"{form}: {', '.join(sorted(used))} are read as {field}: {several} of {len(words)} images have several"
     folder.unused.said += (f"{line}, {bare} have none",)
-    stems = {path: Path(marks[0][2]).stem for path, marks in told.items()}
-    splits = find_splits({*stems.values()}, folder.choice.splits)
-    has_splits = len({*splits.values()}) > 1
+    own = {path: splits.get(Path(marks[0][2]).stem) for path, marks in told.items()}
+    has_splits = len({*own.values()}) > 1
     sidecars = {}
     for path, texts in words.items():
         if texts:
-            split = folder.splits[path] or (splits.get(stems[path]) if has_splits else None)
+            split = folder.splits[path] or (own[path] if has_splits else None)
             sidecars[path] = Sidecar(split=split, **{field: READ[field](texts if field == "tags" else texts[0])})
     return add_waiting(folder, sidecars, form, {*map(os.path.dirname, words)})
 
