@@ -30,7 +30,7 @@ NAMES, CATEGORIES = [name for _, name in KEYS], np.array([number for number, _ i
 VOCABULARY = Vocabulary(tuple(NAMES), tuple(CATEGORIES.tolist()), tuple(range(10, 20)), tuple(range(10)))
 TEXT = {"order": "score", "max_tags": None, "exclude": [], "categories": False, "rating": None, "spaces": False,
         "escape": False, "separator": ", ", "category_order": [], "first_tags": [], "drop_implied": None,
-        "aliases": None, "expand_series": False}  # fmt: skip
+        "aliases": None}  # fmt: skip
 PATHS = [f"val/{name}/{number:03}.png" for name in "AB" for number in range(2)]
 
 
@@ -85,8 +85,6 @@ def test_ratings_that_no_training_image_had_mean_nothing():
          "miku_(series), painter, 1girl, long_hair, ^_^, hat_(x), rating:explicit"),
         ({"first_tags": ["Hat \\(x\\)", "absent", "^_^"], "category_order": ["character"]},
          "hat_(x), ^_^, miku_(series), 1girl, long_hair, painter"),
-        ({"expand_series": True, "categories": True, "escape": True},  # hat is no character
-         r"1girl, long_hair, character:miku, copyright:series, ^_^, artist:painter, hat_\(x\)"),
         ({"aliases": "1girl,one girl\nlong_hair,^_^\n"}, "one_girl, ^_^, miku_(series), painter, hat_(x)"),
         # Of two that imply each other, the first stays.
         ({"drop_implied": "miku_(series),long_hair\n^_^,painter\npainter,^_^\n"},

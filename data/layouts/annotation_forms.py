@@ -27,7 +27,6 @@ Mark = tuple[str, Any, str]
 Form = tuple[str, Iterable[Mark]]  # after its name; without marks, after a reason for `Unused`
 
 _NAMES = re.compile(r".*\.(names|labels)|(classes|labels|names|synsets?|synset_words)\.txt", re.I)
-_UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{8}-|.*\?d=")  # what Label Studio puts before a name
 _OF_STUDIO = {"choices": CLASSES, "rectanglelabels": BOXES}
 _OF_XML = {"tag": CLASSES, "box": BOXES, "object": BOXES}
 _OF_FIELDS = {"segmentation": OUTLINES, "mask": OUTLINES, "bbox": BOXES, "bounding_box": BOXES}
@@ -95,7 +94,7 @@ def _read_fiftyone(labels: Any, names: Any) -> Iterator[Mark]:
 def _read_studio(tasks: Any) -> Iterator[Mark]:
     for task in tasks:
         url = next(text for text in task.get("data", task).values() if is_image_name(str(text)))
-        image = _UPLOADED.sub("", unquote(url))
+        image = unquote(url)
         yield image, None, ""
         choice = task.get("choice")
         short = [{"type": "choices", "value": choice if isinstance(choice, dict) else {"choices": [choice]}}]

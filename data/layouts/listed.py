@@ -38,6 +38,8 @@ from utils.errors import UserError
 from utils.io.names import to_nfc
 
 _MAPPED = ("label", "tags", "caption", "split")  # other names of ours mean something else in a user's table: weight
+_NUMBER = re.compile(r"\d+$")
+_UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{8}-|.*\?d=")  # what Label Studio puts before a name
 _FLAGS = {-1, 0, 1}  # the values of columns that say yes or no
 _Find = Callable[[str, str], str | None]  # the image of a name, and of the split that it is looked for
 
@@ -63,8 +65,8 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     splits = {}
     for names in (*([file.stem] for file in chosen), [file.stem for file in chosen]):
         splits |= find_splits(names, folder.choice.splits)
-    finders = [build_finder(folder.splits, shorten) for shorten in (str, _find_end)]
-    found = [_match(file, splits.get(file.stem, "train"), finders, folder) for file in chosen]
+    find = build_finder(folder.splits)
+    found = [_match(file, splits.get(file.stem, "train"), find, folder) for file in chosen]
     tables = sorted(filter(None, found), key=lambda each: SPLITS.index(each.split))
     columns = {*tables[0].table.column_names} if tables else {}
     tables = [each for each in tables if each.split != TEST or columns <= {*each.table.column_names}]  # it has labels
@@ -93,20 +95,18 @@ def add_waiting(
     return found | dict.fromkeys(waiting, Sidecar())
 
 
-def build_finder(
-    splits: Mapping[str, str | None], shorten: Callable[[str], str] = str, *, is_whole: bool = False
-) -> _Find:
+def build_finder(splits: Mapping[str, str | None], *, is_whole: bool = False) -> _Find:
     """Return a function that finds the image of a name: with or without its ending, in any folder.
 
-    shorten: gives the part of names to compare. is_whole: a name has all folders of its image, perhaps below others.
+    A bare number finds the only image whose name ends with it: `7` is `img_007.png`.
+    is_whole: a name has all folders of its image, perhaps below others.
     """
 
-    @functools.cache
-    def by_stem() -> dict[str, list[str]]:
-        images = {}
-        for path in splits:
-            images.setdefault(shorten(_split_name(path)[0]), []).append(path)
-        return images
+    images = {}
+    for path in splits:
+        stem = _split_name(path)[0]
+        for key in {stem, *map(_shorten, _NUMBER.findall(stem))}:
+            images.setdefault(key, []).append(path)
 
     @functools.cache
     def find(name: str, split: str) -> str | None:
@@ -114,7 +114,7 @@ def build_finder(
         parts = _split_name(name)
         ending = os.path.splitext(name.lower())[1]
         ranks = {}
-        for path in by_stem().get(shorten(parts[0]), ()):
+        for path in images.get(parts[0]) or images.get(_shorten(parts[0]), ()):
             own = _split_name(path)
             shared = len(os.path.commonprefix([parts, own]))
             if shared == len(own) or not is_whole:
@@ -128,15 +128,14 @@ def build_finder(
 
 def _split_name(name: str) -> list[str]:
     """Return the name of a file without its ending, and its folders, the last first; all in one spelling."""
-    name = name.strip()
+    name = _UPLOADED.sub("", name.strip())
     stem = os.path.splitext(name)[0] if is_image_name(name) else name
     return to_nfc(stem).casefold().replace("\\", "/").split("/")[::-1]
 
 
-def _find_end(stem: str) -> str:
-    """Return the number at the end of a name without zeros before it, else the last word: `7` of `img_007`."""
-    number = re.search(r"(\d+)(\.0+)?$", stem)  # 1.0 for 1 in columns of pandas with gaps
-    return str(int(number[1])) if number else re.split(r"[\W_]", stem)[-1]
+def _shorten(stem: str) -> str:
+    """Return a number without the zeros that spreadsheets drop or add, such as `007` and `7.0`; others as they are."""
+    return re.sub(r"^0*(\d+?)(\.0+)?$", r"\1", stem)
 
 
 def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
@@ -154,11 +153,10 @@ def _choose_files(folder: Folder, files: Sequence[str]) -> list[Path]:
     return [file]
 
 
-def _match(file: Path, split: str, finders: Sequence[_Find], folder: Folder) -> _Listed | None:
+def _match(file: Path, split: str, find: _Find, folder: Folder) -> _Listed | None:
     """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
-    The ends of names count if the names are those of few images, and all ends name one. Raises UserError (`data.table`)
-    if it is the stated one, and cannot be read or names none.
+    Raises UserError (`data.table`) if it is the stated one, and cannot be read or names none.
     """
     choice = folder.choice
     is_stated = choice.table != "auto"
@@ -169,10 +167,10 @@ def _match(file: Path, split: str, finders: Sequence[_Find], folder: Folder) -> 
             raise
         folder.unused.add(UNREADABLE, f"{file.name} ({error})")
         return None
-    count, _, key, paths = _find_key(table, split, finders, choice.columns)
-    if name_field(key) == key and finders[0](key, TEST) is not None:
+    count, _, key, paths = _find_key(table, split, find, choice.columns)
+    if name_field(key) == key and find(key, TEST) is not None:
         table = unhead(table)
-        count, _, key, paths = _find_key(table, split, finders, choice.columns)
+        count, _, key, paths = _find_key(table, split, find, choice.columns)
     if count if is_stated else 2 * count > min(len(table), len(folder.images)):
         is_prediction = {"path", "error"} <= {*table.column_names}  # of predict.py
         return None if is_prediction and not is_stated else _Listed(file, split, table, key, paths)
@@ -185,20 +183,14 @@ def _match(file: Path, split: str, finders: Sequence[_Find], folder: Folder) -> 
     )
 
 
-def _find_key(
-    table: pa.Table, split: str, finders: Sequence[_Find], stated: Columns
-) -> tuple[int, bool, str, list[str | None]]:
+def _find_key(table: pa.Table, split: str, find: _Find, stated: Columns) -> tuple[int, bool, str, list[str | None]]:
     """Return the column that names most images: their count, whether its name is a usual one, its name, the images."""
-    best = (0, False, "", [])
-    for find in finders:
-        found = [best]
-        for name in table.column_names if 2 * best[0] < len(table) else ():
-            texts = ["" if value is None else str(value) for value in table[name].to_pylist()]
-            paths = [find(text, split) for text in texts if stated.get("path") in (None, name)]
-            if find is finders[0] or None not in paths:
-                found.append((len({*paths} - {None}), name_field(name) == "path", name, paths))
-        best = max(found, key=operator.itemgetter(0, 1))
-    return best
+    found = []
+    for name in table.column_names:
+        texts = ["" if value is None else str(value) for value in table[name].to_pylist()]
+        paths = [find(text, split) for text in texts if stated.get("path") in (None, name)]
+        found.append((len({*paths} - {None}), name_field(name) == "path", name, paths))
+    return max(found, key=operator.itemgetter(0, 1))
 
 
 def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:

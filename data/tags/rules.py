@@ -48,9 +48,9 @@ class TextConfig(Strict):
 
     category_order, first_tags: what comes first; tags of other categories follow. max_tags: only the most probable
     tags; null: all. exclude: tags to skip, in any spelling. drop_implied, aliases: CSV files of two columns, read as
-    for training. expand_series: write the series of a character, `name_(series)`, as a tag. categories: write the
-    category before a tag, such as `character:`. rating: position of the rating, such as `rating:general`; null: none.
-    spaces: replace underscores, except in kaomoji. escape: write parentheses with a backslash.
+    for training. categories: write the category before a tag, such as `character:`. rating: position of the rating,
+    such as `rating:general`; null: none. spaces: replace underscores, except in kaomoji. escape: write parentheses with
+    a backslash.
     """
 
     order: Literal["score", "vocabulary"]
@@ -58,7 +58,6 @@ class TextConfig(Strict):
     first_tags: list[str]
     drop_implied: PathText | None
     aliases: PathText | None
-    expand_series: bool
     categories: bool
     max_tags: Count | None
     exclude: list[str]

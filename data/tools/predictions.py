@@ -29,7 +29,7 @@ from data.layouts.unused import UNREAD, Unused, say_unused
 from data.layouts.walk import NOT_UTF8, is_picture, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
-from utils.formats.spelling import CATEGORIES, CHARACTER, Tag, is_sentence, parse_tag, split_tags, write_tag
+from utils.formats.spelling import CATEGORIES, Tag, is_sentence, parse_tag, split_tags, write_tag
 from utils.io.files import Json, remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
@@ -38,7 +38,6 @@ from utils.io.safe_text import safe_row
 from utils.record.logging import log
 
 _LINE = re.compile(rb"""^(["']?)(.+?)\1\r?$""", re.MULTILINE)  # of stdin; Windows and `ls -Q` write quotes
-_SERIES = re.compile(r"(.+)_\(([^()]+)\)")
 
 Row = Json
 Choose = Callable[[Iterable[Row]], Iterable[Row]]
@@ -254,7 +253,7 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
 
 
 def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> list[Tag]:
-    """Return tags after their aliases and in their order, without implied tags; `expand_series` splits characters."""
+    """Return tags after their aliases and in their order, without implied tags."""
     kept = []
     implied = set()
     for tag, *others in map(rules.expand, tags):
@@ -265,13 +264,7 @@ def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> li
     first = [parse_tag(text).name for text in config.first_tags]
     order = [CATEGORIES[name] for name in config.category_order]
     kept.sort(key=lambda tag: ([*first, tag.name].index(tag.name), [*order, tag.category].index(tag.category)))
-    return [part for tag in kept for part in (split_series(tag) if config.expand_series else [tag])]
-
-
-def split_series(tag: Tag) -> list[Tag]:
-    """Return a character `name_(series)` as two tags, and another tag as it is."""
-    match = _SERIES.fullmatch(tag.name) if tag.category == CHARACTER else None
-    return [tag] if match is None else [Tag(CHARACTER, match[1]), Tag(CATEGORIES["copyright"], match[2])]
+    return kept
 
 
 def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:

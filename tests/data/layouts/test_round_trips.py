@@ -37,7 +37,7 @@ def predict(keys, probable, text, **config):
     """Return the vocabulary of tags, and the row and text that predict.py writes for an image with all of them."""
     known = Vocabulary.of([*((9, name) for name in RATINGS), *keys])
     values = np.array([*(0.9 * (name == probable) for name in RATINGS), *np.linspace(0.6, 0.9, len(keys))], np.float32)
-    plain = {"first_tags": [], "drop_implied": None, "aliases": None, "expand_series": False}
+    plain = {"first_tags": [], "drop_implied": None, "aliases": None}
     config = TextConfig(**text, **plain, max_tags=None, exclude=[], **config)
     options = RowOptions(known.names, np.array(known.categories), True, 1, np.float32(0.5), order=config.order)
     row = OUTPUTS["tags"].make_row(values, options)
