@@ -229,39 +229,17 @@ def _read_csv(text: str, notes: list[str]) -> Table:
     plain = re.sub(f"^(#.*|sep=.)\n|{quote}[^{quote}]*{quote}", "", text[:_HEAD], flags=re.M)
     head = next(filter(re.compile(f"[{_SEPARATORS}]").search, plain.split("\n")), "")
     separator = stated[1] if stated else max(_SEPARATORS, key=head.count)
-    read = None if stated else _read_clean(text.rstrip(), separator, quote)
     columns = {}
-    for name, values in read or _read_leniently(text, separator, quote, notes):
+    for name, *values in itertools.zip_longest(*_fit_rows(text, separator, quote, notes)):
+        values = pa.array(values, pa.string())
+        values = pc.if_else(pc.equal(values, ""), None, values)
         if name and columns.setdefault(name.strip(), values) is not values:
             notes.append(f"the first column {name} counts")
     return pa.table(columns, metadata={_POINT: "." if separator == "," else ","})
 
 
-def _read_clean(text: str, separator: str, quote: str) -> list[tuple[str, pa.ChunkedArray]]:
-    """Return names and columns as Arrow reads them, five times as fast as Python; none if anything is to assume."""
-    names = next(csv.reader(io.StringIO(text), delimiter=separator, quotechar=quote), [])
-    if not _is_header(names) or len({*names}) < len(names) or text.count(quote) % 2:
-        return []
-    types = dict.fromkeys(names, pa.string())  # Arrow would take texts that are dates for timestamps
-    with suppress(pa.ArrowInvalid):  # a row of another length
-        table = pa.csv.read_csv(
-            io.BytesIO(text.encode()),
-            parse_options=pa.csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
-        )
-        texts = [pa.chunked_array([names]), *table.columns]
-        if not any(pc.any(pc.match_substring_regex(column, r"^\s")).as_py() for column in texts):
-            rows = table.filter(pc.is_valid(pc.coalesce(*table.columns)))  # a line of separators is no row
-            return [*zip(names, rows.columns)]
-    return []
-
-
-def _is_header(row: Sequence[str]) -> bool:
-    return any(row[1:]) and row[0][:1] != "#"
-
-
-def _read_leniently(text: str, separator: str, quote: str, notes: list[str]) -> Iterator[tuple[str, pa.Array]]:
-    """Yield names and columns, and fit rows that have another length, or are before the header."""
+def _fit_rows(text: str, separator: str, quote: str, notes: list[str]) -> Iterator[list[str]]:
+    """Yield the header and the rows below it, each with as many values as it has, or less."""
     reader = csv.reader(io.StringIO(text.rstrip()), delimiter=separator, quotechar=quote, skipinitialspace=True)
     rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     if not rows:
@@ -269,15 +247,14 @@ def _read_leniently(text: str, separator: str, quote: str, notes: list[str]) -> 
     last, row = rows[-1]
     if (breaks := "".join(row).count("\n")) and text.count(quote) % 2:
         raise ValueError(f"a quotation mark in line {last - breaks} has no end")
-    first = next((place for place, (_, row) in enumerate(rows) if _is_header(row)), 0)
+    first = next((place for place, (_, row) in enumerate(rows) if any(row[1:]) and row[0][:1] != "#"), 0)
     if first:
         notes.append(f"{first} lines before its header are left out")
     width = len(rows[first][1])
     if odd := [str(line) for line, row in rows[first:] if len(row) != width]:
         notes.append(f"{len(odd):,} lines have fewer values than columns, or more in the last one: {show_some(odd)}")
-    fitted = [[*row[: width - 1], separator.join(filter(None, row[width - 1 :]))] for _, row in rows[first:]]
-    for name, *values in itertools.zip_longest(*fitted):
-        yield name, pa.array([value or None for value in values], pa.string())
+    for _, row in rows[first:]:
+        yield [*row[: width - 1], separator.join(filter(None, row[width - 1 :]))]
 
 
 def unhead(table: Table) -> Table:

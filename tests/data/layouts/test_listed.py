@@ -3,7 +3,6 @@
 import pytest
 
 from data.collection.concepts import ConceptConfig
-from data.layouts import tables
 from tests.data.collection.test_collection import columns, load, put
 from tests.support import refuses
 
@@ -44,23 +43,6 @@ def read(tmp_path):
 def test_forms_of_one_table(text, choice, read):
     found = read("images/a.png images/b.png images/c.png images/d.png", {"t.csv": text}, **choice)
     assert found == [f"images/{name}.png train {label}" for name, label in zip("abcd", "xyxy")]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        'path,label ,,note\n1.png,0,0,\n"2,3.png","a ""b""\nc",1,"5"\n,,,\n\n4.png,5"" d,,6 \n',
-        "path;x\n1.png;1,5\n2.png;007",
-    ],
-)
-def test_arrow_reads_a_clean_table_as_python_does(text, tmp_path, monkeypatch):
-    file = tmp_path / "t.csv"
-    file.write_text(text)
-    with monkeypatch.context() as patch:
-        patch.setattr(tables, "_read_leniently", None)
-        clean = tables.read_columns(file)
-    monkeypatch.setattr(tables, "_read_clean", lambda *_: [])
-    assert clean.equals(tables.read_columns(file))
 
 
 def test_names_in_both_splits_are_those_of_the_tables_split(read):
