@@ -8,8 +8,7 @@ import json
 import time
 
 from bench.measure import OUT, Comparison, run_bench
-from data.tags.vocabulary import read_any_vocabulary
-from utils.formats.vocabulary import Vocabulary, read_facts, write_vocabulary
+from utils.formats.vocabulary import Vocabulary, read_any_vocabulary, read_facts, write_vocabulary
 
 
 def settings(device, quick):

@@ -77,7 +77,7 @@ def timm_arguments(config: TimmConfig) -> Json:
     sizes = {} if config.image_size_hw is None else {"img_size": config.image_size_hw}
     if config.channels is not None:
         sizes |= {"channels": config.channels, "stem_width": config.channels[0] // 2}
-    return sizes
+    return config.arguments | sizes
 
 
 def _build_timm(config: TimmConfig, num_classes: int, *, any_size: bool = False) -> nn.Module:

@@ -40,6 +40,11 @@ class ConvNeXtV2Config(Strict):
 
 
 Pretrained = Literal["auto", "cached", "never"]
+# A stranger's file may state them: none names a file or loads weights.
+Argument = Literal[
+    "act_layer", "attn_drop_rate", "class_token", "drop_path_rate", "drop_rate", "fc_norm", "global_pool", "img_size",
+    "no_embed_class", "proj_drop_rate", "reg_tokens", "window_size"
+]  # fmt: skip
 
 
 class TimmConfig(Strict):
@@ -47,7 +52,8 @@ class TimmConfig(Strict):
 
     image_size_hw: for networks that need one image size, such as ViTs; null: the default of the name. Weights for
     another size are interpolated when they are loaded. channels: of the four stages of a ResNet; null: the name's.
-    pretrained: whose weights a plan may begin from (models/weights/offers.py).
+    arguments: further ones of the network, of `model_args` in timm's config.json. pretrained: whose weights a plan may
+    begin from (models/weights/offers.py).
     """
 
     family: Literal["timm"]
@@ -56,6 +62,7 @@ class TimmConfig(Strict):
     drop_path_rate: BelowOne | None
     image_size_hw: SizeHW | None
     channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None
+    arguments: dict[Argument, str | bool | int | float | list[int] | None]
     pretrained: Pretrained
 
 
@@ -64,5 +71,5 @@ ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="fami
 
 def timm_config(name: str, channels: list[int] | None = None) -> TimmConfig:
     """Describe a network of timm for RGB images by its name. channels: of the four stages of a ResNet."""
-    values = {"in_channels": 3, "drop_path_rate": None, "image_size_hw": None, "pretrained": "auto"}
+    values = {"in_channels": 3, "drop_path_rate": None, "image_size_hw": None, "arguments": {}, "pretrained": "auto"}
     return TimmConfig(family="timm", name=name, channels=channels, **values)

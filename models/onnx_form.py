@@ -24,6 +24,7 @@ class OnnxForm(BaseModel):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: Literal["RGB", "BGR"] = "RGB"
     white: Annotated[float, Field(gt=0)] = 1.0
+    is_normalised: bool = False  # levels are, before they come in
     outputs: dict[str, str]
 
     def to_input(self, images: Images) -> Images:

@@ -1,26 +1,27 @@
 """Predictions from a weight file or an ONNX file: the same preprocessing, the same names.
 
-Both have names and preprocessing in their metadata, so nothing else is needed. An ONNX file from elsewhere may be a
-tagger of the WD form.
+Both have names and preprocessing in their metadata, so nothing else is needed. A tagger of others has them beside it
+(models/interop/foreign.py).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.interop.foreign import describe
 from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, RowOptions
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.formats.spelling import GENERAL, RATING, parse_tag
+from utils.formats.spelling import GENERAL, RATING
 from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import PER_TAG, find_thresholds
-from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, read_vocabulary, vocabulary_of
-from utils.io.files import Json, Values, readable
+from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, vocabulary_of
+from utils.io.files import Json, Values, readable, sha256_file
 from utils.record.logging import log
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ def onnx_predictor(path: Path, device: "torch.device | str") -> Predictor:
     form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
     names = {what: name for name, what in form.outputs.items()}
     names.setdefault("embedding", names.get("features"))
+    is_logits = heads[-1] == "probs" and "probs" not in names
+    names.setdefault("probs", names.get("logits"))
+    preprocessing = metadata["preprocessing"]
+    mean, std = (np.float32(preprocessing[name])[:, None, None] for name in ("mean", "std"))
     first, *others = session.get_inputs()
     outputs = {value.name: value.shape for value in session.get_outputs()}
     shape = outputs.get(names.get(heads[-1]), [])
@@ -146,9 +151,11 @@ def onnx_predictor(path: Path, device: "torch.device | str") -> Predictor:
                 "with format=wd14"
             )
         levels = images if isinstance(images, np.ndarray) else images.cpu().numpy()
-        batch = form.to_input(levels.astype(np.float32) / 255.0)
+        batch = levels.astype(np.float32) / 255.0
+        batch = form.to_input((batch - mean) / std if form.is_normalised else batch)
         parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
-        return np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
+        values = np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
+        return np.tanh(values / 2) / 2 + 0.5 if is_logits and what == "probs" else values
 
     predictor = Predictor(metadata, run)
     predictor.embeds = names.get("embedding") in outputs
@@ -195,53 +202,30 @@ def refuse_external_data(path: Path) -> None:
 
 
 def _read_metadata(path: Path, session: Any) -> Json:
-    """Return the metadata of one of our files, or the equivalent for a file in the WD form."""
+    """Return the metadata of one of our files, or the equivalent for a tagger of others."""
     with readable(path, "ONNX"):  # the metadata may be no UTF-8
-        texts = session.get_modelmeta().custom_metadata_map
-    if "atelier" not in texts:
-        return _read_wd_metadata(path, session.get_inputs(), session.get_outputs())
-    with readable(path, "ONNX"):
-        metadata = json.loads(texts["atelier"])
+        text = session.get_modelmeta().custom_metadata_map.get("atelier")
+        metadata = json.loads(text) if text else _describe_graph(path, session)
     check_metadata(path, metadata)
     if metadata.get("output") not in OUTPUTS:
         raise UserError(f"{path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
     return metadata
 
 
-def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> Json:
-    """Return the metadata that one of our files would have, for a tagger in the WD form, as published by SmilingWolf.
-
-    The file has only a graph, and selected_tags.csv is in its folder. By convention, images are centred on a white
-    square and resized to the graph's side with bicubic interpolation; values are BGR from 0 to 255. The first output
-    has one probability per row of the CSV file.
-
-    inputs, outputs: as ONNX Runtime describes them.
-    Raises UserError if selected_tags.csv is missing or belongs to another tagger, or if the graph has another form.
-    """
-    tags = path.with_name(FILE)
-    if not tags.is_file():
-        raise UserError(f"{path} was not exported by Atelier; use export.py, or put a WD tagger's {FILE} beside it")
-    first, *others = inputs
-    output = outputs[0]
-    batch, *sides = first.shape
-    is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
-    if others or first.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
-        raise UserError(
-            f"{path} takes {[(value.type, value.shape) for value in inputs]} and returns {output.shape}; a tagger "
-            "of the WD form takes one tensor(float) of [batch, side, side, 3], and returns [batch, tags] first"
-        )
-    vocabulary = read_vocabulary(tags)
-    if len(output.shape) != 2 or output.shape[1] != len(vocabulary):
-        raise UserError(
-            f"{tags} has {len(vocabulary)} rows, but {path} returns {output.shape}; replace it with the "
-            f"{FILE} that was published with the tagger"
-        )
-    preprocessing = {
-        "image_size_hw": first.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
-        "eval_resize": "squash", "eval_crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
-    }  # fmt: skip
-    form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", white=255.0, outputs={output.name: "probs"})
-    return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
+def _describe_graph(path: Path, session: Any) -> Json:
+    """Return the metadata that one of our files would have, from what stands beside a tagger and from its graph."""
+    metadata = describe(path, {"weights_hash": sha256_file(path)[:16]})
+    if "form" not in metadata:
+        raise UserError(f"{path} was not exported by Atelier; use export.py, or put a tagger's {FILE} beside it")
+    taken = session.get_inputs()[0]
+    names = {"*": session.get_outputs()[0].name}
+    outputs = {names.get(name, name): what for name, what in metadata["form"]["outputs"].items()}
+    form = OnnxForm.model_validate(
+        metadata["form"] | {"input": taken.name, "channels": metadata["channels"], "outputs": outputs}
+    )
+    size_hw = taken.shape[1:3] if form.layout == "NHWC" else taken.shape[2:]
+    images = {**metadata["preprocessing"], "image_size_hw": size_hw}
+    return {**metadata, "preprocessing": images, "form": form.model_dump()}
 
 
 def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
@@ -253,5 +237,4 @@ def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]
     if not set(FACTS) <= predictor.metadata.keys():
         raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
     vocabulary = vocabulary_of(predictor.metadata)
-    keys = [(category, parse_tag(tag).name) for category, tag in vocabulary.columns]
-    return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}
+    return {key: output for key, output in vocabulary.spelled.items() if vocabulary.counts[output]}

@@ -1,11 +1,8 @@
 """Build a vocabulary from the tags of a collection, or read one."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,30 +12,13 @@ from data.tags.rules import TagRules, VocabularyConfig, read_rules
 from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
 from utils.errors import UserError, about
-from utils.formats.spelling import (
-    CATEGORIES,
-    CHARACTER,
-    GENERAL,
-    PREFIXES,
-    RATING,
-    RATINGS,
-    Tag,
-    category_name,
-    parse_tag,
-)
-from utils.formats.vocabulary import Vocabulary, read_vocabulary
+from utils.formats.spelling import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Tag, category_name, parse_tag
+from utils.formats.vocabulary import Vocabulary, complete
 from utils.io.files import readable
 from utils.record.logging import log
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
-_TABLES = ("index_to_tag", "idx_to_tag", "id2label", "tag_to_index", "tag_to_idx", "tags")  # of another tagger's JSON
-_NO_TAGS = ("", "<PAD>", "<UNK>")
-_FORMS = (
-    "its form is none of these: a .txt with a tag on each line; a .json with a list of tags, a dictionary from tags to "
-    "indices or from indices to tags, or entries with tag and category; the selected_tags.csv of prepare.py "
-    "job=vocabulary"
-)
 
 
 def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:
@@ -81,54 +61,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
     kinds = ", ".join(f"{n:,} {name}" for name, n in counts.items())
     rule = f"those on at least {config.min_count} training images ({key}min_count)"
     log.info("%d of %d tags, %s: %s", len(chosen), sum(count > 0 for _, count in found), rule, kinds)
-    return _complete(chosen)
-
-
-def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
-    """Return the vocabulary of tags and their counts, with ids."""
-    tags, counts = zip(*chosen)
-    ids = tuple(RATINGS[tag.name] if tag.category == RATING else row for row, tag in enumerate(tags))
-    return replace(Vocabulary.of(tags), counts=counts, tag_ids=ids)
-
-
-def read_any_vocabulary(path: Path) -> Vocabulary:
-    """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt or .json file. Raises UserError.
-
-    A .txt has a tag on each line; `_read_tags` has the forms of .json. The order is kept, without padding; if one tag
-    is a rating, the four ratings come first. A bare tag is a general one.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in (".txt", ".json"):
-        return read_vocabulary(path)
-    with readable(path, "vocabulary", _FORMS):
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if suffix == ".json" else text.split("\n")
-        tags = [(parse_tag(tag), count) for tag, count in _read_tags(content) if tag.strip() not in _NO_TAGS]
-        is_rated = any(tag.category == RATING for tag, _ in tags)
-        ratings = [(Tag(RATING, name), 1) for name in RATINGS if is_rated]
-        return _complete(
-            ratings + [(Tag(tag.category or GENERAL, tag.name), n) for tag, n in tags if tag.category != RATING]
-        )
-
-
-def _read_tags(content: Any) -> Iterator[tuple[str, int]]:
-    """Yield the tags of a tagger in order, and their counts or 0. Raises various errors for an unknown form.
-
-    content: a list, a dictionary from tags to indices or from indices to tags, or one that has such a table. An entry
-    is a text, or a dictionary with `tag`, and perhaps `category`.
-    """
-    tables = content if isinstance(content, dict) else {}
-    table = next((tables[name] for name in _TABLES if name in tables), content)
-    if isinstance(table, dict):
-        table = table if "0" in table else {str(index): tag for tag, index in table.items()}
-        table = [table[str(index)] for index in range(len(table))]
-    for row in table:
-        row = row if isinstance(row, dict) else {"tag": row}
-        tag = row["tag"]
-        category = row.get("category") or tables.get("tag_to_category", {}).get(tag)
-        count = tables.get("tag_frequencies", {}).get(tag, 0)
-        category = category_name(category).lower() if category else ""
-        yield f"{category if category in PREFIXES else 'meta'}:{tag}" if category else tag, count
+    return complete(chosen)
 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:

@@ -8,10 +8,10 @@ from data.config import DataConfig
 from data.load import load_collection
 from data.tags.rules import read_rules
 from data.tags.spellings import find_variants
-from data.tags.vocabulary import append_vocabulary, count_tags, make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import append_vocabulary, count_tags, make_vocabulary
 from data.tools.config import CollectVocabulary
 from utils.errors import about
-from utils.formats.vocabulary import write_vocabulary
+from utils.formats.vocabulary import read_any_vocabulary, write_vocabulary
 from utils.io.files import output_errors, write_text
 
 

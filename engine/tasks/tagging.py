@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
@@ -20,7 +20,7 @@ from data.tags.fields import read_targets, tag_fields
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
-from data.tags.vocabulary import append_vocabulary, make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import append_vocabulary, make_vocabulary
 from engine.measures.means import Means
 from engine.measures.tag_drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
@@ -32,17 +32,25 @@ from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossC
 from engine.tasks.head import fit_new_tags
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
-from engine.tasks.opening import read_setup
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
-from models.weights.fit import is_meta
-from models.weights.initialise import convert_state
+from models.interop.foreign import describe
+from models.predictor import check_metadata
+from models.weights.initialise import initialise_from
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
-from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, vocabulary_of, write_vocabulary
+from utils.formats.vocabulary import (
+    FACTS,
+    FILE,
+    Vocabulary,
+    read_any_vocabulary,
+    read_facts,
+    vocabulary_of,
+    write_vocabulary,
+)
 from utils.io.files import Json
-from utils.io.weight_files import find_initial, find_weights
+from utils.io.weight_files import find_weights
 from utils.io.weights import read_weights
 from utils.ranks import distributed
 from utils.record.logging import log
@@ -56,9 +64,11 @@ _LEAST_WEIGHT = 0.2  # of a tag that is learned
 _EPS = 1e-8  # from the published code of the asymmetric loss
 
 
-def read_tagger(file: str) -> Setup:
-    """Return the setup of a tagger's weight file. Raises UserError for another file."""
-    return read_setup(Path(file), ("tagging",))[1]
+def read_tagger(path: Path) -> Json:
+    """Return the metadata of a tagger, ours or another's. Raises UserError for another file."""
+    metadata = describe(path, read_weights(path, shapes_only=True)[1])
+    check_metadata(path, {**metadata, "output": "tags"})
+    return metadata
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -120,10 +130,31 @@ class TaggingTask(MixingTask):
             self.register_buffer("newest", torch.zeros_like(self.recent))
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file. The head of a tagger of Atelier is matched by the names of tags."""
-        super().initialise(source)
+        """Load the network of a run or file. The head of a tagger is matched by the names of tags."""
         if source is not None:
-            continue_head(self.network, source, self.vocabulary, self._priors)
+            self.origin = initialise_from(self.network, source, keep_head=False, match=self.match_head)
+
+    @torch.no_grad()
+    def match_head(self, state: State, metadata: Json, path: Path) -> State:
+        """Return the tensors of the head with the rows of another tagger for the tags that it has, too.
+
+        The row of a new tag starts as the mean of its rows, with the bias for the frequency of the tag. Raises
+        UserError (`init_from`) if the vocabulary does not fit the head.
+        """
+        known = read_facts(path, metadata)
+        pairs = {row: known.spelled[key] for key, row in self.vocabulary.spelled.items() if key in known.spelled}
+        tensors = {}
+        for name, head in output_layers(self.network, "init_from", "name another file").items():
+            for part, parameter in head.named_parameters():
+                values = state.get(f"{name}.{part}", torch.empty(0))
+                if values.shape != (len(known), *parameter.shape[1:]):
+                    raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name a whole tagger")
+                rows = parameter.clone() if part == "bias" else values.mean(0).expand_as(parameter).clone()
+                rows[list(pairs)] = values[list(pairs.values())].to(rows)
+                tensors[f"{name}.{part}"] = rows
+        new = len(self.vocabulary) - len(pairs)
+        log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, new)
+        return tensors
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
@@ -281,35 +312,6 @@ def prior_bias(priors: Tensor) -> Tensor:
     return priors.logit(eps=1e-6).clamp(_LOWEST_BIAS, 0.0)
 
 
-@about("init_from")
-@torch.no_grad()
-def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
-    """Copy the head's rows for the tags of `init_from`. Do nothing unless it is a tagger of Atelier.
-
-    The row of a new tag starts as the mean of all rows of `init_from`, with the bias for the frequency of the tag.
-    Raises UserError (`init_from`) if the file's vocabulary does not fit its head.
-    """
-    if source.source == "timm" or is_meta(network):
-        return
-    path = find_initial(source)
-    state, metadata = read_weights(path, which=source.weights)
-    if "tag_names" not in metadata:
-        return
-    columns = read_facts(path, metadata).columns
-    state = convert_state(network, state)[1]
-    pairs = {row: columns[key] for key, row in vocabulary.columns.items() if key in columns}
-    for name, head in output_layers(network, "init_from", "name another file").items():
-        for part, parameter in head.named_parameters():
-            values = state.get(f"{name}.{part}", torch.empty(0))
-            if values.shape != (len(columns), *parameter.shape[1:]):
-                raise UserError(
-                    f"init_from: {path} has no head of its {len(columns)} tags; name the file of a whole tagger"
-                )
-            parameter.copy_(prior_bias(priors) if part == "bias" else values.mean(0))
-            parameter[list(pairs)] = values[list(pairs.values())].to(parameter)
-    log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
-
-
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     return index_tags(
@@ -344,13 +346,11 @@ def _append(config: AnyConfig, start: Start) -> AnyConfig:
     """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
     if config.task.append_to is None:
         return config
-    path = str(find_weights(config.task.append_to, "best"))
+    path = find_weights(config.task.append_to, "best")
     tagger = read_tagger(path)
-    stated = {
-        f"augment.{key}": value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields
-    }
-    run = {"init_from": path, "model": tagger.model, "data.background": None, "loop.total_steps": 0}
-    return config.changed(run | stated)
+    run = {"init_from": str(path), "model": tagger["model"], "data.background": None, "loop.total_steps": 0}
+    stated = tagger["preprocessing"]
+    return config.changed(run | {f"augment.{key}": stated[key] for key in AugmentConfig.model_fields.keys() & stated})
 
 
 class TaggingKind(Kind):
@@ -374,7 +374,7 @@ class TaggingKind(Kind):
         vocabulary = choose_vocabulary(config.task, collection)
         facts = vocabulary.facts()
         if config.task.append_to is not None:
-            known = vocabulary_of(read_tagger(config.init_from).facts)
+            known = vocabulary_of(read_tagger(Path(config.init_from)))
             vocabulary = append_tags(known, vocabulary)
             facts = {**vocabulary.facts(), "known_tags": len(known)}
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
@@ -388,7 +388,7 @@ class TaggingKind(Kind):
         """Return how evaluation prepares an image; with `append_to`, as the existing tagger does."""
         if config.task.append_to is None:
             return super().preprocessing(config)
-        return dict(read_tagger(config.init_from).preprocessing)
+        return read_tagger(Path(config.init_from))["preprocessing"]
 
     def prepare(
         self,

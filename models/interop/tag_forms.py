@@ -27,8 +27,8 @@ from torch import nn
 from models.image_model import ImageModel, output_layers
 from models.interop.parity import refuse_difference, vary_weights
 from models.onnx_form import OnnxForm
-from models.weights.fit import family_of
-from utils.errors import UserError
+from models.weights.fit import reverse_channels
+from utils.errors import UserError, about
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import CHARACTER, GENERAL, RATING, RATINGS, category_name
 from utils.formats.thresholds import PER_TAG, ThresholdTable
@@ -86,9 +86,8 @@ def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
     images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for original in (vary_weights(network), network):
         reversed_ = copy.deepcopy(original).eval()
-        for name in family_of(network).first_convolutions:
-            weight = reversed_.get_parameter(name)
-            weight.data = weight.data.flip(1)
+        with about("format"):
+            reverse_channels(reversed_)
         expected = original.eval()(images)
         if not float((reversed_(images.flip(1)) - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
             raise UserError(

@@ -127,6 +127,16 @@ def family_of(network: nn.Module) -> Any:
     return network if hasattr(network, "head_prefixes") else TimmFamily(network)
 
 
+def reverse_channels(network: nn.Module) -> None:
+    """Let a network take BGR in place of RGB, or RGB in place of BGR. Raises UserError if its stem is not known."""
+    names = family_of(network).first_convolutions
+    if not names:
+        raise UserError(f"the first convolution of {type(network).__name__} is not known, so it cannot take BGR")
+    for name in names:
+        weight = network.get_parameter(name)
+        weight.data = weight.data.flip(1)
+
+
 def refuse_misfits(given: Tensors, wanted: Tensors, file: str = "the checkpoint", advice: str = _ADVICE) -> None:
     """Raise UserError unless both have the same names, shapes and kinds of numbers."""
     rows = []

@@ -1,23 +1,26 @@
 """`init_from`: the initial weights of a training run, from a run, a file in any known layout, or timm."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from models.weights.fit import StateFit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
+from models.interop.foreign import describe, read_config_beside
+from models.interop.metadata import dict_of
+from models.weights.fit import StateFit, TimmFamily, family_of, fit_prefix, fit_state, is_meta, reverse_channels
 from models.weights.layouts import recognise_state, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.contracts import InitFrom, State, Tensors
 from utils.errors import UserError, about
-from utils.io.files import Json, Values, read_json
+from utils.io.files import Json, Values
 from utils.io.hub import is_reference, stated_license
-from utils.io.weight_files import FOLDER_FILES, find_initial
+from utils.io.weight_files import find_initial
 from utils.io.weights import hash_tensors, read_weights
 from utils.record.logging import log
 
-_MAX_NAME = 60  # characters of a class name from a file
+# From a head, its metadata and file to a network's own tensors for it.
+Match = Callable[[State, Json, Path], State]
 _MAX_TEXT = 200  # characters of a text from a file
 # The licence of the weights released by facebookresearch/ConvNeXt-V2 (its README and issue 2). Its code is MIT.
 RELEASED_LICENCE = "cc-by-nc-4.0"
@@ -25,16 +28,22 @@ RELEASED_LICENCE = "cc-by-nc-4.0"
 
 @about("init_from")
 def initialise_from(
-    network: nn.Module, source: InitFrom, *, keep_head: bool, class_names: Sequence[str] | None = None
+    network: nn.Module,
+    source: InitFrom,
+    *,
+    keep_head: bool,
+    class_names: Sequence[str] | None = None,
+    match: Match | None = None,
 ) -> Json:
     """Load the weights named by `init_from` and return their origin.
 
     With `keep_head` and `class_names`, the file must have a head for these classes, and its rows are put into their
-    order. If the file does not name its classes, their number must fit, and they are assumed to be in this order. On
-    the meta device, only names and shapes are checked. Raises UserError that begins with `init_from:`, with
-    `init_weights:` if the file lacks the requested average, or with `task.head:`.
+    order. If the file does not name its classes, their number must fit, and they are assumed to be in this order.
+    match: of a tagger, what becomes of its head, from the tensors, metadata and path of the file. A network that takes
+    BGR takes RGB here. On the meta device, only names and shapes are checked. Raises UserError that begins with
+    `init_from:`, with `init_weights:` if the file lacks the requested average, or with `task.head:`.
     """
-    known = None
+    metadata = {}
     if source.source == "timm":
         state, origin = read_timm(network)
     else:
@@ -44,12 +53,18 @@ def initialise_from(
         origin = _find_origin(source.source, path, "atelier" if "task" in metadata else layout, metadata)
         if not is_meta(network):
             origin["weights_hash"] = metadata.get("weights_hash") or hash_tensors(tensors)[:16]
-        known = read_class_names(path, metadata)
+        metadata = describe(path, metadata)
+    if match is not None and "tag_names" in metadata:
+        keep_head = True
+        state = {**state, **match(state, metadata, path)}
     fit = fit_state(network, state, keep_head=keep_head)
     if keep_head and class_names is not None:
+        known = None if source.source == "timm" else read_class_names(path, metadata)
         _keep_head(network, fit, origin["source"], known, class_names)
     if not is_meta(network):
         network.load_state_dict(fit.given, strict=False)
+        if metadata.get("channels") == "BGR":
+            reverse_channels(network)
     log.info(
         "init_from: %s, layout %s: %d tensors loaded; left at their initial values: %s; unused tensors of the file: %s",
         origin["source"], origin["layout"], len(fit.given), *(", ".join(names) or "none" for names in fit[1:]),
@@ -70,34 +85,18 @@ def convert_state(network: nn.Module, state: Tensors) -> tuple[str, State]:
     return layout, filter_state(network, fit_prefix(taken, network.state_dict()))
 
 
-def _read_config_beside(path: Path) -> Json:
-    """Return the config.json in the folder of a weight file of timm or transformers; empty if it cannot be read."""
-    file = path.parent / "config.json"
-    if path.name not in FOLDER_FILES or not file.is_file():
-        return {}
-    try:
-        config = read_json(file)
-    except (OSError, ValueError) as error:
-        log.warning("%s is ignored (%s); its class names and licence are unknown", file, error)
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def read_class_names(path: Path, metadata: Values) -> list[Any] | None:
     """Return the class names of a weight file, from its metadata or from timm's or transformers' config.json.
 
     Return None if the file does not name its classes, or only numbers them.
     """
-    names = metadata.get("class_names")
-    if names is None:
-        config = _read_config_beside(path)
-        labels = config.get("id2label")
-        labels = labels if isinstance(labels, dict) else {}
-        names = config.get("label_names") or [labels.get(str(index)) for index in range(len(labels))] or None
-    numbers = range(len(names)) if isinstance(names, list) else ()
-    if names in ([str(index) for index in numbers], [f"LABEL_{index}" for index in numbers]):
+    config = read_config_beside(path)
+    labels = dict_of(config, "id2label")
+    numbers = range(len(labels))
+    names = metadata.get("class_names") or config.get("label_names") or [labels.get(str(index)) for index in numbers]
+    if names in ([], [f"LABEL_{index}" for index in numbers]):
         return None
-    return names if isinstance(names, list) or names is None else []
+    return names if isinstance(names, list) else []
 
 
 def _keep_head(network: nn.Module, fit: StateFit, source: str, known: list[Any] | None, wanted: Sequence[str]) -> None:
@@ -109,11 +108,13 @@ def _keep_head(network: nn.Module, fit: StateFit, source: str, known: list[Any] 
     advice = "set task.head=random or fitted"
     head = family_of(network).head_prefixes
     if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
-        theirs = [name for name in known if name not in wanted]
-        ours = [name for name in wanted if name not in known]
+        theirs, ours = (
+            str([name for name in names if name not in others])[:_MAX_TEXT]
+            for names, others in ((known, wanted), (wanted, known))
+        )
         raise UserError(
             f"task.head: kept, but {source} has {len(known)} classes and this run {len(wanted)}: only in the file "
-            f"{_shorten(theirs)}, only in this run {_shorten(ours)}; {advice}, or rename the folders to the file's "
+            f"{theirs}, only in this run {ours}; {advice}, or rename the folders to the file's "
             "classes. If only the names differ, name a copy of the file without class names (for model.safetensors, in "
             "a folder without its config.json): its classes are then taken in the order of the sorted folders"
         )
@@ -122,11 +123,6 @@ def _keep_head(network: nn.Module, fit: StateFit, source: str, known: list[Any] 
     if known is not None:
         rows = [known.index(name) for name in wanted]
         fit.given.update({name: tensor[rows] for name, tensor in fit.given.items() if name.startswith(head)})
-
-
-def _shorten(names: Sequence[Any]) -> str:
-    shown = ", ".join(repr(name)[:_MAX_NAME] for name in names[:3])
-    return (shown + (", ..." if len(names) > 3 else "")) or "none"
 
 
 def _find_origin(source: str, path: Path, layout: str, metadata: Json) -> Json:
@@ -139,10 +135,10 @@ def _find_origin(source: str, path: Path, layout: str, metadata: Json) -> Json:
     one of them.
     """
     origin = {"source": source if is_reference(source) else str(path), "layout": layout}
-    earlier = metadata.get("origin")
-    stated = earlier.get("license") if isinstance(earlier, dict) else None
+    earlier = dict_of(metadata, "origin")
+    stated = earlier.get("license")
     if "task" in metadata:  # a run: what it began with has a licence, or nothing has
-        if not isinstance(earlier, dict) or "license" not in earlier:
+        if "license" not in earlier:
             return origin
         return {**origin, "license": _log_licence(path, stated, "the file states it")}
     licence, reason = _find_licence(source, path, layout, metadata, stated)
@@ -153,10 +149,8 @@ def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated
     """Return the licence of a file that is not a run's, and the source of that statement."""
     if stated is not None:
         return stated, "the file states it"
-    config = _read_config_beside(path)
-    pretrained = config.get("pretrained_cfg")  # timm's entry
-    of_timm = pretrained.get("license") if isinstance(pretrained, dict) else None
-    if (licence := config.get("license") or of_timm) is not None:
+    config = read_config_beside(path)
+    if licence := config.get("license") or dict_of(config, "pretrained_cfg").get("license"):
         return licence, "its config.json states it"
     if (licence := stated_license(source)) is not None:
         return licence, "its model card states it"
@@ -168,7 +162,7 @@ def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated
 def _log_licence(path: Path, licence: Any, reason: str) -> str | None:
     """Return a licence from a file, or None if it is unknown."""
     if not isinstance(licence, str) or licence == "unknown":
-        log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
+        log.info("licence of %s: not stated", path)
         return None
     log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence[:_MAX_TEXT], reason)
     return licence[:_MAX_TEXT]

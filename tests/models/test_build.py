@@ -16,7 +16,7 @@ SMALL = {
 }  # fmt: skip
 TIMM = {
     "family": "timm", "name": "resnet18", "in_channels": 3, "drop_path_rate": None, "image_size_hw": None,
-    "channels": None, "pretrained": "auto",
+    "channels": None, "arguments": {}, "pretrained": "auto",
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from utils.io.files import Json
+
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 _USAGE = """\
@@ -41,6 +43,13 @@ def read_defaults(file: Path) -> dict[str, str | None]:
     """Return the file of each group that a script's own file names."""
     items = yaml.safe_load(file.read_text("utf-8")).get("defaults", ())
     return {group: name for item in items if isinstance(item, dict) for group, name in item.items()}
+
+
+def read_option(group: str, name: str) -> Json:
+    """Return the values in a group's file, without those that it builds on."""
+    values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text("utf-8"))
+    values.pop("defaults", None)
+    return values
 
 
 def show_help(script: Path, documentation: str, words: Sequence[str] = ()) -> str:

@@ -20,6 +20,7 @@ NEWER = {
     "tracking[wandb].weights": False,
     "sweep.wandb": None,
     "task[tagging].tag_weights": None,
+    "model[timm].arguments": {},
 }
 # The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
 # model of that family.

@@ -9,12 +9,12 @@ import pytest
 from data.layouts.table import build_table
 from data.tags.rules import TagRules, TagRulesConfig, VocabularyConfig, read_rules
 from data.tags.tag_index import index_tags, map_tags
-from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import make_vocabulary
 from tests.data.collection.test_collection import load
 from tests.in_process import run
 from tests.support import refuses
 from utils.formats.spelling import RATINGS
-from utils.formats.vocabulary import Vocabulary
+from utils.formats.vocabulary import Vocabulary, read_any_vocabulary
 
 NO_RULES = TagRules(None, {}, {}, "task.")
 
