@@ -125,6 +125,12 @@ class MachineConfig(Strict):
     hang_timeout_sec: Patience
 
 
+MACHINE = MachineConfig(  # where no configuration states one
+    device="auto", precision="fp32", channels_last="auto", workers="auto", threads=None,
+    deterministic=False, hang_timeout_sec=1800.0,
+)  # fmt: skip
+
+
 class RuntimeConfig(MachineConfig):
     """The machine, with settings for training."""
 

@@ -83,12 +83,14 @@ def plan_streams(config: TrainingConfig, streams: Streams, world_size: int, step
     epoch_length = streams.train.epoch_length
     micro, accum = loop.micro_batches(world_size, streams.train.chunk)
     total = _count_steps(config, epoch_length) if steps is None else steps
-    warmup = _count_warmup(config, epoch_length / size, total)
+    warmup = 0
+    if not isinstance(config.schedule, OneCycleConfig):
+        stated = count_stated(config, epoch_length / size, total)
+        warmup = min(stated, int(config.schedule.warmup_most * total + 1e-9))
     # An evaluation reads the images of all loaders, a probe's too.
     reads = sum(loader.samples for name, loader in streams.evaluation.items() if name != COMPARED)
     every = _evaluate_every(config, total, epoch_length / size, reads / epoch_length)
-    shares = accumulate(phase.fraction for phase in loop.phases or ())
-    ends = tuple(round(total * share) for share in shares)
+    ends = tuple(round(total * share) for share in accumulate(phase.fraction for phase in loop.phases or ()))
     rate = config.optim.base_lr * size / 256 if config.optim.lr is None else config.optim.lr
     return Plan(
         world_size=world_size,
@@ -115,13 +117,6 @@ def _count_steps(config: TrainingConfig, epoch_length: int) -> int:
         few = min(loop.auto.samples / epoch_length, loop.auto.most_epochs or math.inf)
         epochs = max(loop.auto.epochs, few, _LEAST_STEPS * loop.batch_size / epoch_length)
     return max(1, math.ceil(epochs * epoch_length / loop.batch_size - 1e-9))
-
-
-def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
-    schedule = config.schedule
-    if isinstance(schedule, OneCycleConfig):
-        return 0
-    return min(count_stated(config, per_epoch, total), int(schedule.warmup_most * total + 1e-9))
 
 
 def count_stated(config: TrainingConfig, per_epoch: float, total: int) -> int:

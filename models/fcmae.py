@@ -163,8 +163,7 @@ class FCMAE(nn.Module):
 
         The variance is unbiased, and 1e-6 is added to it, so that a constant patch stays finite.
         """
-        removed = self.split(mask)[1][..., None]
-        target = patchify(images.float(), self.patch_px).take_along_dim(removed, dim=1)
+        target = patchify(images.float(), self.patch_px).take_along_dim(self.split(mask)[1][..., None], dim=1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
         return target, mean, (variance + 1e-6).sqrt()
 

@@ -72,13 +72,13 @@ class Predictor:
         self.metadata = dict(metadata)
         self._run = run
         self.output = OUTPUTS[metadata["output"]]
-        self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
+        self.names = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
         counts = np.array(metadata.get("tag_counts") or [1] * len(self.names))
         self.has_ratings = bool(counts[self.categories == RATING].any())
-        self.thresholds: list[float] | None = metadata.get("thresholds")
-        self.weights_hash: str | None = metadata.get("weights_hash")
-        self.preprocessing: Json = dict(metadata["preprocessing"])
+        self.thresholds = metadata.get("thresholds")
+        self.weights_hash = metadata.get("weights_hash")
+        self.preprocessing = dict(metadata["preprocessing"])
 
     def predict(self, images: Images) -> np.ndarray:
         """Return probabilities float32 [B, K], or features [B, C]."""

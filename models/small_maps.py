@@ -27,8 +27,7 @@ class SmallMapConv2d(nn.Conv2d):
         step = -(-(width + self.padding[1]) // stride) * stride
         rows = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, step - width)).reshape(1, height, batch * step, channels)
         columns = super().forward(rows.permute(0, 3, 1, 2))[0].unflatten(2, (batch, -1))  # [C, H, B, W]
-        maps = columns[..., :out_width].permute(2, 0, 1, 3)
-        return maps.contiguous(memory_format=torch.channels_last)
+        return columns[..., :out_width].permute(2, 0, 1, 3).contiguous(memory_format=torch.channels_last)
 
 
 def use_small_maps(network: nn.Module) -> None:

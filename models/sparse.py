@@ -48,14 +48,6 @@ def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
     return F.linear(cells, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
-def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
-    """Return the tokens of the first stage from the pixels of the visible patches."""
-    convolution, norm = encoder.downsample_layers[0]
-    pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
-    tokens = pixels.take_along_dim(patches[:, :, None, None, None], dim=1)
-    return LayerNorm.forward(norm, _strided_convolution(convolution, tokens))
-
-
 def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
     """Return the last feature map at the visible patches, tokens [B, V, r, r, C_last].
 
@@ -63,7 +55,10 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
     the visible patches; patch_px: a multiple of the encoder's total stride.
     """
     height, width = images.shape[-2:]
-    tokens = _stem(encoder, images, patches, patch_px)
+    convolution, norm = encoder.downsample_layers[0]
+    pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
+    tokens = pixels.take_along_dim(patches[:, :, None, None, None], dim=1)
+    tokens = LayerNorm.forward(norm, _strided_convolution(convolution, tokens))
     for index, stage in enumerate(encoder.stages):
         if index > 0:
             norm, convolution = encoder.downsample_layers[index]

@@ -89,8 +89,8 @@ class FusedBackward:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._norms: dict[nn.Parameter, Tensor] = {}
-        self._skip: Tensor | None = None
+        self._norms = {}
+        self._skip = None
         self._step = 0
         self._is_off = False
         groups = enumerate(optimizer.param_groups)  # `load_state_dict` replaces them, but keeps their order

@@ -17,8 +17,8 @@ class Averages:
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         # The networks' tensors only change in place, so they are looked up once.
-        self._weights: State = {}
-        self._averages: State = {}
+        self._weights = {}
+        self._averages = {}
         for network, module in networks.items():
             for name, tensor in module.state_dict().items():
                 self._weights[f"{network}.{name}"] = tensor

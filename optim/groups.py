@@ -162,11 +162,3 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 def is_frozen(group: Values, step: int) -> bool:
     """Return whether a group is frozen in update number `step` (from 0)."""
     return step < group.get("freeze_steps", 0)
-
-
-def drop_frozen_gradients(optimizer: Optimizer, step: int) -> None:
-    """Drop the gradients of groups frozen in update number `step` (from 0), so that the optimiser skips them."""
-    for group in optimizer.param_groups:
-        if is_frozen(group, step):
-            for parameter in group["params"]:
-                parameter.grad = None

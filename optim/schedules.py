@@ -67,8 +67,7 @@ class Schedule:
             case OneCycleConfig():
                 return self._one_cycle(step)
             case ConstantConfig() | CosineConfig() if step < self.warmup_steps:
-                rate = self.lr * (step + 1) / self.warmup_steps
-                return GroupValues(rate, self.weight_decay)
+                return GroupValues(self.lr * (step + 1) / self.warmup_steps, self.weight_decay)
             case ConstantConfig():
                 return GroupValues(self.lr, self.weight_decay)
             case CosineConfig():

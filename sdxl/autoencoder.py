@@ -100,7 +100,10 @@ class AutoencoderTask(Task):
         loss, parts = self._compare(images, decoded)
         if self.discriminator is not None and torch.is_grad_enabled():
             player = self._config.discriminator
-            theirs, judged = self._play(images, decoded)
+            # A loss has gradients for its own player alone.
+            still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+            theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
+            judged = hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
             self._note_gradients(loss, theirs, batch["weight"])
             parts |= {"fooled": theirs, "discriminator": judged}
             added = player.weight * self.balance * theirs + judged
@@ -126,15 +129,6 @@ class AutoencoderTask(Task):
             distance = pyramid_distance if self.perceptual is None else self.perceptual
             perceptual = distance(images, decoded)
         return pixel + self._config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
-
-    def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the decoder's loss against the discriminator, and the loss of the discriminator.
-
-        A loss has gradients for its own player alone.
-        """
-        still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
-        return theirs, hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
 
     @torch.compiler.disable
     def _note_gradients(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> None:

@@ -26,8 +26,7 @@ def absolute_error(error: Tensor) -> Tensor:
 
     Below it, the sign is that of rounding errors: as a gradient, it would make the ranks' order of sums visible.
     """
-    level = 2 / 255
-    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=level).mean(dim=(1, 2, 3))
+    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=2 / 255).mean(dim=(1, 2, 3))
 
 
 def pyramid_distance(first: Tensor, second: Tensor) -> Tensor:

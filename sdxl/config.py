@@ -217,8 +217,7 @@ class PictureConfig(Strict):
     def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
         """Return a prompt with all settings. seed: for a prompt without a seed."""
         own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
-        shared = self.model_dump(include=Prompt.model_fields.keys())
-        return Prompt.model_construct(**{**shared, "seed": seed, **own})
+        return Prompt.model_construct(**{**self.model_dump(include=Prompt.model_fields.keys()), "seed": seed, **own})
 
 
 class SamplesConfig(PictureConfig):

@@ -148,7 +148,14 @@ class DiffusionKind(BucketedKind):
         collection = data.collection
         buckets = find_buckets(data, setup, rows)
         encode, vary = _read_texts(data, setup, rows, training=training)
-        fields = caption_fields(collection, task.captions, encode, vary, parts, _weigh_rows(collection, rows, task))
+        rules = Captions(task.captions, collection)
+        concepts = collection.concepts
+        concept_of = collection.concept_ids()
+        weights = np.ones(len(collection))  # of each row's loss
+        if concepts:
+            weights *= np.array([concept.weight for concept in concepts])[concept_of]
+        if task.tag_weights is not None:
+            weights *= weigh_images(collection, rows, task.tag_weights, rules)
         read = data
         find_fit = buckets.draw_fit
         if task.latent_cache is not None:
@@ -163,7 +170,19 @@ class DiffusionKind(BucketedKind):
             read = read.read_from(Masked(read.source, masks, buckets, find_fit), {"task.mask": digest})
 
         def add(example: Example) -> Sample:
-            return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
+            """Return a sample's record, caption, position in the step and concept, and in training its weight."""
+            row = example.draw.index
+            own = rules.of(row)
+            generator = example.generator if example.training else None
+            text, is_dropped = own.draw(own.read(example.row), generator, partial(vary, own))
+            fields = {name: part for name, part in example.record.items() if name != IMAGE}
+            fields |= {**encode(text), "is_dropped": is_dropped}
+            fields["strata"] = torch.tensor([example.draw.position % parts, parts])
+            if example.training:
+                fields["loss_weight"] = float(weights[row])
+            if any(concept.is_prior for concept in concepts):
+                fields["is_prior"] = concepts[concept_of[row]].is_prior
+            return fields
 
         return buckets, read, views, add
 
@@ -176,43 +195,6 @@ class DiffusionKind(BucketedKind):
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
-
-
-def caption_fields(
-    collection: Collection, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, weights: ndarray
-) -> Fields:
-    """Return a function that adds a sample's caption, position in the step, concept, and in training its weight.
-
-    vary: see `CaptionConfig.draw`, for the rules of a row. parts: see `BucketedKind.read`. weights: of each row's loss.
-    """
-    rules = Captions(captions, collection)
-    concepts = collection.concepts
-    concept_of = collection.concept_ids()
-
-    def add(example: Example) -> Sample:
-        row = example.draw.index
-        config = rules.of(row)
-        generator = example.generator if example.training else None
-        text, is_dropped = config.draw(config.read(example.row), generator, partial(vary, config))
-        fields = {**encode(text), "is_dropped": is_dropped}
-        fields["strata"] = torch.tensor([example.draw.position % parts, parts])
-        if example.training:
-            fields["loss_weight"] = float(weights[row])
-        if any(concept.is_prior for concept in concepts):
-            fields["is_prior"] = concepts[concept_of[row]].is_prior
-        return fields
-
-    return add
-
-
-def _weigh_rows(collection: Collection, rows: ndarray, task: DiffusionTaskConfig) -> ndarray:
-    """Return the factor of each row's loss, float64 [N], by its concept and its tags."""
-    weights = np.ones(len(collection))
-    if collection.concepts:
-        weights *= np.array([concept.weight for concept in collection.concepts])[collection.concept_ids()]
-    if task.tag_weights is not None:
-        weights *= weigh_images(collection, rows, task.tag_weights, Captions(task.captions, collection))
-    return weights
 
 
 def _read_texts(data: Data, setup: Setup, rows: ndarray, *, training: bool) -> tuple[Encode, VaryBy]:

@@ -15,7 +15,7 @@ from sdxl.config import CHANNELS, TIMESTEP_COUNT, SDXLConfig, VAEValues
 from sdxl.files import family
 from sdxl.files.family import PARTS, PREFIXES, Networks
 from sdxl.files.folders import local_base, read_config, unusable, weight_files
-from sdxl.files.names import drop_unused, from_folder, from_single_file, load_part, part_state
+from sdxl.files.names import drop_unused, from_folder, from_single_file, part_state, text_prefix
 from sdxl.step import build_noise_table
 from sdxl.vae import (
     AS_STATED,
@@ -99,7 +99,9 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     if "vae" in networks:
         networks["vae"].enable_slicing()
     if model.frozen_dtype == "float8" and "unet" in networks:
-        store_in_float8(networks["unet"])
+        for name, layer in list(networks["unet"].named_modules()):
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
+                register_parametrization(layer, "weight", _Float8())
     return networks
 
 
@@ -118,13 +120,6 @@ class _Float8(nn.Module):
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the weight, in the scale's dtype."""
         return values.view(torch.float8_e4m3fn).to(scale.dtype) * scale
-
-
-def store_in_float8(unet: nn.Module) -> None:
-    """Store the weights of a frozen U-Net's linear layers and inner convolutions in float8."""
-    for name, layer in list(unet.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
-            register_parametrization(layer, "weight", _Float8())
 
 
 def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
@@ -168,7 +163,8 @@ def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype],
         states = _read_parts(path, dtypes, lambda file: read_weights(file)[0])
         for part, network in networks.items():
             copies = {name: tensor.to(dtypes[part], copy=True) for name, tensor in states.pop(part).items()}
-            load_part(part, network, copies)
+            prefix = text_prefix(part, network)
+            network.load_state_dict({name.removeprefix(prefix): one for name, one in copies.items()}, assign=True)
             for module in network.modules():
                 if hasattr(module, "position_ids"):  # not in the state
                     module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
@@ -218,14 +214,6 @@ def _read_upcast(path: Path, shapes: Tensors, stated: Values) -> bool:
 def unused_layer(text_encoder: nn.Module) -> str:
     """Return the name of the first encoder's last layer, `.layers.11.`. SDXL uses the output of the layer before."""
     return f".layers.{text_encoder.config.num_hidden_layers - 1}."
-
-
-def freeze_unused(text_encoder: nn.Module) -> None:
-    """Freeze the first encoder's last layer and final norm, whose outputs do not reach the U-Net."""
-    unused = unused_layer(text_encoder)
-    for name, parameter in text_encoder.named_parameters():
-        if unused in name or "final_layer_norm" in name:
-            parameter.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------- their files
@@ -365,7 +353,7 @@ def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]
         return {part: from_single_file(part, whole) for part in only}
     states = {}
     for part in only:
-        state: State = {}
+        state = {}
         for file in weight_files(path / part, part):
             state |= read(file)
         states[part] = from_folder(part, state)

@@ -67,7 +67,7 @@ def encode_text(
 
     Return prompt_embeds [B, 77 * chunks, 768 + 1280], the outputs of the penultimate layers without the final norm,
     chunk after chunk, and pooled_prompt_embeds [B, 1280], the second encoder's projected EOT of the first chunk.
-    Chunks without a token are zero, except for the first one; `find_text` finds the others.
+    Chunks without a token are zero, except for the first one.
     A weight w moves a token's output z to z0 + w (z - z0), where z0 is the output at its place in the empty text; the
     pooled output has no weights. Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1, and, for weights,
     comfyanonymous/ComfyUI:comfy/sd1_clip.py, ClipTokenWeightEncoder.
@@ -99,11 +99,6 @@ def encode_captions(
     ids, weights = tokenize(captions, chunks, emphasis=emphasis)
     device = encoders[0].device
     return encode_text(*encoders, ids.to(device), None if weights is None else weights.to(device))
-
-
-def find_text(prompt_embeds: Tensor) -> Tensor:
-    """Return where prompt_embeds [B, L, D] have text, bool [B, L]: the mask of the U-Net's attention."""
-    return prompt_embeds.detach().any(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise
@@ -141,18 +136,6 @@ def build_noise_table(zero_terminal_snr: bool) -> NoiseLevel:
     if zero_terminal_snr:
         alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
     return NoiseLevel(alphas.float(), (1.0 - alphas.square()).sqrt().float())
-
-
-def draw_noise(keys: Tensor, latents: Tensor, offset: float) -> Tensor:
-    """Return standard normal noise in the latents' shape, float32, from keys [B] (a batch's `key`).
-
-    offset: strength of an added normal number per sample and channel; 0 is off. It trains brightness if the terminal
-    SNR is above 0. The SDXL base model was trained with 0.0357.
-    """
-    noise = rng.normal(keys, latents.shape[1:], NOISE_DRAW)
-    if offset:
-        noise = noise + offset * rng.normal(keys, (latents.shape[1], 1, 1), OFFSET_DRAW)
-    return noise
 
 
 def draw_times(kind: TimestepSampling, keys: Tensor, strata: Tensor | None = None, *, shift: float = 1.0) -> Tensor:

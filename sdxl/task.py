@@ -48,22 +48,22 @@ from sdxl.files.tokenizer import LENGTH
 from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.files import adapter_state
 from sdxl.lora.lora import ADAPTED, LoRA, adapted_shapes
-from sdxl.networks import Networks, base_files, describe_base, freeze_unused, open_networks
+from sdxl.networks import Networks, base_files, describe_base, open_networks, unused_layer
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
 from sdxl.pictures.texts import texts_of
 from sdxl.step import (
     LATENT_DRAW,
+    NOISE_DRAW,
+    OFFSET_DRAW,
     NoiseLevel,
     add_noise,
     build_noise_table,
     denoise,
-    draw_noise,
     draw_times,
     encode_images,
     encode_text,
     find_levels,
-    find_text,
     loss_weight,
     target,
 )
@@ -71,7 +71,7 @@ from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
-from utils.io.files import Values, readable
+from utils.io.files import readable
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_initial
@@ -105,7 +105,9 @@ class DiffusionTask(Task):
             trained = ADAPTED if config.train_text_encoders else ("unet",)
             self.take(open_networks(setup.model, trained))
             if config.train_text_encoders:
-                freeze_unused(self.text_encoder)
+                for name, parameter in self.text_encoder.named_parameters():  # outputs that do not reach the U-Net
+                    if unused_layer(self.text_encoder) in name or "final_layer_norm" in name:
+                        parameter.requires_grad_(False)
         else:
             trained = ("adapter",)
             self.adapter = LoRA(adapted_shapes(setup.model), config.lora)
@@ -151,7 +153,12 @@ class DiffusionTask(Task):
         """Load a LoRA, or the trained networks. Raises UserError for other networks or another noise schedule."""
         path = find_initial(source)
         tensors, metadata = read_weights(path, source.weights)
-        self._refuse_other_noise(path, metadata)
+        noise = self._config.noise
+        trained = {} if noise.convert else dict_of(dict_of(metadata, "task"), "noise")
+        for name in ("prediction_type", "zero_terminal_snr") if trained else ():
+            ours = getattr(noise, name)
+            if trained.get(name) != ours:
+                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {trained.get(name)}; set that")
         advice = (
             "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora, and "
             "layers of a kind that can be continued (docs/lora.md)."
@@ -170,15 +177,6 @@ class DiffusionTask(Task):
         joined = " and ".join(sorted({own, base.get("license")} - {None})) or None
         self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
-
-    def _refuse_other_noise(self, path: Path, metadata: Values) -> None:
-        stated = dict_of(dict_of(metadata, "task"), "noise")
-        if self._config.noise.convert or not stated:
-            return
-        for name in ("prediction_type", "zero_terminal_snr"):
-            ours = getattr(self._config.noise, name)
-            if stated.get(name) != ours:
-                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -211,7 +209,9 @@ class DiffusionTask(Task):
         config = self._config.timesteps
         times = draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
         level, timesteps = find_levels(kind, times, NoiseLevel(self.alphas, self.sigmas))
-        noise = draw_noise(batch["key"], latents, self._config.noise.offset)
+        noise = rng.normal(batch["key"], latents.shape[1:], NOISE_DRAW)
+        if offset := self._config.noise.offset:  # SDXL's base was trained with 0.0357
+            noise = noise + offset * rng.normal(batch["key"], (latents.shape[1], 1, 1), OFFSET_DRAW)
         noisy = add_noise(latents, noise, level)
         pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
         squared = (pred - target(kind, latents, noise, level)).square()
@@ -253,7 +253,7 @@ class DiffusionTask(Task):
         Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
         """
         dtype = self.unet.dtype
-        mask = None if prompts.shape[1] == LENGTH else find_text(prompts)
+        mask = None if prompts.shape[1] == LENGTH else prompts.detach().any(dim=-1)  # where there is text
         return self.unet(
             noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), encoder_attention_mask=mask,
             added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": ids},
@@ -317,8 +317,7 @@ class DiffusionTask(Task):
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
         height = max(map(len, pictures))
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
-        images = {"samples": np.concatenate(columns, axis=1)}
-        return Report(tones, {"samples": rows} if rows else {}, images)
+        return Report(tones, {"samples": rows} if rows else {}, {"samples": np.concatenate(columns, axis=1)})
 
     def sample(self) -> list[np.ndarray]:
         """Return a picture of each prompt of `task.samples`, uint8 [H, W, 3], the same on all ranks."""

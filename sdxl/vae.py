@@ -49,7 +49,7 @@ def vae_files(path: str | Path) -> list[Path]:
 def read_vae(path: str | Path, read: Callable[[Path], Tensors]) -> State:
     """Return the VAE's tensors as a single file names them, or as diffusers does. read: reads a file's tensors."""
     prefix = PREFIXES["vae"]
-    state: State = {}
+    state = {}
     for file in vae_files(path):
         tensors = read(file)
         inside = next((mark for mark in (prefix, _OWN) if any(name.startswith(mark) for name in tensors)), "")

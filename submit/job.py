@@ -6,14 +6,12 @@ the script was stopped: on a failure SLURM would kill the other tasks, which may
 """
 
 import os
-import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +43,6 @@ def ask(*command: str) -> str:
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         raise NoAnswer(" ".join(done.stderr.split()))
     return done.stdout
-
-
-def job_state(job: str) -> str:
-    """Return a job's state, such as RUNNING; UNKNOWN if SLURM does not know the job (any more). Raises NoAnswer."""
-    found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
-    return "UNKNOWN" if found is None else found.group(1)
 
 
 @dataclass
@@ -110,7 +102,10 @@ def finish(folder: Path, status: int) -> int:
         noted = [_meaning(128 - status if status > 128 else status)]  # a shell adds 128 to a signal's number
     elif len(noted) < int(os.environ["SLURM_NTASKS"]):  # a task was killed, or its node was lost
         noted.append(EXIT_LOST_RANK)
-    status = _worst(noted)
+    others = sorted({*noted} - {EXIT_OK, EXIT_LOST_RANK, EXIT_STOPPED})
+    # The cause: if one rank fails, the others report a lost rank.
+    ranked = (EXIT_USER_ERROR, *others, EXIT_LOST_RANK, EXIT_STOPPED, EXIT_OK)
+    status = next(status for status in ranked if status in noted)
     _write_status(folder, "job", status)
     if status in (EXIT_STOPPED, EXIT_LOST_RANK):
         limit = launch["max_requeues" if status == EXIT_STOPPED else "max_lost_ranks"]
@@ -126,19 +121,12 @@ def finish(folder: Path, status: int) -> int:
     return status
 
 
-def _worst(statuses: Collection[int]) -> int:
-    """Return the status of the cause: if one rank fails, the others report a lost rank."""
-    others = sorted(set(statuses) - {EXIT_OK, EXIT_LOST_RANK, EXIT_STOPPED})
-    ranked = (EXIT_USER_ERROR, *others, EXIT_LOST_RANK, EXIT_STOPPED, EXIT_OK)
-    return next(status for status in ranked if status in statuses)
-
-
 def _requeue(job: str, note: Path) -> None:
     """Requeue a job that SLURM is not ending yet, and mark its run. Retries while SLURM does not answer."""
     until = time.monotonic() + _PATIENCE_SEC
     while time.monotonic() < until:
         with suppress(NoAnswer):
-            if job_state(job) == "RUNNING":
+            if "JobState=RUNNING" in ask("scontrol", "--oneliner", "show", "job", job).split():
                 with suppress(OSError):  # the job has not come to its run
                     write_progress(Path(note.read_text()), "requeued")
                 ask("scontrol", "requeue", job)

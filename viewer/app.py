@@ -19,12 +19,12 @@ from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import log
+from utils.record.run_index import RunIndex
 from viewer.collection import CollectionPage, CollectionsPage
 from viewer.compare import ComparePage
 from viewer.config import PageConfig
 from viewer.images import Shelf, add_route
 from viewer.label import LabelPage
-from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.queue import Queue
 from viewer.review import ReviewPage
@@ -128,7 +128,7 @@ def serve(
         if not Path(root).is_dir() and not data.root and root != "outputs":  # a fresh clone has none yet
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     port = choose_port(host, view.port)
-    index = LiveIndex([Path(root) for root in roots])
+    index = RunIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
     site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, list_prompts)
     add_route(site.shelf)

@@ -47,8 +47,7 @@ def read_figures(groups: Groups) -> list[Json]:
 def make_lines(groups: Groups, figure: str) -> Iterator[Json]:
     """Yield the lines of a figure: training and evaluation of each group that has it."""
     for (number, (name, runs)), kind in itertools.product(enumerate(groups.items()), _KINDS):
-        every = [run.series(kind, figure) for run in runs]
-        known = [series for series in every if np.isfinite(series[1]).any()]
+        known = [series for series in [run.series(kind, figure) for run in runs] if np.isfinite(series[1]).any()]
         if known:
             steps, values = join(known)
             across = {"steps": steps.tolist(), "minutes": runs[0].minutes(steps).tolist()}

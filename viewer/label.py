@@ -119,8 +119,7 @@ class Labelling(Review):
         elif self.field == "tags":
             order = [*order, *range(len(self.questions))]
         shown = self.order[: self.order.index(self.screen()[-1]) + 1] if self.order else []
-        free = [number for number in order if self.last(number) is None]
-        order = [*dict.fromkeys([*shown, *free])] or [0]
+        order = [*dict.fromkeys([*shown, *(number for number in order if self.last(number) is None)])] or [0]
         self.here = self.here if shown else order[0]
         self.order = order
 

@@ -17,7 +17,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import category_name, join_tags
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE
-from utils.io.files import Json, readable, sha256_text
+from utils.io.files import readable, sha256_text
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 
@@ -83,8 +83,8 @@ class Networks:
             changed = path.stat().st_mtime_ns
             return self._load(path, changed), sha256_text(f"{path} {changed}")
 
-    def ask(self, weights: str, profile: str, content: bytes, name: str) -> Answer:
-        """Return the answer about an encoded image.
+    def ask(self, weights: str, profile: str, content: bytes, file: str) -> Answer:
+        """Return the answer about an encoded image, from a file of this name.
 
         Raises UnreadableImage, UserError (`weights`, `thresholds`, `profile`).
         """
@@ -92,20 +92,32 @@ class Networks:
         predictor, _ = self.get(path)
         output = predictor.output
         with self._lock:  # one image is decoded at a time
-            images = _prepare(predictor, content, name)
+            images = _prepare(predictor, content, file)
             values = predictor.predict(images)[0]
         least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
         text = self._text
         if output.has_tags and text.exclude:
             excluded = predictions.find_excluded(predictor.names, predictor.categories, text.exclude)
             least = np.where(excluded, np.inf, least)
-        options = predictor.options(1, least, max_tags=text.max_tags, order=text.order)
-        row = output.make_row(values, options)
+        row = output.make_row(values, predictor.options(1, least, max_tags=text.max_tags, order=text.order))
         caption = "unsure" if row.get("unsure") else row.get("class", "")
         if output.has_tags:
             caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
-        bars = _make_bars(predictor, values, row, least if least.any() else None)
-        facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
+        chosen = {
+            "classes": [] if row.get("unsure") else [row.get("class")],
+            "rating": [row.get("rating")],
+            **row.get("probs", {}),
+        }
+        bars = dict[str, list[Score]]()
+        for place, index in enumerate(np.argsort(-values).tolist() if predictor.names else ()):
+            kind = category_name(int(predictor.categories[index])) if output.has_tags else "classes"
+            name = predictor.names[index]
+            is_chosen = name in chosen.get(kind, ())
+            is_rating = kind == "rating"
+            if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
+                limit = float(least[index]) if least.any() and not is_rating else None
+                bars.setdefault(kind, []).append(Score(escape_controls(name), float(values[index]), is_chosen, limit))
+        facts = f"{file}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         return Answer(bars, escape_controls(caption), Image.fromarray(images[0].transpose(1, 2, 0).squeeze()), facts)
 
     def nearest(
@@ -141,24 +153,3 @@ def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
     from data.images.prepare import preparer
 
     return preparer(predictor.preprocessing, _MAX_PIXELS)(content, name)[None]
-
-
-def _make_bars(
-    predictor: "Predictor", values: np.ndarray, row: Json, least: np.ndarray | None
-) -> dict[str, list[Score]]:
-    """Return the bars of an answer by category. least: thresholds, if there are any."""
-    bars = dict[str, list[Score]]()
-    chosen = {
-        "classes": [] if row.get("unsure") else [row.get("class")],
-        "rating": [row.get("rating")],
-        **row.get("probs", {}),
-    }
-    for place, index in enumerate(np.argsort(-values).tolist() if predictor.names else ()):
-        kind = category_name(int(predictor.categories[index])) if predictor.output.has_tags else "classes"
-        name = predictor.names[index]
-        is_chosen = name in chosen.get(kind, ())
-        is_rating = kind == "rating"
-        if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
-            limit = None if is_rating or least is None else float(least[index])
-            bars.setdefault(kind, []).append(Score(escape_controls(name), float(values[index]), is_chosen, limit))
-    return bars

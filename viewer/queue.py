@@ -88,7 +88,11 @@ class Queue:
             words = dict(entries).get(name, words)
             if is_locked(self._log(name)):
                 if act == "Stop":
-                    self._interrupt(name, words)
+                    self._log(name).with_suffix(".stop").touch()
+                    for process in psutil.process_iter():
+                        with suppress(psutil.Error, ProcessLookupError):  # not ours, ended, or not first of its session
+                            if process.cmdline()[1:] == words:
+                                os.killpg(process.pid, signal.SIGINT)
             elif words:
                 if act in ("Remove", "Start again"):
                     del entries[0]
@@ -109,13 +113,5 @@ class Queue:
                 log.write(b"the page does not take this command now\n")
                 return
             fcntl.flock(log, fcntl.LOCK_EX)  # the process inherits it
-            command = [executable, *words]
-            Popen(command, cwd=ROOT, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            Popen([executable, *words], cwd=ROOT, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True)
             log.write(b"started\n")
-
-    def _interrupt(self, name: str, words: Sequence[str]) -> None:
-        self._log(name).with_suffix(".stop").touch()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, ProcessLookupError):  # not ours, ended, or not the first of its session
-                if process.cmdline()[1:] == words:
-                    os.killpg(process.pid, signal.SIGINT)

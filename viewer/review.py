@@ -112,12 +112,12 @@ class Review:
         self.classes = classes
         self.field = "tags" if isinstance(questions[0].had, list) else "label"
         self._has_fixed_keys = 0 < len(classes) <= _CHOICES
-        self.order: Sequence[int] = range(len(questions))
+        self.order = range(len(questions))
         self.decisions = Decisions()
         self.here = 0
         self.marked = set[int]()
         self.by = ""
-        self._done: list[list[int]] = []  # what this page has decided on
+        self._done = []  # what this page has decided on
 
     @property
     def hint(self) -> str:
@@ -149,8 +149,7 @@ class Review:
     def progress(self) -> str:
         """Return how far the decisions are."""
         count = len(self.questions)
-        decided = sum(self.last(number) is not None for number in range(count))
-        return f"{decided:,} of {count:,} decided"
+        return f"{sum(self.last(number) is not None for number in range(count)):,} of {count:,} decided"
 
     def shown(self, number: int) -> Any:
         """Return what was decided about an image, or else what the network says."""
@@ -164,8 +163,7 @@ class Review:
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags that have a key, and whether the shown image has them as it is shown."""
         value = self.shown(self.here)
-        names = self.keys().values()
-        return {name: name in value if self.field == "tags" else name == value for name in names}
+        return {name: name in value if self.field == "tags" else name == value for name in self.keys().values()}
 
     def card(self, number: int, image: str) -> Json:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""

@@ -77,7 +77,7 @@ class RunsPage(Page):
     async def show(self) -> None:
         """Show the table."""
         with self.site.page("Runs"):
-            self._rows: list[Json] = []
+            self._rows = []
             self._table = RunTable(rows=[], columns=make_columns(_NAMES), status="reading the runs")
             self._table.on("pin", self._pin)
             ui.label(", ".join(map(str, self.site.index.roots))).classes("muted mono lines")

@@ -1,9 +1,8 @@
 """`/samples?run=A&run=B`: pictures of prompts by runs and steps, two of them over each other."""
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import Query
@@ -26,7 +25,7 @@ class SamplesPage(Page):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._prompts: Sequence[Any] = ()
+        self._prompts = ()
 
     async def show(self, run: Annotated[list[str], Query()], left: int = 0, right: int = -1) -> None:
         """Show the pictures of runs. left, right: rows over each other."""
@@ -41,8 +40,7 @@ class SamplesPage(Page):
             texts = [escape_controls(prompt.text) for prompt in self._prompts]
             shares = [prompt.image_size_hw[1] for prompt in self._prompts]
             if strips:
-                start = [left % len(strips), right % len(strips)]
-                Samples(strips=strips, prompts=texts, shares=shares, start=start)
+                Samples(strips=strips, prompts=texts, shares=shares, start=[left % len(strips), right % len(strips)])
 
     async def _read(self, name: str, path: Path) -> list[dict[str, str]]:
         """Return the names and addresses of a run's strips of pictures, in the order of its steps."""

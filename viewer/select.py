@@ -29,8 +29,7 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
         if value is not None and column not in TAG_LISTS:
             facts[column] = str(value)
     try:
-        content = shelf.read(name, collection, row)
-        with open_image(content, facts["path"], shelf.config(name).max_pixels) as image:
+        with open_image(shelf.read(name, collection, row), facts["path"], shelf.config(name).max_pixels) as image:
             facts |= {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}"}
             facts |= {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
             convert(load_upright(image), 3, None)  # whether it can be decoded

@@ -12,8 +12,8 @@ from nicegui import Client, app, ui
 from nicegui.events import GenericEventArguments
 
 from data.config import DataConfig
+from utils.record.run_index import RunIndex
 from viewer.images import Shelf
-from viewer.live import LiveIndex
 from viewer.networks import Networks
 from viewer.parts import ACCENT, Part, show_heading
 from viewer.queue import Queue
@@ -68,7 +68,7 @@ def set_looks() -> None:
 class Site:
     """The parts that pages use. data: the settings of a collection, for any root; list_prompts: of a run's pictures."""
 
-    index: LiveIndex
+    index: RunIndex
     shelf: Shelf
     networks: Networks
     queue: Queue

@@ -51,7 +51,7 @@ class TryPage(Page):
     async def show(self) -> None:
         """Show the page: weight files of runs and collections to choose from."""
         own, collections = await asyncio.to_thread(list_choices, self.site.shelf)
-        self._images: list[tuple[bytes, str]] = []
+        self._images = []
         self._newest = 0  # the number of the last question
         with self.site.page("Try an image"):
             self._build_choices([*own])

@@ -84,8 +84,7 @@ class Card:
             return resolve_name(form.use)(form, metadata, file)
         if form.template is None:
             return form.load or f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
-        text = snippets.image_program(form.template, metadata, file)
-        return f"```python\n{text.rstrip()}\n```"
+        return f"```python\n{snippets.image_program(form.template, metadata, file).rstrip()}\n```"
 
     def _prompts(self) -> list[str]:
         """Return the prompts of the pictures that a task draws in training."""

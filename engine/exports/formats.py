@@ -88,8 +88,7 @@ def export_wd14(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
     metadata = {**weights.metadata, **kept.facts(), "form": tag_forms.WD_FORM.model_dump()}
     if thresholds is not None:
         metadata["thresholds"] = thresholds.of_tags(kept, PER_TAG)
-    path = folder / FORMATS["wd14"].file
-    difference = write_onnx(graph, metadata, path, config.precision, config.accepted)
+    difference = write_onnx(graph, metadata, folder / FORMATS["wd14"].file, config.precision, config.accepted)
     tag_forms.write_tags(folder, kept, thresholds)
     tag_forms.write_head(folder, graph.network)
     return {"onnx_max_abs_diff": difference, **tag_forms.describe_changes(vocabulary, kept)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.collection.collection import Collection
-from engine.config import MachineConfig
+from engine.config import MACHINE
 from engine.exports.predictors import load_predictor
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
@@ -29,10 +29,6 @@ from utils.record.run_reader import RunReader, run_of
 
 _RUNS = Path("outputs")
 _HASHES = OURS / "weight_hashes.jsonl"
-MACHINE = MachineConfig(
-    device="auto", precision="fp32", channels_last="auto", workers="auto", threads=None,
-    deterministic=False, hang_timeout_sec=1800.0,
-)  # fmt: skip
 CPU_PX = 96  # a third of the usual side takes an eleventh of the time; on a GPU, decoding takes most
 
 

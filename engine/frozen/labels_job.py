@@ -20,7 +20,8 @@ from data.layouts.table import count_values
 from data.load import load_collection
 from data.tools.config import Labels
 from data.tools.tool import save_report
-from engine.frozen.choose import MACHINE, choose_frozen
+from engine.config import MACHINE
+from engine.frozen.choose import choose_frozen
 from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.labels import bound_wrong, judge_classes, judge_tags

@@ -52,7 +52,15 @@ class Arena:
     def __post_init__(self) -> None:
         with about("models"):
             self._outputs = {name: known_outputs(name, predictor) for name, predictor in self.models.items()}
-        self._shared = share_tags(self._outputs)
+        first, *others = self._outputs.values()
+        keys = [key for key in first if all(key in other for other in others)]
+        if all(category == RATING for category, _ in keys):
+            sizes = ", ".join(f"{name} ({len(columns):,} tags)" for name, columns in self._outputs.items())
+            raise UserError(
+                f"models: except for ratings, no tag has the same category and name in all models: {sizes}; tags "
+                "without training images (count 0) are skipped"
+            )
+        self._shared = Vocabulary.of(keys)  # in the first model's order
         self._collection = load_collection(self.data)
         self._index = index_tags(self._collection, self._shared, read_rules(self.config, "job."), CACHE)
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe(self._shared))
@@ -112,21 +120,7 @@ class Arena:
                 f"job.min_support: {self.config.min_support}, but the most frequent shared tag is on only "
                 f"{int(support.max())} images; set a lower value, or add images"
             )
-        tensors = (counts.histograms, counts.scores, counts.hits)
-        frequent = TagCounts(*(tensor[is_frequent] for tensor in tensors))
+        frequent = TagCounts(*(tensor[is_frequent] for tensor in (counts.histograms, counts.scores, counts.hits)))
         vocabulary = Vocabulary.of(compress(shared.columns, is_frequent.tolist()))
         images = counts.histograms.sum((1, 2)).max()  # an unknown label does not count
         return TagScores(frequent, vocabulary), int(images)
-
-
-def share_tags(outputs: Mapping[str, Mapping[tuple[int, str], int]]) -> Vocabulary:
-    """Return the tags that all models know, in the first model's order. Raises UserError (`models`) if none is left."""
-    first, *others = outputs.values()
-    keys = [key for key in first if all(key in other for other in others)]
-    if all(category == RATING for category, _ in keys):
-        sizes = ", ".join(f"{name} ({len(columns):,} tags)" for name, columns in outputs.items())
-        raise UserError(
-            f"models: except for ratings, no tag has the same category and name in all models: {sizes}; tags "
-            "without training images (count 0) are skipped"
-        )
-    return Vocabulary.of(keys)

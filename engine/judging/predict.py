@@ -26,7 +26,7 @@ from data.tools.predictions import (
     list_images,
     spell_tags,
 )
-from engine.config import MachineConfig
+from engine.config import MACHINE
 from engine.exports.predictors import load_predictor
 from engine.judging.config import PredictConfig
 from models.outputs import RowOptions
@@ -112,23 +112,20 @@ def choose_paths(
     return [path for path in images.paths if not known.get(str(path)) and path not in skipped]
 
 
-def _machine(config: PredictConfig) -> MachineConfig:
-    """Return the settings of torch."""
-    return MachineConfig(
-        device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
-        deterministic=False, hang_timeout_sec=1800.0,
-    )  # fmt: skip
-
-
 def predict_all(
-    predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Predict
+    predictor: Predictor,
+    paths: list[Path],
+    config: PredictConfig,
+    predict: Predict,
+    destination: Destination,
+    rules: TagRules,
 ) -> Iterator[list[Row]]:
-    """Yield the rows of a batch: the path of an image, and the result of `predict` or an error.
+    """Yield the rows of a batch: the path of an image, and the result of `predict` or an error; tags are one text.
 
     Rows have the order of `paths`. If the images of the first batches are removed, the other batches do not change.
+    With existing=append, the tags follow those of the image.
     """
-    device = choose_device(config.device, "device")
-    threads = choose_workers(config.workers, device)
+    threads = choose_workers(config.workers, choose_device(config.device, "device"))
     images = read_images(paths, predictor.preprocessing, config.max_pixels, threads)
     starts = range(0, len(paths), config.batch_size)
     for start in track(starts, len(starts), "predicting"):
@@ -143,6 +140,9 @@ def predict_all(
                 rows.append({"path": path, "error": image})
             else:
                 rows.append({"path": path, **next(predicted)})
+                if "tags" in (row := rows[-1]):
+                    before = destination.tags(path) if config.existing == "append" else ()
+                    row["tags"] = join_tags([*before, *spell_tags(row, config.text, rules)], config.text.separator)
         yield rows
 
 
@@ -157,20 +157,7 @@ def list_inputs(config: PredictConfig, options: RowOptions, weights: str, rules:
     """Return all values, except images, on which the rows depend. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
-    values = sha256_text(repr(np.asarray(options.thresholds).tolist()))
-    return [weights, settings, values, rules.hash, replaces]
-
-
-def join_texts(
-    batches: Iterable[list[Row]], destination: Destination, config: PredictConfig, rules: TagRules
-) -> Iterator[list[Row]]:
-    """Yield rows with the tags joined to a text. With existing=append, the tags follow those of the image."""
-    for rows in batches:
-        for row in rows:
-            if "tags" in row:
-                before = destination.tags(row["path"]) if config.existing == "append" else ()
-                row["tags"] = join_tags([*before, *spell_tags(row, config.text, rules)], config.text.separator)
-        yield rows
+    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), rules.hash, replaces]
 
 
 def predict(config: PredictConfig, job: Job) -> str:
@@ -182,7 +169,7 @@ def predict(config: PredictConfig, job: Job) -> str:
     with about("weights"):
         weights = find_weights(config.weights[0], "best", onnx_first=True)
         if weights.suffix != ".onnx":
-            open_name("engine.update.runtime:choose_runtime")(_machine(config))
+            open_name("engine.update.runtime:choose_runtime")(MACHINE.changed({"device": config.device}))
         predictor = load_predictor(weights, "cpu" if config.dry_run else device)
     embeds = config.output.endswith(".npz")
     if config.dry_run and embeds:
@@ -209,8 +196,7 @@ def predict(config: PredictConfig, job: Job) -> str:
             make_rows = lambda images: embedding_rows(predictor.embed(images))  # noqa: E731
         if form is not None and form.has_probs:
             make_rows = name_probs(predictor)
-        batches = predict_all(predictor, paths, config, make_rows)
-        predicted.write(join_texts(batches, destination, config, rules), destination)
+        predicted.write(predict_all(predictor, paths, config, make_rows, destination, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
     if config.sort is not None:
         written += f" (to take the copies back: sh {quote(f'{config.sort}/undo.sh')})"

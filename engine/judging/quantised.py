@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.collection.choose import spread
+from engine.config import MACHINE
 from engine.exports.config import WeightsChoice
-from engine.frozen.choose import MACHINE
 from engine.judging.measured import choose_images, open_measured
 from models.interop.onnx_int8 import to_int8
 

@@ -22,8 +22,8 @@ class Means:
     """Average per-sample values over all valid samples of all ranks, in float64."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sums: Tensor | float = 0.0  # [1 + N]: the count, then a sum for each name
+        self._names = []
+        self._sums = 0.0  # [1 + N]: the count, then a sum for each name
 
     def add(self, values: Tensors, valid: Tensor) -> None:
         """Add a batch: values [B] by name, with the same names each time, and valid [B] bool."""

@@ -120,7 +120,7 @@ class TagScores:
         if not has_positives.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
         means = member @ np.stack([has_positives, ~has_positives, np.nan_to_num(self.ap)], axis=1)
-        self.groups: dict[str, Group] = {}
+        self.groups = {}
         for name, (size, empty, ap), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
             counted = curves[:2].astype(np.int64)
             mean = max(1.0, size)

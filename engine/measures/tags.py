@@ -134,7 +134,7 @@ class TagHistograms:
 
     def __init__(self, num_tags: int) -> None:
         self.num_tags = num_tags
-        self._counts: Tensor | None = None  # [T, 2 * BINS]
+        self._counts = None  # [T, 2 * BINS]
         self._scores = self._hits = torch.empty(0)  # [T, _UNBINNED]
 
     def add(self, logits: Tensor, targets: Tensor, valid: Tensor) -> None:

@@ -16,7 +16,7 @@ class TopSamples:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: State = {}
+        self._kept = {}
 
     def add(self, score: Tensor, eligible: Tensor, fields: Tensors) -> None:
         """Add a batch: score [B], eligible [B] bool, and fields of the samples, which include sample_id [B]."""

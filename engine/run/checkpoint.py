@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ from utils.record.run_reader import RunReader
 from utils.start import open_name
 
 if TYPE_CHECKING:
-    from engine.run.remote_copy import RemoteCopy
+    pass
 
 
 FORMAT = 2
@@ -119,11 +119,11 @@ class Saver:
         self.folder = folder
         self._facts = facts
         self._loop = config.loop
-        self.remote_copy: RemoteCopy | None = None
+        self.remote_copy = None
         if config.loop.checkpoint_mirror:
             open_copy = open_name("engine.run.remote_copy:RemoteCopy")
             self.remote_copy = open_copy(config.loop.checkpoint_mirror, folder.path)
-        self._written: Future[None] | None = None
+        self._written = None
         self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:

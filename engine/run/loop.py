@@ -32,7 +32,7 @@ from utils.record.logging import log
 from utils.record.run_folder import RunFolder, git_state
 
 if TYPE_CHECKING:
-    from engine.run.pace import Pace
+    pass
 
 
 class Run:
@@ -70,8 +70,8 @@ class Run:
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
         self.evaluator = Evaluator(self.learner, streams, config, self.recorder, self.saver)
         self._phase = 0
-        self.found_lr: float | None = None
-        self.pace: Pace | None = None
+        self.found_lr = None
+        self.pace = None
 
     @property
     def step(self) -> int:
@@ -214,7 +214,7 @@ class Run:
     def use_length(self, steps: int) -> None:
         """Plan the run anew, with so many steps in all."""
         self.learner.use_length(plan_streams(self.config, self.streams, self.plan.world_size, steps))
-        self.recorder.bar.lengthen(steps)
+        self.recorder.bar.advance(self.step, total=steps)
         if self.found_lr is not None:
             self.use_lr(self.found_lr)
 

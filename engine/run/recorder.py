@@ -3,13 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
@@ -34,7 +33,7 @@ from utils.record.run_folder import mark_complete
 from utils.record.run_reader import write_progress
 
 if TYPE_CHECKING:
-    from utils.record.trackers import Tracker
+    pass
 
 
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
@@ -50,7 +49,7 @@ class _Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # [N, 2] by the N names of a step
+        self._sums = {}  # [N, 2] by the N names of a step
 
     def add(self, result: StepResult) -> None:
         """Add one step's figures; a skipped step only adds to `skipped_steps`."""
@@ -132,16 +131,16 @@ class Recorder:
         self._tracking = config.tracking
         self._learner = learner
         self.bar = Bar("training", learner.plan.total_steps)
-        self._metrics: MetricsLog | None = None
-        self._samples: _SampleLog | None = None
-        self._tracker: Tracker | None = None
-        self._readings: Callable[[], Mapping[str, float]] = dict
+        self._metrics = None
+        self._samples = None
+        self._tracker = None
+        self._readings = dict
         self._step = 0
         self._logged = Mark()  # the last log
         self._epoch = Mark()  # the epoch's start
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self._next_progress = -math.inf
-        self.best: float | None = None
+        self.best = None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 

@@ -24,7 +24,7 @@ from utils.record.run_folder import locked
 
 _KEY = "loop.checkpoint_mirror"
 _MARK = "state.sha256"  # the last file of a whole checkpoint
-_WHOLE = re.compile(rf"checkpoints/[^/]+/{re.escape(_MARK)}")
+_WHOLE = re.compile(rf"checkpoints/[^/.][^/]*/{re.escape(_MARK)}")
 _OWNER = ".owner"  # names the run folder and its host
 
 
@@ -40,9 +40,9 @@ class RemoteCopy:
         self._run = run
         self._owner = f"{run.absolute()} on {socket.gethostname()}"
         self._thread = ThreadPoolExecutor(1, "checkpoint mirror")
-        self._copied: Future[None] = Future()
+        self._copied = Future()
         self._copied.set_result(None)
-        self._versions: set[tuple[str, int]] = set()  # of copied files
+        self._versions = set()  # of copied files
 
     def copy(self, *, last: bool) -> None:
         """Copy the folder with its newest checkpoint in the background, unless the thread is still copying.
@@ -53,7 +53,7 @@ class RemoteCopy:
         if not (last or self._copied.done()):
             return
         self._report()
-        self.checkpoint = (self._run / _newest_in(self._run)).parent
+        self.checkpoint = (self._run / _newest(_names_in(self._run))).parent
         self._copied = self._thread.submit(self._copy)
         if last:
             self._report()
@@ -91,7 +91,7 @@ class RemoteCopy:
         uses the folder.
         """
         with output_errors("run_dir", self._run), locked(self._run):
-            here = _newest_in(self._run)
+            here = _newest(_names_in(self._run))
             try:
                 store = self._open()
                 names = store.find("")
@@ -119,8 +119,7 @@ class RemoteCopy:
         is_local = get_protocol(self._url) in ("file", "local")
         files, root = url_to_fs(self._url, use_listings_cache=False, **({"auto_mkdir": True} if is_local else {}))
         place = f"{root}/{_name_of(self._run)}"
-        run = self._run.resolve()
-        if is_local and run in (Path(place).resolve(), *Path(place).resolve().parents):
+        if is_local and self._run.resolve() in (Path(place).resolve(), *Path(place).resolve().parents):
             raise UserError(f"{_KEY}: {self._url} is inside the run folder {self._run}; set a folder outside of it")
         return DirFileSystem(place, files)
 
@@ -130,15 +129,14 @@ def _name_of(run: Path) -> str:
     return "/".join(part for part in run.parts if part not in ("/", ".."))
 
 
+def _newest(names: Iterable[str]) -> str:
+    """Return the mark of the newest whole checkpoint among the files of a run folder or a copy; "" if there is none."""
+    return max(filter(_WHOLE.fullmatch, names), default="")
+
+
 def _names_in(folder: Path) -> list[str]:
     """Return the paths of the files below a folder, relative to the folder."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _newest_in(run: Path) -> str:
-    """Return the mark of the newest whole checkpoint of a run folder; "" if there is none."""
-    marks = run.glob(f"checkpoints/[!.]*/{_MARK}")
-    return max((path.relative_to(run).as_posix() for path in marks), default="")
 
 
 def _in_order(names: Iterable[str], checkpoints: Sequence[str]) -> list[str]:
@@ -150,8 +148,3 @@ def _in_order(names: Iterable[str], checkpoints: Sequence[str]) -> list[str]:
     outside = [name for name in visible if not name.startswith("checkpoints/")]
     inside = [name for name in visible if name.startswith(tuple(checkpoints))]
     return outside + sorted(inside, key=lambda name: name.endswith(_MARK))
-
-
-def _newest(names: list[str]) -> str:
-    """Return the mark of the newest whole checkpoint among the files of a copy; "" if there is none."""
-    return max((name for name in names if _WHOLE.fullmatch(name)), default="")

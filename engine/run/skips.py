@@ -46,10 +46,10 @@ class SkipWatch:
     """Count skipped steps. steps: (number from 1, cause) of the skipped ones among the last WINDOW_STEPS."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, str]] = []
-        self._pending: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
-        self._path_of: Callable[[int], str] = str
-        self._path: Path | None = None
+        self.steps = []
+        self._pending = deque(maxlen=WINDOW_STEPS)  # (number, copies of `_FIELDS`, result)
+        self._path_of = str
+        self._path = None
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
         """Drop the rows of the file beyond `last_step`; later rows are appended. path_of: returns a sample's path."""

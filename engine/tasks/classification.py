@@ -86,8 +86,7 @@ class ClassificationTask(MixingTask):
         labels = batch["labels"]
         if not self.mixing.is_on:
             return images, labels
-        targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
-        return self.mixing(images, targets, batch["weight"])
+        return self.mixing(images, F.one_hot(labels, len(self.class_names)).to(images.dtype), batch["weight"])
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`.

@@ -60,9 +60,9 @@ class UpdateGraphs:
 
     def _reset(self) -> None:
         self._groups = self.optimizer.param_groups
-        self._counts: Counter[Any] = Counter()
+        self._counts = Counter()
         self._pool = None  # the memory of the graphs, which they share, because one is replayed after another
-        self.recorded: dict[Any, _Recorded] = {}
+        self.recorded = {}
 
     def drop(self) -> bool:
         """Record and replay no more, which frees the memory of the graphs. Return whether there were any."""
@@ -107,8 +107,7 @@ class UpdateGraphs:
         return self.recorded.get(key)
 
     def _values(self, progress: float) -> Tensor:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return torch.tensor([progress, *rates], dtype=torch.float32)
+        return torch.tensor([progress, *(group["lr"] for group in self.optimizer.param_groups)], dtype=torch.float32)
 
     def _record(self, key: Any, batch: Batch) -> None:
         """Record an update without making it; give up if that is not possible."""

@@ -4,7 +4,7 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
@@ -19,9 +20,9 @@ from engine.task import Task, checkpointed_state, networks_of, split_exported
 from engine.update.batch_size import MicroBatches
 from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile
-from engine.update.step import StepResult, backward, clip_gradients, first_scale, next_scale, reduce_figures
+from engine.update.step import StepResult, backward, first_scale, next_scale, reduce_figures
 from optim.build import build_optimizer, can_be_recorded, step_by_gradients
-from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
+from optim.groups import build_groups, is_frozen, parameters_of, set_group_values
 from optim.schedules import GroupValues, Schedule, ema_decay_at
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
@@ -33,8 +34,6 @@ from utils.start import open_name
 
 if TYPE_CHECKING:
     from engine.update.graphs import UpdateGraphs
-    from optim.alone import FusedBackward
-    from optim.ema import Averages
 
 
 Groups = dict[str, State]  # tensors by group and name
@@ -65,18 +64,18 @@ class Learner:
         if config.runtime.offload:
             for network in networks_of(task, task.offloaded).values():
                 network.to("cpu")  # the task brings it to the device itself
-        self.prepare: Callable[[Batch], Batch] = dict
+        self.prepare = dict
         self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
-        self.fused: FusedBackward | None = None
+        self.fused = None
         if getattr(config.optim, "fused_backward", False):
             self.fused = open_name("optim.alone:FusedBackward")(self.optimizer)
         may_halve = self.fused is None and not distributed.is_distributed()  # else other ranks wait in a collective
         self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
         self.scale = first_scale(runtime)
         self.graphs = self.record_updates() if self._may_record() else None
-        self.averages: Averages | None = None
+        self.averages = None
         if config.loop.ema_decay is not None:
             self.averages = open_name("optim.ema:Averages")(networks_of(task, task.averaged))
         self.exports_average = self.averages is not None and {*task.exported} <= {*task.averaged}
@@ -164,16 +163,19 @@ class Learner:
         figures, names, losses = zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = parameters_of(self.optimizer)
-        drop_frozen_gradients(self.optimizer, self.step)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if is_frozen(group, self.step) else ():
+                parameter.grad = None  # the optimiser skips it
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        inverse_scale = None
         if self.runtime.precision == "fp16":
             inverse_scale = 1.0 / self.scale["scale"]
+            torch._foreach_mul_(grads, inverse_scale)
             norm = norm * inverse_scale
         sums, norm, bad = reduce_figures(sum(figures), weight, norm)
-        clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
+        if self.clip_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
         self._buffers.put_back(before, bad)
         skipped = bad.float()
         applied = 1.0 - skipped
@@ -259,7 +261,7 @@ class _Buffers:
     """The checkpointed buffers of a task, such as batch statistics, grouped by dtype: a few kernels copy them."""
 
     def __init__(self, task: Task) -> None:
-        self._flat: dict[torch.dtype, list[Tensor]] = {}
+        self._flat = {}
         names = dict(task.named_buffers()).keys()
         for name, tensor in checkpointed_state(task).items():
             if name in names:

@@ -71,16 +71,6 @@ def reduce_figures(figures: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tenso
     return total[1:], norm, bad
 
 
-def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:
-    """Undo the loss scale and clip the gradients, without a host synchronisation."""
-    factor = inverse_scale
-    if limit is not None:
-        shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
-        factor = shrink if factor is None else factor * shrink
-    if factor is not None:
-        torch._foreach_mul_(grads, factor)
-
-
 def first_scale(runtime: Runtime) -> State:
     """Return the loss scale at step 0, which is 1 except in fp16, and the count of finite updates."""
     scale = torch.full((), 65536.0 if runtime.precision == "fp16" else 1.0, device=runtime.device)

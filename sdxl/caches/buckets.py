@@ -48,7 +48,7 @@ def choose_sizes(sizes_hw: ndarray, image_hw: ndarray, count: int) -> ndarray:
     """
     shapes, images = np.unique(_log_ratios(image_hw), return_counts=True)
     lost = -np.expm1(-np.abs(shapes[:, None] - _log_ratios(sizes_hw))) * images[:, None]
-    chosen: list[int] = []
+    chosen = []
     for _ in range(_TURNS * count):
         chosen = chosen[len(chosen) == count :]
         others = lost[:, chosen].min(axis=1, initial=np.inf)

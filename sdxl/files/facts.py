@@ -13,13 +13,6 @@ from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
-from utils.io.files import Json, Values
-
-_TRAINED_ON = {
-    "ss_num_train_images": "images",
-    "ss_total_batch_size": "batch_size",
-    "ss_tag_frequency": "tag_frequency",
-}
 
 
 def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
@@ -27,7 +20,8 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
     given = given_facts(weights, config)
     task = weights.setup.task
     metadata = weights.metadata
-    images = dict_of(metadata, "trained_on").get("images")
+    trained_on = dict_of(metadata, "trained_on")
+    images = trained_on.get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
     facts = {
@@ -39,28 +33,28 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
     }
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{task.lora.kind} of rank {task.lora.rank}"
-        facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}
+        facts |= {
+            "trigger_phrase": given["trigger"],
+            "prediction_type": task.noise.prediction_type,
+            "ss_sd_model_name": source,
+            "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
+            "ss_discrete_flow_shift": task.stated_noise.get("shift"),
+        }
+        facts |= {
+            "ss_num_train_images": images,
+            "ss_total_batch_size": trained_on.get("batch_size"),
+            "ss_tag_frequency": trained_on.get("tag_frequency"),
+            "ss_learning_rate": metadata.get("lr"),
+            "ss_steps": metadata["step"],
+        }
+        if buckets := trained_on.get("buckets"):
+            # The bucket of most images; of several, the largest, then the squarest.
+            height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))
+            facts["resolution"] = f"{width}x{height}"
     described = f"{what} of {source}, after {metadata['step']} steps"
     if images:
-        size = dict_of(metadata, "trained_on").get("batch_size")
+        size = trained_on.get("batch_size")
         described += f"{f' of {size} samples' if size else ''} on {images} images"
     facts["description"] = given["description"] or described
     stated = {name: value for name, value in facts.items() if value not in (None, "")}
     return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in stated.items()}
-
-
-def _describe_training(task: DiffusionTaskConfig, metadata: Values) -> Json:
-    trained_on = dict_of(metadata, "trained_on")
-    facts = {name: trained_on.get(ours) for name, ours in _TRAINED_ON.items()}
-    facts |= {
-        "prediction_type": task.noise.prediction_type,
-        "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
-        "ss_learning_rate": metadata.get("lr"),
-        "ss_steps": metadata["step"],
-        "ss_discrete_flow_shift": task.stated_noise.get("shift"),
-    }
-    if buckets := trained_on.get("buckets"):
-        # The bucket of most images; of several, the largest, then the squarest.
-        height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))
-        facts["resolution"] = f"{width}x{height}"
-    return facts

@@ -117,8 +117,7 @@ def to_single_file(part: str, state: Tensors) -> State:
     """Convert a part's tensors to the layout of a single file."""
     renamed = {}
     for name, tensor in _join_qkv(state).items() if part == "text_encoder_2" else state.items():
-        full = PREFIXES[part] + rename(part, name, to_single=True)
-        renamed[full] = _reshape(part, name, tensor, to_single=True)
+        renamed[PREFIXES[part] + rename(part, name, to_single=True)] = _reshape(part, name, tensor, to_single=True)
     return renamed
 
 
@@ -181,9 +180,3 @@ def part_state(part: str, network: nn.Module) -> State:
 def text_prefix(part: str, network: nn.Module) -> str:
     """Return what precedes a network's names in files: transformers' CLIPTextModel has no `text_model.` from 5.6 on."""
     return _TEXT if part == "text_encoder" and not hasattr(network, "text_model") else ""
-
-
-def load_part(part: str, network: nn.Module, state: Tensors) -> None:
-    """Assign a state, under the names of `part_state`, to a network. Names and shapes must fit."""
-    prefix = text_prefix(part, network)
-    network.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)

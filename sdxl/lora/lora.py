@@ -11,7 +11,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 """
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from sdxl.config import AdapterConfig, LoRAConfig, SDXLConfig
 from sdxl.files.checkpoints import GENERATIVE_MODELS, write_modelspec
@@ -83,10 +82,16 @@ class LoRA(nn.Module):
         super().__init__()
         self.config = config
         layers = find_layers(networks)
-        self.names = choose_layers(layers, config.targets)
+        chosen = set()
+        for index, pattern in enumerate(config.targets):
+            if not (matching := fnmatch.filter(layers, pattern)):
+                advice = close_names(pattern, layers)
+                raise UserError(f"task.lora.targets.{index}: {pattern!r} matches no layer; {advice}")
+            chosen.update(matching)
+        self.names = [name for name in layers if name in chosen]
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.layers.get(name, config)))
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = []
 
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
@@ -146,17 +151,6 @@ def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, LayerCh
         weight.copy_(weight.float() + strength * change.on(weight))
 
 
-def choose_layers(layers: Collection[str], targets: Sequence[str]) -> list[str]:
-    """Return the names of the target layers, in the networks' order. Raises UserError (`task.lora.targets`)."""
-    chosen = set()
-    for index, pattern in enumerate(targets):
-        matching = fnmatch.filter(layers, pattern)
-        if not matching:
-            raise UserError(f"task.lora.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}")
-        chosen.update(matching)
-    return [name for name in layers if name in chosen]
-
-
 def _place(root: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
     """Add a layer or a parameter under a dotted name, and the modules above it."""
     *parents, last = name.split(".")
@@ -173,13 +167,6 @@ def _place(root: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
 _KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def kohya_name(name: str) -> str:
-    """Return kohya's name of a layer."""
-    network, _, inside = name.partition(".")
-    original = rename("unet", inside, to_single=True) if network == "unet" else inside
-    return f"{PARTS[network].lora}_{original}".replace(".", "_")
-
-
 def save_lora(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write changes by the names of their layers in kohya's layout, with alpha in float32.
 
@@ -188,7 +175,9 @@ def save_lora(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype
     """
     tensors = {}
     for name, change in changes.items():
-        stem = kohya_name(name)
+        network, _, inside = name.partition(".")
+        inside = rename("unet", inside, to_single=True) if network == "unet" else inside
+        stem = f"{PARTS[network].lora}_{inside}".replace(".", "_")
         for key, tensor in change.tensors.items():
             tensors[f"{stem}.{_KOHYA.get(key, key)}"] = tensor.detach().to(dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(change.alpha)

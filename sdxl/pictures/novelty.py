@@ -43,7 +43,6 @@ def find_nearest_images(pictures: Iterable[ndarray], trained: Iterable[Batch]) -
     nearest = []
     for picture in pictures:
         small = torch.from_numpy(prepare(picture, small_size)).permute(2, 0, 1) - 127.5
-        cosines = torch.cosine_similarity(small.flatten(), known)
-        novelty, path = min(zip((1 - cosines).tolist(), images))
+        novelty, path = min(zip((1 - torch.cosine_similarity(small.flatten(), known)).tolist(), images))
         nearest.append({"novelty": round(novelty, 4), "nearest": path})
     return nearest

@@ -45,7 +45,8 @@ from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_weights
 from utils.io.weights import read_weights
-from utils.record.pictures import draw_grid
+from utils.record.figures import INK
+from utils.record.pictures import image_grid, wrap
 from utils.record.progress import track
 
 
@@ -183,20 +184,14 @@ def draw(
         waiting = [file for file in files if file not in done]
         drawn = zip(waiting, painter.paint([files[file] for file in waiting]))
         for file, pixels in track(drawn, len(waiting), "drawing"):
-            content = to_png(pixels, texts[file])
+            info = PngInfo()
+            info.add_text("parameters", texts[file])
+            Image.fromarray(pixels).save(stream := io.BytesIO(), "PNG", pnginfo=info)
+            content = stream.getvalue()
             # Before the file, which would otherwise count as another command's.
             journal.add([file.name, hashlib.sha256(content).hexdigest()])
             write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content), flush=False)
     return [*files], len(waiting)
-
-
-def to_png(pixels: np.ndarray, parameters: str) -> bytes:
-    """Return a PNG, with the `parameters` of a picture."""
-    content = io.BytesIO()
-    info = PngInfo()
-    info.add_text("parameters", parameters)
-    Image.fromarray(pixels).save(content, "PNG", pnginfo=info)
-    return content.getvalue()
 
 
 def draw_prompts(config: PredictConfig, job: Job) -> str:
@@ -222,6 +217,9 @@ def draw_prompts(config: PredictConfig, job: Job) -> str:
     if config.dry_run:
         return f"dry run: {total} pictures, nothing is drawn"
     if len(config.weights) > 1:
+        pictures, texts = zip(*tiles)
+        captions = [[(line, INK) for line in wrap(text, 3)] for text in texts]
+        grid = image_grid(pictures, captions, str(folder), columns=len(prompts), tile_px=258)
         with output_errors("output", folder):
-            Image.fromarray(draw_grid(tiles, len(prompts), str(folder))).save(folder / "grid.png")
+            Image.fromarray(grid).save(folder / "grid.png")
     return f"wrote {folder}: {drawn} pictures, {total - drawn} there already"

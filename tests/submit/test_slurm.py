@@ -174,13 +174,14 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     asked, slept = [], []
 
-    def state(job):
-        if not slept:  # a controller that is restarted for a moment is no end of a job
+    def ask(program, *words):
+        if "show" not in words:
+            asked.append(words)
+        elif not slept:  # a controller that is restarted for a moment is no end of a job
             raise NoAnswer
-        return "RUNNING"
+        return f"JobId={words[-1]} JobState=RUNNING Reason=None"
 
-    monkeypatch.setattr("submit.job.job_state", state)
-    monkeypatch.setattr("submit.job.ask", lambda *words: asked.append(words[1:]))
+    monkeypatch.setattr("submit.job.ask", ask)
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
     limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}
     (tmp_path / "job.json").write_text(json.dumps({"launch": limits}))

@@ -170,8 +170,7 @@ class Command(Generic[Schema]):
         typed = {word.partition("=")[0].lstrip("+") for word in words}
         script = Script(self.script, self.schema, self.config_dir, typed)
         words = respell(words, script, *SPELLINGS)
-        groups = f"hydra.searchpath=['file://{CONF}']"
-        read = [*respell(words, script, store_experiment), groups]
+        read = [*respell(words, script, store_experiment), f"hydra.searchpath=['file://{CONF}']"]
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, read, return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}

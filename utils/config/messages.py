@@ -23,8 +23,7 @@ class ConfigError(UserError):
     def __str__(self) -> str:
         """Return a title, and a line for each problem."""
         count = len(self.args)
-        title = f"{count} configuration error{'s' * (count > 1)}"
-        return "\n  ".join([title, *self.args])
+        return "\n  ".join([f"{count} configuration error{'s' * (count > 1)}", *self.args])
 
 
 def validate(values: Any, schema: type[Schema]) -> Schema:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from pydantic import Field
 
 _Level = Annotated[int, Field(ge=0, le=255)]
@@ -18,9 +18,3 @@ def background_rgb(background: Any) -> tuple[int, int, int] | None:
     if isinstance(background, str):
         return ImageColor.getrgb(background)
     return tuple(background) if isinstance(background, list | tuple) else (background,) * 3
-
-
-def background_levels(background: Any, channels: int) -> list[int]:
-    """Return a background's level in each channel, 1 (luma) or 3; white for `drop`."""
-    colour = background_rgb(background) or (255, 255, 255)
-    return list(colour) if channels == 3 else [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))]

@@ -36,8 +36,8 @@ class Emphasis(NamedTuple):
 
 def read_emphasis(text: str) -> Emphasis:
     """Read the emphasis of a text."""
-    pieces: list[list] = []  # text and weight; None for BREAK
-    opened: list[tuple[str, int, int]] = []  # bracket, its piece, and its place in the text
+    pieces = []  # text and weight; None for BREAK
+    opened = []  # bracket, its piece, and its place in the text
     end = 0
     spans = []
     for found in MARK.finditer(text):

@@ -17,10 +17,11 @@ other libraries (models/interop/libraries.py), and the program in an export's ca
 import math
 from typing import Annotated, Literal, Self
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from utils.config.bounds import SizeHW
-from utils.formats.background import DEFAULT, Background, background_levels, background_rgb
+from utils.formats.background import DEFAULT, Background, background_rgb
 
 # Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
 # to at most this many times the image size. With padding, the whole image is first reduced to this many times the size.
@@ -44,7 +45,8 @@ class Decoding(BaseModel):
     @property
     def levels(self) -> list[int]:
         """The level of padding in each channel."""
-        return background_levels(self.background, self.channels)
+        colour = self.colour or (255, 255, 255)  # white for `drop`
+        return [*colour] if self.channels == 3 else [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))]
 
 
 class Preprocessing(Decoding):

@@ -115,8 +115,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     with readable(path, "vocabulary", advice), open(path, encoding="utf-8-sig", newline="") as stream:
         separator = max(",;", key=stream.readline().count)
         stream.seek(0)
-        read = csv.DictReader(stream, delimiter=separator)
-        rows = [[to_nfc(row[column]) for column in _COLUMNS] for row in read]
+        rows = [[to_nfc(row[column]) for column in _COLUMNS] for row in csv.DictReader(stream, delimiter=separator)]
     return read_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 

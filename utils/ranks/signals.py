@@ -66,7 +66,7 @@ class StopRequest:
         self.requested = False
         self._since = 0.0
         self._at_once = at_once
-        self._old: dict[int, object] = {}
+        self._old = {}
 
     def __enter__(self) -> "StopRequest":
         global _current

@@ -34,12 +34,12 @@ class Watchdog:
         self._progress = 0
         self._phase = "starting"
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._store: dist.Store | None = None  # None for one rank
+        self._thread = None
+        self._store = None  # None for one rank
         self._rank = 0
         self._size = 1
         # {(rounds or progress, rank): (the last value, when it changed)}
-        self._last: dict[tuple[str, int], tuple[str | int, float]] = {}
+        self._last = {}
 
     def start(self) -> None:
         """Start watching. All ranks call it together."""

@@ -122,10 +122,3 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
             color = "white" if value > 50 else INK
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
         return figure_to_image(figure)
-
-
-def draw_grid(tiles: Sequence[tuple[np.ndarray, str]], columns: int, title: str) -> np.ndarray:
-    """Return a page of pictures, each with a text below it."""
-    pictures, texts = zip(*tiles)
-    captions = [[(line, INK) for line in wrap(text, 3)] for text in texts]
-    return image_grid(pictures, captions, title, columns=columns, tile_px=258)

@@ -62,12 +62,8 @@ class Bar:
                 _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
             yield
 
-    def lengthen(self, total: int) -> None:
-        """Count to another total."""
-        self._progress.update(self._task, total=total)
-
-    def advance(self, done: int, **texts: str) -> None:
-        """Set the progress and the texts `description` and `figures`; redraws at most four times a second."""
+    def advance(self, done: int, **texts: str | int) -> None:
+        """Set the progress, and `total`, `description` or `figures`; redraws at most four times a second."""
         self._progress.update(self._task, completed=done, **texts)
         if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
             self._drawn = time.monotonic()

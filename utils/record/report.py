@@ -56,8 +56,7 @@ def write_report(
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", [*map(safe_row, rows)])
     for name, image in images.items():
-        picture = Image.fromarray(image)
-        write_atomically(folder / "plots" / f"{prefix}{name}.png", partial(picture.save, format="PNG"))
+        write_atomically(folder / "plots" / f"{prefix}{name}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
 def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:

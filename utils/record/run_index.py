@@ -3,16 +3,18 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.io.files import links_out
+from utils.io.files import is_locked, links_out
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, thin
 from utils.record.metrics_log import METRICS_FILE
-from utils.record.run_reader import CONFIG_FILE, PROGRESS_FILE, RunReader
+from utils.record.run_reader import CONFIG_FILE, LOCK_FILE, PROGRESS_FILE, RunReader
 from utils.record.sweep_table import SweptRun
 
 _DEEPEST = 6  # folders below a root
@@ -64,11 +66,17 @@ def find_runs(roots: Sequence[Path]) -> Iterator[Path]:
 
 
 class RunIndex:
-    """The runs below some folders. Figures are read on from where the last call ended."""
+    """The runs below some folders. Figures are read on from where the last call ended. Threads may share it.
+
+    total: the runs when they are read for the first time.
+    """
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = [root.resolve() for root in roots]
+        self.total = 0
+        self._lock = Lock()
         self._curves = dict[Path, Curves]()
+        self._known = dict[Path, tuple[list, RunState]]()
 
     def curves(self, path: Path) -> Curves:
         """Return the figures of a run, read to their end."""
@@ -77,17 +85,35 @@ class RunIndex:
         return curves
 
     def states(self) -> list[RunState]:
-        """Return all runs, those that changed last first; without those that are deleted meanwhile."""
+        """Return all runs, those that changed last first; without odd runs, and those that are deleted meanwhile."""
         states = []
-        for path in find_runs(self.roots):
-            try:
-                states.append(self.read(path))
-            except (OSError, OverflowError, ValueError):
-                continue
-        return sorted(states, key=lambda state: -state.changed)
+        with self._lock:
+            paths = [*find_runs(self.roots)]
+            self.total = self.total or len(paths)
+            for path in paths:
+                with suppress(OSError, OverflowError, ValueError):
+                    states.append(self.read(path))
+        return _newest_first(states)
+
+    def known(self) -> list[RunState]:
+        """Return the runs that are read so far; the run that changed last is the first."""
+        return _newest_first([state for _, state in [*self._known.values()]])
 
     def read(self, path: Path) -> RunState:
-        """Return what one line says of a run. Raises OSError, OverflowError, ValueError for odd or deleted files."""
+        """Return what one line says of a run; it is read again if a file of the run or the process has changed.
+
+        Raises OSError, OverflowError, ValueError for odd or deleted files.
+        """
+        with os.scandir(path) as entries:
+            status = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        files = sorted((name, file.st_mtime_ns, file.st_size) for name, file in status)
+        stamp = [is_locked(path / LOCK_FILE), *files]
+        known = self._known.get(path, ([], None))
+        if known[0] != stamp:
+            known = self._known[path] = stamp, self._read(path)
+        return known[1]
+
+    def _read(self, path: Path) -> RunState:
         run = RunReader(path)
         config = run.config
         state = run.state
@@ -107,6 +133,10 @@ class RunIndex:
         _, spark = thin(steps, losses, _SPARK_POINTS)
         spark = tuple(spark[np.isfinite(spark)].tolist())
         return RunState(path, state, step=last, total=total and int(total), spark=spark, job=job, **names, **times)
+
+
+def _newest_first(states: Sequence[RunState]) -> list[RunState]:
+    return sorted(states, key=lambda state: -state.changed)
 
 
 def _number(value: Any) -> float | None:

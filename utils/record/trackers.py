@@ -31,7 +31,7 @@ class Tracker:
     """Pass values to a writer. After a first failed call, log a warning and make no more calls."""
 
     def __init__(self, writer: "_Wandb | _Tensorboard") -> None:
-        self._writer: _Wandb | _Tensorboard | None = writer
+        self._writer = writer
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Record the values of a step."""
