@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from data.collection.concepts import ConceptConfig
 from data.layouts.scan import TableChoice
-from utils.config.bounds import BelowOne, Pixels
+from utils.config.bounds import BelowOne, Count, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
 from utils.io.files import Json
@@ -30,7 +30,8 @@ ColumnName = Literal["path", "label", "tags", "caption", "split", "rating", "wei
 class DataConfig(Strict):
     """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
-    validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images.
+    validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images. A fold,
+    such as [2, 5], replaces a validation split.
     on_bad_sidecar: a script that reads a bad field of a sidecar stops, or skips that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     trigger: a word before each caption that lacks it, and the caption of an image without texts (finetune_sdxl.py).
@@ -43,7 +44,7 @@ class DataConfig(Strict):
 
     name: Literal["image_folder", "glyphs"]
     root: PathText
-    validation_fraction: Literal["auto"] | BelowOne
+    validation_fraction: Literal["auto"] | BelowOne | Annotated[list[Count], Field(min_length=2, max_length=2)]
     on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None

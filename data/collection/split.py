@@ -13,7 +13,7 @@ from pyarrow import Table
 from data.layouts.table import SPLITS, TEST, replace_column, show_some
 from utils.record.logging import log
 
-Share = float | Literal["auto"]  # of the images, for validation
+Share = float | Literal["auto"] | list[int]  # of the images, for validation; [2, 5]: the second of five folds
 FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images agree
 # `data.validation_fraction=auto`: a tenth. A tenth of fewer images measures next to nothing, and training needs it.
 _FRACTION = 0.1
@@ -24,7 +24,10 @@ def assign_validation(table: Table, fraction: Share) -> Table:
     """Return a table with a validation split, and log what was done. Test rows stay test rows.
 
     Without a validation split, `fraction` of the training rows becomes one; `auto` takes none from a small collection.
+    A fold replaces a validation split.
     """
+    if isinstance(fraction, list):
+        return _assign_fold(table, *fraction)
     chosen = np.zeros(len(table), bool)
     # Rows of weight 0 are never read; they stay in training.
     is_read = pc.and_(pc.not_equal(table["split"], TEST), pc.not_equal(table["weight"], 0.0)).to_numpy()
@@ -96,6 +99,14 @@ def _choose(table: Table, fraction: float) -> ndarray:
             len(single), show_some(single),
         )  # fmt: skip
     return chosen[leads]
+
+
+def _assign_fold(table: Table, number: int, count: int) -> Table:
+    """Return a table whose validation split is every n-th row by class and path hash; groups stay together."""
+    order = np.lexsort((hash_paths(table["path"]), pc.rank(table["label"], tiebreaker="dense")))
+    chosen = pa.array(np.argsort(order)[lead_rows(table)] % count == number - 1)
+    split = pc.if_else(chosen, "val", "train")
+    return replace_column(table, "split", pc.if_else(pc.equal(table["split"], TEST), TEST, split))
 
 
 def rank_by_hash(rows: ndarray, classes: ndarray, hashes: ndarray) -> tuple[ndarray, ...]:

@@ -25,7 +25,8 @@ class Evaluate(WeightsChoice):
     """Measure one weight file.
 
     output: a folder. split: auto is val; of other images val, else test, else all. per_image: also write a row for each
-    image. calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
+    image. folds: train the recipe of the run on all parts but one, for each of so many parts, and measure it there.
+    calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
     that may be wrong.
     """
 
@@ -33,6 +34,7 @@ class Evaluate(WeightsChoice):
     output: PathText | None
     split: Literal["auto", "val", "test", "train", "all"]
     per_image: bool
+    folds: Count | None
     calibrate: bool
     calibration: _Targets
     risk: Annotated[float, Field(gt=0, lt=1)] | None

@@ -11,6 +11,7 @@ from engine.exports.predictors import load_predictor
 from engine.exports.results import read_results
 from engine.judging.arena import Arena
 from engine.judging.config import Compare, Evaluate, EvaluateConfig
+from engine.judging.folds import judge_folds
 from engine.judging.measured import Measured, choose_images, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
@@ -29,7 +30,7 @@ from utils.io.files import (
 from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weight_files import WEIGHT_NAMES, find_weights
 from utils.ranks import distributed
-from utils.record.figures import show_cell, show_figure, show_name, show_rows
+from utils.record.figures import show_figure, show_name, show_rows
 from utils.record.logging import log
 from utils.record.report import write_html, write_report
 from utils.record.run_reader import RunReader, run_of
@@ -71,13 +72,12 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         )
     if config.dry_run:
         return _DRY_RUN
-
     started = time.perf_counter()
     image_rows = ImageRows(weights.task.describe_images) if job.per_image else None
     with torch.inference_mode(), opened.runtime.autocast():
         report, thresholds = _measure(job, opened, image_rows)
     seconds = round(time.perf_counter() - started, 3)
-    other = "".join(f"_{part}" for part in (job.weights, job.split) if part in _IN_NAMES)
+    other = "".join(f"_{part}" for part in (job.weights, job.split) if part in _IN_NAMES) + "_folds" * bool(job.folds)
     if image_rows is not None:
         root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
         table = folder / f"tables/images{other}.parquet"
@@ -88,7 +88,7 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         return _show(report)
 
     figures = {"weights": str(path), "weights_hash": metadata.get("weights_hash"), "split": opened.split}
-    place = "validation" if opened.split == "val" else opened.split
+    place = f"{job.folds} folds" if job.folds else {"val": "validation"}.get(opened.split, opened.split)
     if not images.is_own:
         figures["data"] = hide_secrets(str(collection.root))
         place = f"{Path(figures['data']).name}, {place}"
@@ -108,6 +108,8 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
 def _measure(job: Evaluate, opened: Measured, image_rows: ImageRows | None) -> tuple[Report, ThresholdTable | None]:
     """Read the images once. Only rows at thresholds that the same command fits need a second pass."""
     weights = opened.weights
+    if job.folds:
+        return judge_folds(RunReader(Path(job.run_dir)), job.folds), None
     loaders = opened.loaders()
     is_tagger = weights.kind.output == "tags"
     if job.calibrate:
@@ -156,7 +158,7 @@ def write_results(file: Path, title: str, figures: Values, report: Report, other
 
 
 def _show(report: Report) -> str:
-    return "  ".join(f"{name}={show_cell(value)}" for name, value in report.scalars.items())
+    return "  ".join(f"{name}={show_figure(name, report.scalars)}" for name in report.scalars)
 
 
 # -------------------------------------------------------------------------------------------- 2. Taggers, compared

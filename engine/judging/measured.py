@@ -78,7 +78,7 @@ class Measured:
         if len(self.rows) == 0:
             raise UserError(
                 f"split: {self.data.collection.root} has no image of split={self.split}; put images into a folder "
-                f"{self.split}/, set split=all, or train with validation images (data.validation_fraction=0.1)"
+                f"{self.split}/, set split=all or folds=5, or train with images for it (data.validation_fraction=0.1)"
             )
         if loaders["val"].samples < len(self.rows):
             self._report_unlabelled(loaders["val"].samples)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from engine.run.evaluation import Evaluator
-from utils.io.files import Values
 from utils.io.safe_text import Lines
 from utils.record.figures import show_best, show_duration, show_lines
 from utils.record.logging import log
@@ -26,7 +25,9 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
         last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
         rows.append(("best", f"{evaluator.name_best(show_best(evaluator.result))}; last {last:.4g}"))
     if classes := evaluator.tables.get("classes"):
-        rows.append(("by class", _show_rates(classes)))
+        worst = sorted(classes, key=lambda row: row["correct"] / max(row["samples"], 1))[:_SHOWN_CLASSES]
+        rates = [f"{row['class']} {row['correct']:,} of {row['samples']:,} right" for row in worst]
+        rows.append(("by class", ", ".join(rates)))
     rows += [
         ("weights", f"{folder}/weights"),
         ("curves", f"{folder}/plots/curves.png"),
@@ -41,10 +42,3 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
     end = "finished" if learner.step >= learner.plan.total_steps else "stopped early by loop.early_stop_epochs"
     title = f"{end}: {learner.step:,} steps in {show_duration(seconds)}"
     log.info("%s", Lines(show_lines(title, rows)))
-
-
-def _show_rates(classes: Sequence[Values]) -> str:
-    """Return how many images of the classes are right, the worst classes first. classes: the rows of the table."""
-    judged = [row for row in classes if row["samples"]]
-    worst = sorted(judged, key=lambda row: (row["recall"], -row["samples"]))[:_SHOWN_CLASSES]
-    return ", ".join(f"{row['class']} {row['correct']:,} of {row['samples']:,} right" for row in worst)

@@ -31,12 +31,13 @@ from engine.update.runtime import Runtime
 from utils.contracts import Batch
 from utils.io.files import Json
 from utils.ranks import distributed
-from utils.record.figures import BALANCED, is_unequal
+from utils.record.figures import BALANCED
 
 if TYPE_CHECKING:
     from utils.formats.thresholds import ThresholdTable
 
 _SHOWN_MISTAKES = 48  # images in a picture
+_UNEQUAL = 1.5  # times an even share of the images: from here on the largest class rules the accuracy
 _MOST_PAIRS = 1000  # in the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 _HEAD_IMAGES_A_MINUTE = 2000  # with loop.minutes: 3 to 6 ms each, on one core, and they are read twice
@@ -142,8 +143,9 @@ class ClassificationTask(MixingTask):
         scalars = means.reduce()
         confusion = counts.reduce()
         figures = {**scalars, **confusion.macro_scalars()}
-        # A key keeps its place.
-        report = Report({BALANCED: 0.0, **figures} if is_unequal(confusion.samples) else figures)
+        if confusion.samples.max() >= _UNEQUAL * confusion.samples.mean():
+            figures = {BALANCED: 0.0, **figures}  # the first one; it keeps its value
+        report = Report(figures)
         wrong = mistakes.reduce()
         answers = decisions.reduce()
         if distributed.is_main():

@@ -1,10 +1,13 @@
 """A held-out test set: train/, val/, test/ with labels, and another folder with labels (docs/held_out.md)."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from engine.judging import folds
 from tests.door.follow import follow
 from tests.in_process import SMALL_MODEL, run
 from tests.support import make_collection, read_table
@@ -24,18 +27,34 @@ def place(tmp_path_factory):
     shutil.move(folder / "made/val", folder / "later")
     words = {"PHOTOS": "photos", "RUN": "run", "OTHER": "later"}
     short = {"train.py": SHORT, "evaluate.py": ON_CPU}
-    folder.joinpath("said.txt").write_text("\n".join(map(str, follow("held_out.md", folder, words, short))))
+
+    @torch.inference_mode(False)
+    def run_here(jobs, settings, script):
+        return {job: run(Path(script).stem, job.words, folder) for job in jobs}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folds, "run_jobs", run_here)
+        folder.joinpath("said.txt").write_text("\n".join(map(str, follow("held_out.md", folder, words, short))))
     return folder
 
 
 def test_the_test_split_and_another_folder_are_measured_whole_beside_the_runs_own(place):
     found = [read_json(file) for file in sorted(place.glob("run/**/metrics*.json"))]
     assert [(each["split"], each["samples"], "data" in each) for each in found] == [
-        ("all", 12, True), ("val", 9, False), ("test", 15, False),
+        ("all", 12, True), ("val", 9, False), ("val", 33, False), ("test", 15, False),
     ]  # fmt: skip
     (last,) = place.glob("run/evaluate/*/tables/evaluate_measured.csv")
-    assert [*read_table(last)[0]] == ["figure", "validation: 9 images", "test: 15 images", "later, all: 12 images"]
+    titles = ["validation: 9 images", "test: 15 images", "later, all: 12 images"]
+    assert [*read_table(last)[0]] == ["figure", *titles]
     assert "test: 15 images: loss=" in (place / "said.txt").read_text()
+
+
+def test_each_image_is_measured_once_by_a_run_that_did_not_see_it(place):
+    rows = read_table(place / "run/tables/evaluate_folds_folds.csv")
+    found = read_json(place / "run/metrics_folds.json")
+    right = [float(row["top1"]) * float(row["samples"]) for row in rows]
+    assert len(right) == 5 and found["measured"] == "5 folds: 33 images"
+    assert found["top1"] == pytest.approx(sum(right) / 33)
 
 
 def test_no_result_replaces_another(place):
@@ -51,7 +70,7 @@ def test_the_card_says_which_images_its_figures_are_of(place):
     text = (place / "run/export/README.md").read_text()
     results = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert [(each["dataset"]["split"], each["dataset"]["name"]) for each in results] == [
-        ("validation", "9 images"), ("test", "15 images"), ("later, all", "12 images"),
+        ("validation", "9 images"), ("5 folds", "33 images"), ("test", "15 images"), ("later, all", "12 images"),
     ]  # fmt: skip
     assert "Measured on `test: 15 images`:" in text
 

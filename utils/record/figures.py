@@ -13,7 +13,6 @@ INK = "#212529"  # the colour of texts in plots and pictures
 BALANCED = "mean_class_accuracy"
 ONE_CLASS = "always_one_class"  # the accuracy of always answering the most frequent class
 COUNTS = ("samples", "support", "tags", "tags_without_positives", ONE_CLASS)  # figures that measure no network
-_UNEQUAL = 1.5  # times an even share of the images: from here on the largest class rules the accuracy
 # Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
 GROUPS = {
     "Loss and metrics": "",
@@ -97,11 +96,6 @@ def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
     share = figures[name]
     spread = 1.96**2 / images
     return sorted(np.roots([1 + spread, -2 * share - spread, share**2]).tolist())
-
-
-def is_unequal(images: Collection[int]) -> bool:
-    """Return whether the classes with these numbers of images have unequal sizes."""
-    return max(images, default=0) * len(images) >= max(_UNEQUAL * sum(images), 1)
 
 
 def show_figure(name: str, figures: Mapping[str, float]) -> str:

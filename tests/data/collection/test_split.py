@@ -158,3 +158,17 @@ def test_ids_in_a_row_do_not_leave_validation_empty():
     """A collection that was numbered has no id whose last three digits are high."""
     table = table_of(80).append_column("id", pa.array(range(7000, 7080)))
     assert chosen_numbers(table, 0.2) == chosen_numbers(table_of(80), 0.2) and len(chosen_numbers(table, 0.2)) > 8
+
+
+def test_folds_hold_each_image_once_and_classes_alike_and_groups_whole():
+    table = labelled(SIZES, unlabelled=20)
+    folds = [chosen(table, [number, 5]) for number in range(1, 6)]
+    assert sorted(path for fold in folds for path in fold) == table["path"].to_pylist()
+    counts = [[sum(path.startswith(f"{name}/") for path in fold) for fold in folds] for name in SIZES]
+    assert all(max(each) - min(each) <= 1 for each in [*counts, [len(fold) for fold in folds]])
+    table = replace_column(table, "split", pa.array(["test", "val"] * 48 + ["train"]))
+    table = replace_column(table, "group", pa.array([number // 4 for number in range(97)]))
+    splits = [assign_validation(table, [number, 3])["split"].to_pylist() for number in (1, 2, 3)]
+    assert all(each[:96:2] == ["test"] * 48 for each in splits)
+    assert all(sorted(row) == ["train", "train", "val"] for row in zip(*(each[1:96:2] for each in splits)))
+    assert all(each[1:96:4] == each[3:96:4] for each in splits)
