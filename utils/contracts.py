@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
-Figures = dict[str, float]  # numbers by name
 State = dict[str, "Tensor"]  # tensors by name: the weights of a network
 Tensors = Mapping[str, "Tensor"]
 
@@ -54,6 +53,6 @@ class StepStream(Protocol):
 
     def prepare(self, batch: Batch) -> Batch: ...
 
-    def readings(self) -> Figures: ...
+    def readings(self) -> Mapping[str, float]: ...
 
     def path_of(self, sample_id: int) -> str: ...

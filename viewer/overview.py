@@ -37,8 +37,8 @@ _LOG_BYTES = 200_000  # from the start of the log, with the plan, and from the e
 def summarise_run(index: RunIndex, path: Path) -> str:
     """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
     row = make_row(index, index.read(path))
-    result = RunReader(path).result or {}
-    best = row["shown"] and f"best {escape_controls(show_best(result)) if result.get('figures') else row['shown']}"
+    shown = escape_controls(show_best(RunReader(path).result or {}))
+    best = row["shown"] and f"best {shown or row['shown']}"
     return f"{row['state']}, step {row['steps']}\n{row['task']}, {row['model']}\n{best}"
 
 

@@ -19,7 +19,7 @@ from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.order import order_next, predict_classes, reduce_features
 from optim.ridge import standardise
-from utils.record.figures import interval, show_interval
+from utils.record.figures import show_figure
 
 _AXES = 256  # of the features; more axes propose no better
 _LEAST_LABELS = 20
@@ -67,8 +67,7 @@ def propose(points: Tensor, labels: Mapping[int, Any]) -> tuple[list[int], list,
     if len(known) < _LEAST_LABELS or len(names) < 2:
         return order, [], [], ""
     probs, best = probs.max(dim=1)
-    ends = interval("top1", {"top1": share, "samples": len(known)})
-    says = f"; the others recognise {share:.2f} of them{show_interval(ends)}"
+    says = f"; the others recognise {show_figure('top1', {'top1': share, 'samples': len(known)})} of them"
     if len(known) >= FEWEST:
         _, twice, low, high = (column[1] for column in extrapolate(points[known].double(), given).values())
         says += f", with twice as many {twice:.2f} ({low:.2f} to {high:.2f})"

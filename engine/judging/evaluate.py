@@ -92,7 +92,7 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
     if not images.is_own:
         figures["data"] = hide_secrets(str(collection.root))
         place = f"{Path(figures['data']).name}, {place}"
-    marks = RunReader(Path(job.run_dir)).marks if images.is_own else ()
+    marks = (RunReader(Path(job.run_dir)).result or {}).get("marks", ()) if images.is_own else ()
     measured = "; ".join([f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images", *marks])
     figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
     title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"

@@ -1,13 +1,12 @@
 """Format figures and tables of text for people."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from utils.contracts import Figures
 from utils.io.files import Values
 
 INK = "#212529"  # the colour of texts in plots and pictures
@@ -85,7 +84,7 @@ def show_rows(rows: Sequence[Values]) -> str:
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 
 
-def interval(name: str, figures: Figures) -> Sequence[float] | None:
+def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
     """Return the 95 % interval of an evaluation's figure; None if it has none.
 
     Of top1, top5, ...: Wilson's, of a share of `samples` independent images: where (x - share)^2 is 1.96^2 times the
@@ -99,19 +98,15 @@ def interval(name: str, figures: Figures) -> Sequence[float] | None:
     return sorted(np.roots([1 + spread, -2 * share - spread, share**2]).tolist())
 
 
-def show_figure(name: str, figures: Figures) -> str:
+def show_figure(name: str, figures: Mapping[str, float]) -> str:
     """Return a figure with its interval as text; nothing if it is not among the figures."""
-    return f"{show_cell(figures.get(name))}{show_interval(interval(name, figures))}"
+    low, high = interval(name, figures) or (None, None)
+    return show_cell(figures.get(name)) + ("" if low is None else f" (95 % interval: {low:.4g} to {high:.4g})")
 
 
 def show_best(result: Values) -> str:
     """Return the figures of the best weights in result.json: the first, the best one, what is easy, and the marks."""
-    figures = result["figures"]
-    names = dict.fromkeys([*islice(figures, 1), result["metric"], ONE_CLASS])
+    figures = result.get("figures", {})
+    names = dict.fromkeys([*islice(figures, 1), result.get("metric"), ONE_CLASS])
     shown = [f"{show_evaluated(name)} {show_figure(name, figures)}" for name in names if name in figures]
-    return ", ".join([*shown, *result["marks"]])
-
-
-def show_interval(ends: Sequence[float] | None) -> str:
-    """Return the interval of a figure as text, or nothing."""
-    return "" if ends is None else f" (95 % interval: {ends[0]:.4g} to {ends[1]:.4g})"
+    return ", ".join([*shown, *result.get("marks", ())])

@@ -72,11 +72,6 @@ class RunReader(NamedTuple):
         return found if is_whole and isinstance(found["value"], int | float | None) else None
 
     @property
-    def marks(self) -> list[str]:
-        """The words that stand behind the figures of the run while questions about them are open."""
-        return (self.result or {}).get("marks", [])
-
-    @property
     def objective(self) -> float | None:
         """The best figure, or its negative where the lowest is best; None if there is none. Searches maximise it."""
         result = self.result
