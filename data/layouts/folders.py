@@ -54,6 +54,7 @@ def read_folder(folder: Folder) -> pa.Table:
     for number, reader in enumerate(READERS):
         found = _read_form(folder, reader)
         if reader.is_whole and found:
+            unused.whole = reader.name
             for later in READERS[number + 1 :]:
                 unused.add(f"{later.name} beside {reader.name}", *folder.files.get(later.name, ()))
             return _build_rows(folder, {path: sidecar.updated(known[path]) for path, sidecar in found.items()})

@@ -44,13 +44,14 @@ _BY_ENDING = {ending: reason for reason, endings in _KINDS.items() for ending in
 class Unused(dict[str, list[str]]):
     """The names of unused files, members, rows or columns, by reason. Threads may share one.
 
-    said: lines about what a reader has found and uses, for the log.
+    said: lines about what a reader has found and uses, for the log. whole: the form that alone describes the images.
 
     unused.add("sidecars without an image", "cat/x.txt", "cat/y.txt")
     unused.describe()      ["2 sidecars without an image: cat/x.txt, cat/y.txt"]
     """
 
     said: tuple[str, ...] = ()
+    whole: str = ""
 
     def add(self, reason: str, *names: str) -> None:
         """Add names. The reason is a noun in the plural, without a name, so that equal cases are one line."""

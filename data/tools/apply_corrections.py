@@ -14,12 +14,12 @@ from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
 from data.layouts.folders import read_folder
 from data.layouts.manifest import read_sources
-from data.layouts.names import CORRECTIONS, POSTS, UNDO
+from data.layouts.names import CORRECTIONS, UNDO
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
 from data.layouts.unused import Unused, say_unused
-from data.layouts.walk import check_root, find_manifest, find_one
+from data.layouts.walk import check_root, find_manifest
 from data.tools.config import ApplyCorrections
 from utils.errors import UserError
 from utils.formats.spelling import join_tags
@@ -28,6 +28,7 @@ from utils.io.journal import open_journal
 from utils.record.logging import log
 
 _LACK = "images whose sidecars lack the corrections"
+_NOT_READ = f"data.root: sidecars are not read beside {{}}; edit it, or leave {CORRECTIONS}, which is read"
 _NO_PLACE = "weights and groups, for which sidecars have no place; corrections.jsonl keeps them"
 
 
@@ -41,12 +42,8 @@ def apply_corrections(job: ApplyCorrections, data: DataConfig) -> str:
 def _apply(root: Path, choice: TableChoice) -> str:
     file = find_manifest(root)
     decisions = read_corrections(root, left := Unused())
-    if file is None or read_sources(file) is not None:
-        file = find_one(root, POSTS)
-    if file is not None:
-        raise UserError(
-            f"data.root: sidecars are not read beside {file}; edit it, or leave {CORRECTIONS}, which is read"
-        )
+    if file is not None and read_sources(file) is None:
+        raise UserError(_NOT_READ.format(file))
     table = _read_rows(root, decisions, choice)
     folder = scan_folder(root, Unused(), choice)
     pairs = zip(table.to_pylist(), correct(table, decisions, left).to_pylist())
@@ -83,14 +80,9 @@ def _apply(root: Path, choice: TableChoice) -> str:
 
 def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
     unused = Unused()
-    folder = scan_folder(root, unused, choice)
-    of_folders = len(unused.said)
-    table = read_folder(folder)
-    if said := unused.said[of_folders:]:
-        raise UserError(
-            f"data.table: sidecars are not read beside a table ({said[0]}); edit it, or leave {CORRECTIONS}, "
-            "which is read"
-        )
+    table = read_folder(scan_folder(root, unused, choice))
+    if unused.whole:
+        raise UserError(_NOT_READ.format(" ".join([unused.whole, *unused.said[-1:]])))
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 
 
