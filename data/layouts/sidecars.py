@@ -102,17 +102,18 @@ def _read_tags(record: Json) -> tuple[str, ...] | None:
     Categories come from the names of fields, or from `tags` if it is an object.
     """
     tags = record.get("tags")
+    fields = dict.fromkeys(CATEGORIES)
+    fields |= {match[1]: record[match[0]] for match in filter(None, map(_CATEGORY_FIELD.fullmatch, record))}
+    read = _read_words
     if isinstance(tags, dict):
         if not all(isinstance(value, str | list | None) for value in tags.values()):
             refuse_value("tags", tags)
-        parts = {category: read_tags(value) for category, value in tags.items()}
+        fields = tags
+        read = read_tags
         tags = None
     else:
         tags = _read_words(record.get("tag_string")) if tags is None else read_tags(tags)
-        values = {match[1]: record[match[0]] for match in filter(None, map(_CATEGORY_FIELD.fullmatch, record))}
-        known = [name for name, value in values.items() if isinstance(value, str | list)]
-        parts = {name: _read_words(values.get(name)) for name in (*CATEGORIES, *known)}
-    parts = {category: words for category, words in parts.items() if words is not None}
+    parts = {name: read(value) for name, value in fields.items() if isinstance(value, str | list)}
     if tags is None and not parts:
         return None
     prefixed = {}

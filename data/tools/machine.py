@@ -4,11 +4,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -50,25 +47,17 @@ def describe_machine(job: Machine, data: DataConfig) -> str:
     log.info("decoders: %s", decoder_versions())
     for file in sorted(Path(__file__).parents[2].glob("requirements*.txt")):
         names = re.findall(r"^[\w.-]+", file.read_text(), re.MULTILINE)
-        lacks = ", ".join(
-            name for name in names if not (find_spec(name.replace("-", "_")) or [*distributions(name=name)])
-        )
+        lacks = ", ".join(name for name in names if not [*distributions(name=name)])
         log.info("%s: %s", file.name, f"lacks {lacks}" if lacks else "installed")
+    checks = [(choose_device, job.device), (choose_precision, job.precision, device)]
+    checks += [(check_compile, device)] * (job.compile is True)
+    checks += [(check_root, data.root)] * (data.name != "glyphs" and not is_remote(data.root))
     refused = []
-
-    def attempt(check: Callable[..., Any], *arguments: Any) -> None:
+    for check, *arguments in (*checks, (_check_writable, Path(job.run_dir))):
         try:
             check(*arguments)
         except UserError as error:
             refused.append(str(error))
-
-    attempt(choose_device, job.device)
-    attempt(choose_precision, job.precision, device)
-    if job.compile is True:
-        attempt(check_compile, device)
-    if data.name != "glyphs" and not is_remote(data.root):
-        attempt(check_root, data.root)
-    attempt(_check_writable, Path(job.run_dir))
     for folder in filter(Path.is_dir, (Path("/dev/shm"), Path(job.run_dir))):
         usage = shutil.disk_usage(folder)
         log.info("%s: %.1f of %.1f GiB free", folder, usage.free / _GIB, usage.total / _GIB)

@@ -7,7 +7,6 @@ from tests.support import refuses
 def test_a_machine_is_described(tmp_path, log, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("data.tools.machine.distributions", lambda name: [name] * (name != "nicegui"))
-    monkeypatch.setattr("data.tools.machine.find_spec", lambda name: None)
     assert run("prepare", ["job=machine"], tmp_path) == "nothing that a training would refuse"
     found = dict(message.partition(": ")[::2] for message in log.messages)
     assert found.keys() >= {"cpu", "torch.compile", "decoders", "outputs", "runtime.precision=auto"}
