@@ -66,11 +66,12 @@ def check(job: Check, data: DataConfig) -> str:
 def _save_faults(job: Check, faults: Iterable[_Fault]) -> dict[str, int]:
     """List the reasons of each path in a file. Return the faults of each kind, the most frequent first."""
     reasons = {}
-    for path, _, reason in faults:
+    for path, _, reason in sorted(faults, key=lambda fault: not fault[1]):
         reasons.setdefault(path, []).append(reason)
+    kinds = Counter(kind for _, kind, _ in faults if kind)
     if reasons:
-        list_files(job.report, job.name, {path: "; ".join(each) for path, each in reasons.items()})
-    return dict(Counter(kind for _, kind, _ in faults if kind).most_common())
+        list_files(job.report, job.name, {path: "; ".join(each) for path, each in reasons.items()}, kinds.total())
+    return dict(kinds.most_common())
 
 
 def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:

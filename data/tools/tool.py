@@ -25,9 +25,9 @@ def refuse_shards(root: str | Path, table: pa.Table) -> None:
         )
 
 
-def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:
-    """Write one JSON line {"path", "reason"} per file; log the first ones."""
-    for path, reason in list(reasons.items())[:_NAMED]:
+def list_files(report: str, job: str, reasons: Mapping[str, str], shown: int = _NAMED) -> Path:
+    """Write one JSON line {"path", "reason"} per file; log the first `shown` ones, at most _NAMED."""
+    for path, reason in list(reasons.items())[: min(shown, _NAMED)]:
         log.info("%s: %s", path, reason)
     file = Path(report) / f"{job}.jsonl"
     lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
