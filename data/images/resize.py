@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _SMALL_JOB = 10**8  # bytes of images that a process resizes in NumPy, in about a second, before it imports torch
 _MOST_WEIGHT = 2**15
 _MOST_BITS = 22
-_REACH = {"bilinear": 1.0, "bicubic": 2.0}  # of a curve, in pixels
 _done = [0]  # bytes that NumPy has resized
 
 
@@ -59,17 +58,11 @@ def _resize_rows(pixels: ndarray, count: int, interpolation: str) -> ndarray:
 def _whole_weights(size: int, count: int, interpolation: str) -> tuple[csr_array, int]:
     """Return the share of each pixel of a line in each resized pixel, int32 [count, size], and their bits."""
     scale = size / count
-    stretch = max(scale, 1.0)
-    reach = _REACH[interpolation] * stretch
     centres = scale * (np.arange(count) + 0.5)
-    places = np.floor(centres - reach + 0.5)[:, None] + np.arange(int(2 * reach) + 2)
-    inside = (places >= 0) & (places < size)
-    shares = inside * _curve(np.abs(places - centres[:, None] + 0.5) * (1 / stretch), interpolation)
+    shares = _curve(np.abs(np.arange(size) - centres[:, None] + 0.5) * (1 / max(scale, 1.0)), interpolation)
     shares /= shares.sum(axis=1, keepdims=True)
     bits = sum(int(0.5 + shares.max() * 2**bits) < _MOST_WEIGHT for bits in range(1, _MOST_BITS + 1))
-    weights = np.trunc(shares * 2**bits + np.copysign(0.5, shares)).astype(np.int32)
-    rows = np.nonzero(inside)[0]
-    return csr_array((weights[inside], (rows, places[inside].astype(int))), shape=(count, size)), bits
+    return csr_array(np.trunc(shares * 2**bits + np.copysign(0.5, shares)).astype(np.int32)), bits
 
 
 def _curve(x: ndarray, interpolation: str) -> ndarray:
