@@ -7,6 +7,7 @@
 Each function returns None for no value, and raises ValueError for one of another type.
 """
 
+import functools
 import json
 import re
 import reprlib
@@ -87,44 +88,36 @@ def join_equal(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sys.intern(text) for text in map(clean, texts) if text))
 
 
-def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.ChunkedArray:
+def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.Array | pa.ChunkedArray:
     """Return a column of a table as a field of READ. Raises ValueError with the number of the row in `rows`."""
-    tell = explain_column(field, table, name)
-    chunks = []
-    first = 0
-    for chunk in table[name].chunks:
-        if _is_tidy(field, chunk):
-            chunks.append(chunk.cast(TYPES[field]))
-        else:
-            is_nested = pa.types.is_nested(chunk.type)  # lists are not read once for equal values
-            rows_of = pa.array(range(len(chunk))) if is_nested else None
-            encoded = pa.DictionaryArray.from_arrays(rows_of, chunk) if is_nested else chunk.dictionary_encode()
-            read = []
-            for number, value in enumerate(encoded.dictionary.to_pylist()):
-                try:
-                    read.append(READ[field](tell(value)))
-                except ValueError as error:
-                    row = rows[first + pc.index(encoded.indices, number).as_py()]
-                    raise ValueError(f"row {row} has {error}") from None
-            chunks.append(pa.array(read, TYPES[field]).take(encoded.indices))
-        first += len(chunk)
-    return pa.chunked_array(chunks, TYPES[field])
+    column = table[name]
+    if all(_is_tidy(field, chunk) for chunk in column.chunks):
+        return column.cast(TYPES[field])
+    read = _open_reader(field, table, name)
+    values = []
+    for row, value in zip(rows, column.to_pylist()):
+        try:
+            values.append(read(value))
+        except ValueError as error:
+            raise ValueError(f"row {row} has {error}") from None
+    return pa.array(values, TYPES[field])
 
 
-def explain_column(field: str, table: pa.Table | pa.RecordBatch, name: str) -> Callable[[Any], Any]:
-    """Return a function that gives numbers of classes their names, and splits all texts of tags at one mark."""
+def _open_reader(field: str, table: pa.Table, name: str) -> Callable[[Any], Any]:
+    """Return the reader of a column's values, which names numbers of classes, and splits tags at one mark."""
     names = _class_names(table.schema, name)
     column = table.column(name)
-    mark = None if field not in TAG_LISTS or pa.types.is_nested(column.type) else _find_mark(column)
+    is_nested = pa.types.is_nested(column.type)
+    mark = None if field not in TAG_LISTS or is_nested else _find_mark(column)
 
-    def tell(value: Any) -> Any:
-        if isinstance(value, str) and mark is not None:
-            return _split(value, mark)
-        if names and isinstance(value, list):
-            return [names.get(item, item) for item in value]
-        return names.get(value, value) if isinstance(value, int) else value
+    def read(value: Any) -> Any:
+        if mark is not None and isinstance(value, str):
+            value = _split(value, mark)
+        elif names:
+            value = [names.get(item, item) for item in value] if isinstance(value, list) else names.get(value, value)
+        return READ[field](value)
 
-    return tell
+    return read if is_nested else functools.cache(read)
 
 
 def _class_names(schema: pa.Schema, name: str) -> dict[int, str]:
