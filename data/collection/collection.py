@@ -22,7 +22,7 @@ from data.collection.concepts import CONCEPT, count_positions
 from data.collection.index import CONCEPT_LIST, FACTS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.names import is_remote
-from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, has_value, show_some
+from data.layouts.table import MEASURED, SPLITS, count_values, has_value, is_packed, show_some
 from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
 from data.validity.finding import Finding
@@ -73,7 +73,7 @@ class Collection:
         self.concepts = CONCEPT_LIST.validate_python(facts["concepts"])
         self.possible_labels: list[str] = facts["possible_labels"]
         self.unused: list[str] = facts["unused"]
-        self.is_packed = PLACES.keys() <= set(self.table.column_names)
+        self.is_packed = is_packed(self.table)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
     def __len__(self) -> int:

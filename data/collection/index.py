@@ -20,7 +20,7 @@ from data.collection.split import Share, split_corrected
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES, is_remote
 from data.layouts.recognise import Layout, find_layout
 from data.layouts.scan import TableChoice
-from data.layouts.table import PLACES, SCHEMA, TEST, build_table, has_value, hash_table, replace_column
+from data.layouts.table import SCHEMA, TEST, build_table, has_value, hash_table, is_packed, replace_column
 from data.layouts.unused import POSSIBLE, Unused, list_faults, say_unused
 from data.layouts.values import RULES
 from data.layouts.walk import check_root
@@ -157,7 +157,7 @@ def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str
             table = _add_trigger(part.read(fraction, concept.is_prior), concept.trigger)
         inner = [each.folder for each in parts if each.folder.startswith(os.path.join(part.folder, ""))]
         tables.append(_place(table, number, base, part.folder, inner))
-    packed = [PLACES.keys() <= set(table.column_names) for table in tables]
+    packed = [is_packed(table) for table in tables]
     if any(packed) and not all(packed):
         one = concepts[packed.index(True)].path
         other = concepts[packed.index(False)].path

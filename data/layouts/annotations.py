@@ -11,8 +11,9 @@ from pathlib import Path
 
 from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
 from data.layouts.listed import add_waiting, build_finder
+from data.layouts.names import stem_of
 from data.layouts.places import find_splits
-from data.layouts.readers import Sidecar
+from data.layouts.readers import Described, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import decode, refuse_link_out
 from data.layouts.unused import ORPHANS, ROWS, WITH
@@ -27,7 +28,7 @@ _FEW = 0.1  # of the images may have several of a class
 _Told = dict[str, list[tuple[str | None, str, str]]]  # by image: class, kind and file of its marks
 
 
-def read_annotations(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+def read_annotations(folder: Folder, files: Sequence[str]) -> Described:
     """Return what the form with the most images says, and all images of their folders.
 
     Raises UserError (`data.table`): the stated file or folder says nothing.
@@ -54,7 +55,7 @@ def _read_all(folder: Folder, names: Sequence[str]) -> tuple[dict[str, _Told], d
     splits = find_splits({Path(name).stem for name in names if parsed[name][1]}, folder.choice.splits)
     told = {}
     for name, (form, marks) in parsed.items():
-        own = os.path.splitext(name)[0]
+        own = stem_of(name)
         beside = os.path.dirname(name)
         split = splits.get(Path(name).stem, "")
         is_read = stated == "auto" or f"{name}/".startswith(f"{stated.rstrip('/')}/")
@@ -82,7 +83,7 @@ def _parse(folder: Folder, name: str) -> tuple[str, list[Mark]]:
     return form, marks
 
 
-def _choose(folder: Folder, form: str, told: _Told, splits: Mapping[str, str]) -> dict[str, Sidecar]:
+def _choose(folder: Folder, form: str, told: _Told, splits: Mapping[str, str]) -> Described:
     """Return classes as labels, or as tags if an image has several or a box is none; nothing if they say more."""
     kinds = {kind for marks in told.values() for word, kind, _ in marks if word}
     used = {CLASSES} & kinds or kinds

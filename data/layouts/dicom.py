@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.layouts.readers import Sidecar
+from data.layouts.readers import Described, Sidecar
 from utils.io.files import Json
 from utils.io.memo import in_threads, measure_once
 
@@ -12,7 +12,7 @@ _CACHE = Path("outputs/cache/dicom.jsonl")
 _FIELDS = ["PatientID", "StudyDate", "Modality"]
 
 
-def read_fields(root: Path, paths: Sequence[str]) -> dict[str, Sidecar]:
+def read_fields(root: Path, paths: Sequence[str]) -> Described:
     """Return the fields of each DICOM file, by path; none without pydicom, which the pictures need, too."""
     if find_spec("pydicom") is None:
         return {}

@@ -7,13 +7,13 @@ Masks of images, hidden names and what systems put beside pictures are passed ov
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import pyarrow as pa
 
-from data.layouts.names import IMAGE_SUFFIXES, is_dicom_name
+from data.layouts.names import IMAGE_SUFFIXES, is_dicom_name, stem_of
 from data.layouts.places import is_few
-from data.layouts.readers import READERS, Reader, Sidecar
+from data.layouts.readers import READERS, Described, Reader, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.table import TEST, build_table, show_some
 from data.layouts.unused import BESIDE
@@ -68,7 +68,7 @@ def read_folder(folder: Folder) -> pa.Table:
     return _build_rows(folder, _add_labels(folder, known))
 
 
-def _read_form(folder: Folder, reader: Reader) -> Mapping[str, Sidecar]:
+def _read_form(folder: Folder, reader: Reader) -> Described:
     """Return what the files of a form describe; one that cannot be read is a fault of the first image."""
     files = folder.files.get(reader.name)
     try:
@@ -79,7 +79,7 @@ def _read_form(folder: Folder, reader: Reader) -> Mapping[str, Sidecar]:
         return {next(iter(folder.images)): Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")}
 
 
-def _build_rows(folder: Folder, sidecars: Mapping[str, Sidecar]) -> pa.Table:
+def _build_rows(folder: Folder, sidecars: Described) -> pa.Table:
     """Build the table of the images that have a sidecar here, by path; an image without a split is in its folder's."""
     fields = dict(zip(Sidecar._fields, zip(*sidecars.values())))
     fields["split"] = [each.split or folder.splits[path] or "train" for path, each in sidecars.items()]
@@ -94,7 +94,7 @@ def _build_rows(folder: Folder, sidecars: Mapping[str, Sidecar]) -> pa.Table:
     return build_table({"path": [*sidecars], "size": [folder.images[path] for path in sidecars], **fields})
 
 
-def _settle_albums(folder: Folder, known: dict[str, Sidecar]) -> bool:
+def _settle_albums(folder: Folder, known: Described) -> bool:
     """Take the albums of a program of photographs for classes, not the folders around them, nor those of years.
 
     An image of a year that an album has, too, by name and size, is dropped from `known`. Return whether one has no
@@ -145,7 +145,7 @@ def _settle_places(folder: Folder) -> None:
             folder.labels.update(dict.fromkeys(odd))
 
 
-def _add_labels(folder: Folder, known: Mapping[str, Sidecar]) -> Mapping[str, Sidecar]:
+def _add_labels(folder: Folder, known: Described) -> Described:
     """Return the sidecars with labels from folders, unless most images are posts of a booru.
 
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
@@ -154,7 +154,7 @@ def _add_labels(folder: Folder, known: Mapping[str, Sidecar]) -> Mapping[str, Si
     posts = {}
     labels = folder.labels
     for path, sidecar in known.items():
-        stem = os.path.splitext(os.path.basename(path))[0]
+        stem = stem_of(os.path.basename(path))
         found = _OF_POST.fullmatch(f"{labels[path]}/{stem}".lower())
         if found is not None and found[1] is not None and sidecar.id is None:
             posts[path] = sidecar._replace(id=int(stem))

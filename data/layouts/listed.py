@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.names import is_image_name
+from data.layouts.names import is_image_name, stem_of, suffix_of
 from data.layouts.places import describe_splits, find_splits
-from data.layouts.readers import Sidecar
+from data.layouts.readers import Described, Sidecar
 from data.layouts.scan import Columns, Folder
 from data.layouts.table import SHOWN, SPLITS, TEST, TYPES
 from data.layouts.tables import (
@@ -54,7 +54,7 @@ class _Listed(NamedTuple):
     paths: list[str | None]
 
 
-def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+def read_listed_images(folder: Folder, files: Sequence[str]) -> Described:
     """Return what tables of the user, one of each split, say of the images that they name; nothing without a table.
 
     A table that `data.table` does not name is read if neither folders of two classes nor sidecars describe the images.
@@ -85,9 +85,7 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> dict[str, Sideca
     return add_waiting(folder, sidecars, " or ".join(read.values())) if tables else {}
 
 
-def add_waiting(
-    folder: Folder, found: dict[str, Sidecar], what: str, within: Collection[str] = ()
-) -> dict[str, Sidecar]:
+def add_waiting(folder: Folder, found: Described, what: str, within: Collection[str] = ()) -> Described:
     """Return what is found of images, and those of the test split and of folders `within`; the others are named."""
     left = folder.images.keys() - found
     waiting = {path for path in left if folder.splits[path] == TEST or os.path.dirname(path) in within}
@@ -112,7 +110,7 @@ def build_finder(splits: Mapping[str, str | None], *, is_whole: bool = False) ->
     def find(name: str, split: str) -> str | None:
         """Return the image that shares the most folders with the name, then its ending, the split, and its case."""
         parts = _split_name(name)
-        ending = os.path.splitext(name.lower())[1]
+        ending = suffix_of(name)
         ranks = {}
         for path in images.get(parts[0]) or images.get(_shorten(parts[0]), ()):
             own = _split_name(path)
@@ -129,7 +127,7 @@ def build_finder(splits: Mapping[str, str | None], *, is_whole: bool = False) ->
 def _split_name(name: str) -> list[str]:
     """Return the name of a file without its ending, and its folders, the last first; all in one spelling."""
     name = _UPLOADED.sub("", name.strip())
-    stem = os.path.splitext(name)[0] if is_image_name(name) else name
+    stem = stem_of(name) if is_image_name(name) else name
     return to_nfc(stem).casefold().replace("\\", "/").split("/")[::-1]
 
 
@@ -193,7 +191,7 @@ def _find_key(table: pa.Table, split: str, find: _Find, stated: Columns) -> tupl
     return max(found, key=operator.itemgetter(0, 1))
 
 
-def _read_rows(each: _Listed, folder: Folder) -> dict[str, Sidecar]:
+def _read_rows(each: _Listed, folder: Folder) -> Described:
     """Return the rows that name an image, one for each; say what is read as what."""
     name = each.file.name
     unused = folder.unused

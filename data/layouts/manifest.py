@@ -26,15 +26,7 @@ from data.layouts.readers import SIDECARS as BESIDE_IMAGES
 from data.layouts.readers import TABLES, is_table
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import refuse_link_out
-from data.layouts.table import (
-    PLACES,
-    SCHEMA,
-    SIDECARS,
-    TYPES,
-    build_table,
-    replace_column,
-    show_some,
-)
+from data.layouts.table import PLACES, SCHEMA, SIDECARS, TYPES, build_table, is_packed, replace_column, show_some
 from data.layouts.tables import cast_columns, name_columns, name_field, read_columns, read_splits
 from data.layouts.unused import LACKING, Unused
 from data.layouts.walk import COPY, HIDDEN, walk_folders
@@ -69,8 +61,8 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
-    is_packed = PLACES.keys() <= set(table.column_names)
-    paths = table["path"] if root is None or is_packed else _spell_paths(root, table["path"].to_pylist())
+    packed = is_packed(table)
+    paths = table["path"] if root is None or packed else _spell_paths(root, table["path"].to_pylist())
     table = build_table(table, path=paths, split=read_splits(file, table["split"], "train", choice, unused))
     paths = table["path"]
     where = f"{str(file)!r}, column path"
@@ -78,7 +70,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
     if len(repeated):
         raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
     _check_spelling(paths, where)
-    if is_packed:
+    if packed:
         table = replace_column(table, "shard", _open_shards(root, file, table, cache))
         sizes = table["length"]
     elif root is None:
@@ -222,8 +214,7 @@ def refuse_foreign(file: Path) -> None:
 def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice, cache: Path) -> pa.Table:
     """Read a manifest, and count what its folders have beside the images that it lists."""
     table = read_manifest(root, manifest, unused, choice, cache)
-    is_packed = PLACES.keys() <= set(table.column_names)
-    listed = set(table["shard" if is_packed else "path"].to_pylist())
+    listed = set(table["shard" if is_packed(table) else "path"].to_pylist())
     is_of_user = read_sources(manifest) is None
     others = Unused()
     for folder, _, names in walk_folders(root, others):

@@ -18,7 +18,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from data.layouts.listed import build_finder
-from data.layouts.readers import Sidecar
+from data.layouts.names import stem_of
+from data.layouts.readers import Described, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.sidecars import (
     decode,
@@ -39,9 +40,7 @@ from utils.io.files import Json, readable
 _Row = tuple[str, Sidecar]  # after the path that it states
 
 
-def _find_images(
-    read: Callable[[Folder, Path], list[_Row]], folder: Folder, files: Sequence[str]
-) -> dict[str, Sidecar]:
+def _find_images(read: Callable[[Folder, Path], list[_Row]], folder: Folder, files: Sequence[str]) -> Described:
     """Return what tables say of images, by path. Raises UserError (`data.root`): a bad table, or two in a folder."""
     find = build_finder(folder.splits, is_whole=True)
     first = {}  # table of each folder
@@ -102,12 +101,12 @@ read_imagefolder = functools.partial(_find_images, _read_table)
 read_kohya = functools.partial(_find_images, _read_entries)
 
 
-def read_posts(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+def read_posts(folder: Folder, files: Sequence[str]) -> Described:
     """Return the posts with an image, all for training. Raises UserError (`data.root`) for two tables, or no image."""
     file = find_one(folder.root, files)
     refuse_link_out(folder.root, file)
     images = sorted(folder.images)
-    by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in images}
+    by_name = {stem_of(os.path.basename(path)): path for path in images}
     sidecars = {}
     for where, post in _iterate_posts(file):
         path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))

@@ -50,6 +50,16 @@ SYSTEM_NAMES = {*_SYSTEM_NAMES.split(), "system volume information", "network tr
 RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so: no picture
 
 
+def stem_of(path: str) -> str:
+    """Return a path or a name without its ending."""
+    return os.path.splitext(path)[0]
+
+
+def suffix_of(path: str) -> str:
+    """Return the ending of a path or a name in small letters, with its dot."""
+    return os.path.splitext(path)[1].lower()
+
+
 def is_remote(root: str) -> bool:
     """Return whether a root is a URL."""
     return "://" in root
@@ -57,7 +67,7 @@ def is_remote(root: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name has an image suffix, and is no mask."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)
+    return suffix_of(name) in IMAGE_SUFFIXES and not is_mask_name(name)
 
 
 def is_dicom_name(name: str) -> bool:

@@ -44,6 +44,9 @@ class Sidecar(NamedTuple):
         return known._replace(sidecar_fault="\n".join(faults) or None, more=more)
 
 
+Described = dict[str, Sidecar]  # what files say of images, by path
+
+
 class Reader(NamedTuple):
     """A form. files: the paths below the root, a pattern for small and capital letters. place: `module:function`.
 

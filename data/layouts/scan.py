@@ -14,6 +14,8 @@ from data.layouts.names import (
     is_raw,
     is_sidecar,
     masked_stem,
+    stem_of,
+    suffix_of,
 )
 from data.layouts.places import Splits, describe_splits, place_images
 from data.layouts.readers import ANNOTATIONS, SIDECARS, TABLES, find_form, has_reader
@@ -57,15 +59,15 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
     """Return what a folder has. Raises UserError (`data.root`): names of one look in several Unicode forms."""
     found = Folder(root, choice, unused, {}, {}, {}, {}, {}, [], [])
     if choice.table not in ("auto", "none"):
-        is_table = os.path.splitext(choice.table)[1].lower() not in ("", ".json", ".xml")
+        is_table = suffix_of(choice.table) not in ("", ".json", ".xml")
         found.files[TABLES if is_table else ANNOTATIONS] = [choice.table]
     for folder, entries, names in walk_folders(
         root, unused, lambda path: has_reader(path) or find_form(path) in (TABLES, ANNOTATIONS)
     ):
         here = {name for name in names if is_picture(root, folder + name)}
         raw = set(filter(is_raw, names))
-        stems = {os.path.splitext(name)[0] for name in here - raw} if raw else ()
-        twins = {name for name in raw if os.path.splitext(name)[0] in stems}
+        stems = {stem_of(name) for name in here - raw} if raw else ()
+        twins = {name for name in raw if stem_of(name) in stems}
         unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
         here -= twins
         for entry in entries:
@@ -85,7 +87,7 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
                 found.masks.append(path)
             elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
                 found.shards.append(path)
-    stems = {os.path.splitext(os.path.basename(path))[0] for path in found.images}
+    stems = {stem_of(os.path.basename(path)) for path in found.images}
     of_images = {os.path.dirname(path) for path in found.masks if os.path.basename(masked_stem(path)) in stems}
     for path in found.masks:
         if os.path.dirname(path) not in of_images:  # a class of this name: mask/1.mask.png
@@ -106,13 +108,13 @@ def _pair_sidecars(folder: str, images: Iterable[str], names: Sequence[str], pai
     """
     owners = {}
     for image in images if names else ():
-        for owner in (image, os.path.splitext(image)[0]):
+        for owner in (image, stem_of(image)):
             owners.setdefault(owner, []).append(image)
     known = Names(owners)
     beside = set()
     for name in names:
         with about(f"data.root: {folder + name!r}"):
-            found = owners.get(known.find(os.path.splitext(name)[0]), ())
+            found = owners.get(known.find(stem_of(name)), ())
         for image in found:
             pairs.setdefault(folder + image, []).append(folder + name)
             beside.add(name)
@@ -122,7 +124,7 @@ def _pair_sidecars(folder: str, images: Iterable[str], names: Sequence[str], pai
 def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
     """Return the files that describe images: sidecars, masks, and the tables of all folders."""
     folder = scan_folder(root, Unused(), TableChoice())
-    stems = {os.path.splitext(path)[0] for path in images}
+    stems = {stem_of(path) for path in images}
     found = {mask for mask in folder.masks if masked_stem(mask) in stems}
     folder.files.pop(SIDECARS, None)
     found.update(*folder.files.values(), *(folder.sidecars.get(path, ()) for path in images))

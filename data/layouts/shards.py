@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.layouts.manifest import OUTSIDE, unpack_parquet
-from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
+from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over, stem_of, suffix_of
 from data.layouts.places import describe_splits, place_images
 from data.layouts.readers import TABLES, is_table
 from data.layouts.scan import Folder, TableChoice
@@ -65,7 +65,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: Tabl
     Names of shards say splits as names of folders do.
     """
     places = [name if file == root / name else str(file.resolve()) for name, file in files.items()]
-    splits, _, names = place_images([f"{os.path.splitext(name)[0]}/" for name in files], choice.splits)
+    splits, _, names = place_images([f"{stem_of(name)}/" for name in files], choice.splits)
     unused.said += describe_splits(names, splits, "shards")
     shards = [*zip(files, places, splits, files.values())]
     tables = []
@@ -109,8 +109,8 @@ def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.
         for member in _read_members(stream, name, unused):
             path = member.name.removeprefix("./")
             where = f"{name}/{path}"
-            stem, suffix = os.path.splitext(path)
-            suffix = suffix.lower()
+            stem = stem_of(path)
+            suffix = suffix_of(path)
             if not _is_plain(member) or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", where)
             elif suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
@@ -128,11 +128,11 @@ def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.
                 contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
     rows = []
     places = dict(zip(images, zip(*place_images([*images], choice.splits))))
-    stems = {os.path.splitext(path)[0] for path in images}
+    stems = {stem_of(path) for path in images}
     known = Names(texts)
     read = set()
     for path, member in images.items():
-        stem = os.path.splitext(path)[0]
+        stem = stem_of(path)
         key = re.sub(r"\.[^/]*$", "", path)
         own = known.find(stem)
         if own is None and key != stem and key in stems:
@@ -221,5 +221,5 @@ def _find_bytes(name: str, images: pa.Array, whole: pa.Buffer) -> Iterator[tuple
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
     starts = begin + np.frombuffer(starts, np.int64)[content.offset :]
     files = columns.get("path", pa.nulls(len(images))).to_pylist()
-    endings = [os.path.splitext(file or "")[1].lower() for file in files]
+    endings = [suffix_of(file or "") for file in files]
     return zip(endings, starts.tolist(), pc.binary_length(content).fill_null(0).to_pylist())

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.layouts.names import SUFFIXES
-from data.layouts.readers import ANNOTATIONS, Sidecar
+from data.layouts.names import SUFFIXES, suffix_of
+from data.layouts.readers import ANNOTATIONS, Described, Sidecar
 from data.layouts.scan import Folder
 from data.layouts.unused import Unused
 from data.layouts.values import READ, join_equal, read_caption, read_label, read_tags, refuse_value
@@ -129,12 +129,12 @@ def _read_words(value: Any) -> tuple[str, ...] | None:
     return read_tags(value.split() if isinstance(value, str) else value)
 
 
-def read_beside(folder: Folder, files: Sequence[str]) -> dict[str, Sidecar]:
+def read_beside(folder: Folder, files: Sequence[str]) -> Described:
     """Return what the sidecars of each image say; of several with one suffix, the first counts."""
     root = folder.root
 
     def read(image: str) -> Sidecar:
-        texts = {os.path.splitext(file)[1].lower(): str(root / file) for file in reversed(folder.sidecars[image])}
+        texts = {suffix_of(file): str(root / file) for file in reversed(folder.sidecars[image])}
         target = os.path.dirname(os.path.realpath(root / image))
         return read_texts(str(root / image), texts, lambda path: _read_file(root, Path(path), target), folder.unused)
 

@@ -51,6 +51,11 @@ SPLIT_NAMES = {  # spellings of users, as `datasets` has them
 }
 
 
+def is_packed(table: Table) -> bool:
+    """Return whether the rows are byte ranges of shards."""
+    return PLACES.keys() <= set(table.column_names)
+
+
 def build_table(columns: Mapping[str, Any] | Table, **changed: Any) -> Table:
     """Build a table of SCHEMA and extra columns, sorted by path, from lists or Arrow columns, or from another table.
 

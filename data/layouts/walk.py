@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data.layouts.names import MANIFESTS, MISSING, RESOURCE_FORK, is_image_name, is_passed_over, is_remote, is_sidecar
+from data.layouts.names import (
+    MANIFESTS,
+    MISSING,
+    RESOURCE_FORK,
+    is_image_name,
+    is_passed_over,
+    is_remote,
+    is_sidecar,
+    suffix_of,
+)
 from data.layouts.readers import has_reader, is_table
 from data.layouts.unused import LACKING, UNFINISHED, Unused
 from utils.errors import UserError
@@ -92,7 +101,7 @@ def walk_folders(
 
 def is_picture(root: Path, path: str) -> bool:
     """Return whether a file has the name of an image, or is a DICOM without an ending: IM0001, 1.2.840.113619.2."""
-    if is_image_name(path) or os.path.splitext(path)[1].strip(".0123456789") or ".dcm" in MISSING:
+    if is_image_name(path) or suffix_of(path).strip(".0123456789") or ".dcm" in MISSING:
         return is_image_name(path)
     with suppress(OSError), open(root / path, "rb") as stream:
         return stream.read(132).endswith(b"DICM") and not path.endswith("DICOMDIR")

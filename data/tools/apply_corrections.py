@@ -1,7 +1,6 @@
 """Write corrections into the sidecars of a folder, or undo that (prepare.py job=apply_corrections)."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
 from data.layouts.folders import read_folder
 from data.layouts.manifest import read_sources
-from data.layouts.names import CORRECTIONS, UNDO
+from data.layouts.names import CORRECTIONS, UNDO, stem_of, suffix_of
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
@@ -48,13 +47,13 @@ def _apply(root: Path, choice: TableChoice) -> str:
     folder = scan_folder(root, Unused(), choice)
     pairs = zip(table.to_pylist(), correct(table, decisions, left).to_pylist())
     changes = [(row, now) for row, now in pairs if _find_changes(row, now)]
-    stems = Counter(os.path.splitext(path)[0] for path in folder.images)
+    stems = Counter(stem_of(path) for path in folder.images)
     undo = AppendFile(root / UNDO)
     written = {}
     for row, now in changes:
         path = row["path"]
-        stem = os.path.splitext(path)[0]
-        own = {os.path.splitext(name)[1].lower(): name for name in reversed(folder.sidecars.get(path, ()))}
+        stem = stem_of(path)
+        own = {suffix_of(name): name for name in reversed(folder.sidecars.get(path, ()))}
         try:
             new = _rewrite({suffix: decode(_read(root, own[suffix])) for suffix in sorted(own)}, row, now)
         except (OSError, ValueError) as error:  # UserError is one

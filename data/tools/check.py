@@ -16,7 +16,7 @@ from data.layouts.manifest import read_table
 from data.layouts.names import is_remote
 from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
-from data.layouts.table import PLACES, SPLITS, count_values
+from data.layouts.table import SPLITS, count_values, is_packed
 from data.layouts.unused import BESIDE, FAULT, ORPHANS, ROWS, UNNAMED, UNREAD, UNREADABLE, WITH, Unused
 from data.layouts.walk import FAULTS, check_root, find_manifest
 from data.load import describe_collection, load_collection
@@ -94,7 +94,7 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
     if manifest is None:
         bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
         yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
-    elif not PLACES.keys() <= {*table.column_names}:
+    elif not is_packed(table):
         known = Names(folder.images)
         rows = {known.find(path) or path for path in table["path"].to_pylist()}
         gone = sorted(rows.difference(images))

@@ -4,7 +4,7 @@ A job reads files and writes new ones. It never moves, changes or deletes an ima
 """
 
 from pkgutil import resolve_name
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,12 +17,26 @@ from utils.config.schema import PathText, Strict, TermsText
 from utils.start import open_name
 
 NOTHING = "dry run: nothing is written"
+MAINS = {  # the name `module:function` of what runs a job
+    "check": "data.tools.check:check",
+    "manifest": "data.tools.manifest:write_manifest",
+    "vocabulary": "data.tools.vocabulary:collect_vocabulary",
+    "pack": "data.tools.pack:pack",
+    "duplicates": "data.tools.duplicates:exclude_duplicates",
+    "filter": "data.tools.exclude:filter_images",
+    "copy": "data.tools.copy:copy_images",
+    "apply_corrections": "data.tools.apply_corrections:apply_corrections",
+    "cache": "data.tools.cache:manage_caches",
+    "machine": "data.tools.machine:describe_machine",
+    "labels": "engine.frozen.labels_job:rank_labels",
+    "import": "sdxl.import_sd_scripts:convert_config",
+}
 
 
 class Tool(Strict):
-    """A job of prepare.py. main: the name `module:function` of what runs it."""
+    """A job of prepare.py."""
 
-    main: ClassVar[str]
+    name: str
 
     def check(self, data: DataConfig) -> str:
         """Check the settings without doing anything (`dry_run`); return a line for the log."""
@@ -32,7 +46,7 @@ class Tool(Strict):
 
     def run(self, data: DataConfig) -> str:
         """Run the job; return a line for the log. Raises UserError."""
-        return open_name(self.main)(self, data)
+        return open_name(MAINS[self.name])(self, data)
 
 
 class Check(Tool):
@@ -41,7 +55,6 @@ class Check(Tool):
     verify: decode every image, to find unreadable images and to measure formats, brightness and sharpness.
     """
 
-    main: ClassVar[str] = "data.tools.check:check"
     name: Literal["check"]
     verify: bool
     report: PathText
@@ -54,7 +67,6 @@ class Manifest(Tool):
     keep together. Damaged images get weight 0 and a reason; without verify, only files that cannot be opened.
     """
 
-    main: ClassVar[str] = "data.tools.manifest:write_manifest"
     name: Literal["manifest"]
     verify: bool
 
@@ -66,7 +78,6 @@ class CollectVocabulary(Tool, VocabularyConfig):
     a vocabulary whose rows come first, unchanged.
     """
 
-    main: ClassVar[str] = "data.tools.vocabulary:collect_vocabulary"
     name: Literal["vocabulary"]
     output: PathText
     append_to: PathText | None
@@ -75,7 +86,6 @@ class CollectVocabulary(Tool, VocabularyConfig):
 class Pack(Tool):
     """Write the images as tar shards of about `shard_mib` MiB, and their manifest, into the folder `output`."""
 
-    main: ClassVar[str] = "data.tools.pack:pack"
     name: Literal["pack"]
     output: PathText
     shard_mib: Annotated[int, Field(ge=1, le=2**20)]
@@ -97,7 +107,6 @@ class Duplicates(Finder):
     mirrored; exact: equal bytes.
     """
 
-    main: ClassVar[str] = "data.tools.duplicates:exclude_duplicates"
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
 
@@ -105,7 +114,6 @@ class Duplicates(Finder):
 class Filter(Finder):
     """Exclude or list the images that terms find (data/collection/search.py); null: restore excluded images."""
 
-    main: ClassVar[str] = "data.tools.exclude:filter_images"
     name: Literal["filter"]
     find: TermsText | None
 
@@ -117,7 +125,6 @@ class Copy(Tool):
     there with the same size and modification time are skipped, so a killed job continues.
     """
 
-    main: ClassVar[str] = "data.tools.copy:copy_images"
     name: Literal["copy"]
     to: PathText
     find: TermsText | None
@@ -132,7 +139,6 @@ class ApplyCorrections(Tool):
     `x.json`, which readers prefer to the folder's name, and tags into the file that has the tags.
     """
 
-    main: ClassVar[str] = "data.tools.apply_corrections:apply_corrections"
     name: Literal["apply_corrections"]
     undo: bool
 
@@ -144,7 +150,6 @@ class Cache(Tool):
     fill: decode all images into `data.cache.folder`, as training with this `shortest_px` reads them; grey: one channel.
     """
 
-    main: ClassVar[str] = "data.tools.cache:manage_caches"
     name: Literal["cache"]
     unused_days: DurationOrZero
     apply: bool
@@ -155,7 +160,6 @@ class Cache(Tool):
 class Machine(Tool):
     """Describe the machine. device, precision, compile: of `runtime`, as a training would need them."""
 
-    main: ClassVar[str] = "data.tools.machine:describe_machine"
     name: Literal["machine"]
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
@@ -169,7 +173,6 @@ class Labels(Tool):
     weights: a run or a file that gives the features; null: a network that has not seen the labels.
     """
 
-    main: ClassVar[str] = "engine.frozen.labels_job:rank_labels"
     name: Literal["labels"]
     report: PathText
     weights: PathText | None
@@ -178,7 +181,6 @@ class Labels(Tool):
 class Import(Tool):
     """Read `source`, a dataset_config of sd-scripts in TOML, and write `output`, a file for experiment=FILE."""
 
-    main: ClassVar[str] = "sdxl.import_sd_scripts:convert_config"
     name: Literal["import"]
     source: PathText
     output: PathText

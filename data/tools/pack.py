@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile  # noqa: TID251 (shards are written)
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +25,7 @@ from data.config import DataConfig
 from data.images.bytes import TAR, member_key, open_contents
 from data.images.sizes import upright_size
 from data.layouts.manifest import save_manifest
-from data.layouts.names import IMAGE_SUFFIXES
+from data.layouts.names import IMAGE_SUFFIXES, suffix_of
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.layouts.values import FIELDS
 from data.load import load_collection
@@ -106,7 +105,7 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
             known = {name: record.get(name) for name in ("sha256", "width", "height")}
             places.append({"offset": tar.offset + tarfile.BLOCKSIZE, "length": len(content), **known})
             key = member_key(record["path"])
-            suffix = os.path.splitext(record["path"])[1].lower()
+            suffix = suffix_of(record["path"])
             members = {suffix if suffix in IMAGE_SUFFIXES else ".img": content}
             stated = {name: value for name, value in record.items() if value is not None}
             members[".json"] = json.dumps(stated, ensure_ascii=False, sort_keys=True).encode()

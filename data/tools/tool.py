@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data.layouts.table import PLACES
+from data.layouts.table import is_packed
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.logging import log
@@ -18,7 +18,7 @@ _NAMED = 10  # files in the log
 
 def refuse_shards(root: str | Path, table: pa.Table) -> None:
     """Raise UserError (`data.root`) for images in shards, for a job that needs a file of each."""
-    if PLACES.keys() <= set(table.column_names):
+    if is_packed(table):
         raise UserError(
             f"data.root: {str(root)!r} has its images in shards, and this job reads files; run it on the folder that "
             "was packed, and pack the result"
