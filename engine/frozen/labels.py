@@ -5,7 +5,7 @@ image, so a wrong label cannot hide. All arithmetic is float64, exact and withou
 
 right, probs = judge_classes(features, labels)
 right, probs = judge_tags(features, targets)
-low, high = bound_wrong(probs[:, None], labels[:, None])
+wrong = bound_wrong(probs[:, None], labels[:, None])
 """
 
 import math
@@ -89,7 +89,7 @@ def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return right, torch.stack([-odds, odds], dim=-1).sigmoid()
 
 
-def bound_wrong(probs: Tensor, labels: Tensor) -> list[int]:
+def bound_wrong(probs: Tensor, labels: Tensor) -> dict[str, int]:
     """Return how many of the labels [N, T] are wrong, from some of many images: the ends of a 95 % interval.
 
     probs: of the classes by other images [N, T, K]. In the model, a share of the labels is drawn at random, and the
@@ -103,7 +103,7 @@ def bound_wrong(probs: Tensor, labels: Tensor) -> list[int]:
     rights = [usual.lerp(logits, trust).softmax(dim=-1).gather(-1, given) for trust in _TRUST]
     likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(dim=0).sum(dim=0)
     wrong = _SHARES[likely > likely.max() - _LIKELY] * (1 - rights[0]).sum() * step
-    return wrong[[0, -1]].round().int().tolist()
+    return {"wrong, at least": round(wrong[0].item()), "wrong, at most": round(wrong[-1].item())}
 
 
 def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
         title = f"{collection.root}, by the features of {frozen.says}"
         page = save_report(folder, title, suspects.figures, tables, {})
         view = shlex.join(["python", "view.py", f"runs={job.report}"])
-        lines.append(f"{suspects.line}; {view} shows them under /review?run=0/{name}; {page}")
+        figures = "; ".join(f"{what}: {count:,}" for what, count in suspects.figures.items())
+        lines.append(f"{figures}{suspects.line}; {view} shows them under /review?run=0/{name}; {page}")
     return "; ".join(lines)
 
 
@@ -93,7 +94,7 @@ class _Suspects(NamedTuple):
 
     files: dict[str, pa.Table]
     figures: dict[str, int]
-    line: str
+    line: str = ""
     growth: Sequence[TableRow] = ()
 
 
@@ -145,8 +146,8 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
-    figures, line = _count("labels", len(rows), bound_wrong(probs[:, None], given[:, None]))
-    return _Suspects(files, figures, line + _describe(growth), growth)
+    figures = {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None])}
+    return _Suspects(files, figures, _describe(growth), growth)
 
 
 def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
@@ -156,19 +157,12 @@ def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read
     targets = torch.from_numpy(has)
     right, probs = judge_tags(features, targets)
     wrong = bound_wrong(probs, targets.long())
-    order = right.flatten().argsort(stable=True)[: min(max(_LEAST_ROWS, wrong[1]), _MOST_ROWS)].numpy()
+    order = right.flatten().argsort(stable=True)[: max(_LEAST_ROWS, min(wrong["wrong, at most"], _MOST_ROWS))].numpy()
     images, tags = np.divmod(order, len(names))
     columns = {"tag": names[tags], "given": has[images, tags]}
     paths = collection.table["path"].take(read_rows)
     files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
-    return _Suspects(files, *_count("tags", int(has.sum()), wrong))
-
-
-def _count(what: str, given: int, wrong: Sequence[int]) -> tuple[dict[str, int], str]:
-    """Return the figures and a line. wrong: at least, and at most."""
-    low, high = wrong
-    line = f"by the other images, {low:,} to {high:,} of {given:,} {what} are wrong"
-    return {what: given, "wrong, at least": low, "wrong, at most": high}, line
+    return _Suspects(files, {"tags": int(has.sum()), **wrong})
 
 
 def _rank(

@@ -49,10 +49,10 @@ def test_right_labels_are_not_doubted():
 def test_features_that_tell_nothing_leave_open_whether_labels_are_wrong():
     features, labels = draw_images(300)
     noise = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
-    low, high = bound_wrong(judge_classes(noise, labels)[1][:, None], labels[:, None])
+    low, high = bound_wrong(judge_classes(noise, labels)[1][:, None], labels[:, None]).values()
     assert low == 0 and high > 150
     tags = labels[:, None] == torch.arange(2)
-    assert bound_wrong(judge_tags(features, tags)[1], tags.long())[0] == 0
+    assert bound_wrong(judge_tags(features, tags)[1], tags.long())["wrong, at least"] == 0
     labels[:40] = (labels[:40] + 1) % CLASSES
-    low, high = bound_wrong(judge_classes(features, labels)[1][:, None], labels[:, None])
+    low, high = bound_wrong(judge_classes(features, labels)[1][:, None], labels[:, None]).values()
     assert 20 < low < 40 < high < 60
