@@ -85,16 +85,15 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
         page = save_report(folder, title, suspects.figures, tables, {})
         view = shlex.join(["python", "view.py", f"runs={job.report}"])
         figures = "; ".join(f"{what}: {count:,}" for what, count in suspects.figures.items())
-        lines.append(f"{figures}{suspects.line}; {view} shows them under /review?run=0/{name}; {page}")
+        lines.append(f"{figures}; {view} shows them under /review?run=0/{name}; {page}")
     return "; ".join(lines)
 
 
 class _Suspects(NamedTuple):
-    """Suspicious labels or tags. files: tables by file name; line: for the log."""
+    """Suspicious labels or tags. files: tables by file name."""
 
     files: dict[str, pa.Table]
-    figures: dict[str, int]
-    line: str = ""
+    figures: dict[str, float]
     growth: Sequence[TableRow] = ()
 
 
@@ -147,7 +146,8 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
     figures = {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None])}
-    return _Suspects(files, figures, _describe(growth), growth)
+    figures |= {f"accuracy with {row['images']:,} labels": round(row["accuracy"], 2) for row in growth}
+    return _Suspects(files, figures, growth)
 
 
 def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:
@@ -174,12 +174,3 @@ def _rank(
     neighbours = [names[rows[rows != image].numpy()].tolist() for rows, image in zip(near, images)]
     shared = {"path": names[images.numpy()], "probability": right.numpy(), "rank": range(1, len(images) + 1)}
     return pa.table({**shared, **columns, "neighbours": neighbours})
-
-
-def _describe(growth: Sequence[TableRow]) -> str:
-    """Return the accuracy with twice as many labels, as the end of a sentence."""
-    if not growth:
-        return ""
-    now, twice = growth
-    growing = f"with twice the labels {twice['accuracy']:.2f} ({twice['low']:.2f} to {twice['high']:.2f})"
-    return f"; a linear classifier has the accuracy {now['accuracy']:.2f}, {growing}"

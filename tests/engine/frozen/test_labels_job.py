@@ -84,7 +84,7 @@ def test_growth_and_what_to_label_next(place):  # noqa: F811
         lines.append(json.dumps({"path": f"{number:02}.png", "label": label}) + "\n")
     (root / "manifest.jsonl").write_text("".join(lines))
     said = run("prepare", COMMAND, place)
-    assert "labels: 70; wrong, at least: 0" in said and "with twice the labels 0.9" in said
+    assert "labels: 70; wrong, at least: 0" in said and "accuracy with 140 labels: 0.9" in said
     folder = place / "outputs/care/labels"
     growth = read_json(folder / "labels.json")["tables"]["growth"]
     assert [row["images"] for row in growth] == [70, 140] and growth[1]["low"] <= growth[1]["accuracy"]
