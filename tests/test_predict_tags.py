@@ -44,7 +44,8 @@ def row_of(thresholds=0.35, **options):
 
 def test_a_row_has_the_rating_and_the_tags_by_category():
     assert row_of(0.5) == {
-        "rating": "explicit", "rating_prob": 0.7, "tags": ["1girl", "long_hair", "miku_(series)", "^_^", "painter"],
+        "rating": "explicit", "rating_prob": 0.7, "rating_probs": {"general": 0.2, "explicit": 0.7},
+        "tags": ["1girl", "long_hair", "miku_(series)", "^_^", "painter"],
         "probs": {"general": {"1girl": 0.95, "long_hair": 0.9, "^_^": 0.6}, "character": {"miku_(series)": 0.8},
                   "artist": {"painter": 0.5}},
     }  # fmt: skip

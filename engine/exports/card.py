@@ -22,6 +22,7 @@ from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import Json, Values, read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets, hide_secrets_in, safe_lines
 from utils.record.figures import COUNTS, show_duration, show_figure, show_rows
+from utils.record.report import write_table
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
@@ -68,6 +69,7 @@ class Card:
         rows = [asdict(row) for row in (self.thresholds.rows if self.thresholds else ()) if row.profile != PER_TAG]
         known = {name: dict_of(self.metadata, name) for name in ("trained_on", "origin")}
         known |= {"names": label_names(self.metadata), "licence": licence_of(self.metadata), "run": run}
+        write_table(folder / "thresholds.csv", rows)
         measured = {"results": results, "pictures": pictures, "thresholds": show_rows(rows) if rows else ""}
         texts = {"program": self._program(), "prompts": self._prompts(), "more": safe_lines(more).strip()}
         functions = {"code": code_span, "show_command": _show_command}

@@ -18,6 +18,7 @@ from engine.judging.quantised import quantise
 from models.interop import libraries, page, tag_forms
 from models.interop.metadata import dict_of
 from models.interop.onnx_file import write_onnx
+from models.weights.fit import reverse_channels
 from utils.errors import UserError, about
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
@@ -61,10 +62,11 @@ def export_timm(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
     report = {}
     if weights.model.output.has_tags:
         vocabulary = vocabulary_of(metadata)
-        preprocessing = {**metadata["preprocessing"], "pad": "none"}  # programs pad before they call timm
         kept, rows = tag_forms.to_wd_order(vocabulary)
-        network = tag_forms.to_bgr(tag_forms.reorder_head(network, rows), preprocessing["image_size_hw"])
-        metadata = {**metadata, **kept.facts(), "preprocessing": preprocessing}
+        network = tag_forms.reorder_head(network, rows)
+        with about("format"):
+            reverse_channels(network)
+        metadata = {**metadata, **kept.facts()}
         tag_forms.write_tags(folder, kept, _thresholds(weights, config))
         report = tag_forms.describe_changes(vocabulary, kept)
     report["max_abs_diff"] = libraries.write_compared(network, metadata, folder, config.accepted)

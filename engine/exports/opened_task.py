@@ -17,6 +17,7 @@ from engine.tasks.opening import read_setup
 from models.image_model import ImageModel, torch_predictor
 from models.interop.metadata import dict_of
 from models.predictor import Predictor
+from utils.contracts import InitFrom
 from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.weights import read_weights
@@ -77,7 +78,11 @@ def open_task(
         )
     task = kind.build(setup)
     task.load_helpers(use)
-    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
+    if "form" in metadata:  # a tagger of others
+        task.initialise(InitFrom(str(path), "model"))
+        metadata |= {"weights_hash": task.origin["weights_hash"], "origin": task.origin}
+    else:
+        task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
     task.eval()
     task.origin = dict_of(metadata, "origin") or None
     metadata |= {"output": kind.output}

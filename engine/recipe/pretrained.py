@@ -2,6 +2,7 @@
 
 from data.augment.config import AugmentConfig
 from engine.tasks.change import AnyConfig, Start
+from engine.tasks.config import TaggingTaskConfig
 from models.config import TimmConfig
 from models.interop.foreign import describe
 from models.interop.metadata import dict_of
@@ -27,6 +28,8 @@ def take_stated(config: AnyConfig, start: Start) -> AnyConfig:
 
 @about("init_from")
 def _stated_by_tagger(config: AnyConfig) -> Json:
+    if not isinstance(config.task, TaggingTaskConfig):
+        return {}
     path = find_initial(InitFrom(config.init_from, config.init_weights))
     tagger = describe(path, read_weights(path, shapes_only=True)[1])
     if not {"tag_names", "model"} <= tagger.keys():

@@ -63,8 +63,8 @@ def _plan(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     return plan_recipe(config, start, kind)
 
 
-def _take_stated(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
-    if config.init_from != "timm" and (config.init_from is None or kind.output != "tags"):
+def _take_stated(config: AnyConfig, start: Start) -> AnyConfig:
+    if config.init_from is None:
         return config
     return open_name("engine.recipe.pretrained:take_stated")(config, start)
 
@@ -76,7 +76,7 @@ def list_changes(kind: Kind) -> tuple[ConfigChange, ...]:
         ConfigChange(_check_length, "the length"),
         ConfigChange(partial(_plan, kind=kind), "the plan of loop.minutes"),
         ConfigChange(_use_factor, "Prodigy finds the rate, of which this is a factor", "optim"),
-        ConfigChange(partial(_take_stated, kind=kind), "the weights of init_from were trained so"),
+        ConfigChange(_take_stated, "the weights of init_from were trained so"),
         *kind.changes,
         ConfigChange(_fit_batch, "a batch has no more than the training images, at the rate of the recipe's batch"),
         ConfigChange(_keep_warmup, "the warm-up is stated"),

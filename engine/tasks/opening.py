@@ -10,9 +10,11 @@ from pydantic import TypeAdapter
 from engine.task import split_exported
 from engine.tasks.kind import Kind, Setup, open_kind
 from engine.tasks.kinds import KINDS
+from models.interop.foreign import describe
 from models.interop.metadata import dict_of
 from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
+from utils.config.help import read_option
 from utils.errors import UserError, close_names
 from utils.io.files import Json, readable
 from utils.io.weights import read_weights, restore_paths
@@ -29,6 +31,10 @@ def read_setup(
     the first missing or wrong value of the metadata, or tensors that do not fit the metadata.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
+    metadata = describe(path, metadata)
+    is_foreign = "form" in metadata
+    if is_foreign:
+        metadata["task"] = read_option("task", "tagging")
     if run := run_of(path):
         try:
             metadata = restore_paths(metadata, run.config)
@@ -40,9 +46,9 @@ def read_setup(
         metadata["model"] = {**metadata["model"], key: value}
     if "model" not in metadata or not dict_of(metadata, "task"):
         raise UserError(
-            f"{path} was not written by a run of Atelier. To turn a classifier or tagger of others into a run: python "
-            f"finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... augment=... data=... "
-            "run_dir=... (docs/weights.md)"
+            f"{path} states no network: it is no run's, and no tagger with timm's config.json beside it. A classifier "
+            f"of others becomes a run: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
+            "augment=... data=... run_dir=... (docs/weights.md)"
         )
     name = metadata["task"].get("name")
     if not isinstance(name, str) or name not in kinds:
@@ -56,6 +62,8 @@ def read_setup(
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
         config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
     setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
+    if is_foreign:  # its tensors have other names
+        return kind, setup, metadata
     with torch.device("meta"):
         task = kind.build(setup)
     expected, _ = split_exported(task, task.state_dict())

@@ -378,8 +378,10 @@ class TaggingKind(Kind):
             vocabulary = append_tags(known, vocabulary)
             facts = {**vocabulary.facts(), "known_tags": len(known)}
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
-        log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
-        facts["tag_priors"] = index.shares(training_rows(collection, config.loop, index.tagged), len(vocabulary))
+        priors = index.shares(training_rows(collection, config.loop, index.tagged), len(vocabulary))
+        facts["tag_priors"] = priors
+        without = f"{priors.count(0):,} of them on no training image"
+        log.info("tags: %s, %s; %s", f"{len(vocabulary):,}", without, index.describe(vocabulary))
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts

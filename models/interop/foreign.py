@@ -3,23 +3,20 @@
 | beside the network | what it states |
 |---|---|
 | config.json of timm | network and arguments; size, mean, std, interpolation of images; what our exports add |
-| a file of taggers.yaml | the outputs in order and, by convention, how the tagger takes images |
+| a file of utils/formats/taggers.yaml | the outputs in order and, by convention, how the tagger takes images |
 | preprocess.json of imgutils | by its presence, that the channels are RGB |
 """
 
 from pathlib import Path
 
-import yaml
-
 from models.config import timm_config
 from models.interop.metadata import dict_of
 from utils.formats.vocabulary import read_any_vocabulary
 from utils.io.files import Json, Values, read_json, readable
-from utils.io.weight_files import FOLDER_FILES
+from utils.io.weight_files import FOLDER_FILES, TAGGERS
 
 CONFIG = "config.json"
-OURS = "atelier"  # the key of what config.json of our exports adds
-_TAGGERS = yaml.safe_load(Path(__file__).with_name("taggers.yaml").read_text("utf-8"))
+OURS = "atelier"  # the key in config.json and in metadata of what our exports add
 
 
 def read_config_beside(path: Path) -> Json:
@@ -35,7 +32,7 @@ def describe(path: Path, metadata: Values) -> Json:
 
     `channels` is the order that the weights take. Raises UserError.
     """
-    rows = {path.with_name(name.replace("*", path.stem)): row for name, row in _TAGGERS.items()}
+    rows = {path.with_name(name.replace("*", path.stem)): row for name, row in TAGGERS.items()}
     file = next((file for file in rows if file.is_file()), None)
     if file is None or "task" in metadata:
         return dict(metadata)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.build import timm_arguments
 from models.config import TimmConfig
+from models.interop.foreign import CONFIG, OURS
 from models.interop.metadata import label_names, licence_entry
 from models.interop.parity import refuse_difference, vary_weights
 from models.weights.layouts import Geometry, read_geometry, recognise_state
@@ -61,7 +62,8 @@ def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> Non
     config["pretrained_cfg"] |= {"num_classes": classes, "custom_load": False, **licence_entry(metadata)}
     if names := label_names(metadata):
         config["label_names"] = names
-    write_json(folder / "config.json", config)
+    config[OURS] = {"preprocessing": metadata["preprocessing"]}
+    write_json(folder / CONFIG, config)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
 
 
@@ -102,10 +104,10 @@ def _read_official(network: nn.Module) -> tuple[State, Geometry]:
 
 
 def _state_images(metadata: Values) -> Preprocessing:
-    """Return the preprocessing. Raises UserError (`format`) if timm prepares images differently."""
+    """Return the preprocessing; programs pad for taggers. Raises UserError (`format`) if timm prepares otherwise."""
     stated = Preprocessing.model_validate(metadata["preprocessing"])
     height, width = stated.image_size_hw
-    if stated.pad != "none":
+    if stated.pad != "none" and metadata["output"] != "tags":
         reason = f"do not pad images (augment.pad={stated.pad}); set format=onnx, or train with augment.pad=none"
     elif height != width and not stated.squashes:
         reason = f"crop squares only, not {height} x {width}; set format=onnx, or train with augment.eval_resize=squash"

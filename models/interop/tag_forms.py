@@ -27,8 +27,7 @@ from torch import nn
 from models.image_model import ImageModel, output_layers
 from models.interop.parity import refuse_difference, vary_weights
 from models.onnx_form import OnnxForm
-from models.weights.fit import reverse_channels
-from utils.errors import UserError, about
+from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import CHARACTER, GENERAL, RATING, RATINGS, category_name
 from utils.formats.thresholds import PER_TAG, ThresholdTable
@@ -75,26 +74,6 @@ def make_graph(model: ImageModel, rows: Sequence[int], image_size_hw: Sequence[i
         probs, _ = graph(WD_FORM.to_input(images))
         refuse_difference(float((probs - expected).abs().max()), _TOLERANCE, "the network split at its embedding")
     return graph
-
-
-@torch.no_grad()
-def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
-    """Return a copy of a network that takes BGR instead of RGB.
-
-    Raises UserError (`format`) if reversing the channels of the first convolutions does not have this effect.
-    """
-    images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
-    for original in (vary_weights(network), network):
-        reversed_ = copy.deepcopy(original).eval()
-        with about("format"):
-            reverse_channels(reversed_)
-        expected = original.eval()(images)
-        if not float((reversed_(images.flip(1)) - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
-            raise UserError(
-                f"format: timm's taggers take BGR, but {type(network).__name__} does not begin with convolutions that "
-                "can be reversed; set format=wd14 or safetensors"
-            )
-    return reversed_
 
 
 # ------------------------------------------------------------------------------------------------------- further files

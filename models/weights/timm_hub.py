@@ -19,7 +19,7 @@ _CACHED = "models--timm--"  # begins the name of a repository's folder in the ca
 
 
 def read_timm(network: nn.Module) -> tuple[State, Json]:
-    """Return timm's weights for a timm network, and their origin. A head for other classes is dropped.
+    """Return timm's weights for a timm network, and their origin.
 
     Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
     """
@@ -35,14 +35,8 @@ def read_timm(network: nn.Module) -> tuple[State, Json]:
     if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
         tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
         raise UserError(f"timm has no weights for {name}; with weights: {tags}")
-    family = TimmFamily(network)
-    stems = family.first_convolutions
-    channels = network.get_parameter(stems[0]).shape[1] if stems else 3
-    loaded = load_timm(name, num_classes=network.num_classes, in_chans=channels)
-    state = filter_state(network, loaded.state_dict())  # positions are interpolated
+    state = filter_state(network, load_timm(name).state_dict())  # positions are interpolated
     licence = config.get("license")
-    if config.get("num_classes") != network.num_classes:  # the head is random
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(family.head_prefixes)}
     log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
     return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 

@@ -1,12 +1,13 @@
-"""Taggers of others, in the layouts that their programs publish: in, out, evaluated, compared, continued.
+"""Taggers of others, in the layouts of their programs: in, out, predicted, calibrated, appended to.
 
-The networks are timm's test networks with varied weights. What they should give is computed here, as imgutils does:
-deepghs/imgutils:imgutils/tagging/wd14.py (a white square, bicubic, BGR, 0 to 255).
+The networks are timm's test networks with varied weights, and graphs of a mean. Images are prepared here as their
+programs do: BGR levels (deepghs/imgutils:imgutils/tagging/wd14.py), or normalised RGB (fpgaminer/joytag:Models.py).
 """
 
 import json
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -15,88 +16,91 @@ from safetensors.torch import load_file, save_file
 
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, run
-from tests.support import make_collection, read_table
-from utils.formats.vocabulary import Vocabulary, write_vocabulary
+from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
+from utils.io.files import read_json
 
-SIDE = 64
-KEYS = [(9, "general"), (9, "sensitive"), (9, "questionable"), (9, "explicit"), (0, "square"), (0, "disc"), (0, "hat"),
-        (4, "bob"), (4, "ann_(x)")]  # fmt: skip
-VOCABULARY = Vocabulary(
-    tuple(name for _, name in KEYS), tuple(category for category, _ in KEYS), (90, 80, 70, 60, 50, 40, 30, 20, 10),
-    (9999999, 9999998, 9999997, 9999996, 1, 2, 3, 4, 5),
-)  # fmt: skip
-NETWORKS = {
-    "test_vit": {
-        "act_layer": "gelu_tanh",
-        "img_size": SIDE,
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    },
-    "test_convnext2": {},
+TAGS = """tag_id,name,category,count
+9999999,general,9,9
+9999998,sensitive,9,8
+9999997,questionable,9,7
+9999996,explicit,9,6
+1,hat,0,7
+2,bob,4,5
+"""
+CONFIG = """{"architecture": "%s", "num_classes": 6, "model_args": %s, "pretrained_cfg": {"input_size": [3, 64, 64],
+"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "crop_pct": 1.0}}"""
+NETWORKS = {  # with arguments of SmilingWolf/wd-vit-tagger-v3
+    "test_vit": '{"act_layer": "gelu_tanh", "img_size": 64, "class_token": false, "global_pool": "avg"}',
+    "test_convnext2": "{}",
 }
-DATA = ["data=image_folder", "data.root=images"]
-ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.precision=fp32"]
-
-
-def build(name):
-    torch.manual_seed(0)
-    return vary_weights(timm.create_model(name, num_classes=len(KEYS), **NETWORKS[name])).eval()
-
-
-def write_timm(folder, name="test_vit"):
-    """Write the files of a tagger of timm, as SmilingWolf/wd-vit-tagger-v3 has them."""
-    folder.mkdir(parents=True)
-    network = build(name)
-    stated = {"input_size": [3, SIDE, SIDE], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    config = {"architecture": name, "num_classes": len(KEYS), "model_args": NETWORKS[name]}
-    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {**stated, "crop_pct": 1.0}}))
-    save_file(network.state_dict(), folder / "model.safetensors")
-    write_vocabulary(folder / "selected_tags.csv", VOCABULARY)
-    return network
-
-
-def prepare(path):
-    """Return BGR levels [H, W, 3] as imgutils prepares an image."""
-    image = Image.open(path).convert("RGB")
-    square = Image.new("RGB", (max(image.size),) * 2, "white")
-    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
-    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)[:, :, ::-1].copy()
+LAYOUTS = """
+top_tags.txt 0.48145466 0.4578275 0.40821073 0.26862954 0.26130258 0.27577711
+model-metadata.json 0.485 0.456 0.406 0.229 0.224 0.225
+"""
+GRAPH = """<ir_version: 9, opset_import: ["": 18]>
+g (float[B, 3, 64, 64] x) => (float[B, 3] refined_predictions) <int64[2] axes = {2, 3}>
+{ refined_predictions = ReduceMean<keepdims=0>(x, axes) }"""
+DATA = ["data=image_folder", "data.root=images", "runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
+TAGGING = ["task=tagging", "task.min_count=1", "task.rating_s=general", *SHORT[2:], *DATA]
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return a folder with tagged images, and taggers."""
+    """Return a folder with tagged images, each of a colour, and taggers of timm."""
     folder = tmp_path_factory.mktemp("foreign")
-    make_collection(folder / "images", per_class=4, classes="AB", validation=4)
-    for file in (folder / "images").rglob("*.txt"):
-        file.write_text({"A": "square", "B": "disc, round"}[file.parent.name])
-    for name in NETWORKS:
-        write_timm(folder / name, name)
+    (folder / "images").mkdir()
+    for number, colour in enumerate(COLOURS.tolist()):
+        Image.new("RGB", (64, 64), tuple(colour)).save(folder / f"images/{number}.png")
+        (folder / f"images/{number}.txt").write_text("hat, new, rating:g")
+    for name, arguments in NETWORKS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(CONFIG % (name, arguments))
+        (folder / name / "selected_tags.csv").write_text(TAGS)
+        network = vary_weights(timm.create_model(name, num_classes=6, **json.loads(arguments)))
+        save_file(network.state_dict(), folder / name / "model.safetensors")
     return folder
 
 
-def predicted(place, weights, **changes):
-    """Return the probabilities of the validation images by tag."""
-    words = [f"weights={weights}", "input=images/val", "output=found.jsonl", "threshold=0.0", "device=cpu", "workers=0"]
-    run("predict", words, place)
-    rows = [json.loads(line) for line in (place / "found.jsonl").read_text().splitlines()]
-    return {row["path"]: {name: prob for part in row["probs"].values() for name, prob in part.items()} for row in rows}
+def predict(place, weights):
+    """Return the probability of a hat in each image."""
+    run("predict", [f"weights={weights}", "input=images", "output=x.jsonl", "threshold=0.0", "device=cpu"], place)
+    rows = map(json.loads, (place / "x.jsonl").read_text().splitlines())
+    return [row["probs"]["general"]["hat"] for row in rows]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_published_tagger_comes_in_and_goes_out_as_it_was(name, place):
-    words = [
-        "task=tagging",
-        f"task.vocabulary={name}",
-        "task.rating_s=general",
-        f"init_from={name}",
-        "loop.total_steps=0",
-    ]
-    run("finetune", [*SHORT[1:], *DATA, *words, f"run_dir=run_{name}"], place)
-    run("export", ["format=timm", f"run_dir=run_{name}", f"output=out_{name}"], place)
-    given, found = (load_file(place / folder / "model.safetensors") for folder in (name, f"out_{name}"))
+    network = timm.create_model(f"local-dir:{place / name}", pretrained=True).eval()
+    levels = torch.tensor(COLOURS[:, ::-1, None, None] * np.ones((64, 64), np.float32))
+    wanted = network(levels.float() / 127.5 - 1).sigmoid()[:, 4].detach()
+    np.testing.assert_allclose(predict(place, f"local-dir:{name}"), wanted, atol=1e-4)
+    words = [f"task.vocabulary={name}", f"init_from={name}", "loop.total_steps=0", f"run_dir=run_{name}"]
+    run("finetune", [*TAGGING, *words], place)
+    run("export", ["format=timm", f"run_dir=run_{name}", "output=out"], place)
+    given, found = (load_file(place / folder / "model.safetensors") for folder in (name, "out"))
     assert given.keys() == found.keys() and all(torch.equal(given[key], found[key]) for key in given)
-    given, found = (json.loads((place / folder / "config.json").read_text()) for folder in (name, f"out_{name}"))
-    assert all(found[key] == given[key] for key in ("architecture", "num_classes", "model_args"))
-    assert read_table(place / name / "selected_tags.csv") == read_table(place / f"out_{name}" / "selected_tags.csv")
+    assert (place / "out/selected_tags.csv").read_text() == TAGS
+    assert read_json(place / "out/config.json")["model_args"] == json.loads(NETWORKS[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.split("\n")[1:-1])
+def test_a_graph_is_described_by_the_tags_beside_it(layout, place, tmp_path):
+    file, *numbers = layout.split()
+    mean, std = np.float32(numbers).reshape(2, 3)
+    onnx.save(onnx.parser.parse_model(GRAPH), tmp_path / "model.onnx")
+    listed = '{"dataset_info": {"tag_mapping": {"tags": ["a", "b", "hat"]}}}'
+    (tmp_path / file).write_text(listed if file.endswith("json") else "a\nb\nhat")
+    wanted = torch.tensor((COLOURS / 255 - mean) / std).sigmoid()[:, 2]
+    np.testing.assert_allclose(predict(place, tmp_path), wanted, atol=1e-4)
+
+
+def test_a_tagger_of_others_is_calibrated_compared_and_gets_new_tags(place, server):  # noqa: F811
+    run("evaluate", ["weights=test_vit", "calibrate=true", *DATA, "output=found"], place)
+    assert (place / "test_vit/model_thresholds.csv").is_file()
+    words = ["job=compare", "models=[test_vit,test_convnext2]", *DATA, "min_support=1", "rating_s=general"]
+    assert "mAP=" in run("evaluate", words, place)
+    server.files = {file.name: file.read_bytes() for file in (place / "test_vit").iterdir()}
+    run("finetune", [*TAGGING, "task.append_to=hf-hub:me/net", "run_dir=more"], place)
+    assert read_json(place / "more/config.json")["augment"]["image_size_hw"] == [64, 64]
+    np.testing.assert_allclose(predict(place, "more"), predict(place, "test_vit"), atol=1e-5)

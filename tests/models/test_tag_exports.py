@@ -1,16 +1,17 @@
 """The exports of a tagger: order of the tags, other networks, refusals; test_wd14_tools.py has the files."""
 
 import pytest
+import torch
 
 from models.image_model import ImageModel
 from models.interop.tag_forms import (
     check_images,
     describe_changes,
     make_graph,
-    to_bgr,
     to_wd_order,
 )
 from models.normalise import Normalise
+from models.weights.fit import reverse_channels
 from tests.models.test_export_formats import geometry, make, timm_config
 from tests.support import refuses
 from utils.formats.preprocessing import Preprocessing
@@ -54,10 +55,13 @@ def test_the_order_of_wd_files_fills_every_place(caplog):
     ],
 )
 def test_the_form_gives_what_the_network_gives(name, side):
-    """`make_graph` compares; the stem that is turned round, too."""
+    """`make_graph` compares; so does a stem that is turned round, here."""
     model, _ = open_tagger(timm_config(name), side=side)
     make_graph(model, ROWS, [side, side])
-    to_bgr(model.network, [side, side])
+    images = torch.rand(2, 3, side, side)
+    expected = model.network(images)
+    reverse_channels(model.network)
+    torch.testing.assert_close(model.network(images.flip(1)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_networks_that_the_forms_cannot_hold_are_refused():
@@ -65,8 +69,8 @@ def test_networks_that_the_forms_cannot_hold_are_refused():
     model.network.pretrained_cfg = {"classifier": "layer1", "first_conv": None}
     with refuses(r"^format: .*ResNet ends in Sequential"):
         make_graph(model, ROWS, [64, 64])
-    with refuses(r"^format: .*BGR"):
-        to_bgr(model.network, [64, 64])
+    with refuses("first convolution of ResNet is not known"):
+        reverse_channels(model.network)
     wrong, _ = open_tagger(geometry())
     wrong.network.forward_head = lambda features, pre_logits=False: features.new_zeros(len(features), len(ROWS))
     with refuses(r"^tolerance: "):

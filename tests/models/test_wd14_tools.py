@@ -25,7 +25,15 @@ from utils.formats.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from utils.io.files import write_json
 
 SIDE = 128
-FILES = {"model.onnx", "inv.npz", "model.safetensors", "config.json", "selected_tags.csv", "README.md"}
+FILES = {
+    "model.onnx",
+    "inv.npz",
+    "model.safetensors",
+    "config.json",
+    "selected_tags.csv",
+    "thresholds.csv",
+    "README.md",
+}
 SPECIAL = ["^_^", "<o>_<o>", 'don\'t_say_"lazy"', "a,b", "hat_(x)", "1girl"]
 GENERALS = [*SPECIAL, *(f"tag_{number}" for number in range(120))]
 CHARACTERS = [f"name_{number}_(series)" for number in range(40)]

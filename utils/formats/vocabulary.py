@@ -141,7 +141,7 @@ def read_any_vocabulary(path: Path, *, is_exact: bool = False) -> Vocabulary:
     with readable(path, "vocabulary", _FORMS):
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if suffix == ".json" else text.split("\n")
-        read = [(parse_tag(tag), count) for tag, count in _read_tags(content) if tag.strip()]
+        read = [(parse_tag(tag), count or int(is_exact)) for tag, count in _read_tags(content) if tag.strip()]
         tags = [(Tag(tag.category or GENERAL, tag.name.removeprefix("rating_")), count) for tag, count in read]
         if not is_exact:
             others = [entry for entry in tags if entry[0].category != RATING]

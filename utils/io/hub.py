@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`.
+"""The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`, or with timm's name `hf-hub:OWNER/NAME` (of main).
 
 A killed download goes on where it has stopped. The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
 """
@@ -13,26 +13,28 @@ from utils.errors import UserError
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import log
 
-_PREFIX = "hf:"
-_REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file
+_PREFIXES = ("hf:", "hf-hub:")
+# With or without a file.
+_REFERENCE = re.compile(r"(?:hf:(?=.*@)|hf-hub:)([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?")
 _MAX_LICENCE = 200  # characters
 
 
 def is_reference(source: str) -> bool:
     """Return whether a source is on the hub."""
-    return source.startswith(_PREFIX)
+    return source.startswith(_PREFIXES)
 
 
 def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:
     """Return the folder with a repository's files in the hub's cache, or the file that the reference names.
 
-    wanted: of each, the first name that exists is fetched. beside: names that may be missing. Raises UserError, offline
-    with the file to fetch.
+    wanted: of each, the first name that exists is fetched. beside: names that may be missing; * is that file's. Raises
+    UserError, offline with the file to fetch.
     """
     repository, file, revision = _split(reference)
     inside = str(PurePosixPath(file).parent) if file else "."
     paths = [_fetch_first(repository, revision, names) for names in ([[file]] if file else wanted)]
     for name in beside:
+        name = name.replace("*", PurePosixPath(paths[0][0]).stem)
         _fetch_first(repository, revision, [str(PurePosixPath(inside, name))], is_needed=False)
     name, path = paths[0]
     return path if file else path.parents[len(PurePosixPath(name).parts) - 1]
@@ -46,7 +48,7 @@ def _split(reference: str) -> tuple[str, str | None, str]:
             f"{reference} is no name on the hub; write hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE@REVISION, with a "
             "commit, tag or branch"
         )
-    return match[1], match[2], match[3]
+    return match[1], match[2], match[3] or "main"
 
 
 def stated_license(source: str | Path) -> str | None:

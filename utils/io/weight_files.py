@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import yaml
+
 from utils.contracts import InitFrom
 from utils.errors import UserError, about
 from utils.io.hub import fetch, is_reference
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
+TAGGERS = yaml.safe_load(Path(__file__).parents[1].joinpath("formats/taggers.yaml").read_text("utf-8"))
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 
 
@@ -24,10 +27,10 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
 
     Raises UserError, which lists the run's weight files.
     """
-    path = Path(run_or_file)
+    path = Path(run_or_file.removeprefix("local-dir:"))
     names = ("model.onnx", *FOLDER_FILES) if onnx_first else (*FOLDER_FILES, "model.onnx")
     if is_reference(run_or_file):
-        path = fetch(run_or_file, names, beside=("config.json", "selected_tags.csv"))
+        path = fetch(run_or_file, names, beside=("config.json", "preprocess.json", *TAGGERS))
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if not path.is_dir():
