@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from data.collection.concepts import ConceptConfig
 from data.layouts.scan import TableChoice
+from data.layouts.table import TARGET
 from utils.config.bounds import BelowOne, Count, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
@@ -24,7 +25,7 @@ class CacheConfig(Strict):
 
 
 _Text = Annotated[str, BeforeValidator(str)]  # of a number, too
-ColumnName = Literal["path", "label", "tags", "caption", "split", "rating", "weight", "group", "id"]
+ColumnName = Literal["path", "label", "target", "tags", "caption", "split", "rating", "weight", "group", "id"]
 
 
 class DataConfig(Strict):
@@ -58,7 +59,8 @@ class DataConfig(Strict):
 
     def choice(self) -> TableChoice:
         """Return the choice of names by `table`, `columns` and `splits`."""
-        return TableChoice(self.table, self.columns or {}, self.splits)
+        columns = {TARGET if ours == "target" else ours: theirs for ours, theirs in (self.columns or {}).items()}
+        return TableChoice(self.table, columns, self.splits)
 
     def index_settings(self) -> Json:
         """Return the settings that an index depends on, as arguments of `index_collection`."""

@@ -72,7 +72,7 @@ class ImageModel(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the head's input, float32 [B, C], or the features of a network without a head."""
-        if self.output.activate is None:
+        if self.output_name == "features":
             return self(images)[-1]
         features = self.network.forward_features(self.normalise(images))
         return self.network.forward_head(features, pre_logits=True).float()

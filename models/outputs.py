@@ -81,6 +81,7 @@ _PROBS = ("logits", "probs")
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
     "tags": Output(_PROBS, _row_of_tags, "tag_names", _sigmoid, ("rating", "tags"), True),
+    "number": Output(("number",), lambda values, options: {"number": float(f"{values[0]:.7g}")}, columns=("number",)),
     "features": Output(
         ("features",),
         lambda values, options: {"features": values.astype(float).tolist()},

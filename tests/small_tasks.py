@@ -18,6 +18,7 @@ NOISE = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "convert"
 CHANGES = {
     "classification": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "fcmae": {"decoder_dim": 16},
+    "regression": {},
     "tagging": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "diffusion": {"latent_cache": None, "noise": NOISE},
     "autoencoder": {"discriminator": {"weight": 0.5, "start_step": 1}},
@@ -38,6 +39,8 @@ def make_setup(task):
     config = read_group(resolve_name(KINDS[task].config), "task", task, **CHANGES[task])
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)
+    if task == "regression":
+        facts = {"target_scale": [3.0, 2.0]}
     if task == "tagging":
         orientation = {"pairs": [[4, 5]], "dropped": [6], "no_flip": [6]}
         facts = Vocabulary(tuple(NAMES), (9, 9, 9, 9, 0, 0, 4), (5,) * 7, tuple(range(7))).facts()
@@ -59,6 +62,8 @@ def make_batch(task, setup, device):
         sample = {"sample_id": number, "key": number, "weight": 1.0, "images": images, "labels": number % 3}
         if task == "fcmae":
             sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
+        if task == "regression":
+            sample["labels"] = torch.tensor([float(number)])
         if task == "tagging":
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
             sample["unknown_tags"] = Ragged(torch.zeros(1, dtype=torch.int64))

@@ -7,6 +7,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,13 +23,14 @@ from data.collection.concepts import CONCEPT, count_positions
 from data.collection.index import CONCEPT_LIST, FACTS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.names import is_remote
-from data.layouts.table import MEASURED, SPLITS, count_values, has_value, is_packed, show_some
+from data.layouts.table import MEASURED, SPLITS, TARGET, count_values, has_value, is_packed, show_some
 from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
 from data.validity.finding import Finding
 from utils.errors import UserError
 from utils.record.logging import log
 
+_FRACTION = re.compile(r"-?\d*\.\d+|\d+")
 _MARGIN = " " * 14  # of a table on the start screen
 
 
@@ -130,7 +132,10 @@ class Collection:
         """
         if name not in self._columns:
             how = " (prepare.py job=manifest fills it)" if name in MEASURED else ""
-            raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}")
+            raise UserError(
+                f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}. "
+                "'data.columns={target: NAME}' takes a column of numbers for task=regression"
+            )
         return self._columns[name].to_numpy()
 
     def refuse_faults(self, *fields: str, rows: ndarray | None = None) -> None:
@@ -200,11 +205,18 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     if double := [name for name in train if alike[name.casefold()] > 1]:
         log.warning("data.root: classes differ in case alone; give them one spelling: %s", show_some(double))
     tagged = has_value(collection.table["tags"].take(rows)).sum()
+    if 2 * len(train) > len(rows) and all(map(_FRACTION.fullmatch, train)):
+        raise UserError(
+            f"data.root: {root!r} has no classes, but numbers of many values: {known}. task=regression "
+            "'data.columns={target: NAME}' learns them; for classes, write ranges such as 0-9 into the column"
+        )
     if len(train) < 2:
         further = show_some(collection.possible_labels)
         others = further and f", and no column is the label; 'data.columns={{label: NAME}}' takes one of {further}"
         if tests := len(collection.rows("test")):
             others += f", and {tests:,} images in its test split, which is not trained on"
+        if TARGET in collection.table.column_names:
+            others += ", but numbers, which task=regression learns"
         if tagged and not train:
             others += f", but tags on {tagged:,} images (task=tagging trains a tagger: docs/booru.md)"
         raise UserError(

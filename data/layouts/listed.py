@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data.layouts.names import is_image_name, stem_of, suffix_of
 from data.layouts.places import describe_splits, find_splits
-from data.layouts.readers import Described, Sidecar
+from data.layouts.readers import TABLES, Described, Sidecar
 from data.layouts.scan import Columns, Folder
-from data.layouts.table import SHOWN, SPLITS, TEST, TYPES
+from data.layouts.table import SHOWN, SPLITS, TARGET, TEST, TYPES
 from data.layouts.tables import (
     cast_columns,
     list_labels,
@@ -34,10 +35,13 @@ from data.layouts.tables import (
     unhead,
 )
 from data.layouts.unused import ROWS, UNNAMED, UNREADABLE, is_form
+from data.layouts.values import read_column
 from utils.errors import UserError
 from utils.io.names import to_nfc
 
-_MAPPED = ("label", "tags", "caption", "split")  # other names of ours mean something else in a user's table: weight
+# Other names of ours mean something else in a user's table, such as weight.
+_MAPPED = ("label", TARGET, "tags", "caption", "split")
+_DESCRIBES = {"label", "tags", "caption", TARGET}
 _NUMBER = re.compile(r"\d+$")
 _UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{8}-|.*\?d=")  # what Label Studio puts before a name
 _FLAGS = {-1, 0, 1}  # the values of columns that say yes or no
@@ -223,15 +227,32 @@ def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str
 
     Without label, tags and caption, the only one that may be a label is one.
     """
-    stated = {ours: theirs for ours, theirs in folder.choice.columns.items() if ours != "path"}
+    stated = _ask(table, folder) | {ours: theirs for ours, theirs in folder.choice.columns.items() if ours != "path"}
     names = name_columns(table, stated)
     odd = [name for name, ours in names.items() if ours in TYPES and ours not in (*_MAPPED, *stated)]
     folder.unused.add("columns of tables with a name of ours (data.columns={weight: NAME} takes one)", *odd)
     table, names = _join_flags(table, {name: ours for name, ours in names.items() if name not in odd})
     possible = list_labels(table, names)
-    if len(possible) == 1 and not {"tags", "caption"} & {*names.values()}:
+    if len(possible) == 1 and not _DESCRIBES & {*names.values()}:
         names |= dict.fromkeys(possible, "label")
     return table, names
+
+
+def _ask(table: pa.Table, folder: Folder) -> dict[str, str]:
+    """Return the target, the column that the form of a competition's answer has, by our name.
+
+    If the form has a column for each value of a column, this is the label, or has tags if a text has several values.
+    """
+    files = [folder.root / name for name in folder.files[TABLES] if is_form(name)]
+    form = set().union(*(read_columns(file).column_names[1:] for file in files))
+    for name in table.column_names if form else ():
+        column = table[name]
+        is_text = column.type == pa.string()
+        if {name} == form:  # stars and grades have fewer values
+            return {"label" if is_text or len(column.unique()) <= 20 else TARGET: name}
+        if is_text and form.issuperset(pc.list_flatten(read_column("tags", table, name, column)).to_pylist()):
+            return {"label" if form.issuperset(column.to_pylist()) else "tags": name}
+    return {}
 
 
 def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
@@ -242,7 +263,7 @@ def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[
     """
     flags = [name for name, ours in names.items() if ours not in TYPES and _is_flag(table[name])]
     others = {theirs: ours for theirs, ours in names.items() if theirs not in flags}
-    is_described = {"label", "tags", "caption"} & {*others.values()} or list_labels(table, others)
+    is_described = _DESCRIBES & {*others.values()} or list_labels(table, others)
     if len(flags) < 2 or is_described:
         return table, names
     rows = table.select(flags).to_pylist()

@@ -25,6 +25,7 @@ _COLUMNS = {
     "weight": pa.float32(),  # weight in the loss; 0 excludes the image from training
 }
 SCHEMA = pa.schema([*_COLUMNS.items()])
+TARGET = "target_number"  # a column: what task=regression learns
 SIDECARS = "sidecars"  # a column: name, size and time of change of each
 # Columns that prepare.py fills from the files. They are not in the fingerprint, because they only depend on the files'
 # content and times: runs can be resumed after the manifest is written again. phash: only earlier versions had it.
@@ -38,7 +39,12 @@ MEASURED = {
 PLACES = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}
 TAG_LISTS = ("tags", "unknown_tags")
 TYPES = dict(zip(SCHEMA.names, SCHEMA.types))
-TYPES |= {**dict.fromkeys(TAG_LISTS, TYPES["tags"]), **MEASURED, **PLACES}  # all columns with a meaning
+TYPES |= {
+    **dict.fromkeys(TAG_LISTS, TYPES["tags"]),
+    TARGET: pa.float64(),
+    **MEASURED,
+    **PLACES,
+}  # all columns with a meaning
 _LARGE = {pa.string(): pa.large_string(), TYPES["tags"]: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 SHOWN = 5  # names in a message

@@ -18,7 +18,7 @@ from pyarrow import Table
 from data.layouts.readers import Sidecar
 from data.layouts.scan import Columns, TableChoice
 from data.layouts.sidecars import decode, read_lines
-from data.layouts.table import SCHEMA, SPLIT_NAMES, TYPES, show_some
+from data.layouts.table import SCHEMA, SPLIT_NAMES, TARGET, TYPES, show_some
 from data.layouts.unused import POSSIBLE, Unused
 from data.layouts.values import READ, read_column
 from utils.errors import UserError, about
@@ -43,7 +43,7 @@ csv.field_size_limit(2**24)  # characters
 _STATED = re.compile(r"sep=(.)\n")
 _SINGLE = re.compile(f"^'[^'\n]*'[{_SEPARATORS}]", re.M)
 _HEAD = 5000  # characters that tell the form of a file
-_ASKED = ("path", "split", "weight")  # refused if of a wrong type, as are READ
+_ASKED = ("path", "split", "weight", TARGET)  # refused if of a wrong type, as are READ
 _POINT = b"decimal point"  # in the metadata of a table whose columns are texts
 
 
@@ -92,7 +92,7 @@ def list_labels(table: Table, names: Mapping[str, str]) -> dict[str, str]:
 def read_fields(file: Path, table: Table, stated: Columns, unused: Unused) -> dict[str, pa.ChunkedArray]:
     """Return `path` and what a `Sidecar` has of a table, by our names. Columns that are not read are named."""
     names = name_columns(table, stated)
-    known = {name: ours for name, ours in names.items() if ours in ("path", *READ)}
+    known = {name: ours for name, ours in names.items() if ours in ("path", TARGET, *READ)}
     others = names.keys() - known
     unused.add("columns of unknown name, or second of their kind (data.columns={label: NAME} reads one)", *others)
     unused.add(POSSIBLE, *list_labels(table, names).values())

@@ -15,7 +15,7 @@ class Form(NamedTuple):
     """A table whose first column has ids of images; paths: the image of each row.
 
     has_probs: whether the other columns are named as classes or tags, and take their probabilities; else the second
-    column takes the class, or the tags.
+    column takes the class, the tags or the number.
     """
 
     columns: list[str]
@@ -31,21 +31,22 @@ class Form(NamedTuple):
         by_path = {row["path"]: row for row in predicted}
         ids, first, *_ = self.columns
         for path, row in zip(self.paths, self.rows):
-            values = by_path[path].get("probs", {})
+            answer = by_path[path]
+            values = answer.get("probs", {})
             if not self.has_probs:
-                values = {first: by_path[path].get("class", by_path[path].get("tags", row[first]))}
+                values = {first: answer[name] for name in ("class", "tags", "number") if name in answer}  # noqa: B035
             yield {"path": path, **row, **values, ids: row[ids]}
 
 
 def read_form(file: Path, images: Sequence[Path], names: Sequence[str]) -> Form:
-    """Read a table for predictions of some images as classes or tags. Raises UserError (`form`)."""
+    """Read a table for predictions of some images as classes, tags or numbers. Raises UserError (`form`)."""
     table = read_columns(file, "form")
     ids, *columns = table.column_names
     has_probs = {*columns} <= {*names}
     if not columns or (len(columns) > 1 and not has_probs):
         raise UserError(
             f"form: {file} has the columns {show_some(table.column_names)}; after the ids comes one column, for the "
-            f"class or the tags, or columns with names of the weights, for probabilities: {show_some(names)}"
+            f"class, tags or number, or columns with names of the weights, for probabilities: {show_some(names)}"
         )
     rows = table.to_pylist()
     find = build_finder(dict.fromkeys(map(str, images)))

@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
     file: str
     write: str
-    of: tuple[str, ...] = ("classes", "tags", "features")
+    of: tuple[str, ...] = ("classes", "tags", "number", "features")
     library: str | None = None
     template: str | None = None
     use: str | None = None
@@ -71,7 +71,13 @@ _vae = partial(Format, of=("autoencoder",), library="diffusers", use="sdxl.expor
 
 FORMATS = {
     "onnx": Format("model.onnx", "engine.exports.formats:export_onnx", template="onnx", fp16=True, int8=True),
-    "timm": Format("model.safetensors", "engine.exports.formats:export_timm", library="timm", template="timm"),
+    "timm": Format(
+        "model.safetensors",
+        "engine.exports.formats:export_timm",
+        of=("classes", "tags", "features"),
+        library="timm",
+        template="timm",
+    ),
     "safetensors": Format("model.safetensors", "engine.exports.formats:export_safetensors"),
     "page": Format("page.html", "engine.exports.formats:export_page", of=("classes", "tags"), int8=True, load=_OPEN),
     "wd14": _tagger("model.onnx", "engine.exports.formats:export_wd14"),

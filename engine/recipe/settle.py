@@ -56,7 +56,7 @@ def settle(config: TrainingConfig, job: Job, kind: Kind, stages: Stages) -> Sett
 
 
 def _plan(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
-    if config.loop.minutes is None or start.job.script != "train" or kind.output not in ("classes", "tags"):
+    if config.loop.minutes is None or start.job.script != "train" or kind.output not in ("classes", "tags", "number"):
         return config
     from engine.recipe.rules import plan_recipe  # the rules, and the features that they look at
 

@@ -28,6 +28,7 @@ from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup, label_fields
 from engine.tasks.mixing import MixingTask
 from engine.update.runtime import Runtime
+from optim.linear import fit_classes
 from utils.contracts import Batch
 from utils.io.files import Json
 from utils.ranks import distributed
@@ -55,6 +56,7 @@ class ClassificationTask(MixingTask):
 
     best_metric = "top1"
     best_is_lowest = False
+    fit = staticmethod(fit_classes)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, setup.facts["class_names"])
@@ -119,7 +121,7 @@ class ClassificationTask(MixingTask):
         for batch in batches:
             labels = batch["labels"]
             valid = batch["weight"] > 0
-            logits = self.network(self.normalise(batch["images"])).float()
+            logits = self.predict(batch)
             top = logits.topk(most, dim=1)
             hits = top.indices == labels[:, None]
             predicted = top.indices[:, 0]
@@ -164,7 +166,7 @@ class ClassificationTask(MixingTask):
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the label, the first class and its probability, and the loss."""
-        logits = self.network(self.normalise(batch["images"])).float()
+        logits = self.predict(batch)
         labels = batch["labels"]
         prob, first = logits.softmax(dim=1).max(dim=1)
         columns = {

@@ -73,6 +73,12 @@ class ClassificationTaskConfig(MixingConfig, TaskConfig):
             )
 
 
+class RegressionTaskConfig(TaskConfig):
+    """Settings of the training of a number."""
+
+    name: Literal["regression"]
+
+
 class TagLossConfig(Strict):
     """The loss. gamma_neg, clip: of the asymmetric loss; gamma, alpha: of the focal loss."""
 

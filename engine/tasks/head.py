@@ -23,7 +23,7 @@ from engine.measures.probe import gather_features
 from engine.tasks.kind import ImageTask, Setup
 from engine.update.runtime import Runtime
 from models.image_model import ImageModel, find_head
-from optim.linear import fit_classes, fit_logits
+from optim.linear import fit_logits
 from optim.ridge import standardise
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -38,9 +38,10 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     All ranks call it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if
     the network does not end in one linear layer.
     """
-    network = task.network
     head = find_head(task.network)
-    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
+    norms = [
+        module for module in task.network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None
+    ]
     activations = {}  # outputs of layer norms, and the input of the head
     hooks = [norm.register_forward_hook(lambda norm, _, output: activations.update({norm: output})) for norm in norms]
     hooks.append(head.register_forward_pre_hook(lambda head, inputs: activations.update({head: inputs[0]})))
@@ -48,7 +49,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
 
     def embed(batch: Batch) -> tuple[Tensor, Batch]:
         with runtime.autocast():
-            network(task.normalise(batch["images"]))
+            task.predict(batch)
         return activations[head], batch
 
     features, labels = gather_features(map(embed, loader))
@@ -61,8 +62,8 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
             "set task.head=random"
         )
     mean, scale = standardise(features)
-    weight, bias, loss, accuracy = distributed.rank_zero_call(
-        lambda: fit_classes((features - mean) / scale, labels, head.out_features)
+    weight, bias, loss, quality = distributed.rank_zero_call(
+        lambda: task.fit((features - mean) / scale, labels, head.out_features)
     )
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
     inputs = activations.pop(head)
@@ -80,8 +81,9 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     head.weight.copy_(weight)
     head.bias.copy_(bias)
     log.info(
-        "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f", f"{len(labels):,}", loss, accuracy
-    )
+        "task.head: fitted to %s images; leave-one-out loss %.3f, %s %.3f",
+        f"{len(labels):,}", loss, task.best_metric, quality,
+    )  # fmt: skip
 
 
 @torch.no_grad()

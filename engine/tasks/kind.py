@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.augment.config import AugmentConfig
 from data.augment.steps import describe_augmentation, training_views
@@ -36,7 +37,7 @@ from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.normalise import Normalise
-from utils.contracts import InitFrom
+from utils.contracts import Batch, InitFrom
 from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.io.files import Json, Values, canonical_json, sha256_text
@@ -79,6 +80,10 @@ class ImageTask(Task):
         check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
         self.network = build_network(setup.model, num_classes=outputs, any_size=setup.any_size)
         self.normalise = setup.normalise()
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the outputs of the network for the images of a batch, float32 [B, K]."""
+        return self.network(self.normalise(batch["images"])).float()
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file, and its head or decoder if `keep_head`."""

@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
 | tagging | finetune.py, train.py | images with tags | tags, unknown_tags | tags |
+| regression | finetune.py, train.py | images with a number | labels, group | number |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags | none |
 | autoencoder | finetune_vae.py | all images | none | none |
@@ -39,6 +40,7 @@ KINDS = {
         "engine.tasks.classification:ClassificationKind", "engine.tasks.config:ClassificationTaskConfig"
     ),
     "tagging": KindRow("engine.tasks.tagging:TaggingKind", "engine.tasks.config:TaggingTaskConfig"),
+    "regression": KindRow("engine.tasks.regression:RegressionKind", "engine.tasks.config:RegressionTaskConfig"),
     "fcmae": KindRow("engine.tasks.fcmae:FCMAEKind", "engine.tasks.config:FCMAETaskConfig", ("pretrain_fcmae",)),
     "diffusion": KindRow(
         "sdxl.kind:DiffusionKind",

@@ -31,7 +31,7 @@ TO = {
 }
 SHARED = {"common", "optim/_every", "task/_buckets"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
-SMALL = {"tagging": ["task.min_count=1"]}
+SMALL = {"tagging": ["task.min_count=1"], "regression": ["data.columns={target: size}"]}
 
 
 def list_yaml(folder):

@@ -36,6 +36,7 @@ LATER = {
     "task[tagging].loss.gamma": 2.0,  # there was no focal loss
     "task[tagging].loss.alpha": 0.25,
     "task[diffusion].lora.layers": {},
+    "task[regression].name": "regression",  # a new task
     **NEWER,
 }
 # By key, the value that means off.

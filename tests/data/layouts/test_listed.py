@@ -53,6 +53,16 @@ def test_names_in_both_splits_are_those_of_the_tables_split(read):
 
 
 @pytest.mark.parametrize(
+    ("form", "wanted"), [("id,age", ""), ("id,kind", " x"), ("id,x,y,z", " x"), ("id,p,q", "  p")]
+)  # a column of numbers, of labels, of labels that are columns, and of several tags in a text
+def test_the_form_of_a_competition_says_what_the_target_is(form, wanted, read):
+    rows = [f"{number},{number % 3},{number + 0.5},x,p{' q' * (number % 2)}" for number in range(24)]
+    tables = {"train.csv": "\n".join(["id,odd,age,kind,kinds", *rows]), "sample_submission.csv": f"{form}\n"}
+    found = read(" ".join(f"train/{number}.png" for number in range(24)), tables)
+    assert found[0] == f"train/0.png train{wanted}"
+
+
+@pytest.mark.parametrize(
     ("images", "ids"),
     [
         ("1.10.png 1.20.png", "1.10 1.20"),  # a column of numbers would make 1.1 of the first
