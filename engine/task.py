@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from utils.contracts import Batch, InitFrom, State, StepStream, Tensors
+from utils.contracts import Batch, Figures, InitFrom, State, StepStream, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values, sha256_text
 from utils.io.memo import hash_once
@@ -45,7 +45,7 @@ class Streams:
     train: StepStream
     evaluation: Loaders
     fingerprints: Mapping[str, str]
-    every_epochs: Mapping[str, float] = field(default_factory=dict)
+    every_epochs: Figures = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Values = field(default_factory=dict)
     earlier: Sequence[StepStream] = ()
@@ -89,7 +89,7 @@ class Report:
     An image that takes time to draw is a function: training calls it within its time for pictures.
     """
 
-    scalars: dict[str, float] = field(default_factory=dict)
+    scalars: Figures = field(default_factory=dict)
     tables: dict[str, list[Json]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
     images: dict[str, np.ndarray | Callable[[], np.ndarray]] = field(default_factory=dict)  # [H, W, 3] uint8
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from utils.config.bounds import BelowOne, Count, Factor, SizeHW, Width
+from utils.config.bounds import BelowOne, Count, Factor, Name, SizeHW, Width
 from utils.config.schema import Strict
 
 
@@ -15,7 +15,7 @@ class ConvNeXtV2Config(Strict):
     """Describe a ConvNeXt V2: one entry of `depths` (blocks) and one of `dims` (channels) for each stage."""
 
     family: Literal["convnextv2"]
-    name: str = Field(min_length=1)
+    name: Name
     in_channels: Width
     # Bounded, because they may also come from a stranger's weight file.
     depths: list[Count] = Field(min_length=2, max_length=5)
@@ -57,7 +57,7 @@ class TimmConfig(Strict):
     """
 
     family: Literal["timm"]
-    name: str = Field(min_length=1)
+    name: Name
     in_channels: Width
     drop_path_rate: BelowOne | None
     image_size_hw: SizeHW | None

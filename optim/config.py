@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Share
+from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Name, Share
 from utils.config.schema import Strict
 
 _JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradients or steps together, or not tried
@@ -13,7 +13,7 @@ _JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradient
 class RuleConfig(Strict):
     """Settings of the parameters whose names match the pattern `match`, such as `network.head.*`."""
 
-    match: Annotated[str, Field(min_length=1)]
+    match: Name
     lr_scale: Factor | None = None  # multiplies the scale of layer decay
     weight_decay: Factor | None = None  # fixed, not scheduled; also for vectors
     freeze_steps: Count | None = None  # the first updates, which leave the parameters unchanged

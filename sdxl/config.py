@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy import ndarray
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from data.config import DataConfig, WholeData
@@ -22,6 +22,7 @@ from utils.config.bounds import (
     CountOrZero,
     Factor,
     Fraction,
+    Name,
     Pixels,
     Positive,
     Seed,
@@ -29,7 +30,7 @@ from utils.config.bounds import (
     Side,
     Width,
 )
-from utils.config.schema import PathText, Strict
+from utils.config.schema import PathText, Strict, text_or
 from utils.io.files import Json
 
 CHANNELS = 4  # of latents
@@ -66,7 +67,7 @@ class SDXLConfig(Strict):
     """
 
     family: Literal["sdxl"]
-    name: str = Field(min_length=1)
+    name: Name
     path: PathText | None
     vae: PathText | None
     vae_values: VAEValues
@@ -201,10 +202,7 @@ class Prompt(Strict):
         return f"{self.text}\n{self.negative}"
 
 
-PromptText = Annotated[  # a text, or a mapping
-    Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "mapping"),
-]
+PromptText = text_or(Prompt)
 
 
 class PictureConfig(Strict):
@@ -223,10 +221,7 @@ class PictureConfig(Strict):
 class SamplesConfig(PictureConfig):
     """Pictures of an evaluation, one for each prompt, with fixed noise: the N-th prompt has the seed N, or its own."""
 
-    prompts: Annotated[  # or a file of them (sdxl/pictures/prompts.py)
-        Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
-        Discriminator(lambda value: "file" if isinstance(value, str) else "list"),
-    ]
+    prompts: text_or(list[PromptText])  # or a file of them (sdxl/pictures/prompts.py)
 
     def complete_all(self) -> list[Prompt]:
         """Return the prompts with all settings."""
@@ -377,7 +372,7 @@ class PerceptualConfig(Strict):
     """
 
     weight: Factor
-    network: Annotated[str, Field(min_length=1)] | None
+    network: Name | None
     path: PathText | None
     lpips: PathText | None
 

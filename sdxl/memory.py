@@ -29,6 +29,7 @@ from optim.config import OptimConfig
 from sdxl.config import CHANNELS
 from sdxl.files.tokenizer import LENGTH
 from sdxl.task import DiffusionTask
+from utils.contracts import Figures
 from utils.errors import UserError
 from utils.ranks import distributed
 from utils.record.logging import log
@@ -80,7 +81,7 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in storages}
 
 
-def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
+def predict_memory(config: TrainingConfig, precision: str) -> Figures:
     """Return the GiB of a `step`, of `evaluation`, of `encoding` images, and of `pictures` if any are drawn."""
     with torch.device("meta"):
         task = DiffusionTask(Setup(config.model, config.task))

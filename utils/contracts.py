@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
+Figures = dict[str, float]  # numbers by name
 State = dict[str, "Tensor"]  # tensors by name: the weights of a network
 Tensors = Mapping[str, "Tensor"]
 
@@ -53,6 +54,6 @@ class StepStream(Protocol):
 
     def prepare(self, batch: Batch) -> Batch: ...
 
-    def readings(self) -> Mapping[str, float]: ...
+    def readings(self) -> Figures: ...
 
     def path_of(self, sample_id: int) -> str: ...

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from utils.config.bounds import Name
 from utils.config.schema import Strict
 
 
@@ -13,7 +14,7 @@ class PageConfig(Strict):
     start: whether a reader of the page may start trainings; None: only if the page answers this machine alone.
     """
 
-    host: Annotated[str, Field(min_length=1)]
+    host: Name
     port: Annotated[int, Field(ge=1, le=65_535)]
     open: bool
     start: bool | None

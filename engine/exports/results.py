@@ -3,12 +3,13 @@
 from contextlib import suppress
 from pathlib import Path
 
+from utils.contracts import Figures
 from utils.io.files import read_json
 
 _NO_FIGURES = ("seconds", "step")
 
 
-def read_results(folder: Path, weights_hash: str | None) -> dict[str, dict[str, float]]:
+def read_results(folder: Path, weights_hash: str | None) -> dict[str, Figures]:
     """Return the figures of weights in a run folder, by the title of the images, such as `validation: 30 images`.
 
     Figures on training images are skipped.

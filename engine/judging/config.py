@@ -2,14 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, create_model, model_validator
+from pydantic import Field, create_model, model_validator
 
 from data.config import DataConfig
 from data.tags.rules import TagRulesConfig, TextConfig
 from engine.config import MachineConfig
 from engine.exports.config import MovedBase, WeightsChoice
-from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
-from utils.config.schema import PathList, PathText, Strict
+from utils.config.bounds import Count, CountOrZero, Fraction, Inner, Pixels
+from utils.config.schema import PathList, PathText, Strict, text_or
 from utils.formats.spelling import CATEGORIES
 from utils.formats.thresholds import PER_TAG
 
@@ -17,8 +17,8 @@ from utils.formats.thresholds import PER_TAG
 class _Targets(Strict):
     """The precision and recall that the profiles high_precision and high_recall reach."""
 
-    precision: Annotated[float, Field(gt=0, lt=1)]
-    recall: Annotated[float, Field(gt=0, lt=1)]
+    precision: Inner
+    recall: Inner
 
 
 class Evaluate(WeightsChoice):
@@ -37,7 +37,7 @@ class Evaluate(WeightsChoice):
     folds: Count | None
     calibrate: bool
     calibration: _Targets
-    risk: Annotated[float, Field(gt=0, lt=1)] | None
+    risk: Inner | None
 
 
 class ArenaConfig(TagRulesConfig):
@@ -82,10 +82,7 @@ class PredictConfig(Strict):
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     top: Count  # the number of classes
     threshold: Fraction | None  # for every tag or class; None: from `thresholds`, of tags by `profile`
-    thresholds: Annotated[  # a table, or the threshold of each category
-        Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
-        Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
-    ]
+    thresholds: text_or(CategoryThresholds, PathText)  # a table, or the threshold of each category
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall"]
     text: TextConfig
     lora: PathList  # FILE or FILE:STRENGTH

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from utils.contracts import Batch, Tensors
+from utils.contracts import Batch, Figures, Tensors
 from utils.errors import UserError
 from utils.ranks import distributed
 
 
-def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Tensors]) -> dict[str, float]:
+def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Tensors]) -> Figures:
     """Return `Means.reduce` of the per-sample values [B] that `compute` returns for each batch."""
     means = Means()
     for batch in batches:
@@ -34,7 +34,7 @@ class Means:
         # Select, do not multiply: the loss of a blank image may be NaN.
         self._sums = self._sums + torch.where(valid, rows, 0.0).sum(dim=1)
 
-    def reduce(self) -> dict[str, float]:
+    def reduce(self) -> Figures:
         """Return the means by name, and `samples`, the number of valid samples. Raises UserError if it is 0."""
         assert self._names, "no batch was added"
         count, *sums = distributed.all_reduce_sum(self._sums).tolist()

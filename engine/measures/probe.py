@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from engine.measures.neighbours import find_nearest
 from optim.linear import count_hits
 from optim.ridge import Ridge, standardise
-from utils.contracts import Batch
+from utils.contracts import Batch, Figures
 from utils.ranks import distributed
 from utils.record.logging import log
 
@@ -36,7 +36,7 @@ def gather_features(pairs: Pairs) -> tuple[Tensor, Tensor]:
     return features[order].double(), labels[order]
 
 
-def measure_probes(train: Pairs, val: Pairs, k: int) -> dict[str, float]:
+def measure_probes(train: Pairs, val: Pairs, k: int) -> Figures:
     """Return `probe/knn` and `probe/linear`, the accuracies on `val` of classifiers fitted to `train`.
 
     Samples of a class without training images count as errors. If a set is empty or features are not finite, warn and
@@ -46,7 +46,7 @@ def measure_probes(train: Pairs, val: Pairs, k: int) -> dict[str, float]:
     return distributed.rank_zero_call(lambda: _score(*samples, k))
 
 
-def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int) -> dict[str, float]:
+def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int) -> Figures:
     if not (len(train) and len(val) and train.isfinite().all() and val.isfinite().all()):
         log.warning("probe: skipped: features are not finite, or no image of the training or validation set was read")
         return {}

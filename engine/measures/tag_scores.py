@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.measures.tags import EDGES, PROBS, Rates, TagCounts, decision_rows, edge_below, rates
 from utils import rng
+from utils.contracts import Figures
 from utils.errors import UserError
 from utils.formats.spelling import RATING, category_name
 from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
@@ -57,7 +58,7 @@ class Group:
         """Return the micro precision, recall and F1 at each edge."""
         return rates(self.tp, self.predicted, self.tp[0])
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> Figures:
         """Return the group's scores."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1 = self.micro()[2]
@@ -126,7 +127,7 @@ class TagScores:
             mean = max(1.0, size)
             self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean)
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> Figures:
         """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 

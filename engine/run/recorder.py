@@ -18,7 +18,7 @@ from engine.task import Report
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
-from utils.contracts import Batch, StepStream
+from utils.contracts import Batch, Figures, StepStream
 from utils.hardware import peak_memory
 from utils.io.files import AppendFile, Json, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
@@ -70,7 +70,7 @@ class _Meter:
         pairs = torch.tensor(list(state.values()), dtype=torch.float64, device=self._device)
         self._sums = {tuple(state): pairs} if state else {}
 
-    def means(self, *, resets: bool = True) -> dict[str, float]:
+    def means(self, *, resets: bool = True) -> Figures:
         """Return the means, and `skipped_steps` as a count; an empty mean is NaN. Then reset."""
         means = {}
         for name, (total, count) in self.state().items():
@@ -213,7 +213,7 @@ class Recorder:
         if self._metrics is not None and time.perf_counter() >= self._next_progress:
             self._write_progress("running")
 
-    def _speed(self, since: Mark, step: int) -> dict[str, float]:
+    def _speed(self, since: Mark, step: int) -> Figures:
         """Return the images per second since a moment, the seconds of the run, and the peak memory of this process.
 
         The memory is what was allocated on the GPU, or what was resident on a CPU.
@@ -296,13 +296,13 @@ class Recorder:
             self.skips.read(step)
             self.skips.check(step, last=step == plan.total_steps)
 
-    def _scheduled(self, step: int) -> dict[str, float]:
+    def _scheduled(self, step: int) -> Figures:
         """Return the rate of update number `step` (from 1), the momentum if it is scheduled, and Prodigy's d."""
         values = self._learner.schedule.at(step - 1)
         figures = {"lr": values.lr, "momentum": values.momentum, "d": self._learner.optimizer.param_groups[0].get("d")}
         return {name: value for name, value in figures.items() if value is not None}
 
-    def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
+    def end_epoch(self, step: int, epoch: int, last_report: Figures) -> None:
         """Write the epoch's row. A partial last epoch keeps its sums, so that a longer run can complete the row."""
         is_whole = self._plan.epoch_of(step) > epoch
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}

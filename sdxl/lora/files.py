@@ -7,15 +7,14 @@ huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py; Nerogar/On
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.layouts.table import show_some
 from models.interop.metadata import dict_of
 from sdxl.config import LoRAConfig
-from sdxl.files.family import PARTS
+from sdxl.files.family import PARTS, Networks
 from sdxl.files.names import rename
 from sdxl.lora.changes import LayerChange
 from sdxl.lora.lora import find_layers
@@ -53,7 +52,7 @@ _ENDINGS = {
 }
 
 
-def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, LayerChange]:
+def read_lora(path: Path, networks: Networks) -> dict[str, LayerChange]:
     """Return the changes in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
 
     networks: SDXL's; only their shapes are used. Raises UserError for a LoRA of another base model or kind, or other
@@ -151,7 +150,7 @@ def _own_config(metadata: Values) -> LoRAConfig | None:
     return None if stated is None else LoRAConfig.model_validate(stated)
 
 
-def adapter_state(path: Path, networks: Mapping[str, nn.Module]) -> State:
+def adapter_state(path: Path, networks: Networks) -> State:
     """Return the state of a `LoRA` with the tensors of a file."""
     state = {}
     for name, change in read_lora(path, networks).items():
@@ -159,7 +158,7 @@ def adapter_state(path: Path, networks: Mapping[str, nn.Module]) -> State:
     return state
 
 
-def describe_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoRAConfig:
+def describe_lora(path: Path, networks: Networks) -> LoRAConfig:
     """Return the configuration that continues a file, with kind, rank and alpha of each layer. Raises UserError."""
     with readable(path, "LoRA"):
         if (own := _own_config(read_weights(path, shapes_only=True)[1])) is not None:

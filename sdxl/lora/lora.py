@@ -74,7 +74,7 @@ def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
 class LoRA(nn.Module):
     """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and so on."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
+    def __init__(self, networks: Networks, config: LoRAConfig) -> None:
         """Make the matrices for `networks` (unet, text_encoder, text_encoder_2). Only their shapes are used.
 
         Raises UserError (`task.lora.targets`) if a pattern matches no layer.
@@ -93,7 +93,7 @@ class LoRA(nn.Module):
             _place(self, name, LoRALayer(layers[name], config.layers.get(name, config)))
         self._hooks = []
 
-    def attach(self, networks: Mapping[str, nn.Module]) -> None:
+    def attach(self, networks: Networks) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
         targets = find_layers(networks)
@@ -112,7 +112,7 @@ class LoRA(nn.Module):
             hook.remove()
         self._hooks = []
 
-    def merge(self, networks: Mapping[str, nn.Module]) -> None:
+    def merge(self, networks: Networks) -> None:
         """Add the updates to the networks' own weights, and detach."""
         self.detach()
         add_changes(networks, self.changes())
@@ -128,7 +128,7 @@ def adapted_shapes(model: SDXLConfig) -> Networks:
         return open_networks(model, ADAPTED)
 
 
-def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
+def find_layers(networks: Networks) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be targets, by network and name: of the U-Net, and of the text encoders, if given."""
     layers = {}
     for network in ADAPTED:
@@ -143,7 +143,7 @@ def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.C
 
 
 @torch.no_grad()
-def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, LayerChange], strength: float = 1.0) -> None:
+def add_changes(networks: Networks, changes: Mapping[str, LayerChange], strength: float = 1.0) -> None:
     """Change the weights of layers by name, in the weights' dtype."""
     layers = find_layers(networks)
     for name, change in changes.items():

@@ -12,8 +12,10 @@ SizeHW = Annotated[list[Side], Field(min_length=2, max_length=2)]  # of an image
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Pixels = Annotated[int, Field(ge=1, le=10**12)]
 
+Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=1e-6, le=1)]
+Inner = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float32

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache, reduce
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.fields import FieldInfo
 
 from utils.io.names import find_path
@@ -46,6 +46,12 @@ def _as_list(value: Any) -> Any:
 
 
 PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
+
+
+def text_or(other: Any, text: Any = str) -> Any:
+    """Return the type of a text, or of another value; a wrong value is refused as one of them."""
+    kinds = Annotated[text, Tag("text")] | Annotated[other, Tag("other")]
+    return Annotated[kinds, Discriminator(lambda value: "text" if isinstance(value, str) else "other")]
 
 
 def walk_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -1,12 +1,13 @@
 """Format figures and tables of text for people."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from utils.contracts import Figures
 from utils.io.files import Values
 
 INK = "#212529"  # the colour of texts in plots and pictures
@@ -84,7 +85,7 @@ def show_rows(rows: Sequence[Values]) -> str:
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 
 
-def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
+def interval(name: str, figures: Figures) -> Sequence[float] | None:
     """Return the 95 % interval of an evaluation's figure; None if it has none.
 
     Of top1, top5, ...: Wilson's, of a share of `samples` independent images: where (x - share)^2 is 1.96^2 times the
@@ -98,7 +99,7 @@ def interval(name: str, figures: Mapping[str, float]) -> Sequence[float] | None:
     return sorted(np.roots([1 + spread, -2 * share - spread, share**2]).tolist())
 
 
-def show_figure(name: str, figures: Mapping[str, float]) -> str:
+def show_figure(name: str, figures: Figures) -> str:
     """Return a figure with its interval as text; nothing if it is not among the figures."""
     low, high = interval(name, figures) or (None, None)
     return show_cell(figures.get(name)) + ("" if low is None else f" (95 % interval: {low:.4g} to {high:.4g})")

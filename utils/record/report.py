@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from utils.contracts import Figures
 from utils.io.files import write_atomically, write_text
 from utils.io.safe_text import hide_secrets, safe_row
 from utils.record.figures import show_name, show_rows
@@ -72,7 +73,7 @@ def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:
 def write_html(
     path: Path,
     title: str,
-    scalars: Mapping[str, float],
+    scalars: Figures,
     tables: Mapping[str, Sequence[TableRow]],
     images: Mapping[str, np.ndarray],
 ) -> None:
