@@ -9,6 +9,7 @@ A label is positive, negative or unknown. Unknown are the ratings of an image wi
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from data.tags.rules import TagRules
 from utils.errors import UserError, about
 from utils.formats.spelling import GENERAL, RATING, Tag, parse_tag
 from utils.formats.vocabulary import Vocabulary
-from utils.io.files import write_atomically
+from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import own_cache
 from utils.ranks import distributed
 from utils.record.logging import log
@@ -33,6 +34,7 @@ from utils.record.logging import log
 _VERSION = 7  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
+_ALL = ("*",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,22 +94,22 @@ class TagIndex(TagRows):
 
 
 def index_tags(
-    collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path, only_used: bool = False
+    collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path, spoken_of: Sequence[str] = _ALL
 ) -> TagIndex:
     """Return the tags of a collection as outputs of a vocabulary; rank 0 computes them if `cache` lacks them.
 
-    only_used: see `map_tags`.
+    spoken_of: see `map_tags`.
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, or if no image has a tag of the vocabulary.
     """
     collection.refuse_faults(*TAG_LISTS, "rating")
 
     def make() -> Path:
-        name = f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}{'-used' * only_used}.safetensors"
-        file = own_cache(cache) / name
+        stated = sha256_text(f"{collection.fingerprint} {vocabulary.hash} {rules.hash} {_VERSION} {[*spoken_of]}")
+        file = own_cache(cache) / f"{stated[:32]}.safetensors"
         with suppress(UserError, TypeError):  # missing or damaged
             TagIndex.open(file)
             return file
-        index = map_tags(collection.table, vocabulary, rules, only_used)
+        index = map_tags(collection.table, vocabulary, rules, spoken_of)
         if not index.tagged.any():
             names = [name for category, name in vocabulary.columns if category != RATING]
             raise UserError(
@@ -126,15 +128,15 @@ def index_tags(
     return TagIndex.open(distributed.rank_zero_call(make))
 
 
-def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used: bool = False) -> TagIndex:
+def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, spoken_of: Sequence[str] = _ALL) -> TagIndex:
     """Map the columns `tags`, `rating` and `unknown_tags` of a collection's table to outputs.
 
-    The rating of a row is its `rating`, else its rating tag if it has exactly one, else unknown. only_used: tags that
-    no row has are unknown in all. Logs texts that are not in the vocabulary.
+    The rating of a row is its `rating`, else its rating tag if it has exactly one, else unknown. A tag that no row
+    has is unknown in all, unless `spoken_of`, in the form of `unknown_tags`, names it. Logs texts that are not in the
+    vocabulary.
     Raises UserError (`<key>rating_s`) if images are rated `s` or `safe` and the rules do not define it.
     """
     mapper = _Mapper(vocabulary, rules)
-    nothing = np.zeros(0, np.int64)
     ids = array("i")
     lengths = []
     unknown = []
@@ -151,10 +153,10 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used
         texts = ", ".join(repr(text) for text, _ in mapper.foreign.most_common(_SHOWN))
         log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.foreign.total():,}", texts)
     ids = np.array(ids, np.int32)
-    never = np.flatnonzero(np.bincount(ids, minlength=len(vocabulary)) == 0) if only_used else nothing
+    never = np.flatnonzero((np.bincount(ids, minlength=len(vocabulary)) == 0) & ~mapper.find_named(spoken_of))
     sets = [np.union1d(members, never) for members in mapper.sets]
     offsets, set_offsets = (np.cumsum([0, *sizes]) for sizes in (lengths, map(len, sets)))
-    set_ids = np.concatenate([nothing, *sets]).astype(np.int32)
+    set_ids = np.concatenate([np.zeros(0, np.int64), *sets]).astype(np.int32)
     return TagIndex(ids, offsets, np.array(tagged, bool), np.array(unknown, np.int32), set_ids, set_offsets)
 
 
@@ -165,9 +167,9 @@ class _Mapper:
     """
 
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
-        self._columns = vocabulary.columns
+        self._columns = vocabulary.spelled
         self._rules = rules
-        named = [key for key in vocabulary.columns if key[0] != RATING]
+        named = [key for key in vocabulary.spelled if key[0] != RATING]
         # The category of a name: general if it has one, else the category of its first output.
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
@@ -192,17 +194,22 @@ class _Mapper:
 
     def _add_set(self, texts: tuple[str, ...], is_rated: bool) -> int:
         """Return the number of a new set: what the texts, and an unknown rating, leave unknown."""
-        unknown = np.zeros(len(self._is_rating), bool)
-        for text in sorted(texts, key=lambda text: text.startswith("-")):  # -hat after *
-            tag = self._rules.resolve(parse_tag(text.removeprefix("-")))
-            outputs = np.arange(len(unknown)) == self._find(tag)
-            if tag.name == "*":
-                outputs = (self._category == tag.category) | (tag.category is None)
-            unknown[outputs] = not text.startswith("-")
-            self.foreign.update([text] if not outputs.any() else [])
+        unknown = self.find_named(texts)
         unknown[self._is_rating] = not is_rated
         self.sets.append(np.flatnonzero(unknown))
         return len(self.sets) - 1
+
+    def find_named(self, texts: Sequence[str]) -> ndarray:
+        """Return which outputs the texts name, in the form of `unknown_tags`, bool [T]."""
+        named = np.zeros(len(self._is_rating), bool)
+        for text in sorted(texts, key=lambda text: text.startswith("-")):  # -hat after *
+            tag = self._rules.resolve(parse_tag(text.removeprefix("-")))
+            outputs = np.arange(len(named)) == self._find(tag)
+            if tag.name == "*":
+                outputs = (self._category == tag.category) | (tag.category is None)
+            named[outputs] = not text.startswith("-")
+            self.foreign.update([text] if not outputs.any() else [])
+        return named
 
     def _find(self, tag: Tag) -> int:
         """Return the output of a tag, or -1. A tag without a category gets the category of its name."""

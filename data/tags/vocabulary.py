@@ -66,7 +66,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
 
 def append_vocabulary(known: Vocabulary, wanted: Vocabulary) -> Vocabulary:
     """Return `known`, followed by the tags that only `wanted` has, except ratings."""
-    rows = [row for key, row in wanted.columns.items() if key not in known.columns and key[0] != RATING]
+    rows = [row for key, row in wanted.columns.items() if key not in known.spelled and key[0] != RATING]
     return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(wanted))))
 
 

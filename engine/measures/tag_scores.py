@@ -27,6 +27,9 @@ _PRIOR_POSITIVES = 50  # the weight of a category's threshold in the threshold o
 _Z = 1.645  # of the normal distribution at 95 %
 _RECALL_MARGIN = 0.1  # `balanced` needs to know a recall of 0.5 to this margin
 _HARDEST_TAGS = 100  # rows of the table
+OLD = "old"  # groups of tags
+NEW = "new"
+_NONE = np.zeros(0, bool)
 _HARDEST_SUPPORT = 10  # the least positives of a tag in it
 
 
@@ -79,25 +82,28 @@ class Group:
         }
 
 
-def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the tags of groups as bool [T], by name: all tags but ratings, then the categories."""
+def _members(vocabulary: Vocabulary, old: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the tags of groups as bool [T], by name: all tags but ratings, then `old` and new ones, the categories."""
     categories = np.asarray(vocabulary.categories)
     is_rating = categories == RATING
     members = {"all": ~is_rating | is_rating.all()}
+    if len(old):
+        members |= {OLD: old & ~is_rating, NEW: ~old & ~is_rating}
     return members | {category_name(number): categories == number for number in np.unique(categories)}
 
 
 class TagScores:
     """Compute the scores. Per tag, [T]: support, ap (NaN without positives), best_f1 and best_edge, which reaches it.
 
-    best_edge is the middle one of equal edges. Raises UserError if no tag has a positive.
+    best_edge is the middle one of equal edges. old: the tags of the tagger that the run began with, bool [T]; empty
+    without one. Raises UserError if no tag has a positive.
     """
 
-    def __init__(self, counts: TagCounts, vocabulary: Vocabulary) -> None:
+    def __init__(self, counts: TagCounts, vocabulary: Vocabulary, old: np.ndarray = _NONE) -> None:
         self.counts = counts
         self.vocabulary = vocabulary
         self.ap = counts.average_precision()
-        members = _members(vocabulary)
+        members = _members(vocabulary, old)
         member = np.stack(list(members.values())).astype(np.float64)  # [G, T]
         sums = 0.0
         device = counts.scores.device
@@ -128,8 +134,10 @@ class TagScores:
             self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean)
 
     def scalars(self) -> Figures:
-        """Return the scores of all tags."""
-        return {name: float(value) for name, value in self.groups["all"].row().items()}
+        """Return the scores of all tags, and the mAP of old and new ones."""
+        scores = {name: float(value) for name, value in self.groups["all"].row().items()}
+        parts = {name: self.groups[name] for name in (OLD, NEW) if name in self.groups}
+        return scores | {f"mAP_{name}": group.mean_ap for name, group in parts.items() if group.num_tags}
 
     def tables(self) -> dict[str, list[Json]]:
         """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""

@@ -101,13 +101,16 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
 
     vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
     append_to: a tagger that gets the missing tags; the run has its network, preprocessing and weights, and no
-    steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
-    mirroring.
+    steps. known: tags that are absent where no image has them. keep_old: the weight of what the tagger of `init_from`
+    says of unknown tags. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map;
+    null: no mirroring.
     """
 
     name: Literal["tagging"]
     vocabulary: PathText | None
     append_to: PathText | None
+    known: list[str]
+    keep_old: Annotated[float, Field(ge=0)]
     min_count: Count
     orientation: PathText | None
     loss: TagLossConfig

@@ -90,7 +90,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
 def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex, setup: Setup) -> None:
     """Append tags to a frozen tagger (`task.append_to`): a logistic regression for a new tag becomes a row of the head.
 
-    The tags after the first `known_tags` are new. Nothing else of the network changes, and all ranks get the same head.
+    The tags after those of `old_tags` are new. Nothing else of the network changes, and all ranks get the same head.
     Raises UserError (`task.append_to`) if there are not enough images.
     """
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
@@ -99,7 +99,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
         for batch in data.prepared(rows, no_fields, setup.preprocessing)
     )
     task.train()
-    first = setup.facts["known_tags"]
+    first = sum(setup.facts["old_tags"])
     rows = ids.numpy()
     if len(rows) < 2:
         raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")

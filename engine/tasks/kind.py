@@ -109,6 +109,7 @@ class Kind:
     model: Any = ModelConfig  # the schema of the `model` group
     task: type[Task] = ImageTask
     names: tuple[str, ...] = ()  # the facts in weight files; other facts are for training only
+    optional_names: tuple[str, ...] = ()  # facts in the weight files of some runs
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: str | None = None
     network: str = "network"
@@ -150,6 +151,7 @@ class Kind:
         """Return the task with random weights."""
         task = self.task(setup)
         metadata = {name: setup.facts[name] for name in self.names}
+        metadata |= {name: setup.facts[name] for name in self.optional_names if name in setup.facts}
         if setup.preprocessing:
             metadata["preprocessing"] = dict(setup.preprocessing)
         task.metadata = {**metadata, **task.metadata}

@@ -61,7 +61,8 @@ def read_setup(
     with readable(path, "weight"):
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
         config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
-    setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
+    facts = {name: metadata[name] for name in (*kind.names, *kind.optional_names) if name in metadata}
+    setup = Setup(model, config, metadata.get("preprocessing", {}), facts)
     if is_foreign:  # its tensors have other names
         return kind, setup, metadata
     with torch.device("meta"):

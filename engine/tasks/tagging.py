@@ -1,5 +1,6 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
+import copy
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -50,7 +51,7 @@ from utils.formats.vocabulary import (
     write_vocabulary,
 )
 from utils.io.files import Json
-from utils.io.weight_files import find_weights
+from utils.io.weight_files import find_initial, find_weights
 from utils.io.weights import read_weights
 from utils.ranks import distributed
 from utils.record.logging import log
@@ -103,6 +104,7 @@ class TaggingTask(MixingTask):
 
     best_metric = "mAP"
     best_is_lowest = False
+    helpers = ("old",)  # a frozen copy of the tagger of `init_from`
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, setup.facts["tag_names"])
@@ -110,6 +112,11 @@ class TaggingTask(MixingTask):
         self.loss = setup.task.loss
         self.append_to = setup.task.append_to
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # for `describe_images`
+        self.keep_old = setup.task.keep_old
+        self.old = None
+        self.register_buffer(
+            "old_tags", torch.tensor(setup.facts.get("old_tags", []), dtype=torch.bool), persistent=False
+        )
         self.mirror = None
         self._priors = None
         self._tag_rule = None
@@ -160,7 +167,14 @@ class TaggingTask(MixingTask):
         """Return each sample's loss."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
-        losses = self.label_losses(logits, targets)
+        if self.old is None:
+            losses = self.label_losses(logits, targets)
+        else:
+            is_open = targets.isnan() & self.old_tags
+            with torch.no_grad():
+                answers = self.old(images).float().sigmoid()
+            losses = self.label_losses(logits, targets.where(~is_open, answers))
+            losses = losses * torch.where(is_open, self.keep_old, 1.0)
         if self._tag_rule is not None:
             losses = losses * self.tag_weights()
             known = ~targets.isnan() & (batch["weight"] > 0)[:, None]
@@ -227,7 +241,7 @@ class TaggingTask(MixingTask):
                 part.add(logits, targets, share)
             worst.add(loss, valid, _find_mistakes(batch, logits.sigmoid(), targets))
         counts = [part.reduce() for part in parts]
-        scores = TagScores(reduce(TagCounts.join, counts), self.vocabulary)
+        scores = TagScores(reduce(TagCounts.join, counts), self.vocabulary, self.old_tags.cpu().numpy())
         measured = means.reduce()
         mistakes = worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
@@ -315,7 +329,32 @@ def prior_bias(priors: Tensor) -> Tensor:
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     return index_tags(
-        collection, vocabulary_of(setup.facts), read_rules(setup.task, "task."), CACHE, setup.task.append_to is not None
+        collection,
+        vocabulary_of(setup.facts),
+        read_rules(setup.task, "task."),
+        CACHE,
+        setup.task.known if setup.task.append_to or "old_tags" in setup.facts else ["*"],
+    )
+
+
+def old_vocabulary(config: ImageTrainingConfig) -> Vocabulary | None:
+    """Return the vocabulary of the tagger that a run begins with; None for other weights."""
+    if config.init_from in (None, "timm"):
+        return None
+    path = find_initial(InitFrom(config.init_from, config.init_weights))
+    metadata = describe(path, read_weights(path, shapes_only=True)[1])
+    return vocabulary_of(metadata) if "tag_names" in metadata else None
+
+
+def _describe_old(index: TagIndex, collection: Collection, is_old: list[bool], keeps: bool) -> str:
+    """Return how the tags of the tagger that a run begins with are trained and judged. is_old: of each output."""
+    old = np.array(is_old)
+    unknown = index.count_known(np.arange(len(collection)), len(old)) == 0
+    unjudged = np.array(index.shares(collection.rows("val"), len(old))) == 0
+    kept = "a frozen copy of the tagger holds them" if keeps else "nothing holds them (task.keep_old=0)"
+    return (
+        f"tags of the tagger: {old.sum():,}, of which {unknown[old].sum():,} are unknown on all images (task.known): "
+        f"{kept}; new tags: {(~old).sum():,}; not judged: {unjudged.sum():,} tags that no validation image has"
     )
 
 
@@ -358,6 +397,7 @@ class TaggingKind(Kind):
 
     task = TaggingTask
     names = FACTS
+    optional_names = ("old_tags",)
     output = "tags"
     changes = (
         ConfigChange(_append, "new tags are fitted to a tagger without training", "task.append_to"),
@@ -372,16 +412,21 @@ class TaggingKind(Kind):
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         vocabulary = choose_vocabulary(config.task, collection)
-        facts = vocabulary.facts()
+        old = old_vocabulary(config)
         if config.task.append_to is not None:
-            known = vocabulary_of(read_tagger(Path(config.init_from)))
-            vocabulary = append_tags(known, vocabulary)
-            facts = {**vocabulary.facts(), "known_tags": len(known)}
+            vocabulary = append_tags(old, vocabulary)
+        elif old is not None and config.task.vocabulary is None:
+            vocabulary = append_vocabulary(old, vocabulary)
+        facts = vocabulary.facts()
+        if old is not None:
+            facts["old_tags"] = [key in old.spelled for key in vocabulary.spelled]
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         priors = index.shares(training_rows(collection, config.loop, index.tagged), len(vocabulary))
         facts["tag_priors"] = priors
         without = f"{priors.count(0):,} of them on no training image"
         log.info("tags: %s, %s; %s", f"{len(vocabulary):,}", without, index.describe(vocabulary))
+        if old is not None:
+            log.info("%s", _describe_old(index, collection, facts["old_tags"], config.task.keep_old > 0))
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
@@ -401,8 +446,14 @@ class TaggingKind(Kind):
         runtime: Runtime,
         is_new: bool,
     ) -> None:
-        """Fit the new tags of `task.append_to`."""
-        if is_new and "known_tags" in setup.facts:
+        """Fit the new tags of `task.append_to`, or keep the tagger that the run begins with (`task.keep_old`)."""
+        if config.task.append_to is None and config.task.keep_old and task.old_tags.any():
+            task.old = copy.deepcopy(task.network)
+            if not is_new:
+                source = InitFrom(config.init_from, config.init_weights)
+                initialise_from(task.old, source, keep_head=False, match=task.match_head)
+            task.train()
+        elif is_new and config.task.append_to is not None:
             index = index_of(data.collection, setup)
             fit_new_tags(task, data, training_rows(data.collection, config.loop, index.tagged), index, setup)
 

@@ -9,11 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from engine.exports.predictors import load_predictor
 from optim.linear import _PENALTY, fit_logits
 from optim.ridge import standardise
-from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import make_collection
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
+from tests.support import assert_equal_runs, make_collection, rows
 from utils.formats.thresholds import find_thresholds
 from utils.formats.vocabulary import read_vocabulary
 from utils.io.files import read_json
+from utils.io.weight_files import find_weights
 from utils.io.weights import read_weights
 
 DATA = ["task=tagging", "task.min_count=1", "data=image_folder", "data.root=images"]
@@ -114,6 +115,25 @@ def test_old_tags_that_the_collection_does_not_label_are_unknown_and_keep_their_
     assert all(new["per_tag", name].support > 0 and new["per_tag", name].note is None for name in ("sharp", "bob"))
     assert new["per_tag", "disc"].note and figures["mAP"] == 1
     assert figures["data"] == "others"
+
+
+def test_a_tagger_that_is_trained_further_on_other_tags_keeps_its_own(place):
+    """Also in a resumed run. The run's figures are of old and new tags."""
+    for file in make_collection(place / "further", per_class=6, classes="AB", validation=4).rglob("*.txt"):
+        file.write_text({"A": "sharp", "B": "character:bob"}[file.parent.name])
+    base = [*SHORT, *DATA, "data.root=further", "init_from=run", "loop.total_steps=20", "loop.evaluate_every_epochs=99"]
+    words = {"kept": ["optim.lr=0.01"], "lost": ["optim.lr=0.01", 'task.known=["*"]', "task.keep_old=0"]}
+    for name, own in words.items():
+        run("finetune", [*base, *own, f"run_dir={name}"], place)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    old, kept, lost = (load_predictor(find_weights(str(place / name), "last"), torch.device("cpu")).predict(images)
+                       for name in ("run", *words))  # fmt: skip
+    far = abs(lost[:, 4 : len(OLD)] - old[:, 4:]).mean()
+    assert abs(kept[:, 4 : len(OLD)] - old[:, 4:]).mean() < far / 3
+    assert kept.shape[1] == len(OLD) + 2 and "mAP_new" in str(rows(place / "kept/metrics.jsonl"))
+    run_until_killed("finetune", [*base, *words["kept"], "run_dir=killed"], place, step=10)
+    run("finetune", [*base, *words["kept"], "run_dir=killed"], place)
+    assert_equal_runs(place / "killed", place / "kept", 20)
 
 
 @pytest.mark.parametrize(

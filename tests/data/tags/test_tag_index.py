@@ -96,8 +96,9 @@ def test_what_is_unknown_is_stated_by_tag_by_category_or_for_all_but_some(tmp_pa
     assert found.unknown_of(1).tolist() == [0, 1, 2, 3]
     counts = dict(zip(known.names, found.count_known(np.arange(2), len(known))))
     assert all(counts[name] == (1 if name in names - {"smile"} else 2) for name in known.names[4:])
-    unused = map_tags(table, known, NO_RULES, only_used=True).unknown_of(1)
-    assert [known.names[output] for output in unused[4:]] == ["long_hair", "cat"]
+    for spoken_of, unused in (((), ["long_hair", "cat"]), (["cat"], ["long_hair"]), (["*", "-cat"], ["cat"])):
+        found = map_tags(table, known, NO_RULES, spoken_of).unknown_of(1)
+        assert [known.names[output] for output in found[4:]] == unused
 
 
 def test_aliases_and_implications(tmp_path):
