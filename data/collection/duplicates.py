@@ -46,10 +46,15 @@ def read_thumbnails(texts: Sequence[str]) -> ndarray:
 
 def are_alike(first: ndarray, second: ndarray) -> ndarray:
     """Return which thumbnails of two arrays, uint8 [N, 288] each or one for all, show one picture, bool [N]."""
+    return compare(first, second) < _LIMIT
+
+
+def compare(first: ndarray, second: ndarray) -> ndarray:
+    """Return the distances of thumbnails, whichever is mirrored, [N]; arrays as for `are_alike`."""
     ours = _weigh(first)
     theirs = _weigh(second)
     distances = [np.linalg.norm(ours - other, axis=1) for other in (theirs, theirs[:, _MIRROR])]
-    return np.minimum(*distances) < _LIMIT
+    return np.minimum(*distances)
 
 
 def group_duplicates(thumbnails: Sequence[str]) -> ndarray:

@@ -12,6 +12,7 @@ from data.collection.collection import Collection
 from data.collection.index import CACHE
 from data.config import DataConfig
 from data.images.bytes import open_contents
+from data.images.measure import FileFacts, measure_files, measure_shards
 from data.layouts.manifest import read_table
 from data.layouts.names import is_remote
 from data.layouts.recognise import open_folder
@@ -22,7 +23,6 @@ from data.layouts.walk import FAULTS, check_root, find_manifest
 from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
-from data.tools.measure import FileFacts, measure_files, measure_shards
 from data.tools.tool import list_files, save_report
 from utils.io.memo import own_cache
 from utils.io.names import Names

@@ -6,13 +6,13 @@ from typing import Any
 
 from data.collection.duplicates import are_alike, group_duplicates, read_thumbnails
 from data.config import DataConfig
+from data.images.measure import FileFacts, measure_files
 from data.layouts.table import TEST, show_some
 from data.layouts.walk import check_root
 from data.load import load_collection
 from data.tags.spellings import fold
 from data.tools.config import Duplicates
 from data.tools.exclude import exclude_found, read_reasons
-from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
 from utils.formats.spelling import RATING, parse_rating, parse_tag
 from utils.io.files import Values

@@ -11,6 +11,7 @@ from data.collection.index import CACHE
 from data.collection.split import split_corrected
 from data.config import DataConfig
 from data.images.bytes import Shards
+from data.images.measure import measure_files, measure_shards
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.manifest import find_sizes, find_sources, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET, is_image_name
@@ -21,7 +22,6 @@ from data.layouts.unused import Unused, list_faults, say_unused
 from data.layouts.walk import COPY, check_root, find_manifest
 from data.tools.config import Manifest
 from data.tools.duplicates import find_groups
-from data.tools.measure import measure_files, measure_shards
 from utils.io.journal import open_journal
 from utils.io.memo import own_cache
 from utils.record.logging import log

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from data.images.measure import measure_file
 from data.images.open import CUT_OFF, DAMAGED, TOO_LARGE
 from data.stream.source import UnreadableImage
-from data.tools.measure import measure_file
 from tests.support import encoded, no_large_allocation, read_image, turned
 from utils.io.files import read_json
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data.images.measure import measure_file
 from data.images.sizes import read_upright_size
 from data.stream.source import UnreadableImage
-from data.tools.measure import measure_file
 from tests.support import encoded, read_image, turned
 
 MAX_PIXELS = 10_000_000

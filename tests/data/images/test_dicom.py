@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 
+from data.images.measure import measure_file
 from data.images.open import TOO_LARGE, UNSUPPORTED
 from data.load import load_collection
-from data.tools.measure import measure_file
 from data.tools.predictions import list_images
 from tests.support import data_config, read_image
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from data.images import decode
 from data.images.decode import Decoder
+from data.images.measure import measure_file
 from data.images.open import CUT_OFF
 from data.stream.source import UnreadableImage
-from data.tools.measure import measure_file
 from tests.data.images.test_decoders import photo
 from tests.support import encoded
 

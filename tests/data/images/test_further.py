@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from data.images.further import count_jxl_pixels
+from data.images.measure import measure_file
 from data.images.open import NO_DECODER, TOO_LARGE
 from data.images.sizes import read_upright_size
-from data.tools.measure import measure_file
 from tests.support import encoded, read_image, turned, write_manifest
 
 

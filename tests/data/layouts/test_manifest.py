@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data.tools.measure
+import data.images.measure
 import utils.ranks.processes
 from data.collection.collection import check_classes
 from data.layouts.table import MEASURED, SCHEMA
@@ -219,7 +219,7 @@ def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, parallel):
-    monkeypatch.setattr(data.tools.measure, "_PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(data.images.measure, "_PARALLEL_FROM", 2 if parallel else 100)
     monkeypatch.setattr(utils.ranks.processes, "count_cores", lambda: 2)
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
@@ -237,7 +237,7 @@ def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
     def all_but_every_second(inspect, files, fatal, least):
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
-    monkeypatch.setattr(data.tools.measure, "map_items", all_but_every_second)
+    monkeypatch.setattr(data.images.measure, "map_items", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
     table = write_manifest(root, verify=True)
     assert "ended the process" in table["reason"][1].as_py() and table["weight"].to_pylist() == [1, 0, 1]

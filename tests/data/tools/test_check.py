@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data.images.bytes import open_contents
+from data.images.measure import FileFacts, measure_file, measure_files
 from data.images.open import CUT_OFF, NOT_OPENED
-from data.tools.measure import FileFacts, measure_file, measure_files
 from tests.data.collection.test_collection import load, put
 from tests.data.layouts.test_foreign import png, write_tar
 from tests.data.layouts.test_manifest import write_rows
@@ -201,7 +201,7 @@ def test_a_manifest_of_the_users_is_refused_after_the_list(root, tmp_path, prepa
 
 def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch, log, prepare):
     prepare("manifest")
-    monkeypatch.setattr("data.tools.measure.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
+    monkeypatch.setattr("data.images.measure.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
     prepare("duplicates")
     prepare("check")
     assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
@@ -211,7 +211,7 @@ def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeyp
 def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("data.tools.measure.measure_file", lambda *_, **__: FileFacts(None, NOT_OPENED, "busy"))
+        patched.setattr("data.images.measure.measure_file", lambda *_, **__: FileFacts(None, NOT_OPENED, "busy"))
         assert measure_files(root, list(TAGS), 10**6)[0].kind == NOT_OPENED
     assert [facts.kind for facts in measure_files(root, list(TAGS), 10**6)] == [None] * 3
 

@@ -8,12 +8,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.collection.duplicates import draw_thumbnail
 from data.images.bytes import Files
@@ -40,7 +42,7 @@ class FileFacts(NamedTuple):
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. thumbnail:
     see data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
     levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
-    remark: an oddity of a readable file.
+    remark: an oddity of a readable file. taken: EXIF's time of a photograph, in seconds.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
@@ -57,6 +59,7 @@ class FileFacts(NamedTuple):
     brightness: float | None = None
     sharpness: float | None = None
     remark: str | None = None
+    taken: int | None = None
 
     @property
     def is_damaged(self) -> bool:
@@ -115,6 +118,10 @@ def _fatal_file(file: str) -> FileFacts:
 def _measure_image(image: Image.Image) -> FileFacts:
     """Decode an opened image and return its facts."""
     mode = image.mode
+    taken = None
+    with suppress(Exception):  # any type, of damaged EXIF
+        text = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        taken = int(datetime.strptime(text + "Z", "%Y:%m:%d %H:%M:%S%z").timestamp())
     orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
     transparent = int(is_transparent(upright))
@@ -136,4 +143,5 @@ def _measure_image(image: Image.Image) -> FileFacts:
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
         remark=remark,
+        taken=taken,
     )
