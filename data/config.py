@@ -34,6 +34,8 @@ class DataConfig(Strict):
     validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images. A fold,
     such as [2, 5], replaces a validation split.
     on_bad_sidecar: a script that reads a bad field of a sidecar stops, or skips that field.
+    group: what tells images that belong together, which a split keeps on one side; a column `group` decides first.
+    exclude_copies: leave out training images that belong together with images of another split.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     trigger: a word before each caption that lacks it, and the caption of an image without texts (finetune_sdxl.py).
     concepts: the folders of the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
@@ -50,6 +52,8 @@ class DataConfig(Strict):
     max_pixels: Pixels
     background: Background | None
     cache: CacheConfig
+    group: Literal["auto", "names", "times", "copies", "none"]
+    exclude_copies: bool
     concepts: list[ConceptConfig] | None
     trigger: str | None
     corrections: bool
@@ -64,7 +68,7 @@ class DataConfig(Strict):
 
     def index_settings(self) -> Json:
         """Return the settings that an index depends on, as arguments of `index_collection`."""
-        names = ("validation_fraction", "on_bad_sidecar", "corrections")
+        names = ("validation_fraction", "on_bad_sidecar", "corrections", "group", "exclude_copies")
         stated = {name: getattr(self, name) for name in names}
         return {"concepts": self.concepts or (), **stated, **self.choice()._asdict()}
 

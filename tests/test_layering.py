@@ -20,7 +20,7 @@ ALLOWED = {
     "data": {"utils", "data/collection", "data/layouts", "data/stream", "data/images", "data/augment"},
     "data/layouts": {"utils"},
     "data/collection": {"utils", "data/layouts", "data/validity"},
-    "data/validity": {"utils", "data/layouts", "data/collection"},
+    "data/validity": {"utils", "data/layouts", "data/collection", "data/images"},
     "data/stream": {"utils", "data/collection"},
     "data/images": {"utils", "data", "data/stream", "data/collection", "data/layouts"},
     "data/tags": {"utils", "data", "data/stream", "data/collection", "data/layouts"},

@@ -4,7 +4,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import Share, split_corrected
+from data.collection.split import Share, exclude_twins, split_corrected
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES, is_remote
 from data.layouts.recognise import Layout, find_layout
 from data.layouts.scan import TableChoice
@@ -24,6 +25,7 @@ from data.layouts.table import SCHEMA, TEST, build_table, has_value, hash_table,
 from data.layouts.unused import POSSIBLE, Unused, list_faults, say_unused
 from data.layouts.values import RULES
 from data.layouts.walk import check_root
+from data.validity.finding import Finding
 from data.validity.questions import ask
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
@@ -39,11 +41,16 @@ _INDEX = 22  # format version; increment it to rebuild every index
 
 @dataclass(frozen=True)
 class _Part:
-    """A folder of a collection. correct: applies its corrections to the table; None without any."""
+    """A folder of a collection. correct: applies its corrections to the table; None without any.
+
+    group: `data.group`. findings: what is told when it is read.
+    """
 
     folder: str
     layout: Layout
     correct: Callable[[Table], Table] | None
+    group: str
+    findings: list[Finding]
 
     def files(self) -> list[Path]:
         """Return the files that determine its rows."""
@@ -56,6 +63,12 @@ class _Part:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
         corrected = self.correct(table) if self.correct else table
+        if self.group != "none" and not {"group", *PLACES} & {*table.column_names}:
+            groups, findings = open_name("data.validity.groups:group_rows")(table, self.folder, self.group)
+            self.findings.extend(findings)
+            if groups is not None:
+                decided = corrected["group"] if "group" in corrected.column_names else groups
+                corrected = replace_column(corrected, "group", pc.coalesce(decided, groups))
         return split_corrected(table, corrected, fraction)
 
 
@@ -67,6 +80,8 @@ def index_collection(
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
     corrections: bool = True,
+    group: str = "none",
+    exclude_copies: bool = False,
     **tables: Any,
 ) -> Path:
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
@@ -74,18 +89,18 @@ def index_collection(
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. Files that no reader
     uses are logged at each call. on_bad_sidecar: with `stop`, a script that reads a field refuses its faults.
-    corrections: apply the corrections of the collection, if it has any. tables: `table` and `columns`, as in
-    `DataConfig`.
+    corrections: apply the corrections of the collection, if it has any. The others: as in `DataConfig`.
 
     Raises UserError (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
     cache = own_cache(cache)
     unused = Unused()
     choice = TableChoice(**tables)
-    parts = _find_parts(root, concepts, cache, unused, choice, corrections)
+    parts = [replace(part, group=group) for part in _find_parts(root, concepts, cache, unused, choice, corrections)]
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = CONCEPT_LIST.dump_json([*concepts])
-    key = files_key(files, _INDEX, RULES, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, tables, stated.decode())
+    settings = [validation_fraction, on_bad_sidecar, group, exclude_copies, tables, stated.decode()]
+    key = files_key(files, _INDEX, RULES, *IMAGE_SUFFIXES, *settings)
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
@@ -94,10 +109,11 @@ def index_collection(
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
+    rows = exclude_twins(rows) if exclude_copies else rows
     fingerprint = _hash(rows, stated)
     lines = unused.describe()
     say_unused(lines, said=unused.said)
-    target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
+    target = target or cache / f"{fingerprint}_{group}_{_INDEX}.arrow"
     known = map_index(target)
     if known is None or not known.equals(rows):  # the fingerprint lacks the columns of MEASURED
         seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
@@ -106,7 +122,7 @@ def index_collection(
             "seen": seen,
             "said": unused.said,
             "unused": lines,
-            "findings": ask(rows, root),
+            "findings": [*chain(*(part.findings for part in parts)), *ask(rows, root)],
             "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
             "concepts": json.loads(stated),
         }
@@ -143,7 +159,7 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     correct = None
     if corrections and not is_remote(folder) and os.path.lexists(check_root(folder) / CORRECTIONS):
         correct = open_name("data.layouts.corrections:open_corrections")(check_root(folder), unused)
-    return _Part(folder, layout, correct)
+    return _Part(folder, layout, correct, "none", [])
 
 
 def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: Share) -> Table:

@@ -138,6 +138,14 @@ def lead_rows(table: Table, prints: Sequence[str] = ("group",)) -> ndarray:
     return rows
 
 
+def exclude_twins(table: Table) -> Table:
+    """Return a table whose training images have weight 0 if they equal or resemble an image of another split."""
+    leads = lead_rows(table, FINGERPRINTS)
+    is_train = pc.equal(table["split"], SPLITS[0]).to_numpy()
+    is_twin = is_train & np.isin(leads, leads[~is_train])
+    return replace_column(table, "weight", pa.array(np.where(is_twin, np.float32(0), table["weight"].to_numpy())))
+
+
 def count_twins(table: Table) -> dict[str, int]:
     """Return how many images of `val` and of `test` have an equal or similar image in training, without weight 0."""
     table = table.filter(pc.not_equal(table["weight"], 0.0))

@@ -5,7 +5,6 @@ Questions that need features of a frozen network are in engine/recipe/validity.p
 
 from collections.abc import Callable
 
-import pyarrow.compute as pc
 from pyarrow import Table
 
 from data.collection.split import count_twins
@@ -18,19 +17,10 @@ Question = Callable[[Table, str], Finding | None]  # of the table of all rows, w
 
 
 def find_twins(table: Table, root: str) -> Finding | None:
-    """Name the splits whose images have an equal or similar image in training."""
-    shown = []
-    for split, twins in count_twins(table).items():
-        if twins:
-            images = pc.sum(pc.equal(table["split"], split)).as_py()
-            shown.append(f"{twins:,} of {images:,} images of the {split} split")
-    if not shown:
-        return None
-    line = (
-        f"{', '.join(shown)} have an equal or similar image in training, so figures are too good; prepare.py "
-        "job=duplicates shows them; job.apply=true excludes copies"
-    )
-    return Finding(0.9, "data.root", line, "with copies of training images")
+    """Name the splits whose images have an equal or similar image, or an image of their group, in training."""
+    shown = [f"{count:,} images of the {split} split" for split, count in count_twins(table).items() if count]
+    line = f"{' and '.join(shown)} belong together with training images, so figures are too good; true leaves these out"
+    return Finding(0.9, "data.exclude_copies", line, "with copies of training images") if shown else None
 
 
 def find_rare_classes(table: Table, root: str) -> Finding | None:

@@ -31,7 +31,8 @@ from utils.start import open_name
 
 _LEAST_FACTOR = 0.1  # of Prodigy; rates of AdamW are lower
 _LEAST_BATCH = 8  # images of an update, so that batch norms have something to average and several ranks share it
-_EARLIER = {"data.table", "schedule.warmup_most"}  # earlier releases had other values where nothing is stated
+# Earlier releases had other values where nothing is stated.
+_EARLIER = {"data.table", "data.group", "schedule.warmup_most"}
 _SHOWN = 300  # characters of a change in the log
 
 
@@ -139,11 +140,8 @@ def _keep_warmup(config: AnyConfig, start: Start) -> AnyConfig:
 
 
 def _keep_earlier(config: AnyConfig, start: Start) -> AnyConfig:
-    """Keep the values of the run in `run_dir`, which may be older than a key or a change.
-
-    A default run folder is named by these values: the run in it has the same.
-    """
-    run = run_of(Path(config.run_dir)) if config.run_dir else None
+    """Keep the values of the run in the run folder, which may be older than a key or a change."""
+    run = run_of(default_run_dir(config.model_dump(mode="json"), start.job))
     saved = {}
     with suppress(UserError):  # a damaged config.json; the newest checkpoint has the recipe, too
         saved = flatten(run.config) if run else {}

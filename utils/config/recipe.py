@@ -23,6 +23,8 @@ FREE_KEYS = (
     "dry_run",
     "model.pretrained",  # what the plan chose is kept
     "data.corrections",  # what they change is in the collection's fingerprint
+    "data.group",
+    "data.exclude_copies",
     "data.cache.*_gib",
     "data.cache.folder",
     "loop.total_*",

@@ -33,6 +33,8 @@ LATER = {
     "data.corrections": True,  # there was no such file
     "data.table": "none",
     "data.columns": None,
+    "data.group": "none",
+    "data.exclude_copies": False,
     "loop.early_stop_least": 0.0,
     "loop.checkpoint_mirror": None,
     "model[timm].pretrained": "auto",
