@@ -64,11 +64,11 @@ class DataConfig(Strict):
     def choice(self) -> TableChoice:
         """Return the choice of names by `table`, `columns` and `splits`."""
         columns = {TARGET if ours == "target" else ours: theirs for ours, theirs in (self.columns or {}).items()}
-        return TableChoice(self.table, columns, self.splits)
+        return TableChoice(self.table, columns, self.splits, self.group, self.exclude_copies)
 
     def index_settings(self) -> Json:
         """Return the settings that an index depends on, as arguments of `index_collection`."""
-        names = ("validation_fraction", "on_bad_sidecar", "corrections", "group", "exclude_copies")
+        names = ("validation_fraction", "on_bad_sidecar", "corrections")
         stated = {name: getattr(self, name) for name in names}
         return {"concepts": self.concepts or (), **stated, **self.choice()._asdict()}
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -80,8 +80,6 @@ def index_collection(
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
     corrections: bool = True,
-    group: str = "none",
-    exclude_copies: bool = False,
     **tables: Any,
 ) -> Path:
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
@@ -89,17 +87,17 @@ def index_collection(
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. Files that no reader
     uses are logged at each call. on_bad_sidecar: with `stop`, a script that reads a field refuses its faults.
-    corrections: apply the corrections of the collection, if it has any. The others: as in `DataConfig`.
+    corrections: apply the corrections of the collection, if it has any. tables: the names of `TableChoice`.
 
     Raises UserError (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
     cache = own_cache(cache)
     unused = Unused()
     choice = TableChoice(**tables)
-    parts = [replace(part, group=group) for part in _find_parts(root, concepts, cache, unused, choice, corrections)]
+    parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = CONCEPT_LIST.dump_json([*concepts])
-    settings = [validation_fraction, on_bad_sidecar, group, exclude_copies, tables, stated.decode()]
+    settings = [validation_fraction, on_bad_sidecar, tables, stated.decode()]
     key = files_key(files, _INDEX, RULES, *IMAGE_SUFFIXES, *settings)
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
@@ -109,20 +107,21 @@ def index_collection(
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
     rows = list_faults(rows, unused, on_bad_sidecar, fields=())
-    rows = exclude_twins(rows) if exclude_copies else rows
+    rows = exclude_twins(rows) if choice.exclude_copies else rows
     fingerprint = _hash(rows, stated)
     lines = unused.describe()
     say_unused(lines, said=unused.said)
-    target = target or cache / f"{fingerprint}_{group}_{_INDEX}.arrow"
+    target = target or cache / f"{fingerprint}_{choice.group}_{_INDEX}.arrow"
     known = map_index(target)
     if known is None or not known.equals(rows):  # the fingerprint lacks the columns of MEASURED
         seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
+        findings = [*chain(*(part.findings for part in parts)), *ask(rows, root)]
         facts = {
             "fingerprint": fingerprint,
             "seen": seen,
             "said": unused.said,
             "unused": lines,
-            "findings": [*chain(*(part.findings for part in parts)), *ask(rows, root)],
+            "findings": findings,
             "possible_labels": sorted({*unused.get(POSSIBLE, ())}),
             "concepts": json.loads(stated),
         }
@@ -159,7 +158,7 @@ def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, co
     correct = None
     if corrections and not is_remote(folder) and os.path.lexists(check_root(folder) / CORRECTIONS):
         correct = open_name("data.layouts.corrections:open_corrections")(check_root(folder), unused)
-    return _Part(folder, layout, correct, "none", [])
+    return _Part(folder, layout, correct, choice.group, [])
 
 
 def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: Share) -> Table:

@@ -143,7 +143,7 @@ def exclude_twins(table: Table) -> Table:
     leads = lead_rows(table, FINGERPRINTS)
     is_train = pc.equal(table["split"], SPLITS[0]).to_numpy()
     is_twin = is_train & np.isin(leads, leads[~is_train])
-    return replace_column(table, "weight", pa.array(np.where(is_twin, np.float32(0), table["weight"].to_numpy())))
+    return replace_column(table, "weight", pc.if_else(pa.array(is_twin), np.float32(0), table["weight"]))
 
 
 def count_twins(table: Table) -> dict[str, int]:

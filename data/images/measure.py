@@ -7,9 +7,10 @@ read new and changed files.
 import functools
 import hashlib
 import os
+import time
+from calendar import timegm
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def _measure_image(image: Image.Image) -> FileFacts:
     taken = None
     with suppress(Exception):  # any type, of damaged EXIF
         text = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
-        taken = int(datetime.strptime(text + "Z", "%Y:%m:%d %H:%M:%S%z").timestamp())
+        taken = timegm(time.strptime(text, "%Y:%m:%d %H:%M:%S"))
     orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
     transparent = int(is_transparent(upright))

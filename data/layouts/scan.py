@@ -29,11 +29,16 @@ Columns = Mapping[str, str]  # names of a table by ours, as `data.columns` has t
 
 
 class TableChoice(NamedTuple):
-    """What the settings say of names: `data.table` (a file, auto or none), `data.columns` and `data.splits`."""
+    """What the settings say of names: `data.table` (a file, auto or none), `data.columns` and `data.splits`.
+
+    group, exclude_copies: what they say of images that belong together.
+    """
 
     table: str = "auto"
     columns: Columns = MappingProxyType({})
     splits: Splits = True
+    group: str = "none"
+    exclude_copies: bool = False
 
 
 class Folder(NamedTuple):

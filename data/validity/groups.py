@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy import ndarray
 from PIL import Image
-from pyarrow import ChunkedArray, Table
+from pyarrow import Table
 
 from data.collection.duplicates import compare, draw_thumbnail, group_duplicates, read_thumbnails
 from data.collection.split import lead_rows
@@ -23,50 +23,40 @@ from data.layouts.table import TYPES
 from data.validity.finding import Finding
 from utils.errors import UserError
 
-_OWNERS = re.compile(
-    "patient|subject|participant|person|donor|individual|animal_?id|specimen|case|user|eye|session|study|series|slide|"
-    "clip|video|sequence|scene|track|burst"
+# What tells groups without a look at the pictures.
+_SURE = re.compile(
+    "copies|column .*(patient|subject|participant|person|donor|individual|animal_?id|specimen|case|user|eye|session|"
+    "study|series|slide|clip|video|sequence|scene|track|burst)",
+    re.IGNORECASE,
 )
-# The start of a path that makes a key, from wide groups to narrow ones: a folder, and parts of a name.
-_PART, _BETWEEN = "[^-_. ()/]+", "[-_. ()]+"
-_NAMES = [_PART, f"{_PART}{_BETWEEN}{_PART}", f"{_PART}{_BETWEEN}{_PART}{_BETWEEN}{_PART}"]
-_STARTS = ["[^/]+/", *_NAMES, *(f"[^/]+/{name}" for name in _NAMES)]
+# Starts of a path that are a key, from wide groups to narrow ones: a folder /, and parts of a name.
+_STARTS = ("/", "{0}", "{1}", "{2}", "/{0}", "/{1}", "/{2}")
+_PARTS = "[^-_. ()/]+(?:[-_. ()]+[^-_. ()/]+){"
 _LARGEST = 0.25  # share of the images in one group, at most: a split needs others
 _TOLD = 0.25  # share of the images in groups, from which a line tells of them
-_SURE = 0.8  # share of neighbours in a group that are nearer than the median of others of their class
+_ALIKE = 0.8  # share of neighbours in a group that are nearer than the median of others of their class
 _LEAST_PAIRS = 5
 _MOST = 2_000  # images that are decoded, and their bytes: 5 to 10 s of one core
 _MOST_BYTES = 2**26
 _RUN = 10  # images in a row, of a longer collection
-_MOST_READ = 2**32  # bytes of files that are compared
 _BURST_SEC = 3
-
-_BLANK = draw_thumbnail(np.zeros((16, 16), np.uint8))
-Keys = tuple[str, str, ChunkedArray]  # a value of `data.group`, words for a line, and a value for each row, or null
+_BLANK = draw_thumbnail(np.zeros((16, 16), np.uint8))  # of an image that cannot be read
 
 
-def list_keys(table: Table, facts: list[FileFacts]) -> Iterator[Keys]:
-    """Yield what may tell groups, from wide groups to narrow ones. facts: of all images, or of a sample."""
-    names = [name for name in table.column_names if name not in TYPES]
-    for name in sorted(names, key=lambda name: not _OWNERS.search(name.lower())):
-        yield "columns", f"the column {name}", table[name]
+def list_keys(table: Table, facts: list[FileFacts]) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """Yield what may tell groups, and a value for each row or null. facts: of all images, or of a sample."""
+    names = [f"column {name}" for name in table.column_names if name not in TYPES]
+    for name in sorted(names, key=lambda name: not _SURE.match(name)):
+        yield name, table[name.removeprefix("column ")]
     for start in _STARTS:
-        keys = pc.replace_substring_regex(table["path"], rf"^(?:.*/)?({start})[^/]*$", r"\1")
-        yield "names", "names", pc.if_else(pc.match_substring_regex(keys, "[0-9]"), keys, None)
+        start = start.replace("/", "[^/]+/").replace("{", _PARTS)
+        keys = pc.replace_substring_regex(table["path"], f"^(?:.*/)?({start})[^/]*$", r"\1")
+        yield "names", pc.if_else(pc.match_substring_regex(keys, "[0-9]"), keys, None)
     if len(facts) == len(table):
         times = np.array([fact.taken or 0 for fact in facts])
         bursts = np.cumsum(np.diff(np.sort(times), prepend=0) > _BURST_SEC)[np.argsort(np.argsort(times))]
-        yield "times", "times of photographs", pa.chunked_array([pa.array(bursts, mask=times == 0)])
-        yield "copies", "copies", pa.chunked_array([group_duplicates([fact.thumbnail or _BLANK for fact in facts])])
-
-
-def look(table: Table, root: str, is_whole: bool) -> tuple[ndarray, list[FileFacts]]:
-    """Return rows and the facts of their images; without `is_whole`, of a sample, if there are many."""
-    most = min(_MOST, _MOST_BYTES / pc.mean(table["size"]).as_py())
-    step = 1 if is_whole else np.ceil(len(table) / most)
-    rows = np.flatnonzero(np.arange(len(table)) // _RUN % step == 0)
-    paths = table["path"].take(rows).to_pylist()
-    return rows, measure_files(Path(root).expanduser(), paths, Image.MAX_IMAGE_PIXELS)
+        yield "times", pa.chunked_array([pa.array(bursts, mask=times == 0)])
+        yield "copies", pa.chunked_array([group_duplicates([fact.thumbnail or _BLANK for fact in facts])])
 
 
 def is_sound(leads: ndarray, labels: ndarray) -> bool:
@@ -85,32 +75,7 @@ def is_confirmed(leads: ndarray, labels: ndarray, pictures: ndarray) -> bool:
     orders = np.argsort(leads, kind="stable"), np.lexsort((mixed, labels))
     near, far = (compare(pictures[order[:-1]], pictures[order[1:]]) for order in orders)
     near = near[np.diff(leads[orders[0]]) == 0]
-    return len(near) >= _LEAST_PAIRS and (near < np.median(far)).mean() >= _SURE
-
-
-def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, list[Finding]]:
-    """Return the group of each row by `data.group`, or None, and what pictures tell.
-
-    Raises UserError (`data.group`) if nothing tells groups of the stated kind.
-    """
-    labels = pc.index_in(table["label"], value_set=pc.unique(table["label"]).drop_null()).fill_null(-1).to_numpy() + 1
-    rows, facts = look(table, root, kind in ("times", "copies"))
-    pictures = read_thumbnails([fact.thumbnail or _BLANK for fact in facts])
-    findings = list_contrary(labels[rows], facts)
-    for way, words, keys in list_keys(table, facts):
-        leads = lead_rows(pa.table({"group": keys}))
-        sizes = np.bincount(leads)[leads]
-        is_sure = kind == way or way == "copies" or (way == "columns" and _OWNERS.search(words.lower()))
-        is_possible = is_sound(leads, labels) if kind == "auto" else kind == way and sizes.max() > 1
-        if is_possible and (is_sure or is_confirmed(leads[rows], labels[rows], pictures)):
-            groups = len(np.unique(leads[sizes > 1]))
-            line = f"{(sizes > 1).sum():,} images belong together, in {groups:,} groups by {words}"
-            line += "; a new split keeps a group on one side"
-            told = [Finding(0.2, "data.group", line)] if (sizes > 1).mean() >= _TOLD else []
-            return pa.array(leads, mask=sizes == 1), [*findings, *told]
-    if kind != "auto":
-        raise UserError(f"data.group: {kind}, but {kind} tell no groups of {root!r}; set auto or none")
-    return None, findings
+    return len(near) >= _LEAST_PAIRS and (near < np.median(far)).mean() >= _ALIKE
 
 
 def list_contrary(labels: ndarray, facts: list[FileFacts]) -> list[Finding]:
@@ -119,3 +84,30 @@ def list_contrary(labels: ndarray, facts: list[FileFacts]) -> list[Finding]:
     count = ((labels != first) & (labels * first > 0)).sum()
     line = f"{count:,} images equal an image with another label; prepare.py job=check lists them"
     return [Finding(0.6, "data.root", line)] if count else []
+
+
+def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, list[Finding]]:
+    """Return the group of each row by `data.group`, or None, and findings.
+
+    Raises UserError (`data.group`) if nothing tells groups of the stated kind.
+    """
+    labels = pc.index_in(table["label"], value_set=pc.unique(table["label"]).drop_null()).fill_null(-1).to_numpy() + 1
+    step = np.ceil(len(table) / min(_MOST, _MOST_BYTES / pc.mean(table["size"]).as_py()))
+    step = 1 if kind in ("times", "copies") else step
+    rows = np.flatnonzero(np.arange(len(table)) // _RUN % step == 0)
+    facts = measure_files(Path(root).expanduser(), table["path"].take(rows).to_pylist(), Image.MAX_IMAGE_PIXELS)
+    pictures = read_thumbnails([fact.thumbnail or _BLANK for fact in facts])
+    findings = list_contrary(labels[rows], facts)
+    for words, keys in list_keys(table, facts):
+        leads = lead_rows(pa.table({"group": keys}))
+        if kind not in ("auto", words) or not is_sound(leads, labels):
+            continue
+        if kind == words or _SURE.match(words) or is_confirmed(leads[rows], labels[rows], pictures):
+            is_one = np.bincount(leads)[leads] > 1
+            line = f"{is_one.sum():,} images belong together, in {len(np.unique(leads[is_one])):,} groups by {words}"
+            if is_one.mean() >= _TOLD:
+                findings.append(Finding(0.2, "data.group", f"{line}; a new split keeps a group on one side"))
+            return pa.array(leads, mask=~is_one), findings
+    if kind != "auto":
+        raise UserError(f"data.group: {kind}, but {kind} tell no groups of {root!r} for a split; set auto or none")
+    return None, findings
