@@ -26,6 +26,7 @@ from utils.formats.spelling import clean, read_list, split_tags
 RULES = 1  # increment it when a value is read as another one: every index is made again
 _MARKS = ",，\n;|"  # between the tags of a text: the first one that a column has, else blanks
 _PLAIN = r"^[!-%'-Z\\^-~]([ -%'-~]*[!-%'-~])?$"  # of one line of ASCII, without an entity, and no list
+_CACHED = 2**16  # values of a column
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
 _WANTED = {
     "label": "one text or one number (data.columns={tags: NAME} reads lists as tags)",
@@ -88,19 +89,24 @@ def join_equal(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sys.intern(text) for text in map(clean, texts) if text))
 
 
-def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.Array | pa.ChunkedArray:
+def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.ChunkedArray:
     """Return a column of a table as a field of READ. Raises ValueError with the number of the row in `rows`."""
-    column = table[name]
-    if all(_is_tidy(field, chunk) for chunk in column.chunks):
-        return column.cast(TYPES[field])
     read = _open_reader(field, table, name)
-    values = []
-    for row, value in zip(rows, column.to_pylist()):
-        try:
-            values.append(read(value))
-        except ValueError as error:
-            raise ValueError(f"row {row} has {error}") from None
-    return pa.array(values, TYPES[field])
+    chunks = []
+    first = 0
+    for chunk in table[name].chunks:
+        if _is_tidy(field, chunk):
+            chunks.append(chunk.cast(TYPES[field]))
+        else:
+            values = []
+            for number, value in enumerate(chunk.to_pylist(), start=first):
+                try:
+                    values.append(read(value))
+                except ValueError as error:
+                    raise ValueError(f"row {rows[number]} has {error}") from None
+            chunks.append(pa.array(values, TYPES[field]))
+        first += len(chunk)
+    return pa.chunked_array(chunks, TYPES[field])
 
 
 def _open_reader(field: str, table: pa.Table, name: str) -> Callable[[Any], Any]:
@@ -117,7 +123,7 @@ def _open_reader(field: str, table: pa.Table, name: str) -> Callable[[Any], Any]
             value = [names.get(item, item) for item in value] if isinstance(value, list) else names.get(value, value)
         return READ[field](value)
 
-    return read if is_nested else functools.cache(read)
+    return read if is_nested else functools.lru_cache(_CACHED)(read)
 
 
 def _class_names(schema: pa.Schema, name: str) -> dict[int, str]:
