@@ -178,9 +178,18 @@ def common(task, data, run_dir, *more):
     ]
 
 
-def refuses(match):
-    """Expect a UserError with this text."""
-    return pytest.raises(UserError, match=match)
+@contextmanager
+def refuses(match, *words):
+    """Expect a UserError with this text, and these words."""
+    with pytest.raises(UserError, match=match) as caught:
+        yield caught
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def placed(file):
+    """Return a file after making its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def training_rows(collection: Collection, choice: TrainChoice, is_usable: ndarra
     training = collection.rows("train")
     if len(training) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
         raise UserError(
-            f"data.root: no training image of {str(collection.root)!r} has a weight above 0: {unused:,} have weight "
+            f"data.root: no training image of '{collection.root}' has a weight above 0: {unused:,} have weight "
             "0, as unreadable images do; replace them and write the manifest again (prepare.py job=manifest)"
         )
     rows = training

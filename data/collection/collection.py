@@ -28,6 +28,7 @@ from data.layouts.unused import FAULT, refuse_faults
 from data.layouts.values import read_label
 from data.validity.finding import Finding
 from utils.errors import UserError
+from utils.record.figures import show_rows
 from utils.record.logging import log
 
 _FRACTION = re.compile(r"-?\d*\.\d+|\d+")
@@ -133,7 +134,7 @@ class Collection:
         if name not in self._columns:
             how = " (prepare.py job=manifest fills it)" if name in MEASURED else ""
             raise UserError(
-                f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}. "
+                f"data.root: '{self.root}' has no column {name!r}; add it to the manifest{how}. "
                 "'data.columns={target: NAME}' takes a column of numbers for task=regression"
             )
         return self._columns[name].to_numpy()
@@ -165,24 +166,20 @@ def describe_concepts(collection: Collection, rows: ndarray) -> str:
     concepts = collection.concepts
     counts = np.bincount(ids, minlength=len(concepts))
     positions = count_positions(concepts, counts)
-    lines = [f"{'images':>8} {'repeats':>8} {'of a step':>9}  folder"]
-    for number, (concept, count, slots) in enumerate(zip(concepts, counts, positions)):
-        notes = [concept.path]
-        if concept.share is not None:
-            notes.append(f"share {concept.share:g}")
-        if concept.is_prior:
-            notes.append("prior")
-        if concept.weight != 1:
-            notes.append(f"weight {concept.weight:g}")
+    shown = []
+    for number, (concept, count, slots) in enumerate(zip(concepts, counts.tolist(), positions.tolist())):
+        row = {"images": count, "repeats": slots / max(count, 1), "of a step": f"{slots / positions.sum():.1%}"}
+        row |= {"folder": concept.path, "share": concept.share, "prior": "yes" * concept.is_prior or None}
+        row |= {"weight": concept.weight, "trigger": concept.trigger, "captions with it": None}
         if concept.trigger:
             captions = collection.table["caption"].take(rows[ids == number])
             named = pc.sum(pc.match_substring(captions, concept.trigger)).as_py() or 0
-            notes.append(f"trigger {concept.trigger!r} in {named:,} captions")
+            row["captions with it"] = named
             if named == 0 < count:
                 why = "no caption has %r, so it is not trained; captions.prefix puts it before each"
                 log.warning(f"data.concepts.%d.trigger: {why}", number, concept.trigger)
-        lines.append(f"{count:>8,} {slots / max(count, 1):>8.4g} {slots / positions.sum():>9.1%}  {', '.join(notes)}")
-    return f"\n{_MARGIN}".join(lines)
+        shown.append(row)
+    return show_rows(shown).replace("\n", f"\n{_MARGIN}")
 
 
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:

@@ -81,7 +81,7 @@ def _measure(
     """
     if len(rows) and collection.is_packed:
         raise UserError(
-            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks {what}; run "
+            f"data.root: the manifest of the shards in '{collection.root}' lacks {what}; run "
             f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and use NEW"
         )
 

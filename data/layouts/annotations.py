@@ -41,7 +41,7 @@ def read_annotations(folder: Folder, files: Sequence[str]) -> Described:
     for other in told.values():
         folder.unused.add(_BESIDE, *_list_files(other))
     if stated not in ("auto", "none") and not found:
-        raise UserError(f"data.table: {stated!r} has no class of an image of {str(folder.root)!r}")
+        raise UserError(f"data.table: {stated!r} has no class of an image of '{folder.root}'")
     return found
 
 

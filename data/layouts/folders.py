@@ -40,7 +40,7 @@ def read_folder(folder: Folder) -> pa.Table:
     if not folder.images:
         others = "".join(f" ({line})" for line in unused.describe())
         raise UserError(
-            f"data.root: {str(folder.root)!r} holds no image{others}; allowed are the endings "
+            f"data.root: '{folder.root}' holds no image{others}; allowed are the endings "
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     if slashed := sorted(path for path in folder.images if "\\" in path):
@@ -136,7 +136,7 @@ def _settle_places(folder: Folder) -> None:
         odd = min(others, within, key=len)
         if len(others) > 1 and not is_few(len(odd), total):
             raise UserError(
-                f"data.root: {str(folder.root)!r} mixes layouts: {len(others):,} of {total:,} images are not in "
+                f"data.root: '{folder.root}' mixes layouts: {len(others):,} of {total:,} images are not in "
                 f"{what}: {show_some(others)}; move all images into such folders, or none; or list images, splits and "
                 "labels in a manifest.jsonl. data.splits=false takes all folders for classes"
             )

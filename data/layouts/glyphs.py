@@ -64,7 +64,7 @@ def draw_glyphs(root: Path) -> None:
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
-            f"data.root: {str(root)!r} does not hold the embedded collection (version {GLYPHS_VERSION}); for images of "
+            f"data.root: '{root}' does not hold the embedded collection (version {GLYPHS_VERSION}); for images of "
             "your own, add data=image_folder; for the glyphs, name a new folder"
         )
     log.info("drawing the glyph collection into %s (once, a few seconds)", root)

@@ -55,17 +55,17 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
         refuse_link_out(root, file)
     table = read_table(file, unused, choice)
     if len(table) == 0:
-        raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
+        raise UserError(f"data.root: '{file}' has no row; list at least one image, or remove the file")
     if further := [name for name in table.column_names if name not in (*TYPES, "id", "reason")]:
         log.info("data.root: %s has the extra columns %s; known columns: %s", file.name, further, list(TYPES))
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
-        raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
+        raise UserError(f"data.root: '{file}', row {row}: weight is {weights[row]}; write a number of at least 0")
     packed = is_packed(table)
     paths = table["path"] if root is None or packed else _spell_paths(root, table["path"].to_pylist())
     table = build_table(table, path=paths, split=read_splits(file, table["split"], "train", choice, unused))
     paths = table["path"]
-    where = f"{str(file)!r}, column path"
+    where = f"'{file}', column path"
     repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
     if len(repeated):
         raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
@@ -100,13 +100,13 @@ def read_table(file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     fields = {*map(name_field, table.column_names), *stated}
     if len(set(table.column_names)) < table.num_columns or "path" not in fields:
         raise UserError(
-            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; it needs path, and may have "
+            f"data.root: '{file}' has the columns {', '.join(table.column_names)}; it needs path, and may have "
             f"{', '.join(SCHEMA.names)}, each once; data.columns={{path: NAME}} says which one is the path"
         )
     columns = cast_columns(file, table, name_columns(table, stated), unused)
     if columns["path"].null_count:
         row = pc.index(columns["path"].is_null(), True).as_py()
-        raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
+        raise UserError(f"data.root: '{file}', row {row}: path is null; fill it in, or remove the row")
     return pa.table(columns)
 
 
@@ -123,7 +123,7 @@ def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
 def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) -> pa.Array:
     """Return the file of each packed row. Raises UserError if the row is not inside a shard of the collection."""
     shards = pc.unique(table["shard"]).drop_null()
-    where = f"{str(file)!r}, column shard"
+    where = f"'{file}', column shard"
     _check_spelling(shards, where)
     sizes = [math.inf] * len(shards) if root is None else find_sizes(root, shards.to_pylist(), where)
     ends = dict(zip(shards.to_pylist(), sizes))
@@ -135,7 +135,7 @@ def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) ->
     for place in table.select(["path", *PLACES]).to_pylist():
         _, shard, offset, length = place.values()
         if None in place.values() or not 0 <= offset <= offset + length <= ends[shard]:
-            raise UserError(f"data.root: {str(file)!r}: {place} is not inside a shard; pack the collection again")
+            raise UserError(f"data.root: '{file}': {place} is not inside a shard; pack the collection again")
     return pa.array(map(files.get, table["shard"].to_pylist()), pa.string())
 
 
@@ -152,9 +152,7 @@ def unpack_parquet(file: Path, cache: Path) -> Path:
         try:
             write_atomically(target, write)
         except pa.ArrowException as error:
-            raise UserError(
-                f"data.root: {str(file)!r} cannot be read ({error}); remove it, or save it again"
-            ) from error
+            raise UserError(f"data.root: '{file}' cannot be read ({error}); remove it, or save it again") from error
     return target
 
 
@@ -178,7 +176,7 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     if absent := [path for path, size in zip(paths, sizes) if size is None]:
         raise UserError(
             f"data.root: {where}: {len(absent):,} of {len(paths):,} are no files that can be read, or links out of the "
-            f"collection: {show_some(absent)}; list files inside {str(root)!r}"
+            f"collection: {show_some(absent)}; list files inside '{root}'"
         )
     return sizes
 
@@ -206,7 +204,7 @@ def refuse_foreign(file: Path) -> None:
     """Raise UserError for a manifest that job=manifest did not write."""
     if read_sources(file) is None:
         raise UserError(
-            f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
+            f"data.root: '{file}' was not written by job=manifest and is not overwritten. To create a new one "
             "from the folder, move it away"
         )
 

@@ -78,7 +78,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: Tabl
         unused.merge(left)
     if not any(map(len, tables)):
         why = "".join(f"; {line}" for line in unused.describe())
-        raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
+        raise UserError(f"data.root: '{root}' holds no image in {show_some(list(files))}{why}")
     return build_table(pa.concat_tables(tables))
 
 

@@ -61,7 +61,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise UserError(
-            f"data.root: {str(folder)!r} cannot be listed ({error.strerror}); give your user the right to read it, or "
+            f"data.root: '{folder}' cannot be listed ({error.strerror}); give your user the right to read it, or "
             "name another folder"
         ) from error
 
@@ -143,9 +143,7 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
     file, *others = [file for file in map(root.joinpath, names) if file.is_file() or file.is_dir()] or [None]  # no pipe
     if others:
-        raise UserError(
-            f"data.root: {str(file.parent)!r} holds both {file.name} and {others[0].name}; keep the correct one"
-        )
+        raise UserError(f"data.root: '{file.parent}' holds both {file.name} and {others[0].name}; keep the correct one")
     return file
 
 

@@ -172,7 +172,7 @@ def describe_captions(collection: Collection, rows: ndarray, config: CaptionConf
     is_empty = ~(has["caption"] | has["tags"])
     if is_empty.all() and not config.prefix:
         raise UserError(
-            f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; for one "
+            f"data.root: none of the {len(rows):,} images of '{collection.root}' has a caption or tags; for one "
             'subject or style set data.trigger="sks dog", words of your own that will call it; or give each image a '
             ".txt file with its caption (docs/lora.md), or write tags with predict.py output=beside text.spaces=true"
         )

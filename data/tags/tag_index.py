@@ -113,7 +113,7 @@ def index_tags(
         if not index.tagged.any():
             names = [name for category, name in vocabulary.columns if category != RATING]
             raise UserError(
-                f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
+                f"data.root: none of the {len(collection):,} images of '{collection.root}' has a tag of the "
                 f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                 "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
             )

@@ -50,7 +50,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
         most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]
         raise UserError(
             f"{key}min_count: no tag of {', '.join(config.categories)} is on {config.min_count} of the training "
-            f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); lower it, or give the "
+            f"images of '{collection.root}' (found: {', '.join(most) or 'no tag'}); lower it, or give the "
             "images sidecars (docs/collections.md)"
         )
     order = {GENERAL: -2, CHARACTER: -1}

@@ -40,7 +40,7 @@ def read_own_manifest(root: Path) -> pa.Table:
     """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
     file = find_manifest(root)
     if file is None:
-        raise UserError(f"data.root: {str(root)!r} has no {PARQUET}; run prepare.py job=manifest first")
+        raise UserError(f"data.root: '{root}' has no {PARQUET}; run prepare.py job=manifest first")
     refuse_foreign(file)
     return read_parquet(file)
 

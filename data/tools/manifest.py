@@ -17,7 +17,7 @@ from data.layouts.manifest import find_sizes, find_sources, refuse_foreign, save
 from data.layouts.names import PARQUET, is_image_name
 from data.layouts.recognise import open_folder
 from data.layouts.scan import scan_folder
-from data.layouts.table import SIDECARS, TYPES, count_values, replace_column
+from data.layouts.table import SIDECARS, TYPES, count_values, replace_column, show_some
 from data.layouts.unused import Unused, list_faults, say_unused
 from data.layouts.walk import COPY, check_root, find_manifest
 from data.tools.config import Manifest
@@ -27,7 +27,6 @@ from utils.io.memo import own_cache
 from utils.record.logging import log
 
 _DECODED = ("width", "height", "mode", "orientation", "transparent", "sharpness")  # columns of verify=true
-_NAMED = 20  # unreadable images in the log
 
 
 def write_manifest(job: Manifest, data: DataConfig) -> str:
@@ -75,13 +74,11 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
         say_unused(left.describe())
         save_manifest(folder, table, {path: fact for path, fact in sources.items() if not is_image_name(path)})
     if damaged:
-        for path in list(damaged)[:_NAMED]:
-            log.warning("%s: unreadable: %s", path, damaged[path].reason)
         kinds = Counter(fact.kind for fact in damaged.values()).most_common()
         log.warning(
-            "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
+            "%s of %s images are unreadable and get weight 0 (see the column reason): %s (%s); replace or remove them, "
             "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",
-            ", ".join(f"{kind}: {count:,}" for kind, count in kinds),
+            ", ".join(f"{kind}: {count:,}" for kind, count in kinds), show_some([*damaged]),
         )  # fmt: skip
     splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
     log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))

@@ -68,7 +68,7 @@ def write_shards(job: Pack, collection: Collection) -> pa.Table:
     with open_journal("job.output", output, plan, is_folder=True) as journal:
         members = list(itertools.chain.from_iterable(journal.parts()))
         if not members and any(output.glob("[!.]*")):
-            raise UserError(f"job.output: {str(output)!r} is not empty; name a new folder")
+            raise UserError(f"job.output: '{output}' is not empty; name a new folder")
         packed = {member["shard"] for member in members}
         for name, rows in track(shards.items(), len(shards), "packing the images"):
             if name not in packed:

@@ -20,7 +20,7 @@ def refuse_shards(root: str | Path, table: pa.Table) -> None:
     """Raise UserError (`data.root`) for images in shards, for a job that needs a file of each."""
     if is_packed(table):
         raise UserError(
-            f"data.root: {str(root)!r} has its images in shards, and this job reads files; run it on the folder that "
+            f"data.root: '{root}' has its images in shards, and this job reads files; run it on the folder that "
             "was packed, and pack the result"
         )
 

@@ -42,9 +42,8 @@ def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refuse
 
 def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(place, capsys):
     run("finetune_sdxl", [*SHORT, "data.root=kohya", "dry_run=true"], place)
-    said = capsys.readouterr().err
-    assert "2        3     50.0%  img/3_sks dog, trigger 'sks dog' in 2 captions" in said
-    assert "1        6     50.0%  reg/1_dog, prior, trigger 'dog' in 1 captions" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert " 2 3 50.0% img/3_sks dog 1 sks dog 2 " in said and " 1 6 50.0% reg/1_dog yes 1 dog 1 " in said
     with refuses("none of the 3 images"):
         run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "dry_run=true"], place)
 
@@ -129,8 +128,8 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     own = [word for word in SHORT if "sizes_hw" not in word]
     words = [*own, "experiment=my file.yaml", "loop.micro_batch_size=2", "loop.total_steps=1", "run_dir=imported"]
     assert run_command("finetune_sdxl", words, place, monkeypatch) == 0
-    said = capsys.readouterr().err
-    assert "6        4     50.0%  dog" in said and "50.0%  reg, prior" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert " 6 4 50.0% dog " in said and " 50.0% reg yes " in said
     saved = RunReader(place / "imported").config
     assert saved["data"]["concepts"][1]["trigger"] == "${seed}"
     assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["micro_batch_size"] == 2

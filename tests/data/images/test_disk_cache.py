@@ -16,7 +16,7 @@ from data.images.disk_cache import image_key, keep_on_disk
 from data.stream.loader import EvaluationStream, Loader, no_fields
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load
-from tests.support import cache_config, refuses
+from tests.support import cache_config, placed, refuses
 from utils.contracts import LoaderMachine
 
 COUNT, RGB = 12, Decoder(3, 10**6)
@@ -24,8 +24,8 @@ COUNT, RGB = 12, Decoder(3, 10**6)
 
 def write_noise(file, seed):
     """Write a BMP, whose size does not depend on its pixels."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40 + seed % 7, 3), dtype=np.uint8)).save(file)
+    noise = np.random.default_rng(seed).integers(0, 256, (30, 40 + seed % 7, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(placed(file))
 
 
 @pytest.fixture

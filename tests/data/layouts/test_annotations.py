@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.data.collection.test_collection import columns, load, put
-from tests.support import refuses, write_manifest
+from tests.support import placed, refuses, write_manifest
 
 IMAGES = "images/a.png images/b.png images/c.png images/d.png"
 LABELS = ["a x", "b y", "c x", "d y"]
@@ -18,8 +18,7 @@ def read(tmp_path):
     def read(files, images=IMAGES, **choice):
         put(tmp_path / "root", *images.split())
         for name, text in files.items():
-            (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "root" / name).write_text(text if isinstance(text, str) else json.dumps(text))
+            placed(tmp_path / "root" / name).write_text(text if isinstance(text, str) else json.dumps(text))
         rows = columns(load(tmp_path / "root", tmp_path / "cache", **choice), "path", "label", "tags", "split")
         named = [
             (path[-5], "+".join([label] if label else tags), split * (split == "val"))

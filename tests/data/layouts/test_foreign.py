@@ -15,7 +15,7 @@ from data.open import open_images
 from tests.data.collection.test_collection import columns, put
 from tests.data.collection.test_collection import load as load_into
 from tests.data.layouts.test_manifest import write_rows
-from tests.support import data_config, encoded, refuses
+from tests.support import data_config, encoded, placed, refuses
 
 
 def png(level):
@@ -24,8 +24,7 @@ def png(level):
 
 def write_tar(file, members, format=tarfile.GNU_FORMAT):
     """Write members: by name a content, or as a text the type of a member without one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w", format=format) as tar:
+    with tarfile.open(placed(file), "w", format=format) as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             if isinstance(content, bytes):
@@ -199,14 +198,12 @@ def arrow_table(levels, kind="binary"):
 
 
 def write_stream(file, table, **options):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema, **options) as writer:
+    with pa.OSFile(str(placed(file)), "wb") as sink, pa.ipc.new_stream(sink, table.schema, **options) as writer:
         writer.write_table(table, max_chunksize=3)
 
 
 def write_parquet(file, table):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, file, row_group_size=4, compression="snappy")
+    pq.write_table(table, placed(file), row_group_size=4, compression="snappy")
 
 
 NAMED = "1 columns of unknown name, or second of their kind (data.columns={label: NAME} reads one): "

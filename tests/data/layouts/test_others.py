@@ -7,7 +7,7 @@ from data.load import load_collection
 from data.tools.predictions import list_images
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
-from tests.support import data_config, refuses
+from tests.support import data_config, placed, refuses
 
 ARCHIVES = ("b/more.tar.gz", "photos.zip")
 pytestmark = pytest.mark.usefixtures("without_formats")
@@ -26,8 +26,7 @@ def phone(tmp_path):
     """The photographs of a phone: 4 that are read, 120 that are not."""
     for number in range(124):
         kind = "jpg" if number < 4 else "HEIC" if number < 84 else "nef"
-        file = tmp_path / f"phone/{'ab'[number % 2]}/{number}.{kind}"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = placed(tmp_path / f"phone/{'ab'[number % 2]}/{number}.{kind}")
         picture(number, (40, 30)).save(file) if number < 4 else file.write_bytes(b"x")
         file.with_suffix(".MOV").write_bytes(b"x")
         if number < 14:

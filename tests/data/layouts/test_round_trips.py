@@ -83,22 +83,3 @@ def test_tags_come_back_from_every_form(keys, rating, text):
         assert read_vocabulary(root / FILE) == whole
     finally:
         shutil.rmtree(root)
-
-
-def test_unknown_tags_come_back_from_every_form(tmp_path):
-    keys = [(9, "general"), (0, "hat"), (0, "a,b"), (4, "miku")]
-    known, root = Vocabulary.of(keys), put(tmp_path / "in", "a.png", "b.png")
-
-    def check(folder):
-        found = map_tags(load(folder, tmp_path / "cache").table, known, NO_RULES)
-        unknown = sorted([keys[output][1] for output in found.unknown_of(row)] for row in range(2))
-        assert unknown == [["a,b", "miku"], ["hat"]]
-
-    for name, unknown in (("a", ["character:*", "a,b"]), ("b", "hat, none")):
-        record = {"tags": ["x"], "rating": "g", "unknown_tags": unknown}
-        (root / f"{name}.json").write_text(json.dumps(record))
-    check(root)
-    pack_collection(load(root, tmp_path / "cache"), tmp_path / "packed", 1)
-    check(tmp_path / "packed")
-    (tmp_path / "packed/manifest.parquet").unlink()
-    check(tmp_path / "packed")  # as WebDataset

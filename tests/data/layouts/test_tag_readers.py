@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data.layouts.values import FIELDS
 from tests.data.collection.test_collection import load, put
 from tests.data.layouts.test_manifest import write_rows
-from tests.support import refuses, write_manifest
+from tests.support import placed, refuses, write_manifest
 from utils.errors import UserError
 from utils.formats.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 
@@ -23,8 +23,7 @@ def write(root, name, content):
     """Write bytes, a text, or anything else as JSON; return the root."""
     if not isinstance(content, bytes):
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(content)
+    placed(root / name).write_bytes(content)
     return root
 
 
@@ -34,9 +33,8 @@ def rows(root):
 
 
 def refused(root, *parts):
-    with refuses(r"^data\.root: ") as caught:
+    with refuses(r"^data\.root: ", *parts):
         load(root, root / ".cache")
-    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 # Spelling.
@@ -232,9 +230,8 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
     assert list(collection.row(0).tags) == tags and message in log.text
     if field != "file":
         collection.refuse_faults(*{*FIELDS} - {field})
-    with refuses(r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
+    with refuses(r"^data\.on_bad_sidecar: stop, and 1 ", message):
         collection.refuse_faults("tags" if field == "file" else field)
-    assert message in str(caught.value)
     with refuses(r"^data\.on_bad_sidecar: "):
         write_manifest(tmp_path)
     write_manifest(tmp_path, on_bad_sidecar="skip")

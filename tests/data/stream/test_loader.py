@@ -23,7 +23,7 @@ from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
-from tests.support import refuses, rows
+from tests.support import placed, refuses, rows
 from utils import rng
 from utils.config.help import CONF
 from utils.contracts import LoaderMachine
@@ -44,9 +44,8 @@ def augment(**changes):
 
 def write_image(path, seed, size_wh=(30, 22)):
     """Write a PNG of noise: any crop of it differs from any other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size_wh[1], size_wh[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(placed(path))
 
 
 @pytest.fixture(scope="module")

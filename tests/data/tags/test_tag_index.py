@@ -12,7 +12,7 @@ from data.tags.tag_index import index_tags, map_tags
 from data.tags.vocabulary import make_vocabulary
 from tests.data.collection.test_collection import load
 from tests.in_process import run
-from tests.support import refuses
+from tests.support import placed, refuses
 from utils.formats.spelling import RATINGS
 from utils.formats.vocabulary import Vocabulary, read_any_vocabulary
 
@@ -28,8 +28,7 @@ def vocabulary(*tags, ratings=True):
 def collection_of(root, rows):
     """Return a collection of a manifest; the files are empty."""
     for row in rows:
-        (root / row["path"]).parent.mkdir(parents=True, exist_ok=True)
-        (root / row["path"]).touch()
+        placed(root / row["path"]).touch()
     (root / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return load(root, root / ".cache")
 

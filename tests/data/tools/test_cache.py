@@ -22,6 +22,12 @@ JOB = ["job=cache", "data=image_folder", "data.root=photos", "data.validation_fr
 KEYS = np.array([f"{number:032x}" for number in range(4)])
 
 
+@pytest.fixture
+def manage(tmp_path):
+    """Return what runs the job."""
+    return lambda *words: run("prepare", [*JOB, *words], tmp_path)
+
+
 def age(paths, days=40):
     for path in paths:
         os.utime(path, (time.time() - 86_400 * days,) * 2)
@@ -48,8 +54,8 @@ def stores(tmp_path, monkeypatch):
     return tmp_path / "outputs/cache"
 
 
-def test_caches_are_listed(stores, tmp_path, log):
-    assert run("prepare", JOB, tmp_path).startswith("0 files (0 GiB) not used for 30 days")
+def test_caches_are_listed(stores, log, manage):
+    assert manage().startswith("0 files (0 GiB) not used for 30 days")
     lines = [line.split() for message in log.messages for line in str(message).splitlines()]
     found = {Path(words[0]).name: words[1] for words in lines if words and words[0].startswith("outputs/cache/")}
     assert found.keys() == {"collections", "images", "latents"} and found["latents"] == "4"  # with a note of use
@@ -57,46 +63,46 @@ def test_caches_are_listed(stores, tmp_path, log):
     assert "mean F16 [4, 2, 2]" in text
 
 
-def test_cached_images_are_compared_with_decoded_ones(stores, tmp_path, log):
-    words = [*JOB, "data.cache.disk_gib=0.1", "data.max_pixels=1000000"]
-    run("prepare", words, tmp_path)
+def test_cached_images_are_compared_with_decoded_ones(stores, log, manage):
+    words = ["data.cache.disk_gib=0.1", "data.max_pixels=1000000"]
+    manage(*words)
     assert "differ by at most 0 of 255" in str(log.messages[-1])
     damaged = max(stores.glob("images/[0-9a-f][0-9a-f]/*"))
     content = np.fromfile(damaged, np.uint8)
     content[-8:] ^= 128
     Store(stores / "images").put(damaged.name, content[8:].tobytes())  # with a checksum of its own
-    run("prepare", words, tmp_path)
+    manage(*words)
     assert "differ by at most 128 of 255" in str(log.messages[-1])
 
 
-def test_only_old_records_that_nothing_uses_are_removed(stores, tmp_path):
+def test_only_old_records_that_nothing_uses_are_removed(stores, tmp_path, manage):
     records = list(stores.glob("*/[0-9a-f][0-9a-f]/*"))
     foreign = tmp_path / "outputs/cache/photos/ab" / KEYS[0]  # of a user, named by its hash
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"x")
     age([*records, foreign])
-    assert run("prepare", JOB, tmp_path).endswith("not used for 30 days: job.apply=true removes them")
+    assert manage().endswith("not used for 30 days: job.apply=true removes them")
     assert all(file.exists() for file in records)
-    assert run("prepare", [*JOB, "job.apply=true"], tmp_path).startswith("1 files")
+    assert manage("job.apply=true").startswith("1 files")
     assert [file.name for file in records if not file.exists()] == [KEYS[0]]
     age(stores.glob("*/uses/*"))
-    run("prepare", [*JOB, "job.apply=true"], tmp_path)
+    manage("job.apply=true")
     assert {file.parts[-3] for file in records if file.exists()} == {"images"}  # which has a limit of its own
     assert not [*stores.glob("*/uses/*")] and foreign.exists()
 
 
-def test_what_a_running_run_reads_is_not_removed_however_long_it_runs(stores, tmp_path):
+def test_what_a_running_run_reads_is_not_removed_however_long_it_runs(stores, manage):
     """Nor what a second one reads that shares the note of its use, after the first has ended."""
     runs = [TensorStore(stores / "latents", "key") for _ in range(2)]
     for running in runs:
         running.is_missing(KEYS[1:])
     del running, runs[0]
     age(stores.glob("*/*/*"))
-    words = [*JOB, "job.apply=true", "job.unused_days=0"]
-    run("prepare", words, tmp_path)
+    words = ["job.apply=true", "job.unused_days=0"]
+    manage(*words)
     assert sorted(file.name for file in stores.glob("latents/[0-9a-f][0-9a-f]/*")) == KEYS[1:3].tolist()
     runs.clear()
-    run("prepare", words, tmp_path)
+    manage(*words)
     assert not [*stores.glob("latents/*/*")]
 
 

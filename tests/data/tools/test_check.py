@@ -14,7 +14,7 @@ from tests.data.layouts.test_foreign import png, write_tar
 from tests.data.layouts.test_manifest import write_rows
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
-from tests.support import refuses, rows
+from tests.support import placed, refuses, rows
 from utils.io.files import read_json
 from utils.io.journal import open_journal
 
@@ -27,8 +27,7 @@ TAGS = {"cat/1.png": "red, hat", "cat/2.jpg": "red", "dog/1.png": "hat, red, rou
 def root(tmp_path):
     folder = tmp_path / "images"
     for number, (name, tags) in enumerate(TAGS.items()):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(folder / name)
+        picture(number).save(placed(folder / name))
         (folder / name).with_suffix(".txt").write_text(tags)
     picture(1).resize((300, 202)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "dog/copy.png")
     (folder / "dog/same.png").write_bytes((folder / "dog/1.png").read_bytes())
@@ -75,8 +74,7 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, prepare):
 
 def test_the_test_split_stays_and_its_copies_leave_training(tmp_path, prepare):
     for name in ("train/a/1.png", "train/a/2.png", "test/a/1.png", "test/a/2.png"):
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(1).save(tmp_path / "images" / name)
+        picture(1).save(placed(tmp_path / "images" / name))
     prepare("manifest")
     prepare("duplicates", APPLY)
     assert reasons(tmp_path / "images").keys() == {"train/a/1.png", "train/a/2.png"}

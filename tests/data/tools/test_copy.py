@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tests.in_process import run, run_command
-from tests.support import refuses
+from tests.support import placed, refuses
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -17,8 +17,7 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 def root(tmp_path):
     folder = tmp_path / "images"
     for name, tags in (("x/a", "red hair, hat"), ("x/b", "hat"), ("y/c", "red_hair")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9 if name == "x/a" else 5)).save(folder / f"{name}.png")
+        Image.new("RGB", (9, 9 if name == "x/a" else 5)).save(placed(folder / f"{name}.png"))
         (folder / f"{name}.txt").write_text(tags)
     return folder
 

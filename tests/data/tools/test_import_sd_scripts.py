@@ -125,7 +125,6 @@ def test_a_folder_in_several_resolutions_is_trained_in_each(tmp_path):
     ],
 )
 def test_what_is_refused(text, words, tmp_path):
-    with refuses(r"^job\.source: ") as caught:
+    with refuses(r"^job\.source: ", *words):
         convert(tmp_path, text)
-    assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "found.yaml").exists()

@@ -5,12 +5,12 @@ import subprocess
 import pytest
 
 from data.tools.sorting import sort_rows
+from tests.support import placed
 
 
 def write(root, files):
     for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        placed(root / name).write_text(text)
 
 
 def read(root):
