@@ -43,7 +43,7 @@ from utils.io.names import to_nfc
 _MAPPED = ("label", TARGET, "tags", "caption", "split")
 _DESCRIBES = {"label", "tags", "caption", TARGET}
 _NUMBER = re.compile(r"\d+$")
-_UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{8}-|.*\?d=")  # what Label Studio puts before a name
+_UPLOADED = re.compile(r".*/upload/(?:\d+/)?[0-9a-f]{6,}-|.*\?d=")  # what Label Studio puts before a name
 _FLAGS = {-1, 0, 1}  # the values of columns that say yes or no
 _Find = Callable[[str, str], str | None]  # the image of a name, and of the split that it is looked for
 
