@@ -43,7 +43,7 @@ class FileFacts(NamedTuple):
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. thumbnail:
     see data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
     levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
-    remark: an oddity of a readable file. taken: EXIF's time of a photograph, in seconds.
+    remark: an oddity of a readable file. taken: EXIF's time of a photograph, in seconds. camera_and_year: by EXIF, too.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
@@ -61,6 +61,12 @@ class FileFacts(NamedTuple):
     sharpness: float | None = None
     remark: str | None = None
     taken: int | None = None
+    camera_and_year: str | None = None
+
+    @property
+    def size_and_format(self) -> str:
+        """What a person sees of a file."""
+        return f"{self.width} x {self.height} {self.format}"
 
     @property
     def is_damaged(self) -> bool:
@@ -119,9 +125,11 @@ def _fatal_file(file: str) -> FileFacts:
 def _measure_image(image: Image.Image) -> FileFacts:
     """Decode an opened image and return its facts."""
     mode = image.mode
-    taken = None
+    taken = origin = None
     with suppress(Exception):  # any type, of damaged EXIF
-        text = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        exif = image.getexif()
+        text = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        origin = f"{exif.get(ExifTags.Base.Model)} {text[:4]}"
         taken = timegm(time.strptime(text, "%Y:%m:%d %H:%M:%S"))
     orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
@@ -145,4 +153,5 @@ def _measure_image(image: Image.Image) -> FileFacts:
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
         remark=remark,
         taken=taken,
+        camera_and_year=origin,
     )

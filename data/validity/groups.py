@@ -21,6 +21,7 @@ from data.collection.split import lead_rows
 from data.images.measure import FileFacts, measure_files
 from data.layouts.table import TYPES
 from data.validity.finding import Finding
+from data.validity.shortcuts import find_shortcuts, name_nearest
 from utils.errors import UserError
 
 # What tells groups without a look at the pictures.
@@ -105,9 +106,12 @@ def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, lis
         if kind == words or _SURE.match(words) or is_confirmed(leads[rows], labels[rows], pictures):
             is_one = np.bincount(leads)[leads] > 1
             line = f"{is_one.sum():,} images belong together, in {len(np.unique(leads[is_one])):,} groups by {words}"
+            if labels.any():
+                line += f"; the nearest tells the class: by pictures {name_nearest(pictures, labels[rows], rows):.2f}"
+                line += f", by {words} {name_nearest(pictures, labels[rows], leads[rows]):.2f}"
             if is_one.mean() >= _TOLD:
-                findings.append(Finding(0.2, "data.group", f"{line}; a new split keeps a group on one side"))
+                findings.append(Finding(0.2, "data.group", line))
             return pa.array(leads, mask=~is_one), findings
     if kind != "auto":
         raise UserError(f"data.group: {kind}, but {kind} tell no groups of {root!r} for a split; set auto or none")
-    return None, findings
+    return None, findings + find_shortcuts(facts, table["label"].take(rows).fill_null("").to_numpy())

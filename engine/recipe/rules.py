@@ -132,7 +132,7 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model augment.mean augment.std", words, "no image has a colour")
     words = f"augment.image_size_hw=[{side},{side}]"
-    yield Rule("augment.image_size_hw", words, f"the images have {measurements.side_px} px")
+    yield Rule("augment.image_size_hw", words, "no larger than the images, and the time allows it")
     if measurements.side_px > _SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs.
