@@ -11,11 +11,12 @@ import onnx
 import pytest
 import timm
 import torch
-from PIL import Image
+from matplotlib import pyplot as plots
 from safetensors.torch import load_file, save_file
 
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, run
+from tests.support import assert_same_tensors
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json
 
@@ -33,28 +34,24 @@ NETWORKS = {  # with arguments of SmilingWolf/wd-vit-tagger-v3
     "test_vit": '{"act_layer": "gelu_tanh", "img_size": 64, "class_token": false, "global_pool": "avg"}',
     "test_convnext2": "{}",
 }
-LAYOUTS = """
-top_tags.txt 0.48145466 0.4578275 0.40821073 0.26862954 0.26130258 0.27577711
-model-metadata.json 0.485 0.456 0.406 0.229 0.224 0.225
-"""
 GRAPH = """<ir_version: 9, opset_import: ["": 18]>
-g (float[B, 3, 64, 64] x) => (float[B, 3] refined_predictions) <int64[2] axes = {2, 3}>
-{ refined_predictions = ReduceMean<keepdims=0>(x, axes) }"""
+g (float[B, 3, 64, 64] x) => (float[B, 3] logits) <int64[2] axes = {2, 3}>
+{ logits = ReduceMean<keepdims=0>(x, axes) }"""
 DATA = ["data=image_folder", "data.root=images", "runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
-TAGGING = ["task=tagging", "task.min_count=1", "task.rating_s=general", *SHORT[2:], *DATA]
-COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3))
+TAGGING = ["task=tagging", "task.min_count=1", "task.rating_s=general", *SHORT[2:], *DATA, "loop.total_steps=0"]
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Return a folder with tagged images, each of a colour, and taggers of timm."""
     folder = tmp_path_factory.mktemp("foreign")
-    (folder / "images").mkdir()
-    for number, colour in enumerate(COLOURS.tolist()):
-        Image.new("RGB", (64, 64), tuple(colour)).save(folder / f"images/{number}.png")
+    for name in ("images", *NETWORKS):
+        (folder / name).mkdir()
+    for number, colour in enumerate(COLOURS):
+        plots.imsave(folder / f"images/{number}.png", np.tile(colour, (64, 64, 1)))
         (folder / f"images/{number}.txt").write_text("hat, new, rating:g")
     for name, arguments in NETWORKS.items():
-        (folder / name).mkdir()
         (folder / name / "config.json").write_text(CONFIG % (name, arguments))
         (folder / name / "selected_tags.csv").write_text(TAGS)
         network = vary_weights(timm.create_model(name, num_classes=6, **json.loads(arguments)))
@@ -72,34 +69,27 @@ def predict(place, weights):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_published_tagger_comes_in_and_goes_out_as_it_was(name, place):
     network = timm.create_model(f"local-dir:{place / name}", pretrained=True).eval()
-    levels = torch.tensor(COLOURS[:, ::-1, None, None] * np.ones((64, 64), np.float32))
-    wanted = network(levels.float() / 127.5 - 1).sigmoid()[:, 4].detach()
+    images = torch.tensor(COLOURS / 255).float()[:, :, None, None].expand(8, 3, 64, 64)
+    wanted = network((images.flip(1) - 0.5) / 0.5).sigmoid()[:, 4].detach()
     np.testing.assert_allclose(predict(place, f"local-dir:{name}"), wanted, atol=1e-4)
-    words = [f"task.vocabulary={name}", f"init_from={name}", "loop.total_steps=0", f"run_dir=run_{name}"]
-    run("finetune", [*TAGGING, *words], place)
+    run("finetune", [*TAGGING, f"task.vocabulary={name}", f"init_from={name}", f"run_dir=run_{name}"], place)
     run("export", ["format=timm", f"run_dir=run_{name}", "output=out"], place)
     given, found = (load_file(place / folder / "model.safetensors") for folder in (name, "out"))
-    assert given.keys() == found.keys() and all(torch.equal(given[key], found[key]) for key in given)
+    assert_same_tensors(given, found)
     assert (place / "out/selected_tags.csv").read_text() == TAGS
-    assert read_json(place / "out/config.json")["model_args"] == json.loads(NETWORKS[name])
+    assert NETWORKS[name] in json.dumps(read_json(place / "out/config.json"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.split("\n")[1:-1])
-def test_a_graph_is_described_by_the_tags_beside_it(layout, place, tmp_path):
-    file, *numbers = layout.split()
-    mean, std = np.float32(numbers).reshape(2, 3)
+def test_a_graph_is_described_by_the_tags_beside_it(place, tmp_path):
     onnx.save(onnx.parser.parse_model(GRAPH), tmp_path / "model.onnx")
-    listed = '{"dataset_info": {"tag_mapping": {"tags": ["a", "b", "hat"]}}}'
-    (tmp_path / file).write_text(listed if file.endswith("json") else "a\nb\nhat")
-    wanted = torch.tensor((COLOURS / 255 - mean) / std).sigmoid()[:, 2]
+    (tmp_path / "top_tags.txt").write_text("a\nb\nhat")
+    wanted = torch.tensor((COLOURS[:, 2] / 255 - 0.40821073) / 0.27577711).sigmoid()
     np.testing.assert_allclose(predict(place, tmp_path), wanted, atol=1e-4)
 
 
-def test_a_tagger_of_others_is_calibrated_compared_and_gets_new_tags(place, server):  # noqa: F811
+def test_a_tagger_of_others_is_calibrated_and_gets_new_tags(place, server):  # noqa: F811
     run("evaluate", ["weights=test_vit", "calibrate=true", *DATA, "output=found"], place)
     assert (place / "test_vit/model_thresholds.csv").is_file()
-    words = ["job=compare", "models=[test_vit,test_convnext2]", *DATA, "min_support=1", "rating_s=general"]
-    assert "mAP=" in run("evaluate", words, place)
     server.files = {file.name: file.read_bytes() for file in (place / "test_vit").iterdir()}
     run("finetune", [*TAGGING, "task.append_to=hf-hub:me/net", "run_dir=more"], place)
     assert read_json(place / "more/config.json")["augment"]["image_size_hw"] == [64, 64]

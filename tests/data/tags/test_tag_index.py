@@ -230,6 +230,7 @@ JSON = {
         "tag_to_category": {"miku": "Character"},
         "tag_frequencies": {"1girl": 7},
     },
+    "tables of camie-tagger": {"dataset_info": {"tag_mapping": {"tags": ["1girl", "blue_eyes", "character:miku"]}}},
 }
 
 
