@@ -5,7 +5,7 @@ The values are in conf/model/*.yaml, not in defaults here.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from utils.config.bounds import BelowOne, Count, Factor, Name, SizeHW, Width
 from utils.config.schema import Strict
@@ -62,7 +62,7 @@ class TimmConfig(Strict):
     drop_path_rate: BelowOne | None
     image_size_hw: SizeHW | None
     channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None
-    arguments: dict[Argument, str | bool | int | float | list[int] | None]
+    arguments: dict[Argument, JsonValue]
     pretrained: Pretrained
 
 

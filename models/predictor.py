@@ -105,8 +105,8 @@ class Predictor:
             return np.array(self.thresholds or 0.0, dtype=np.float32)
         if profile != PER_TAG:
             raise UserError(
-                f"profile: {profile} needs calibrated thresholds, and {weights} has none; fit them with "
-                "evaluate.py calibrate=true, or give thresholds=FILE"
+                f"profile: {profile} needs calibrated thresholds, and {weights} has none; fit them to its run or "
+                "weight file with evaluate.py calibrate=true, or give thresholds=FILE"
             )
         least = self.thresholds or DEFAULT_THRESHOLD
         log.info("thresholds: %s", f"from {weights}" if self.thresholds else f"{least}, not calibrated")

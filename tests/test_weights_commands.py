@@ -16,7 +16,6 @@ from models.interop.parity import vary_weights
 from tests.in_process import SHORT, TINY, make_images, run
 from tests.support import refuses
 from tests.support import rows as rows_of
-from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json
 from utils.io.weights import read_weights, write_weights
 
@@ -118,14 +117,6 @@ def test_the_card_of_an_fcmae_has_its_loss_and_reconstructions(place):
     front, text = card_of(place / "features")
     assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "loss"
     assert "![reconstructions](reconstructions.png)" in text and "- command: `python " in text
-
-
-def test_an_export_on_the_hub_is_where_a_run_begins(place, server):  # noqa: F811
-    run("export", ["format=safetensors", "run_dir=run", "weights=best", "output=shared"], place)
-    server.files = {name: (place / "shared" / name).read_bytes() for name in ("model.safetensors", "README.md")}
-    words = ["init_from=hf:me/net/model.safetensors@main", "loop.total_steps=0", "run_dir=fetched"]
-    run("finetune", [*SMALL, *words], place)
-    assert weights_of(place, "fetched")[1]["origin"]["source"] == "hf:me/net/model.safetensors@main"
 
 
 def test_an_export_comes_back_as_a_run_of_no_steps(place):

@@ -1,17 +1,11 @@
 """Start from timm's weights or a tagger, with the mean, std, crop and interpolation of their training."""
 
-from data.augment.config import AugmentConfig
 from engine.tasks.change import AnyConfig, Start
-from engine.tasks.config import TaggingTaskConfig
+from engine.tasks.opening import stated_by_tagger
 from models.config import TimmConfig
-from models.interop.foreign import describe
-from models.interop.metadata import dict_of
 from utils.config.command_line import By
-from utils.contracts import InitFrom
 from utils.errors import UserError, about
 from utils.io.files import Json
-from utils.io.weight_files import find_initial
-from utils.io.weights import read_weights
 from utils.record.logging import log
 
 
@@ -21,22 +15,9 @@ def take_stated(config: AnyConfig, start: Start) -> AnyConfig:
     `augment` takes over the preprocessing, `model` the network. Stated keys stay.
     Raises UserError if timm has no weights for the network.
     """
-    changes = _stated_by_timm(config) if config.init_from == "timm" else _stated_by_tagger(config)
+    changes = _stated_by_timm(config) if config.init_from == "timm" else stated_by_tagger(config)
     least = min(start.job.stated("init_from"), By.CHOICE)
     return config.changed({key: value for key, value in changes.items() if not start.job.states(key, least)})
-
-
-@about("init_from")
-def _stated_by_tagger(config: AnyConfig) -> Json:
-    if not isinstance(config.task, TaggingTaskConfig):
-        return {}
-    path = find_initial(InitFrom(config.init_from, config.init_weights))
-    tagger = describe(path, read_weights(path, shapes_only=True)[1])
-    if not {"tag_names", "model"} <= tagger.keys():
-        return {}
-    stated = dict_of(tagger, "preprocessing")
-    changes = {f"augment.{key}": stated[key] for key in AugmentConfig.model_fields.keys() & stated}
-    return {**changes, "data.background": stated.get("background"), "model": tagger["model"]}
 
 
 def _stated_by_timm(config: AnyConfig) -> Json:

@@ -7,7 +7,10 @@ from pkgutil import resolve_name
 import torch
 from pydantic import TypeAdapter
 
+from data.augment.config import AugmentConfig
 from engine.task import split_exported
+from engine.tasks.change import AnyConfig
+from engine.tasks.config import TaggingTaskConfig
 from engine.tasks.kind import Kind, Setup, open_kind
 from engine.tasks.kinds import KINDS
 from models.interop.foreign import describe
@@ -15,8 +18,10 @@ from models.interop.metadata import dict_of
 from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from utils.config.help import read_option
-from utils.errors import UserError, close_names
+from utils.contracts import InitFrom
+from utils.errors import UserError, about, close_names
 from utils.io.files import Json, readable
+from utils.io.weight_files import find_initial
 from utils.io.weights import read_weights, restore_paths
 from utils.record.logging import log
 from utils.record.run_reader import run_of
@@ -70,3 +75,24 @@ def read_setup(
     expected, _ = split_exported(task, task.state_dict())
     refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
     return kind, setup, metadata
+
+
+def read_tagger(path: Path) -> Json:
+    """Return the metadata of a tagger, ours or another's. Raises UserError for another file."""
+    metadata = describe(path, read_weights(path, shapes_only=True)[1])
+    check_metadata(path, {**metadata, "output": "tags"})
+    return metadata
+
+
+@about("init_from")
+def stated_by_tagger(config: AnyConfig) -> Json:
+    """Return the keys that a tagger in `init_from` states for another tagger: its network and preprocessing."""
+    if not isinstance(config.task, TaggingTaskConfig):
+        return {}
+    path = find_initial(InitFrom(config.init_from, config.init_weights))
+    tagger = describe(path, read_weights(path, shapes_only=True)[1])
+    if not {"tag_names", "model"} <= tagger.keys():
+        return {}
+    stated = dict_of(tagger, "preprocessing")
+    changes = {f"augment.{key}": stated[key] for key in AugmentConfig.model_fields.keys() & stated}
+    return {**changes, "data.background": stated.get("background"), "model": tagger["model"]}

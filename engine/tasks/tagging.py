@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from data.augment.config import AugmentConfig
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import Data
@@ -33,10 +32,10 @@ from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossC
 from engine.tasks.head import fit_new_tags
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
+from engine.tasks.opening import read_tagger, stated_by_tagger
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.interop.foreign import describe
-from models.predictor import check_metadata
 from models.weights.initialise import initialise_from
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
@@ -63,13 +62,6 @@ _LOWEST_BIAS = -8.0  # bias; the logit of a tag without training images is -infi
 _LEAST_PRIOR = 1e-4  # for the entropy of a tag that no or every training image has
 _LEAST_WEIGHT = 0.2  # of a tag that is learned
 _EPS = 1e-8  # from the published code of the asymmetric loss
-
-
-def read_tagger(path: Path) -> Json:
-    """Return the metadata of a tagger, ours or another's. Raises UserError for another file."""
-    metadata = describe(path, read_weights(path, shapes_only=True)[1])
-    check_metadata(path, {**metadata, "output": "tags"})
-    return metadata
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -386,10 +378,9 @@ def _append(config: AnyConfig, start: Start) -> AnyConfig:
     if config.task.append_to is None:
         return config
     path = find_weights(config.task.append_to, "best")
-    tagger = read_tagger(path)
-    run = {"init_from": str(path), "model": tagger["model"], "data.background": None, "loop.total_steps": 0}
-    stated = tagger["preprocessing"]
-    return config.changed(run | {f"augment.{key}": stated[key] for key in AugmentConfig.model_fields.keys() & stated})
+    read_tagger(path)
+    config = config.changed({"init_from": str(path), "loop.total_steps": 0})
+    return config.changed(stated_by_tagger(config))
 
 
 class TaggingKind(Kind):

@@ -32,7 +32,7 @@ def describe(path: Path, metadata: Values) -> Json:
 
     `channels` is the order that the weights take. Raises UserError.
     """
-    rows = {path.with_name(name.replace("*", path.stem)): row for name, row in TAGGERS.items()}
+    rows = {path.with_name(name): row for name, row in TAGGERS.items()}
     file = next((file for file in rows if file.is_file()), None)
     if file is None or "task" in metadata:
         return dict(metadata)

@@ -62,7 +62,7 @@ def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> Non
     config["pretrained_cfg"] |= {"num_classes": classes, "custom_load": False, **licence_entry(metadata)}
     if names := label_names(metadata):
         config["label_names"] = names
-    config[OURS] = {"preprocessing": metadata["preprocessing"]}
+    config[OURS] = {"model": metadata["model"], "preprocessing": metadata["preprocessing"]}
     write_json(folder / CONFIG, config)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
 

@@ -23,8 +23,6 @@ def read_timm(network: nn.Module) -> tuple[State, Json]:
 
     Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
     """
-    import timm
-
     config = getattr(network, "pretrained_cfg", None)
     if not config:
         raise UserError(
@@ -33,8 +31,7 @@ def read_timm(network: nn.Module) -> tuple[State, Json]:
         )
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
-        tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
-        raise UserError(f"timm has no weights for {name}; with weights: {tags}")
+        raise UserError(f"timm has no weights for {name}; with weights: {_list_tags(name)}")
     state = filter_state(network, load_timm(name).state_dict())  # positions are interpolated
     licence = config.get("license")
     log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
@@ -49,6 +46,12 @@ def find_config(name: str) -> Any:
         return timm.get_pretrained_cfg(name)
     except RuntimeError:  # an unknown tag
         return None
+
+
+def _list_tags(name: str) -> str:
+    import timm
+
+    return ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")[:8]) or "none for that network"
 
 
 def cached_file(name: str) -> str | None:
@@ -115,12 +118,9 @@ def stated_preprocessing(model: TimmConfig) -> Json:
     For one channel, mean and std are averaged, as in timm. Raises UserError if timm does not know the network, or if
     `augment` cannot express its preprocessing.
     """
-    import timm
-
     config = find_config(model.name)
     if config is None:
-        known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none for that network"
-        raise UserError(f"timm has no weights named {model.name!r}; it has {known}")
+        raise UserError(f"timm has no weights named {model.name!r}; it has {_list_tags(model.name)}")
     known = config.crop_mode in ("center", "squash") and config.interpolation in ("bilinear", "bicubic")
     if not known or not 0 < config.crop_pct <= 1:
         raise UserError(

@@ -67,12 +67,13 @@ def predict(place, weights):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_published_tagger_comes_in_and_goes_out_as_it_was(name, place):
+def test_a_published_tagger_comes_in_and_goes_out_as_it_was(name, place, server):  # noqa: F811
     network = timm.create_model(f"local-dir:{place / name}", pretrained=True).eval()
     images = torch.tensor(COLOURS / 255).float()[:, :, None, None].expand(8, 3, 64, 64)
     wanted = network((images.flip(1) - 0.5) / 0.5).sigmoid()[:, 4].detach()
     np.testing.assert_allclose(predict(place, f"local-dir:{name}"), wanted, atol=1e-4)
-    run("finetune", [*TAGGING, f"task.vocabulary={name}", f"init_from={name}", f"run_dir=run_{name}"], place)
+    server.files = {file.name: file.read_bytes() for file in (place / name).iterdir()}
+    run("finetune", [*TAGGING, f"task.vocabulary={name}", f"init_from=hf-hub:me/{name}", f"run_dir=run_{name}"], place)
     run("export", ["format=timm", f"run_dir=run_{name}", "output=out"], place)
     given, found = (load_file(place / folder / "model.safetensors") for folder in (name, "out"))
     assert_same_tensors(given, found)
@@ -87,10 +88,9 @@ def test_a_graph_is_described_by_the_tags_beside_it(place, tmp_path):
     np.testing.assert_allclose(predict(place, tmp_path), wanted, atol=1e-4)
 
 
-def test_a_tagger_of_others_is_calibrated_and_gets_new_tags(place, server):  # noqa: F811
+def test_a_tagger_of_others_is_calibrated_and_gets_new_tags(place):
     run("evaluate", ["weights=test_vit", "calibrate=true", *DATA, "output=found"], place)
     assert (place / "test_vit/model_thresholds.csv").is_file()
-    server.files = {file.name: file.read_bytes() for file in (place / "test_vit").iterdir()}
-    run("finetune", [*TAGGING, "task.append_to=hf-hub:me/net", "run_dir=more"], place)
+    run("finetune", [*TAGGING, "task.append_to=test_vit", "run_dir=more"], place)
     assert read_json(place / "more/config.json")["augment"]["image_size_hw"] == [64, 64]
     np.testing.assert_allclose(predict(place, "more"), predict(place, "test_vit"), atol=1e-5)

@@ -27,14 +27,13 @@ def is_reference(source: str) -> bool:
 def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:
     """Return the folder with a repository's files in the hub's cache, or the file that the reference names.
 
-    wanted: of each, the first name that exists is fetched. beside: names that may be missing; * is that file's. Raises
-    UserError, offline with the file to fetch.
+    wanted: of each, the first name that exists is fetched. beside: names that may be missing. Raises UserError, offline
+    with the file to fetch.
     """
     repository, file, revision = _split(reference)
     inside = str(PurePosixPath(file).parent) if file else "."
     paths = [_fetch_first(repository, revision, names) for names in ([[file]] if file else wanted)]
     for name in beside:
-        name = name.replace("*", PurePosixPath(paths[0][0]).stem)
         _fetch_first(repository, revision, [str(PurePosixPath(inside, name))], is_needed=False)
     name, path = paths[0]
     return path if file else path.parents[len(PurePosixPath(name).parts) - 1]
