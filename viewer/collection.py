@@ -125,6 +125,8 @@ class CollectionPage(Page):
             await ui.context.client.connected()
             with show_fault(show_status().classes("text-negative")):
                 browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
+                for finding in sorted(browser.collection.findings, reverse=True):
+                    ui.label(escape_controls(f"{finding.line} ({finding.key})"))
                 place = ui.column().classes("w-full")
                 await browser.build()
                 if ui.context.client.page.path == "/map":

@@ -108,7 +108,8 @@ class StartPage(Page):
         self._show_command(folder, list_kinds(collection))
         check = Check(name="check", verify=True, report=str(self.site.queue.runs / "care" / name))
         report = await asyncio.to_thread(check.run, shelf.config(name))
-        status.text = safe_lines("\n".join([report, *collection.unused]))
+        findings = [finding.line for finding in sorted(collection.findings, reverse=True)]
+        status.text = safe_lines("\n".join([report, *findings, *collection.unused]))
 
     def _show_command(self, folder: Path, kinds: list[str]) -> None:
         """Show a command of a kind, and what adds it to the queue."""

@@ -39,15 +39,18 @@ _DRAWN = ("width", "height", "brightness", "sharpness")
 def check(job: Check, data: DataConfig) -> str:
     """Check the collection. Raises UserError (`data.root`, `job.report`)."""
     faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
-    kinds = _save_faults(job, faults)  # before the collection, which may be refused
+    _save_faults(job, faults)  # before the collection, which may be refused
     collection = load_collection(data)
     paths = collection.table["path"].to_pylist() if job.verify else []
     if collection.is_packed:
         facts = measure_shards(open_contents(collection), len(paths), data.max_pixels)
-        kinds = _save_faults(job, [*faults, *_list_unreadable(paths, facts)])
+        faults += _list_unreadable(paths, facts)
     else:
         facts = measure_files(Path(data.root), paths, data.max_pixels)
-    copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
+    groups = find_groups(dict(zip(paths, facts)), "near")
+    copies = sum(len(group) - 1 for group in groups)
+    labels = dict(zip(paths, collection.table["label"].to_pylist()))
+    kinds = _save_faults(job, [*faults, *_list_contrary(groups, labels)])
     if copies:
         line = "%s images show the same picture as another image: prepare.py job=duplicates data.root=%s lists them"
         log.warning(line, f"{copies:,}", data.root)
@@ -56,6 +59,9 @@ def check(job: Check, data: DataConfig) -> str:
     for name, rows in tables.items():
         if rows:
             log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
+    tables["findings"] = [finding._asdict() for finding in sorted(collection.findings, reverse=True)]
+    for finding in tables["findings"]:
+        log.warning("%s (%s)", finding["line"], finding["key"])
     pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
     summary = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.items())
     summary += f" ({Path(job.report, job.name)}.jsonl)" if kinds else "no fault"
@@ -105,6 +111,14 @@ def _find_faults(job: Check, root: Path, data: DataConfig) -> Iterator[_Fault]:
     for reason, paths in found.items():
         kind = reason if reason.startswith(_FAULTS) else ""
         yield from ((path, kind, reason) for path in paths)
+
+
+def _list_contrary(groups: Iterable[list[str]], labels: dict[str, str | None]) -> Iterator[_Fault]:
+    """Yield the images of near-duplicates that have several labels; labels: by path."""
+    for group in groups:
+        if len({labels[path] for path in group} - {None}) > 1:
+            first = f"{group[0]}, whose label is {labels[group[0]]}"
+            yield from ((path, "", f"{labels[path]}, with the picture of {first}") for path in group[1:])
 
 
 def _list_unreadable(paths: Iterable[str], facts: Iterable[FileFacts]) -> Iterator[_Fault]:

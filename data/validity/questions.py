@@ -18,9 +18,10 @@ Question = Callable[[Table, str], Finding | None]  # of the table of all rows, w
 
 def find_twins(table: Table, root: str) -> Finding | None:
     """Name the splits whose images have an equal or similar image, or an image of their group, in training."""
-    shown = [f"{count:,} images of the {split} split" for split, count in count_twins(table).items() if count]
-    line = f"{' and '.join(shown)} belong together with training images, so figures are too good; true leaves these out"
-    return Finding(0.9, "data.exclude_copies", line, "with copies of training images") if shown else None
+    shown = [f"{count:,} images of {split}" for split, count in count_twins(table).items() if count]
+    twins = " and ".join(shown)
+    line = f"{twins} belong together with training images: figures there are too good; true leaves the latter out"
+    return Finding(0.9, "data.exclude_copies", line, f"{twins} belong to training images") if shown else None
 
 
 def find_rare_classes(table: Table, root: str) -> Finding | None:
