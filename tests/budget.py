@@ -9,7 +9,6 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -28,31 +27,31 @@ _HEADERS = {
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
 
 
-def count_nodes(tree: ast.AST) -> int:
+def count_nodes(tree):
     """Return the syntax nodes of a tree."""
     return sum(1 for _ in ast.walk(tree))
 
 
-def belongs(path: str, pattern: str) -> bool:
+def belongs(path, pattern):
     """Return whether a file is in a room: `x/` has all Python files below x, `x/*.py` those of the folder itself."""
     if pattern.endswith("/"):
         return path.startswith(pattern)
     return fnmatch(path, pattern) and path.count("/") == pattern.count("/")
 
 
-def list_files() -> list[str]:
+def list_files():
     """Return the project's Python files: tracked ones, and new ones that git does not ignore."""
     command = ["git", "ls-files", "-coz", "--exclude-standard", "*.py"]
     listed = subprocess.run(command, capture_output=True, check=True).stdout
     return sorted(name for name in set(listed.decode().split("\0")) if name and Path(name).is_file())
 
 
-def is_table(statement: ast.stmt) -> bool:
+def is_table(statement):
     """Return whether a statement names a table of literals."""
     return isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, _LITERALS)
 
 
-def is_packed(statement: ast.stmt) -> bool:
+def is_packed(statement):
     """Return whether an assignment joins values that do not belong together.
 
     Together belong: the parts of one thing (`box.left, box.right`), and values that change places.
@@ -69,7 +68,7 @@ def is_packed(statement: ast.stmt) -> bool:
     return len(parts) < len(values) or len({ast.unparse(part.value) for part in parts}) > 1
 
 
-def find_dense(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def find_dense(tree):
     """Yield the line and the fault of each statement and function that a reader cannot take in in one pass."""
     scopes = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef))]
     tables = {statement for scope in scopes for statement in filter(is_table, scope.body)}
@@ -94,7 +93,7 @@ def find_dense(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"a statement of {nodes} nodes"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments):
     """Print the table, or the nodes of the files below a folder; return the exit status."""
     rooms = tomllib.loads(Path("tests/budget.toml").read_text())["room"]
     trees = {file: ast.parse(Path(file).read_bytes()) for file in list_files()}

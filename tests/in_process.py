@@ -7,20 +7,16 @@ whole command. What only a process can show (status, traceback, files left open)
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
 
 from data.layouts import glyphs
 from engine.tasks.kinds import KINDS
 from engine.update.learner import Learner
 from tests.support import SMALL_MODEL, assert_equal_runs, make_collection
-from utils.config.entry_point import Job, validate
+from utils.config.entry_point import validate
 from utils.config.help import CONF, ROOT
 
 TASKS = {name: row.scripts for name, row in KINDS.items()}  # the scripts that train each
@@ -36,12 +32,12 @@ SHORT = [
 TINY = [*SMALL_MODEL, *SHORT, "data=image_folder", "augment=glyphs"]
 
 
-def make_images(root: Path, classes: str = "AB") -> Path:
+def make_images(root, classes="AB"):
     """Write 4 training and 2 validation images for each class; returns the folder."""
     return make_collection(root, per_class=4, classes=classes, validation=2)
 
 
-def draw_few_glyphs(root: Path) -> Path:
+def draw_few_glyphs(root):
     """Draw 8 glyphs of three faces, one for validation, that pass for the embedded collection; returns the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "TRAIN_FACES", ("DejaVuSans", "DejaVuSerif"))
@@ -52,24 +48,24 @@ def draw_few_glyphs(root: Path) -> Path:
     return root
 
 
-def load_command(script: str) -> Any:
+def load_command(script):
     """Return the command that the `main` of a root script, of submit/slurm.py or of `tests.tasks.multicrop` is."""
     return importlib.import_module("submit.slurm" if script == "slurm" else script).main
 
 
-def compose(script: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, Job]:
+def compose(script, overrides=()):
     """Compose a script's configuration as its command line would; returns the values and the job."""
     return load_command(script).compose(list(overrides))
 
 
-def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
+def configure(script, overrides=()):
     """Return a script's validated configuration, and the job."""
     values, job = compose(script, overrides)
     return validate(values, load_command(script).schema), job
 
 
 @contextmanager
-def working_in(folder: Path) -> Iterator[None]:
+def working_in(folder):
     """Change the working directory, and put back what a run sets for its process."""
     threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     logger = logging.getLogger("atelier")
@@ -84,7 +80,7 @@ def working_in(folder: Path) -> Iterator[None]:
             torch.use_deterministic_algorithms(is_deterministic)
 
 
-def run(script: str, overrides: Sequence[str], folder: Path) -> str:
+def run(script, overrides, folder):
     """Run a script's body in `folder` and return its line of result; its errors are raised as they are."""
     config, job = configure(script, overrides)
     with working_in(folder):
@@ -95,7 +91,7 @@ class Killed(Exception):
     """Stands for SIGKILL."""
 
 
-def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: int) -> None:
+def run_until_killed(script, overrides, folder, step):
     """Run a script's body that dies before update `step` (counted from 0)."""
     update = Learner.update
 
@@ -110,7 +106,7 @@ def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: 
             run(script, overrides, folder)
 
 
-def check_resumption(script: str, overrides: Sequence[str], folder: Path, killed_at: int, steps: int) -> None:
+def check_resumption(script, overrides, folder, killed_at, steps):
     """Compare a run in straight/ bit for bit with one in killed/ that died before update `killed_at` and goes on."""
     run(script, [*overrides, "run_dir=straight"], folder)
     run_until_killed(script, [*overrides, "run_dir=killed"], folder, killed_at)
@@ -118,7 +114,7 @@ def check_resumption(script: str, overrides: Sequence[str], folder: Path, killed
     assert_equal_runs(folder / "straight", folder / "killed", steps)
 
 
-def run_command(script: str, arguments: Sequence[str], folder: Path, monkeypatch: Any) -> int:
+def run_command(script, arguments, folder, monkeypatch):
     """Run a script's command, Hydra's command line included, in `folder`; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *arguments])
     with working_in(folder):

@@ -71,5 +71,4 @@ def make_batch(task, setup, device):
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
             sample |= {"is_dropped": False, "strata": torch.tensor([number, BATCH])}
         samples.append(sample)
-    batch = collate(samples, len(samples), channels_last=True)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in collate(samples, len(samples), channels_last=True).items()}

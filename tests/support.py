@@ -115,8 +115,7 @@ def make_collection(root, per_class=18, classes="ABC", validation=5, broken=0, s
 
 def read_image(path, channels, max_pixels, background=DEFAULT, **options):
     """Read and decode an image file, uint8 [H, W, channels]; options: further ones of the decoder."""
-    decode = Decoder(channels, max_pixels, background, **options)
-    return decode(read_file(path), os.fspath(path))
+    return Decoder(channels, max_pixels, background, **options)(read_file(path), os.fspath(path))
 
 
 def encoded(image, form="JPEG", **options):
@@ -297,8 +296,7 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None):
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        arguments = (script, overrides, str(cwd), own, str(output), kill_at_step)
-        process = FORKS.Process(target=_run_rank, args=arguments)
+        process = FORKS.Process(target=_run_rank, args=(script, overrides, str(cwd), own, str(output), kill_at_step))
         with chdir(ROOT):  # from elsewhere, the server would start without tests/preload.py
             process.start()
         processes.append(process)
@@ -315,8 +313,7 @@ def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, variables=
 
 def command(*arguments, cwd=ROOT, timeout=500, **variables):
     """Run a real command of the virtual environment (`python`, `torchrun`) as a user would."""
-    folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
     try:
         return subprocess.run(
             list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout

@@ -99,8 +99,7 @@ def test_a_dry_run_opens_what_it_was_given_and_writes_nothing(script, place):
 
 def test_the_model_follows_the_run_in_init_from(place, monkeypatch, capsys):
     words = [*SHORT, "data=image_folder", "augment=glyphs", "data.root=images", "init_from=pretrained"]
-    follows = [*words, "run_dir=follows", "model.drop_path_rate=0.1"]
-    assert run_command("finetune", follows, place, monkeypatch) == 0
+    assert run_command("finetune", [*words, "run_dir=follows", "model.drop_path_rate=0.1"], place, monkeypatch) == 0
     saved, source = (read_json(place / name / "config.json")["model"] for name in ("follows", "pretrained"))
     assert saved == source | {"drop_path_rate": 0.1}
     assert run_command("finetune", [*words, "model=convnextv2_atto", "dry_run=true"], place, monkeypatch) == 2

@@ -35,8 +35,7 @@ def prompts(place):  # noqa: F811
 def draw(place, output, *words):  # noqa: F811
     """Draw, and return the pictures [H, W, 3] by name."""
     run("predict", [f"output={output}", *SIZE, *words], place)
-    files = sorted((place / output).glob("0*.png"))
-    return {file.name: np.array(Image.open(file)) for file in files}
+    return {file.name: np.array(Image.open(file)) for file in sorted((place / output).glob("0*.png"))}
 
 
 def differ(first, second):
@@ -72,8 +71,7 @@ def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, cap
     assert differ(by_strength[0.5], base) > 5 and differ(by_strength[0.5], run_drawn) > 5
     said = Image.open(prompts / "at_0.5/00000-0.png").text["parameters"]
     assert said.startswith("a cat, outdoors <lora:lora:0.5>\nSteps: 3") and 'Lora hashes: "lora: ' in said
-    both = draw(prompts, "both", "weights=lora", *words, "lora=[lora:-1,style.safetensors:0.0]")
-    assert differ(both, base) <= 1
+    assert differ(draw(prompts, "both", "weights=lora", *words, "lora=[lora:-1,style.safetensors:0.0]"), base) <= 1
 
 
 def test_several_weights_have_a_folder_each_and_a_page(prompts):

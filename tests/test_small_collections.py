@@ -28,8 +28,7 @@ def fill(root, layout, count):
     for number in range(count):
         file = root / "cd"[number % 2] / f"{number}.png" if layout == "classes" else root / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw = np.random.default_rng(number)
-        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
         file.with_suffix(".txt").write_text(f"blue, tag {number % 2}")
 
 

@@ -37,8 +37,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     make_images(folder / "images")
     torch.save({"model": vary_weights(build_network(CONFIG, 0)).state_dict()}, folder / "fcmae.pt")
-    averages = ["loop.ema_decay=0.5", "optim.lr=0.01"]
-    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", *averages], folder)
+    run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "optim.lr=0.01"], folder)
     return folder
 
 

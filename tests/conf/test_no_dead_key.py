@@ -16,8 +16,7 @@ from utils.config.schema import Strict
 def list_models(annotation):
     """Return the models that a schema reaches."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        inner = [list_models(field.annotation) for field in annotation.model_fields.values()]
-        return {annotation}.union(*inner)
+        return {annotation}.union(*[list_models(field.annotation) for field in annotation.model_fields.values()])
     return set().union(*map(list_models, typing.get_args(annotation)))
 
 
@@ -51,8 +50,7 @@ def plain(key):
 
 
 def test_all_scripts_have_few_keys():
-    keys = {plain(key) for script in SCRIPTS for key, _ in list_leaves(load_command(script).schema)}
-    assert len(keys) <= MOST_KEYS
+    assert len({plain(key) for script in SCRIPTS for key, _ in list_leaves(load_command(script).schema)}) <= MOST_KEYS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -51,6 +51,5 @@ def test_an_older_run_has_what_held_before_and_keeps_a_key_that_was_cut_while_on
     task |= {"known": [], "keep_old": 1.0}
     loop = {"early_stop_least": 0.0, "checkpoint_mirror": None, "ema_start_steps": 0}
     assert read_saved(older) == {"seed": 0, "loop": loop, "task": task}
-    judged = {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}
-    assert "judge" not in read_saved({"task": judged})["task"]
+    assert "judge" not in read_saved({"task": {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}})["task"]
     assert read_saved({"loop": {"audit_every": 100}})["loop"]["audit_every"] == 100

@@ -51,8 +51,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(collection, tmp_path):
     started = start("finetune.py", endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=16"), tmp_path, 2)
     wait_for(has_rows(tmp_path / "run", 6))
     started.signal(signal.SIGKILL, ranks=[1])
-    codes = started.wait(120)
-    assert codes == [70, -9]
+    assert started.wait(120) == [70, -9]
     assert "rank 1 has died: no sign of life" in started.output
 
 
@@ -61,8 +60,7 @@ def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collectio
     started = start("tests/tasks/troubled.py", overrides, tmp_path, variables={"TROUBLE": "hang_reading 30"})
     assert started.wait(120) == [70]
     assert "rank 0 hangs in 'step 3: loading': no progress for 6 s" in started.output
-    worker = int(re.search(r"process (\d+) reads for ever", started.output).group(1))
-    wait_for(has_ended(worker), 10)
+    wait_for(has_ended(int(re.search(r"process (\d+) reads for ever", started.output).group(1))), 10)
 
 
 def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collection, tmp_path):

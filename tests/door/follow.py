@@ -2,14 +2,12 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from tests.in_process import run
 from tests.support import ROOT
 
 
-def list_commands(page: str) -> list[list[str]]:
+def list_commands(page):
     """Return the words of each Python command in the code blocks of a page: script and arguments."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
@@ -17,7 +15,7 @@ def list_commands(page: str) -> list[list[str]]:
     return [words[1:] for words in lines if words[:1] == ["python"]]
 
 
-def follow(page: str, folder: Path, words: Mapping[str, str], short: Mapping[str, Sequence[str]]) -> list[str]:
+def follow(page, folder, words, short):
     """Run the commands of a page in `folder`; returns the line of result of each.
 
     words: what stands for names in capitals, such as PATH. short: what each script gets on top, so that it ends in

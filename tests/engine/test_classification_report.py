@@ -90,8 +90,7 @@ def test_figures_equal_those_of_scikit_learn(classes, samples):
         # A class without a right prediction has an F1 of 0 here.
         places = held if name == "f1" else every
         np.testing.assert_allclose(own[places], np.nan_to_num(column)[held] if name == "f1" else column, rtol=1e-12)
-    f1 = np.nan_to_num(expected[2][held]).mean()
-    means = {"macro_f1": f1, "mean_class_accuracy": expected[1][held].mean()}
+    means = {"macro_f1": np.nan_to_num(expected[2][held]).mean(), "mean_class_accuracy": expected[1][held].mean()}
     assert found.macro_scalars() == pytest.approx({**means, "always_one_class": expected[3].max() / samples})
 
 

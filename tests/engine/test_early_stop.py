@@ -18,8 +18,7 @@ def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
         "loop.log_every_steps=50",
     ]  # fmt: skip
     run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)  # two steps an epoch
-    said = capsys.readouterr().err
-    assert "stopped early by loop.early_stop_epochs: 5 steps" in said
+    assert "stopped early by loop.early_stop_epochs: 5 steps" in capsys.readouterr().err
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5]
     assert rows(tmp_path / "run/metrics.jsonl", "epoch")[-1]["step"] == 5
     assert rows(tmp_path / "run/metrics.jsonl", "train")[-1]["step"] == 5  # of what was not logged yet
@@ -43,8 +42,7 @@ def test_gains_below_the_least_one_add_up(tmp_path, monkeypatch):
         *SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={images}", "loop.total_steps=9",
         "loop.evaluate_every_epochs=0.5", "loop.early_stop_least=0.25",
     ]  # fmt: skip
-    steps = {"1.5": 9, "1.0": 3}
-    for patience, last in steps.items():
+    for patience, last in (("1.5", 9), ("1.0", 3)):
         words = [*command, f"loop.early_stop_epochs={patience}", f"run_dir={tmp_path}/{patience}"]
         if last > 6:
             run_until_killed("finetune", words, tmp_path, 6)

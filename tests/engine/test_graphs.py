@@ -25,8 +25,7 @@ def make_learner(optimizer, device, *, recorded):
     """A learner of a network with drop path and mixed images, whose updates are recorded or not."""
     torch.manual_seed(0)
     task = make_task("test_resnet", 32)
-    mixes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 0.8}
-    task.mixing = Mixing(MixingConfig(**mixes))
+    task.mixing = Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.8))
     task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
     task.network.register_forward_pre_hook(lambda module, images: module.drop_path(*images))
     machine = {"device": device, "precision": "fp32", "deterministic": False}

@@ -30,8 +30,7 @@ def make_learner(*overrides, model=OURS):
     facts = {"class_names": [f"c{number}" for number in range(CLASSES)]}
     torch.manual_seed(0)
     task = open_kind("classification").build(Setup(config.model, config.task, config.augment.preprocessing(3), facts))
-    plan = Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
-    return Learner(task, config, plan, choose_runtime(config.runtime))
+    return Learner(task, config, Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3), choose_runtime(config.runtime))
 
 
 def make_batch(seed=0):

@@ -24,8 +24,7 @@ RATES = [10 ** (-5 + 6 * number / 99) for number in range(100)]
 
 
 def make_curve(loss_at, noise=0.0, count=100, seed=7):
-    draw = torch.Generator().manual_seed(seed)
-    noises = noise * torch.randn(count, generator=draw, dtype=torch.float64)
+    noises = noise * torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return _Curve(RATES[:count], [loss_at(math.log10(rate)) + float(one) for rate, one in zip(RATES, noises)])
 
 
@@ -63,8 +62,7 @@ class Recorder:
 
 def sweep(learner, batches, steps, *, total_steps=1000):
     """A range test of a learner alone."""
-    plan = SimpleNamespace(total_steps=total_steps, range_test_steps=steps)
-    return range_test(learner, batches, plan, Recorder())
+    return range_test(learner, batches, SimpleNamespace(total_steps=total_steps, range_test_steps=steps), Recorder())
 
 
 def test_the_updates_are_the_runs_own():

@@ -101,12 +101,10 @@ def test_old_tags_that_the_collection_does_not_label_are_unknown_and_keep_their_
         for number, file in enumerate(sorted(folder.rglob("*.png"))):
             Image.new("RGB", (32, 32), (number + 150 * (file.parent.name == "B"),) * 3).save(file)
             file.with_suffix(".txt").write_text(words[file.parent.name])
-        data = ["data.root=others", "calibrate=true", "output=found"]
-        run("evaluate", [f"run_dir={name}", *data], place)
+        run("evaluate", [f"run_dir={name}", "data.root=others", "calibrate=true", "output=found"], place)
         weights = place / name / "weights/best_weights.safetensors"
         table = find_thresholds(None, weights, read_weights(weights)[1]["weights_hash"])
-        found = read_json(place / "found/metrics.json")
-        return {(row.profile, row.name): row for row in table.rows}, found
+        return {(row.profile, row.name): row for row in table.rows}, read_json(place / "found/metrics.json")
 
     old, _ = calibrate("run", {"A": "square", "B": "disc, round"})
     new, figures = calibrate("more", {"A": "sharp", "B": "character:bob"})

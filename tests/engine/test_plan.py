@@ -36,8 +36,7 @@ def plan(*, epoch_length, world_size=1, reads=0, finder=None, optim=None, warmup
 
 
 def split(batch_size, world, cap, chunk):
-    loop = _LoopConfig.model_construct(batch_size=batch_size, micro_batch_size=cap)
-    return loop.micro_batches(world, chunk)
+    return _LoopConfig.model_construct(batch_size=batch_size, micro_batch_size=cap).micro_batches(world, chunk)
 
 
 def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a_chunk():

@@ -103,8 +103,7 @@ def test_padding_and_unreadable_images_are_ignored_and_batches_do_not_matter():
 
 def test_features_that_are_not_finite_or_not_there_are_told_and_end_nothing(log):
     train, val = make_features(20, 3), make_features(10, 3, seed=1)
-    unreadable = make_batches(*train, 4, torch.zeros(20))
-    assert measure_batches(unreadable, make_batches(*val, 4)) == {}
+    assert measure_batches(make_batches(*train, 4, torch.zeros(20)), make_batches(*val, 4)) == {}
     train[0][3, 1] = torch.nan
     assert measure(train, val) == {}
     assert log.text.count("probe: skipped") == 2

@@ -44,8 +44,7 @@ def test_the_promise_is_kept_in_95_of_100_calibrations_and_the_usual_rule_is_not
         counts = pool(seed, skill, overconfidence=1 + seed % 3)
         wrong, right = tails(counts)
         for size in (200, 500, 1000, 2000) * 50:
-            sample = draw.multinomial(size, counts.ravel() / counts.sum()).reshape(2, BINS)
-            found = tails(sample)
+            found = tails(draw.multinomial(size, counts.ravel() / counts.sum()).reshape(2, BINS))
             naive = np.flatnonzero((found.sum(0) > 0) & (found[0] <= SHARE * found.sum(0)))[0]
             broken_naive += wrong[naive] > SHARE * (wrong + right)[naive]
             try:

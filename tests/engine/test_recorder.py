@@ -103,8 +103,7 @@ def test_a_start_from_zero_keeps_no_row_of_a_killed_one(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0]
     run("finetune", words, tmp_path)
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0, 2]
-    progress = read_json(tmp_path / "run/progress.json")
-    assert progress["best"] == read_json(tmp_path / "run/result.json")["value"]
+    assert read_json(tmp_path / "run/progress.json")["best"] == read_json(tmp_path / "run/result.json")["value"]
 
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
@@ -163,8 +162,7 @@ def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkey
     rates = [row["data/l1_hit_rate"] for row in found]
     assert rates == sorted(rates) and 0 < rates[-1] < 1
     assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in found) and found[-1]["data/wait_sec"] > 0
-    said = (tmp_path / "run/log.txt").read_text()
-    assert "was spent waiting for data: " in said
+    assert "was spent waiting for data: " in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_tracker_gets_the_pictures_of_the_base_as_step_zero_of_the_same_slider_and_tables(tmp_path):

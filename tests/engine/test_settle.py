@@ -144,8 +144,7 @@ def test_an_older_run_goes_on_with_what_held_before(tmp_path, monkeypatch):
     del values["data"]["table"]
     folder.mkdir()
     write_json(folder / "config.json", values)
-    keys = ("data.table", "schedule.warmup_most")
-    assert [settled("finetune", words)[key] for key in keys] == ["none", 0.1]
+    assert [settled("finetune", words)[key] for key in ("data.table", "schedule.warmup_most")] == ["none", 0.1]
     assert settled("finetune", [*words, "data.table=auto"])["data.table"] == "auto"
 
 

@@ -268,8 +268,7 @@ def test_a_scale_that_overflows_is_halved_until_it_fits():
     optimizer, scale = make_optimizer("adamw", task), first_scale(FP16)
     applied, scales = [], []
     for step in range(8):
-        result = make_step(task, [make_batch()], optimizer, step=step, scale=scale, runtime=FP16)
-        applied.append(int(result.applied))
+        applied.append(int(make_step(task, [make_batch()], optimizer, step=step, scale=scale, runtime=FP16).applied))
         scales.append(float(scale["scale"]))
     skipped = applied.count(0)
     assert 1 <= skipped < 8 and applied == [0] * skipped + [1] * (8 - skipped)
@@ -336,8 +335,7 @@ def test_a_run_of_which_nothing_can_be_read_ends(results, last, ends):
     if not ends:
         watch.check(step, last=last)
         return
-    first = max(1, step - EMPTY_STEPS + 1)
-    with refuses(rf"^data\.root: no image of steps {first} to {step} could be read"):
+    with refuses(rf"^data\.root: no image of steps {max(1, step - EMPTY_STEPS + 1)} to {step} could be read"):
         watch.check(step, last=last)
 
 

@@ -136,8 +136,7 @@ def test_a_refused_checkpoint_is_tried_again_but_the_last_one_is_an_error(steps,
             run_here("finetune", settings, tmp_path)
     else:
         run_here("finetune", settings, tmp_path)
-    said = (tmp_path / "run/log.txt").read_text()
-    assert said.count("The next save tries again") == (1 if ends else 2)
+    assert (tmp_path / "run/log.txt").read_text().count("The next save tries again") == (1 if ends else 2)
     assert checkpoints(tmp_path / "run") == ["step_00000005", "step_00000010" if ends else "step_00000020"]
 
 

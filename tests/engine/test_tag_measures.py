@@ -96,8 +96,7 @@ def test_scalars(scores):
     assert found["mAP"] == pytest.approx(exact_ap()[3:].mean(), abs=1e-4)
     assert (found["tags"], found["tags_without_positives"]) == (TAGS - 4, 0)
     assert found["support"] == sum(truth.sum() for truth, _ in probs)
-    everything = tuple(np.concatenate(column) for column in zip(*probs))
-    for average, pairs in (("micro", [everything]), ("macro", scored)):
+    for average, pairs in (("micro", [tuple(np.concatenate(column) for column in zip(*probs))]), ("macro", scored)):
         for name, threshold in ((f"{average}_f1_at_0.35", 0.35), (f"{average}_f1", found[f"{average}_pr_threshold"])):
             exact = np.mean([metrics.f1_score(truth, prob >= threshold) for truth, prob in pairs])
             assert found[name] == pytest.approx(exact)

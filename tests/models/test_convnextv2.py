@@ -61,8 +61,7 @@ def test_parameter_names_and_shapes_are_the_published_ones():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    network = small(num_classes=50, dims=[32, 64, 128], head_init_scale=0.001)
-    for name, module in network.named_modules():
+    for name, module in small(num_classes=50, dims=[32, 64, 128], head_init_scale=0.001).named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             expected = 2e-5 if name == "head" else 0.02
             assert module.weight.std().item() == pytest.approx(expected, rel=0.15), name

@@ -102,8 +102,7 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
         assert_near(hugging(inputs).logits, wanted)
         assert list(hugging.config.id2label.values()) == metadata["class_names"]
         path = str(tmp_path / "model.safetensors")
-        from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
-        assert_near(from_file(inputs), wanted)
+        assert_near(timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()(inputs), wanted)
     assert read_json(tmp_path / "config.json")["label_names"] == NAMES
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 

@@ -40,13 +40,11 @@ def timm_network(num_classes=CLASSES, **settings):
 
 
 def transformers_network(kind=ConvNextV2ForImageClassification):
-    config = ConvNextV2Config(depths=DEPTHS, hidden_sizes=DIMS, num_labels=CLASSES, layer_norm_eps=1e-6)
-    return kind(config)
+    return kind(ConvNextV2Config(depths=DEPTHS, hidden_sizes=DIMS, num_labels=CLASSES, layer_norm_eps=1e-6))
 
 
 def fcmae(in_channels=3):
-    settings = {**SETTINGS, "patch_px": 32}
-    return FCMAE(encoder=ours(0, in_channels), **settings)
+    return FCMAE(encoder=ours(0, in_channels), **SETTINGS | {"patch_px": 32})
 
 
 def images():

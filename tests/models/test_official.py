@@ -20,8 +20,7 @@ PATCH_PX, SIDE_PX, VISIBLE = 32, 96, [1, 3, 8]
 
 def wave(shape, shift):
     """Return numbers from -1 to 1, by a formula."""
-    count = torch.Size(shape).numel()
-    return torch.sin(0.7 * torch.arange(count, dtype=torch.float64) + shift).view(shape)
+    return torch.sin(0.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + shift).view(shape)
 
 
 IMAGE = wave((1, 3, SIDE_PX, SIDE_PX), 0.1)
@@ -48,8 +47,7 @@ def fill(network):
 
 @torch.no_grad()
 def test_the_logits_are_the_official_ones():
-    logits = fill(encoder(5))(IMAGE)
-    assert logits[0].tolist() == pytest.approx(LOGITS, rel=1e-13)
+    assert fill(encoder(5))(IMAGE)[0].tolist() == pytest.approx(LOGITS, rel=1e-13)
 
 
 @torch.no_grad()

@@ -62,8 +62,7 @@ def run(fcmae, images, mask):
     pred = fcmae(images, mask)
     loss = fcmae.loss_per_sample(images, pred, mask)
     (loss.double() * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in fcmae.named_parameters()}
-    return pred, loss, gradients
+    return pred, loss, {name: parameter.grad for name, parameter in fcmae.named_parameters()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -52,8 +52,7 @@ LEAST = dict(zip(VOCABULARY.columns, THRESHOLDS.of_tags(VOCABULARY, PER_TAG)))
 
 def make_tagger():
     """Return a small tagger whose probabilities spread, as export.py opens it: of the four stages that timm has."""
-    config = geometry().model_copy(update={"depths": [1, 1, 1, 1]})
-    model, metadata = open_tagger(config, SIDE, VOCABULARY)
+    model, metadata = open_tagger(geometry().model_copy(update={"depths": [1, 1, 1, 1]}), SIDE, VOCABULARY)
     with torch.no_grad():
         model.network.head.weight.mul_(3.0)
     return model, metadata

@@ -18,8 +18,7 @@ DEPTHS = [1, 2, 3, 1]
 
 
 def config(name="adamw", **changes):
-    values = read_values("optim", name) | changes
-    return TypeAdapter(OptimConfig).validate_python(values)
+    return TypeAdapter(OptimConfig).validate_python(read_values("optim", name) | changes)
 
 
 def encoder(num_classes):
@@ -127,8 +126,7 @@ def test_every_group_gets_its_share_of_the_rate_and_its_decay():
         assert group["lr"] == 0.2 * group["lr_scale"]
         assert group["weight_decay"] == (0.3 if head else 0.05 if group["fixed_decay"] is None else 0.0)
         assert group["betas"] == (0.9, 0.999)
-    exponents = {2, *range(8)}
-    assert {group["lr"] for group in optimizer.param_groups} == {0.2 * 0.5**exponent for exponent in exponents}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.2 * 0.5**exponent for exponent in {2, *range(8)}}
 
 
 def test_momentum_is_beta1_or_momentum():

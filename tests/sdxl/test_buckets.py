@@ -44,8 +44,7 @@ def test_the_nearest_ratio_is_chosen_by_its_logarithm():
     buckets, draws = sdxl_sizes(1024**2, 64, 512, 2048), np.random.default_rng(0)
     sizes = draws.integers(1, 4000, (5000, 2))
     distance = np.abs(np.log(sizes[:, :1] / sizes[:, 1:]) - np.log(buckets[:, 0] / buckets[:, 1]))
-    found = assign(sizes, buckets)
-    assert np.allclose(distance[np.arange(5000), found], distance.min(axis=1))
+    assert np.allclose(distance[np.arange(5000), assign(sizes, buckets)], distance.min(axis=1))
     assert assign(np.array([[1, 1], [3, 3]]), np.array([[64, 64], [32, 32], [64, 32]])).tolist() == [0, 0]
 
 
@@ -126,8 +125,7 @@ def assign_all(image_hw, **changes):
 
 
 def test_images_that_fit_nowhere_are_counted_and_named(log):
-    sizes = [(512, 512), (4000, 1), (600, 400), (100, 70), (1000, 1050), (40, 20), (0, 0)]
-    sizes_hw = np.array(sizes)[:, ::-1]
+    sizes_hw = np.array([(512, 512), (4000, 1), (600, 400), (100, 70), (1000, 1050), (40, 20), (0, 0)])[:, ::-1]
 
     def buckets(small):
         made = assign_all(sizes_hw, small=small, areas_px=[512**2], min_px=256, max_px=1024)

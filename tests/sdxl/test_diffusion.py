@@ -85,8 +85,7 @@ def test_the_loss_of_flow_is_that_of_its_definition():
         added = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
         noisy, steps = (1 - time) * latents + time * noise, 1000 * time.flatten()
         found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=added).sample
-        wanted = (found - (noise - latents)).square().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(losses(task, batch), wanted)
+        torch.testing.assert_close(losses(task, batch), (found - (noise - latents)).square().mean(dim=(1, 2, 3)))
 
 
 def test_flow_has_no_zero_terminal_snr():
@@ -256,8 +255,7 @@ def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
     assert first.shape == (2, 64, 64, 3) and first.std() > 0
     assert (task.sample() == first).all()
     assert (build("task.samples.prompts=[black]").eval().sample()[0] == first[0]).all()
-    other = build("task.samples.prompts=[{text: black, seed: 1}]").eval().sample()
-    assert (other[0] != first[0]).any()
+    assert (build("task.samples.prompts=[{text: black, seed: 1}]").eval().sample()[0] != first[0]).any()
     batch = make_batch() | {"sample_id": torch.arange(4)}
     reports = [task.evaluate({"val": [batch]}, step) for step in (0, 5)]
     assert reports[0].scalars == reports[1].scalars and {"loss", "error", "tone_1"} <= reports[0].scalars.keys()
@@ -268,8 +266,7 @@ def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
 
 def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
     """Outside of visits their weights are doubled here, where a GPU would find them on the host."""
-    picture = ["task.samples.prompts=[a cat]"]
-    task, batch = build(*picture), make_batch()
+    task, batch = build("task.samples.prompts=[a cat]"), make_batch()
     wanted = losses(task, batch), task.sample()[0]
     decoded = decode_latents(task.vae, torch.ones(1, 4, 8, 8))
     networks = networks_of(task, task.offloaded).values()

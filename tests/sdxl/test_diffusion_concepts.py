@@ -32,8 +32,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refuse
     own += ["task.text_variants=2", "task.tag_weights={power: 0.5, low: 0.1, high: 3.0, factors: {}}"]
     check_resumption("finetune_sdxl", [*own, CONCEPTS], place, killed_at=4, steps=6)
     files = sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
-    train = rows(place / "straight/metrics.jsonl", "train")
-    assert any(row["prior_loss"] is not None for row in train)
+    assert any(row["prior_loss"] is not None for row in rows(place / "straight/metrics.jsonl", "train"))
     with refuses("data.concepts"):
         run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=killed"], place)
     run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=other"], place)

@@ -125,8 +125,7 @@ def tensors(example):
 
 
 def test_training_and_evaluation_read_the_cache(images):
-    config = CONFIG.model_copy(update={"flip": 0.5})
-    cache, _ = fill(images, config)
+    cache, _ = fill(images, CONFIG.model_copy(update={"flip": 0.5}))
     data = Data(cache.collection, cache, MACHINE, seed=0, batch_size=4, run_path=None)
     rows, groups = cache.buckets.rows, cache.buckets.groups
     loader = data.train(rows, tensors, {}, sampler=GroupedSampler(rows, groups, 4, 0))

@@ -48,5 +48,4 @@ def test_the_lora_of_two_checkpoints_is_their_difference(tmp_path):
     change[3, 5], change[7, 1] = 1.0, 2.0
     tensors["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"] += change
     save_file(tensors, file)
-    found = combine(tmp_path, "weights=tuned", "model.path=base", "rank=2")[0]
-    torch.testing.assert_close(found, change)
+    torch.testing.assert_close(combine(tmp_path, "weights=tuned", "model.path=base", "rank=2")[0], change)

@@ -113,8 +113,7 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
 @pytest.mark.parametrize("layer", [nn.Linear(12, 18), nn.Conv2d(12, 18, 3, padding=1)], ids=["linear", "conv"])
 @pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora_out", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
 def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
-    ours = vary(LoRALayer(layer, configure(kind=kind, rank=rank)))
-    tensors = dict(ours.named_parameters())
+    tensors = dict(vary(LoRALayer(layer, configure(kind=kind, rank=rank))).named_parameters())
     settings = {"dora_out": {"use_dora": True}, "lora": {}}.get(kind, {"alpha": 2.0})
     settings |= {"lora_alpha": 2.0} if "use_dora" in settings or kind == "lora" else {}
     made = {"loha": LoHaConfig, "lokr": LoKrConfig}.get(kind, LoraConfig)(r=rank, target_modules=["0"], **settings)

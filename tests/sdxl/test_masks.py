@@ -59,8 +59,7 @@ def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
     seen, view = set(), fitted_views(buckets.draw_fit)["images"]
     for key in range(12):
         record = masked.read(key % 2, key, 0)
-        shown = view(record[IMAGE], Draw(key, key % 2, key, 0))[:1]
-        expected = avg_pool2d(shown.float() / 255, 8)
+        expected = avg_pool2d(view(record[IMAGE], Draw(key, key % 2, key, 0))[:1].float() / 255, 8)
         torch.testing.assert_close(record["mask"].float(), expected, rtol=0, atol=1.5 / 255)
         seen.add(record["mask"].numpy().tobytes())
     assert len(seen) == 12 and masked.read(2, 0, 0)["mask"].eq(1).all() and masked.blank(0)["mask"].eq(1).all()

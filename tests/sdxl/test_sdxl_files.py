@@ -225,8 +225,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
     save_file({**load_file(file), "extra": ONE}, path := tmp_path / "other.safetensors")
     settle_noise(str(path), NoiseConfig(**NOISE))
     assert "belong to no network, such as extra" in caplog.text and "does not say" not in caplog.text
-    tensors = {name: one for name, one in load_file(file).items() if name != "ztsnr"}
-    save_file(tensors, path)
+    save_file({name: one for name, one in load_file(file).items() if name != "ztsnr"}, path)
     for zero in (True, False):
         settle_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
         assert f"as task.noise.zero_terminal_snr={zero}".lower() in caplog.text

@@ -88,19 +88,19 @@ class Cluster:
     prefix: str = "n"  # of the nodes' names: two clusters of one machine share /etc/hosts
 
     @property
-    def names(self) -> list[str]:
+    def names(self):
         """Return the names of the nodes."""
         return [f"{self.prefix}{number}" for number in range(1, self.nodes + 1)]
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self):
         """Return the variables with which SLURM's commands find the cluster, and no job's."""
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
         }
         return {**kept, "PATH": f"{kept['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def start(self) -> None:
+    def start(self):
         """Start all daemons and wait for the nodes. Raises ClusterError with what is missing or the end of the logs."""
         if missing := why_impossible():
             raise ClusterError(missing)
@@ -120,7 +120,7 @@ class Cluster:
                 raise ClusterError(f"SLURM did not come up; see {log}\n{self._ends_of_logs()}")
             time.sleep(0.2)
 
-    def stop(self) -> None:
+    def stop(self):
         """End jobs and daemons, and take the nodes' names away again."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=60)
         time.sleep(0.5)
@@ -128,11 +128,11 @@ class Cluster:
             self._kill(daemon, signal.SIGTERM)
         self._name_the_nodes([])
 
-    def start_node(self, name: str) -> None:
+    def start_node(self, name):
         """Start the daemon of a node."""
         self._run("slurmd", "-N", name)
 
-    def kill_node(self, name: str) -> None:
+    def kill_node(self, name):
         """Kill the daemon of a node and all that it runs, as a loss of power does: SLURM's own part hears nothing."""
         ours, parents = [], set()
         for process in Path("/proc").glob("[0-9]*"):
@@ -146,7 +146,7 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    def lose_node(self, name: str) -> None:
+    def lose_node(self, name):
         """Kill a node, and let SLURM notice it now."""
         self.kill_node(name)
         self._run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
@@ -154,10 +154,10 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------------- the parts
 
     @property
-    def _mark(self) -> str:
+    def _mark(self):
         return f"# SLURM of {self.folder}"
 
-    def _write_files(self) -> None:
+    def _write_files(self):
         for name in ("log", "state", "run", "munge", *(f"state/{name}" for name in self.names)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "munge").chmod(0o700)
@@ -179,7 +179,7 @@ class Cluster:
         )
         (self.folder / "slurm.conf").write_text(text)
 
-    def _name_the_nodes(self, names: list[str]) -> None:
+    def _name_the_nodes(self, names):
         """Name these nodes of this cluster in /etc/hosts, and no others; another cluster may be doing the same."""
         with open(_HOSTS, "r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
@@ -189,19 +189,19 @@ class Cluster:
             stream.truncate()  # in place: a container mounts the file
             stream.write("\n".join(lines) + "\n")
 
-    def _run(self, *command: str) -> None:
+    def _run(self, *command):
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if done.returncode != 0:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
 
-    def _count_ready(self) -> int:
+    def _count_ready(self):
         done = subprocess.run(
             ["sinfo", "-h", "-N", "-o", "%N %T"], env=self.environment, capture_output=True, text=True
         )
         ready = {line.split()[0] for line in done.stdout.splitlines() if line.endswith(("idle", "mixed", "allocated"))}
         return len(ready)
 
-    def _kill(self, daemon: str, number: int) -> None:
+    def _kill(self, daemon, number):
         file = self.folder / f"run/{daemon}.pid"
         if not file.exists():
             return
@@ -216,11 +216,11 @@ class Cluster:
             pass
         file.unlink(missing_ok=True)
 
-    def _ends_of_logs(self) -> str:
+    def _ends_of_logs(self):
         return "\n".join(file.read_text(errors="replace")[-1000:] for file in sorted((self.folder / "log").iterdir()))
 
 
-def why_impossible() -> str | None:
+def why_impossible():
     """Return why no cluster can be started here, None where one can."""
     if os.geteuid() != 0:
         return "a cluster of one's own needs root"
@@ -231,7 +231,7 @@ def why_impossible() -> str | None:
     return None
 
 
-def main() -> None:
+def main():
     """Start or stop a cluster from the command line."""
     if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
         sys.exit("python -m tests.slurm.cluster start|stop FOLDER")

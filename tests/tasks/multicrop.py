@@ -78,8 +78,7 @@ class MultiCropTask(Task):
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
             teacher.add_((student - teacher) * share)
         *total, count = distributed.all_reduce_sum(self.outputs).split([self.config.dim, 1])
-        mean = total[0] / count.clamp_min(1)
-        self.centre += (mean - self.centre) * (1.0 - self.config.centre_momentum) * applied
+        self.centre += ((total[0] / count.clamp_min(1)) - self.centre) * (1.0 - self.config.centre_momentum) * applied
         self.outputs.zero_()
 
     def evaluate(self, loaders, step):

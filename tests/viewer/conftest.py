@@ -41,8 +41,7 @@ def runs(tmp_path_factory):
 def add_data(run, **data):
     """Let a run be trained on a collection; data: of `data_config`."""
     file = run / "config.json"
-    config = read_json(file) | {"data": data_config(**data).model_dump(mode="json")}
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(read_json(file) | {"data": data_config(**data).model_dump(mode="json")}))
     return run
 
 

@@ -61,8 +61,7 @@ def test_a_collection_is_searched_and_shown(page, address):
     assert page.get_by_text(HOSTILE, exact=True).count() > 0 and page.locator("img[onerror]").count() == 0
     page.keyboard.press("Escape")
     page.locator(".q-dialog").wait_for(state="detached")
-    terms = {"-character:n7 character:*": 399, "weight=0": 1, "label:1 path:/12": 10, "size<1": 1}
-    for text, count in terms.items():
+    for text, count in {"-character:n7 character:*": 399, "weight=0": 1, "label:1 path:/12": 10, "size<1": 1}.items():
         find(page, text, count)
     page.wait_for_url("**find=size*")
     page.reload()

@@ -12,8 +12,7 @@ def draw_images(count, noise=1.0, seed=0):
     """Return features of clouds, one for each class, and their labels."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (count,), generator=draw)
-    centres = torch.randn(CLASSES, 24, generator=draw)
-    return centres[labels] + noise * torch.randn(count, 24, generator=draw), labels
+    return torch.randn(CLASSES, 24, generator=draw)[labels] + noise * torch.randn(count, 24, generator=draw), labels
 
 
 def precision(right, is_wrong):

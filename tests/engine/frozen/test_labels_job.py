@@ -97,8 +97,7 @@ def test_tags(pictures, place):  # noqa: F811
     for name in WRONG:
         (pictures / name).with_suffix(".txt").write_text("square")
     (pictures / "03.txt").write_text("red, green, square")
-    said = run("prepare", COMMAND, place)
-    assert "runs=outputs/care shows them under /review?run=0/labels" in said
+    assert "runs=outputs/care shows them under /review?run=0/labels" in run("prepare", COMMAND, place)
     rows = read_table(place)
     assert {(row["path"], row["tag"], row["given"]) for row in rows[:5]} == {
         *((name, "green", False) for name in WRONG), ("03.png", "green", True),

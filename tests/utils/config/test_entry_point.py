@@ -57,8 +57,7 @@ def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()
     schema = load_command("finetune").schema
-    words = ["run_dir=c,d", "run_dir=a,b", "-m"]
-    assert quote_paths(words, schema) == ["run_dir=c,d", "run_dir='a,b'", "-m"]
+    assert quote_paths(["run_dir=c,d", "run_dir=a,b", "-m"], schema) == ["run_dir=c,d", "run_dir='a,b'", "-m"]
 
 
 # ------------------------------------------------------------------------------------------------------------- statuses

@@ -56,14 +56,12 @@ def script(tmp_path, monkeypatch):
 def run(script, *words):
     """Return {job: status}."""
     sweep = parse_sweep(["--multirun", *words])
-    statuses = run_jobs(sweep.jobs(), sweep.settings, script)
-    return {Path(job.folder).name: status for job, status in statuses.items()}
+    return {Path(job.folder).name: status for job, status in run_jobs(sweep.jobs(), sweep.settings, script).items()}
 
 
 def started(name):
     """Return {job: (when, GPU)}."""
-    files = Path("outputs/sweeps").glob(f"{name}/*/started.json")
-    return {file.parent.name: read_json(file) for file in files}
+    return {file.parent.name: read_json(file) for file in Path("outputs/sweeps").glob(f"{name}/*/started.json")}
 
 
 def test_jobs_are_all_choices_with_each_other():

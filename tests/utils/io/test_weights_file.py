@@ -48,8 +48,7 @@ def test_tensors_metadata_and_shapes_round_trip(tmp_path, monkeypatch):
     found, said = read_weights(path)
     assert equal(found, tensors) and said == metadata | {"weights_hash": said["weights_hash"]}
     assert os.listdir(tmp_path) == ["w.safetensors"]
-    texts = read_header(path)[1]
-    assert json.loads(texts["atelier"]) == metadata  # that others can read
+    assert json.loads(read_header(path)[1]["atelier"]) == metadata  # that others can read
     monkeypatch.setattr("utils.io.weights.load_file", lambda path: pytest.fail("the tensors were read"))
     shapes, said = read_weights(path, shapes_only=True)
     assert said.keys() == {*metadata, "weights_hash"}

@@ -25,8 +25,7 @@ def steps_of(folder):
 
 def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
     log = MetricsLog(tmp_path, 0)
-    figures = {"loss": float("nan"), "norm": float("inf"), "count": 3, "note": "a", "low": 0.5}
-    log.add(1, "train", figures)
+    log.add(1, "train", {"loss": float("nan"), "norm": float("inf"), "count": 3, "note": "a", "low": 0.5})
     row = {"step": 1, "kind": "train", "loss": None, "norm": None, "count": 3, "note": "a", "low": 0.5}
     # Before the log is closed: a kill loses no row.
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == row

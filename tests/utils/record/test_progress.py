@@ -94,8 +94,7 @@ def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
 
 @pytest.mark.parametrize("where", ["no terminal", "another rank", "dumb"])
 def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
-    variables = {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}
-    for name, value in variables[where].items():
+    for name, value in {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}[where].items():
         monkeypatch.setenv(name, value)
     stderr = io.StringIO() if where == "no terminal" else terminal
     with shown_on(stderr):
