@@ -7,7 +7,7 @@ from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.small_maps import use_small_maps
-from utils.errors import UserError, close_names
+from utils.errors import UserError, close_names, reason_of
 from utils.io.files import Json
 
 # The arguments with which networks of timm that need one image size take others.
@@ -68,7 +68,7 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
         with torch.device("meta"):
             network(torch.zeros(1, channels, *image_size_hw))
     except Exception as error:  # an assertion of timm, or any error for shapes that do not fit
-        return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return reason_of(error).rstrip(".")
     return None
 
 

@@ -171,13 +171,11 @@ class DropPath(nn.Module):
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
     """Cut images [B, C, H, W] into patches [B, L, P] in row-major order; P is (row, column, channel)."""
-    batch, channels, height, width = images.shape
-    cells = images.reshape(batch, channels, height // patch_px, patch_px, width // patch_px, patch_px)
-    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    cells = F.pixel_unshuffle(images, patch_px).unflatten(1, (images.shape[1], -1))  # [B, C, row and column, h, w]
+    return cells.flatten(3).transpose(1, 3).flatten(2)
 
 
 def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
     """Join patches [B, L, P] to images [B, C, H, W], the inverse of `patchify`."""
-    height, width = image_size_hw
-    cells = patches.reshape(len(patches), height // patch_px, width // patch_px, patch_px, patch_px, -1)
-    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    cells = patches.unflatten(2, (patch_px**2, -1)).transpose(1, 3).flatten(1, 2)  # [B, C times row and column, L]
+    return F.pixel_shuffle(cells.unflatten(2, [side // patch_px for side in image_size_hw]), patch_px)

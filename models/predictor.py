@@ -20,7 +20,7 @@ from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import GENERAL, RATING
 from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import PER_TAG, find_thresholds
-from utils.formats.vocabulary import FACTS, FILE, Vocabulary, read_facts, vocabulary_of
+from utils.formats.vocabulary import FILE, Vocabulary, read_facts
 from utils.io.files import Json, Values, readable, sha256_file
 from utils.record.logging import log
 
@@ -226,15 +226,3 @@ def _describe_graph(path: Path, session: Any) -> Json:
     size_hw = taken.shape[1:3] if form.layout == "NHWC" else taken.shape[2:]
     images = {**metadata["preprocessing"], "image_size_hw": size_hw}
     return {**metadata, "preprocessing": images, "form": form.model_dump()}
-
-
-def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
-    """Return the output of each tag that a model was trained on, by (category, name in our spelling).
-
-    Tags without training images are placeholders (models/interop/tag_forms.py) and skipped. Raises UserError if the
-    model is no tagger.
-    """
-    if not set(FACTS) <= predictor.metadata.keys():
-        raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
-    vocabulary = vocabulary_of(predictor.metadata)
-    return {key: output for key, output in vocabulary.spelled.items() if vocabulary.counts[output]}

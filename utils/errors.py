@@ -64,6 +64,11 @@ def about(key: str) -> Iterator[None]:
         raise
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error, or its class if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def find_lack(error: BaseException) -> str | None:
     """Return the package, memory or room that the machine lacks, and what to do; None for other errors."""
     if isinstance(error, ModuleNotFoundError):

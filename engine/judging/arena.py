@@ -25,10 +25,10 @@ from engine.measures.tags import TagCounts, TagHistograms
 from engine.task import Report
 from engine.tasks.tagging import CACHE
 from engine.update.runtime import Runtime
-from models.predictor import Predictor, known_outputs
+from models.predictor import Predictor
 from utils.errors import UserError, about
 from utils.formats.spelling import RATING
-from utils.formats.vocabulary import Vocabulary
+from utils.formats.vocabulary import FACTS, Vocabulary, vocabulary_of
 from utils.record.logging import log
 from utils.record.progress import track
 
@@ -51,7 +51,12 @@ class Arena:
 
     def __post_init__(self) -> None:
         with about("models"):
-            self._outputs = {name: known_outputs(name, predictor) for name, predictor in self.models.items()}
+            self._outputs = {}  # of each tag that a model was trained on: others are placeholders (tag_forms.py)
+            for name, predictor in self.models.items():
+                if not set(FACTS) <= predictor.metadata.keys():
+                    raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
+                known = vocabulary_of(predictor.metadata)
+                self._outputs[name] = {key: output for key, output in known.spelled.items() if known.counts[output]}
         first, *others = self._outputs.values()
         keys = [key for key in first if all(key in other for other in others)]
         if all(category == RATING for category, _ in keys):

@@ -23,9 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -62,14 +60,9 @@ from utils.record.run_folder import RunFolder
 from utils.record.run_reader import RunReader
 from utils.start import open_name
 
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT = 2
 KEPT = 2  # newest checkpoints that stay, beside the best one
 _NAME = re.compile(r"step_(\d{8,})")
-_KEYS = ("step", "config", "fingerprints", "origin", "best", "optimizer", "groups", "checksums")  # of state.json
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -273,7 +266,8 @@ def find_damage(path: Path) -> str | None:
         state = json.loads(text)
         if state["format"] != FORMAT:
             return f"state.json has format {state['format']}; this version reads {FORMAT}"
-        itemgetter(*_KEYS)(state)  # a KeyError names the first missing key
+        for name in ("step", "config", "fingerprints", "origin", "best", "optimizer", "groups"):
+            state[name]  # a KeyError names the first missing key
         for name, checksum in state["checksums"].items():
             if sha256_file(path / name) != checksum:
                 return f"{name} does not match its checksum"
@@ -291,8 +285,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
-        problem = find_damage(path)
-        if problem is None:
+        if (problem := find_damage(path)) is None:
             return path
         log.warning("checkpoint %s is damaged: %s; trying the one before it", path, problem)
     if checkpoints:

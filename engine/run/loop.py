@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,9 +29,6 @@ from utils.ranks import distributed
 from utils.ranks.signals import Stopped, is_stop_requested
 from utils.record.logging import log
 from utils.record.run_folder import RunFolder, git_state
-
-if TYPE_CHECKING:
-    pass
 
 
 class Run:

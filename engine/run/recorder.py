@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,10 +30,6 @@ from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
 from utils.record.run_reader import write_progress
-
-if TYPE_CHECKING:
-    pass
-
 
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
 _PROGRESS_PAUSE_SEC = 5.0  # between two writes of the progress
@@ -161,10 +156,10 @@ class Recorder:
         self._readings = train.readings
         if distributed.is_main():
             if run_config is not None and self._tracking.name != "jsonl":
-                from utils.record.trackers import start_tracker
+                from utils.record.trackers import Tracker
 
                 # First, because W&B reads the rows dropped below.
-                self._tracker = start_tracker(self._tracking.name, self.folder, run_config, step)
+                self._tracker = Tracker(self._tracking.name, self.folder, run_config, step)
             mark_complete(self.folder, None)
             self._write_progress("running")
             is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from models.config import Pretrained
 from models.weights.timm_hub import WEIGHTS, cached_file, cached_names, find_config
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from utils.io.files import file_lock, sha256_file, write_text
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import log
@@ -101,7 +101,7 @@ class _Download(Thread):
         try:
             self._run()
         except Exception as error:  # the hub's own classes, the connection's and the disk's
-            self.error = hide_secrets((str(error) or type(error).__name__).splitlines()[0])
+            self.error = hide_secrets(reason_of(error))
         finally:
             self.answered.set()
 

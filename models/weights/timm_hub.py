@@ -10,7 +10,7 @@ from torch import nn
 from models.config import TimmConfig
 from models.weights.fit import TimmFamily
 from utils.contracts import State, Tensors
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 from utils.io.files import Json
 from utils.record.logging import log
 
@@ -88,9 +88,8 @@ def load_timm(name: str, **arguments: int) -> nn.Module:
             source = {"file": cached_file(name)}
             return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **arguments)
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
-        first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
+            f"timm's weights of {name} are not in its cache and cannot be downloaded ({reason_of(error)}); run "
             f"timm.create_model('{name}', pretrained=True) on a machine with internet access and copy the cache "
             "(HF_HOME), or give a weight file"
         ) from None

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from utils.errors import DiskFull, UserError
+from utils.errors import DiskFull, UserError, reason_of
 from utils.record.logging import log
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def readable(path: Path, kind: str, advice: str = "get it again, or name another
     except UserError:
         raise
     except Exception as error:  # the libraries raise errors of many classes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = ".".join(map(str, first["loc"])) + ": " + first["msg"].removeprefix("Value error, ")

@@ -28,10 +28,17 @@ _STOP_SEC = 5.0  # for the upload of a stopped run: a scheduler may kill the job
 
 
 class Tracker:
-    """Pass values to a writer. After a first failed call, log a warning and make no more calls."""
+    """Start W&B or TensorBoard, and pass values to it. After a first failure, log a warning and make no more calls.
 
-    def __init__(self, writer: "_Wandb | _Tensorboard") -> None:
-        self._writer = writer
+    config: the saved configuration, with `script`; step: the first step of the run or its resumption.
+    """
+
+    def __init__(self, name: str, folder: Path, config: Values, step: int) -> None:
+        self._writer = None
+        try:
+            self._writer = _WRITERS[name](folder, config, step)
+        except Exception as error:  # a server, a disk, a foreign library
+            log.warning("tracking: %s cannot be started (%s); the run continues without it", name, error)
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Record the values of a step."""
@@ -149,15 +156,3 @@ def choose_mode() -> str:
 
 
 _WRITERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
-
-
-def start_tracker(name: str, folder: Path, config: Values, step: int) -> Tracker | None:
-    """Start a run's tracker, W&B or TensorBoard. Return None with a warning if the start fails.
-
-    config: the saved configuration, with `script`; step: the first step of the run or its resumption.
-    """
-    try:
-        return Tracker(_WRITERS[name](folder, config, step))
-    except Exception as error:  # a server, a disk, a foreign library
-        log.warning("tracking: %s cannot be started (%s); the run continues without it", name, error)
-        return None

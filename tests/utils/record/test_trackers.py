@@ -14,7 +14,7 @@ from tests.in_process import TINY, make_images, run
 from tests.support import is_reading, rows
 from utils.io.files import read_json, write_json
 from utils.record.run_reader import RunReader
-from utils.record.trackers import Tracker, _Wandb, choose_mode
+from utils.record.trackers import _WRITERS, Tracker, _Wandb, choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.project=tests"]
@@ -153,7 +153,8 @@ def test_a_run_that_was_stopped_waits_a_few_seconds_for_wandb(monkeypatch):
     writer, asked = object.__new__(_Wandb), threading.Event()
     writer._run = SimpleNamespace(finish=lambda: [asked.set(), time.sleep(60)])
     began = time.monotonic()
-    Tracker(writer).close(None)
+    monkeypatch.setitem(_WRITERS, "wandb", lambda *_: writer)
+    Tracker("wandb", None, None, 0).close(None)
     assert asked.is_set() and time.monotonic() - began < 30
 
 
