@@ -100,7 +100,7 @@ class Networks:
             excluded = predictions.find_excluded(predictor.names, predictor.categories, text.exclude)
             least = np.where(excluded, np.inf, least)
         row = output.make_row(values, predictor.options(1, least, max_tags=text.max_tags, order=text.order))
-        caption = "unsure" if row.get("unsure") else row.get("class", "")
+        caption = "unsure" if row.get("unsure") else row.get("class", str(row.get("number", "")))
         if output.has_tags:
             caption = join_tags(predictions.spell_tags(row, text, read_rules(text, "text.")), text.separator)
         chosen = {
