@@ -34,6 +34,7 @@ _SURE = re.compile(
 _STARTS = ("/", "{0}", "{1}", "{2}", "/{0}", "/{1}", "/{2}")
 _PARTS = "[^-_. ()/]+(?:[-_. ()]+[^-_. ()/]+){"
 _LARGEST = 0.25  # share of the images in one group, at most: a split needs others
+_LARGE_PX = 1_792  # the height, of which 8 px become one at the usual 224 px
 _TOLD = 0.25  # share of the images in groups, from which a line tells of them
 _ALIKE = 0.8  # share of neighbours in a group that are nearer than the median of others of their class
 _LEAST_PAIRS = 5
@@ -99,6 +100,10 @@ def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, lis
     facts = measure_files(Path(root).expanduser(), table["path"].take(rows).to_pylist(), Image.MAX_IMAGE_PIXELS)
     pictures = read_thumbnails([fact.thumbnail or _BLANK for fact in facts])
     findings = list_contrary(labels[rows], facts)
+    height = int(np.median([fact.height or 0 for fact in facts]))
+    if height >= _LARGE_PX:
+        line = f"the images are {height} px high: trained at 224 px, detail below {height // 224} px is lost"
+        findings.append(Finding(0.1, "augment.image_size_hw", line))
     for words, keys in list_keys(table, facts):
         leads = lead_rows(pa.table({"group": keys}))
         if kind not in ("auto", words) or not is_sound(leads, labels):

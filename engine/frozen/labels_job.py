@@ -38,7 +38,6 @@ from utils.record.tables import LABELS
 _LEAST_IMAGES = 2  # of a class: other images say nothing about the class of a single image
 _LEAST_TAGGED = 5  # images of a tag
 _MOST_CELLS = 2**24  # images times tags; above, only the most frequent tags are judged
-_LEAST_ROWS = 200  # of tags in the table
 _GUESSES = 3
 _NEIGHBOURS = 6  # of an image in the table
 _NEXT_IMAGES = 200  # to label next
@@ -81,8 +80,7 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
             for file, table in suspects.files.items():
                 write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
         tables = {"suspects": suspects.files[LABELS].to_pylist(), "growth": suspects.growth}
-        title = f"{collection.root}, by the features of {frozen.says}"
-        page = save_report(folder, title, suspects.figures, tables, {})
+        page = save_report(folder, f"{collection.root}, by the features of {frozen.says}", suspects.figures, tables, {})
         view = shlex.join(["python", "view.py", f"runs={job.report}"])
         figures = "; ".join(f"{what}: {count:,}" for what, count in suspects.figures.items())
         lines.append(f"{figures}; {view} shows them under /review?run=0/{name}; {page}")
@@ -145,8 +143,8 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
-    figures = {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None])}
-    figures |= {f"accuracy with {row['images']:,} labels": round(row["accuracy"], 2) for row in growth}
+    accuracies = {f"accuracy with {row['images']:,} labels": round(row["accuracy"], 2) for row in growth}
+    figures = {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None]), **accuracies}
     return _Suspects(files, figures, growth)
 
 
@@ -156,13 +154,12 @@ def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read
     has = has[np.isin(rows, read_rows)]
     targets = torch.from_numpy(has)
     right, probs = judge_tags(features, targets)
-    wrong = bound_wrong(probs, targets.long())
-    order = right.flatten().argsort(stable=True)[: max(_LEAST_ROWS, min(wrong["wrong, at most"], _MOST_ROWS))].numpy()
+    order = right.flatten().argsort(stable=True)[:_MOST_ROWS].numpy()
     images, tags = np.divmod(order, len(names))
     columns = {"tag": names[tags], "given": has[images, tags]}
     paths = collection.table["path"].take(read_rows)
     files = {LABELS: _rank(columns, right.flatten()[order], features, torch.from_numpy(images), paths)}
-    return _Suspects(files, {"tags": int(has.sum()), **wrong})
+    return _Suspects(files, {"tags": int(has.sum()), **bound_wrong(probs, targets.long())})
 
 
 def _rank(

@@ -143,9 +143,13 @@ def draw_sample(
             break
     if not kept:
         raise UserError(f"data.root: no training image of {str(collection.root)!r} can be read")
-    read_sec = (time.monotonic() - started) / len(kept)
-    classes = None if labels is None else torch.from_numpy(labels[kept])
-    return Sample(np.array(kept), torch.stack(small), classes, int(np.median(sides)), read_sec)
+    return Sample(
+        np.array(kept),
+        torch.stack(small),
+        None if labels is None else torch.from_numpy(labels[kept]),
+        side_px=int(np.median(sides)),
+        read_sec=(time.monotonic() - started) / len(kept),
+    )
 
 
 def measure(
@@ -189,19 +193,16 @@ def measure(
     # After the first epoch the memory cache has all images.
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
-    border = round(small[:, :, 0].median().item())
-    is_grey = bool((small == small[:, :1]).all())
-    validation = len(collection.rows("val"))
     return Measurements(
         images=len(rows),
-        validation=validation,
+        validation=len(collection.rows("val")),
         side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,
         mirrors=mirrors,
-        border=border,
+        border=round(small[:, :, 0].median().item()),
         colours=colours,
-        grey=is_grey,
+        grey=bool((small == small[:, :1]).all()),
         reference=reference,
         bf16=has_fast_bf16(runtime.device.type),
         network=network,
@@ -231,8 +232,8 @@ def _most_telling(
         is_read = np.isin(sample.rows, rows)
         labels = sample.labels[is_read]
         # Ridge regressions on all other images name the class of an image.
-        rights = (count_right(each.flatten(1), labels) for each in (features, sample.small[is_read]))
-        wrong, plain = (1 - right / len(labels) for right in rights)
+        both = features, sample.small[is_read].flatten(1)
+        wrong, plain = (1 - count_right(each, labels) / len(labels) for each in both)
         log.info(
             "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f",
             name, wrong, plain,
