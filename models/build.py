@@ -104,7 +104,7 @@ def _build_timm(config: TimmConfig, num_classes: int, *, any_size: bool = False)
             "img_size": "model.image_size_hw",
             "channels": "model.channels",
         }
-        key = next((keys[name] for name in extra if name in str(error)), "model.name")
+        key = next((key for name, key in keys.items() if name in str(error)), "model.name")
         raise UserError(f"{key}: timm cannot build {config.name} ({error}); set null, or another name") from error
     use_small_maps(network)
     return network

@@ -43,7 +43,7 @@ Pretrained = Literal["auto", "cached", "never"]
 # A stranger's file may state them: none names a file or loads weights.
 Argument = Literal[
     "act_layer", "attn_drop_rate", "class_token", "drop_path_rate", "drop_rate", "fc_norm", "global_pool", "img_size",
-    "no_embed_class", "proj_drop_rate", "reg_tokens", "window_size"
+    "init_values", "no_embed_class", "proj_drop_rate", "qkv_bias", "ref_feat_shape", "reg_tokens", "window_size"
 ]  # fmt: skip
 
 

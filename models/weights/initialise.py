@@ -19,8 +19,6 @@ from utils.io.weight_files import find_initial
 from utils.io.weights import hash_tensors, read_weights
 from utils.record.logging import log
 
-# From a head, its metadata and file to a network's own tensors for it.
-Match = Callable[[State, Json, Path], State]
 _MAX_TEXT = 200  # characters of a text from a file
 # The licence of the weights released by facebookresearch/ConvNeXt-V2 (its README and issue 2). Its code is MIT.
 RELEASED_LICENCE = "cc-by-nc-4.0"
@@ -33,7 +31,7 @@ def initialise_from(
     *,
     keep_head: bool,
     class_names: Sequence[str] | None = None,
-    match: Match | None = None,
+    match: Callable[[State, Json, Path], State] | None = None,
 ) -> Json:
     """Load the weights named by `init_from` and return their origin.
 
