@@ -22,6 +22,7 @@ from data.layouts.unused import Unused, list_faults, say_unused
 from data.layouts.walk import COPY, check_root, find_manifest
 from data.tools.config import Manifest
 from data.tools.duplicates import find_groups
+from data.validity.groups import group_rows
 from utils.io.journal import open_journal
 from utils.io.memo import own_cache
 from utils.record.logging import log
@@ -60,7 +61,12 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
             columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
         for name in ("sha256", *(_DECODED if job.verify else ())):
             columns[name] = [getattr(fact, name) for fact in facts]
-        if job.verify:
+        given = table["group"] if "group" in table.column_names else None
+        if given is None and data.group != "none" and not layout.files:
+            given, _ = group_rows(table, str(folder), data.group)
+        if given is not None:
+            columns["group"] = given.to_pylist()
+        elif job.verify:
             groups = find_groups(dict(zip(paths, facts)), "near")
             numbers = {path: number for number, group in enumerate(groups) for path in group}
             columns["group"] = [numbers.get(path) for path in paths]
