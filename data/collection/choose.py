@@ -45,9 +45,9 @@ def choose_part(collection: Collection, rows: ndarray, choice: TrainChoice) -> n
     The paths with the lowest hashes are chosen, so an added image replaces at most one chosen image. Images without a
     label are one class.
     """
-    if choice.per_class is not None:
+    if choice.per_class:
         rows = _lowest(collection, rows, choice.per_class, collection.class_ids(collection.class_names("train")))
-    if choice.count is not None:
+    if choice.count:
         rows = _lowest(collection, rows, choice.count, np.zeros(len(collection), int))
     return rows
 

@@ -62,7 +62,7 @@ def find_repeats(root: str) -> list[ConceptConfig]:
     The list is empty if another folder or an image is among them. Folders `0_name` are skipped. Folders of reg are
     priors. Raises UserError (`data.root`) if all folders are skipped.
     """
-    if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
+    if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)):
         return []
     parts = [part for part in ("img", "reg") if (folder / part).is_dir()] if (folder / "img").is_dir() else [""]
     concepts = []

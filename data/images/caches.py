@@ -212,7 +212,7 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
     if not hasattr(os, "memfd_create"):  # macOS
         return source
     pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, config.memory_gib))
-    return source if pool is None else Cached(source, pool, lambda row: row, "l1")
+    return Cached(source, pool, lambda row: row, "l1") if pool else source
 
 
 def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
@@ -223,8 +223,8 @@ def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
     if distributed.rank() == first and (budget := choose()):
         log.debug("data.cache.memory_gib: caching decoded images in up to %.3g GiB", budget / GIB)
         pool = Pool.create(rows, budget)
-    path = distributed.gather_objects(None if pool is None else pool.path)[first]
-    if pool is None and path is not None:
+    path = distributed.gather_objects(pool.path if pool else None)[first]
+    if not pool and path:
         try:
             pool = Pool(io.FileIO(path, "r+"), rows)
         except OSError as error:

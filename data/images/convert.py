@@ -49,7 +49,7 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
         raise Unsupported("L*a*b* colours; save the image as RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _to_eight_bit(image, colour)
-    elif is_transparent(image) and colour is not None:
+    elif is_transparent(image) and colour:
         canvas = Image.new("RGBA", image.size, (*colour, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     elif image.mode == "RGBa":
@@ -80,7 +80,7 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
         raise Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
     grey = (pixels >> 8).astype(np.uint8)
     clear = image.info.get("transparency")
-    if isinstance(clear, int) and colour is not None:
+    if isinstance(clear, int) and colour:
         coloured = np.repeat(grey[..., None], 3, axis=2)
         coloured[pixels == clear] = colour
         return Image.fromarray(coloured)

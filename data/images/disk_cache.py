@@ -29,6 +29,6 @@ def image_key(contents: Files, row: int, inputs: str) -> str | None:
     """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
     if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
         digest = contents.collection.row(row).sha256
-        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
+        return record_key(inputs, digest, contents.name_of(row)) if digest else None
     version = file_version(file.path)
     return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)

@@ -131,7 +131,7 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
         return open_name("data.images.dicom:read_dicom")(content, max_pixels, header)
     if package == "rawpy":
         content, turn = further.read_preview(content)
-    elif package is not None:
+    elif package:
         further.load_package(package)
         formats = (FURTHER_FORMATS[package],)
         if package == "pillow-jxl-plugin" and (pixels := further.count_jxl_pixels(content)) > max_pixels:

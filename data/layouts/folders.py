@@ -156,9 +156,9 @@ def _add_labels(folder: Folder, known: Described) -> Described:
     for path, sidecar in known.items():
         stem = stem_of(os.path.basename(path))
         found = _OF_POST.fullmatch(f"{labels[path]}/{stem}".lower())
-        if found is not None and found[1] is not None and sidecar.id is None:
+        if found and found[1] and sidecar.id is None:
             posts[path] = sidecar._replace(id=int(stem))
-        elif found is not None or None not in (sidecar.id, sidecar.tags):
+        elif found or None not in (sidecar.id, sidecar.tags):
             posts[path] = sidecar
     named = [*filter(None, labels.values())]
     if 2 * len(posts) <= len(known) or not named:

@@ -170,7 +170,7 @@ def _match(file: Path, split: str, find: _Find, folder: Folder) -> _Listed | Non
         folder.unused.add(UNREADABLE, f"{file.name} ({error})")
         return None
     count, _, key, paths = _find_key(table, split, find, choice.columns)
-    if name_field(key) == key and find(key, TEST) is not None:
+    if name_field(key) == key and find(key, TEST):
         table = unhead(table)
         count, _, key, paths = _find_key(table, split, find, choice.columns)
     if count if is_stated else 2 * count > min(len(table), len(folder.images)):

@@ -51,7 +51,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
     is negative or not finite; shard that is missing or too short.
     """
-    if root is not None:
+    if root:
         refuse_link_out(root, file)
     table = read_table(file, unused, choice)
     if len(table) == 0:
@@ -125,10 +125,10 @@ def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) ->
     shards = pc.unique(table["shard"]).drop_null()
     where = f"'{file}', column shard"
     _check_spelling(shards, where)
-    sizes = [math.inf] * len(shards) if root is None else find_sizes(root, shards.to_pylist(), where)
+    sizes = find_sizes(root, shards.to_pylist(), where) if root else [math.inf] * len(shards)
     ends = dict(zip(shards.to_pylist(), sizes))
     files = {name: name for name in ends}
-    for name in ends if root is not None else ():
+    for name in ends if root else ():
         if name.endswith(".parquet"):
             files[name] = str(unpack_parquet(root / name, cache).resolve())
             ends[name] = os.path.getsize(files[name])

@@ -85,7 +85,7 @@ _FORMS = re.compile("|".join(f"(?P<_{row}>{each.files})" for row, each in enumer
 def find_form(path: str) -> str | None:
     """Return the name of the form of a file, by its path below the root; None if it has none."""
     found = None if path in OURS else _FORMS.fullmatch(path)
-    return None if found is None else READERS[int(found.lastgroup[1:])].name
+    return READERS[int(found.lastgroup[1:])].name if found else None
 
 
 def is_table(path: str) -> bool:

@@ -37,7 +37,7 @@ def find_layout(root: str, cache: Path, unused: Unused, choice: TableChoice) -> 
         manifest = fetch_manifest(root, cache)
         return Layout([manifest], partial(read_manifest, None, manifest, unused, choice, cache))
     path = check_root(root)
-    if (manifest := find_manifest(path)) is not None:
+    if manifest := find_manifest(path):
         from data.layouts.manifest import find_changed, read_listed
 
         if choice.table not in ("auto", "none"):

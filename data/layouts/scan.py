@@ -86,7 +86,7 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
             if form == SIDECARS and name not in beside:
                 unused.add(ORPHANS, path)  # until it turns out to be an annotation file
                 form = ANNOTATIONS
-            if form is not None:
+            if form:
                 found.files.setdefault(form, []).append(path)
             elif is_mask_name(name):
                 found.masks.append(path)

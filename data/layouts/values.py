@@ -117,7 +117,7 @@ def _open_reader(field: str, table: pa.Table, name: str) -> Callable[[Any], Any]
     mark = None if field not in TAG_LISTS or is_nested else _find_mark(column)
 
     def read(value: Any) -> Any:
-        if mark is not None and isinstance(value, str):
+        if mark and isinstance(value, str):
             value = _split(value, mark)
         elif names:
             value = [names.get(item, item) for item in value] if isinstance(value, list) else names.get(value, value)
@@ -176,7 +176,7 @@ def _write(field: str, value: Any) -> str:
 
 def _without_point(text: str) -> str:
     number = _WHOLE.fullmatch(text)
-    return text if number is None else number[1]
+    return number[1] if number else text
 
 
 def refuse_value(field: str, value: Any) -> NoReturn:

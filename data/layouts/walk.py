@@ -82,7 +82,7 @@ def walk_folders(
             files = []
             for entry in entries:
                 path = folder + entry.name
-                if (fault := _find_fault(entry, path)) is not None:
+                if fault := _find_fault(entry, path):
                     unused.add(fault, show_file_name(path))
                 elif is_passed_over(entry.name):
                     continue

@@ -104,7 +104,7 @@ class TagRules:
         Raises UserError (`<key>aliases`) for a circle of aliases.
         """
         seen = [tag.name]
-        while (target := self.aliases.get(tag.name)) is not None:
+        while target := self.aliases.get(tag.name):
             tag = Tag(tag.category if target.category is None else target.category, target.name)
             seen.append(tag.name)
             if seen.count(tag.name) > 1:

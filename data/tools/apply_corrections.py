@@ -41,7 +41,7 @@ def apply_corrections(job: ApplyCorrections, data: DataConfig) -> str:
 def _apply(root: Path, choice: TableChoice) -> str:
     file = find_manifest(root)
     decisions = read_corrections(root, left := Unused())
-    if file is not None and read_sources(file) is None:
+    if file and read_sources(file) is None:
         raise UserError(_NOT_READ.format(file))
     table = _read_rows(root, decisions, choice)
     folder = scan_folder(root, Unused(), choice)

@@ -44,7 +44,7 @@ def copy_images(job: Copy, data: DataConfig) -> str:
         remove_temporary({(target / file).parent for file in files})
         copied = in_threads(functools.partial(_copy_file, root, target), files)
         new = sum(track(copied, len(files), "copying files"))
-        if (manifest := find_manifest(root)) is not None:
+        if manifest := find_manifest(root):
             _copy_rows(manifest, target, images)
     found = f"{len(images):,} of {len(collection):,} images are in {target}"
     return f"{found}; copied {new:,} of {len(files):,} files"

@@ -95,7 +95,7 @@ def read_claims(row: Image) -> frozenset[str]:
 
 def find_groups(facts: Mapping[str, FileFacts], match: str) -> list[list[str]]:
     """Return the paths of each group with at least two images, the largest group first; match: see `Duplicates`."""
-    drawn = {path: fact for path, fact in facts.items() if fact.thumbnail is not None}
+    drawn = {path: fact for path, fact in facts.items() if fact.thumbnail}
     keys = [fact.sha256 for fact in drawn.values()]
     if match == "near":
         keys = group_duplicates([fact.thumbnail for fact in drawn.values()]).tolist()

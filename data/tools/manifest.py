@@ -38,7 +38,7 @@ def write_manifest(job: Manifest, data: DataConfig) -> str:
     """
     folder = check_root(data.root)
     with open_journal("data.root", folder / PARQUET, advice=COPY):
-        if (manifest := find_manifest(folder)) is not None:
+        if manifest := find_manifest(folder):
             refuse_foreign(manifest)
         sources = find_sources(folder)
         layout = open_folder(scan_folder(folder, unused := Unused(), data.choice()), own_cache(CACHE))

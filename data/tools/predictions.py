@@ -277,7 +277,7 @@ def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
         for name in names:
             categories.setdefault(name, []).append(CATEGORIES.get(category))
     tags = arrange_tags((Tag(categories[name].pop(0), name) for name in row["tags"]), config, rules)
-    rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
+    rating = [f"rating:{row['rating']}"] if config.rating and "rating" in row else []
     words = []
     for spaces in (config.spaces, False):
         words = [write_tag(tag, category=config.categories, spaces=spaces, escape=config.escape) for tag in tags]
