@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable
+from os.path import join
 from typing import TYPE_CHECKING
 
 from data.collection.collection import Collection
@@ -38,7 +39,7 @@ class Files:
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the local file of a row, or its range of a shard."""
-        return FileRange(os.path.join(self._root, self.name_of(row)))
+        return FileRange(join(self._root, self.name_of(row)))
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row. Raises UnreadableImage with the name of the file or shard."""
@@ -63,7 +64,7 @@ class Shards(Files):
     def file_of(self, row: int) -> FileRange | None:
         """Return the range of a row in its shard."""
         view = self.collection.row(row)
-        return FileRange(os.path.join(self._root, view.shard), view.offset, view.length)
+        return FileRange(join(self._root, view.shard), view.offset, view.length)
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row."""

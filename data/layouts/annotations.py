@@ -5,8 +5,8 @@ Where they say more, outlines or how many of a class there are, no task here lea
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
+from os.path import dirname, join
 from pathlib import Path
 
 from data.layouts.annotation_forms import CLASSES, NAMES, OUTLINES, Mark, read_form
@@ -56,11 +56,11 @@ def _read_all(folder: Folder, names: Sequence[str]) -> tuple[dict[str, _Told], d
     told = {}
     for name, (form, marks) in parsed.items():
         own = stem_of(name)
-        beside = os.path.dirname(name)
+        beside = dirname(name)
         split = splits.get(Path(name).stem, "")
         is_read = stated == "auto" or f"{name}/".startswith(f"{stated.rstrip('/')}/")
         for image, word, kind in marks if is_read and form != NAMES else ():
-            path = find(image, split) or find(os.path.join(beside, image), split) or find(own, split)
+            path = find(image, split) or find(join(beside, image), split) or find(own, split)
             if path is None:
                 folder.unused.add(f"{ROWS} annotation files without an image", f"{image} in {name}")
             else:
@@ -107,7 +107,7 @@ def _choose(folder: Folder, form: str, told: _Told, splits: Mapping[str, str]) -
         if texts:
             split = folder.splits[path] or (own[path] if has_splits else None)
             sidecars[path] = Sidecar(split=split, **{field: READ[field](texts if field == "tags" else texts[0])})
-    return add_waiting(folder, sidecars, form, {*map(os.path.dirname, words)})
+    return add_waiting(folder, sidecars, form, {*map(dirname, words)})
 
 
 def _list_files(told: _Told) -> set[str]:

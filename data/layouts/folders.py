@@ -5,9 +5,9 @@ and flat folders (root/x.jpg, root/train/x.jpg). What describes the images is th
 Masks of images, hidden names and what systems put beside pictures are passed over; links are followed.
 """
 
-import os
 import re
 from collections.abc import Iterable
+from os.path import basename, commonprefix
 
 import pyarrow as pa
 
@@ -63,7 +63,7 @@ def read_folder(folder: Folder) -> pa.Table:
     if not _settle_albums(folder, known):
         _settle_places(folder)
     folders = {path.rpartition("/")[0] for path in folder.images}
-    numbered = (name for name in folders if REPEATS.fullmatch(os.path.basename(name)))
+    numbered = (name for name in folders if REPEATS.fullmatch(basename(name)))
     unused.add("numbers of folders as repeats: finetune_sdxl.py alone reads them, if all folders have one", *numbered)
     return _build_rows(folder, _add_labels(folder, known))
 
@@ -102,7 +102,7 @@ def _settle_albums(folder: Folder, known: Described) -> bool:
     """
     albums = _find_outer([path for path, name in _find_outer(known).items() if not _YEAR.fullmatch(name)])
     albums = {path: name for path, name in albums.items() if name}
-    files = {path: (os.path.basename(path), folder.images[path]) for path in known}
+    files = {path: (basename(path), folder.images[path]) for path in known}
     kept = {*map(files.get, albums)}
     copies = [path for path in known if path not in albums and files[path] in kept]
     is_wrapped = len({*folder.labels.values()}) == 1
@@ -118,7 +118,7 @@ def _settle_albums(folder: Folder, known: Described) -> bool:
 def _find_outer(paths: Iterable[str]) -> dict[str, str]:
     """Return the first folder of each path below the folders around all, or ""."""
     folders = {path: path.split("/")[:-1] for path in paths}
-    depth = len(os.path.commonprefix([*folders.values()]))
+    depth = len(commonprefix([*folders.values()]))
     return {path: "".join(parts[depth : depth + 1]) for path, parts in folders.items()}
 
 
@@ -154,7 +154,7 @@ def _add_labels(folder: Folder, known: Described) -> Described:
     posts = {}
     labels = folder.labels
     for path, sidecar in known.items():
-        stem = stem_of(os.path.basename(path))
+        stem = stem_of(basename(path))
         found = _OF_POST.fullmatch(f"{labels[path]}/{stem}".lower())
         if found and found[1] and sidecar.id is None:
             posts[path] = sidecar._replace(id=int(stem))

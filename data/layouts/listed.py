@@ -9,9 +9,9 @@ without an image, and images without a row, are counted; they stop nothing.
 
 import functools
 import operator
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from os.path import commonpath, commonprefix, dirname, join
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def read_listed_images(folder: Folder, files: Sequence[str]) -> Described:
 def add_waiting(folder: Folder, found: Described, what: str, within: Collection[str] = ()) -> Described:
     """Return what is found of images, and those of the test split and of folders `within`; the others are named."""
     left = folder.images.keys() - found
-    waiting = {path for path in left if folder.splits[path] == TEST or os.path.dirname(path) in within}
+    waiting = {path for path in left if folder.splits[path] == TEST or dirname(path) in within}
     folder.unused.add(f"{UNNAMED} {what} names", *left - waiting)
     return found | dict.fromkeys(waiting, Sidecar())
 
@@ -118,7 +118,7 @@ def build_finder(splits: Mapping[str, str | None], *, is_whole: bool = False) ->
         ranks = {}
         for path in images.get(parts[0]) or images.get(_shorten(parts[0]), ()):
             own = _split_name(path)
-            shared = len(os.path.commonprefix([parts, own]))
+            shared = len(commonprefix([parts, own]))
             if shared == len(own) or not is_whole:
                 ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split, name in path)
         best = max(ranks.values(), default=None)
@@ -207,7 +207,7 @@ def _read_rows(each: _Listed, folder: Folder) -> Described:
             unused.add(f"{ROWS} {name} without an image", str(values[row]))
         elif rows.setdefault(path, row) != row:
             unused.add(f"{ROWS} {name} that name an image again", str(values[row]))
-    below = os.path.join(os.path.commonpath([*map(os.path.dirname, rows)]), "")
+    below = join(commonpath([*map(dirname, rows)]), "")
     count = sum(path.startswith(below) for path in splits)
     order = [*rows.values()]
     example = f"{values[order[0]]} for {next(iter(rows)).removeprefix(below)}"

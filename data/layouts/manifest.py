@@ -9,10 +9,10 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from os.path import getsize, isfile, islink, join, realpath
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableCh
 def _spell_paths(root: Path, paths: Sequence[str]) -> list[str]:
     """Return paths as the folders spell them: a manifest may have their other Unicode form."""
     listed = functools.lru_cache(_PART)(list_names)
-    base = os.path.join(root, "")
+    base = join(root, "")
     with about("data.root"):
         return [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
 
@@ -131,7 +131,7 @@ def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) ->
     for name in ends if root else ():
         if name.endswith(".parquet"):
             files[name] = str(unpack_parquet(root / name, cache).resolve())
-            ends[name] = os.path.getsize(files[name])
+            ends[name] = getsize(files[name])
     for place in table.select(["path", *PLACES]).to_pylist():
         _, shard, offset, length = place.values()
         if None in place.values() or not 0 <= offset <= offset + length <= ends[shard]:
@@ -162,14 +162,14 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     where: the source of the paths, for messages.
     Raises UserError (`data.root`) with the paths that are no files, or are links out of the root.
     """
-    real = os.path.join(os.path.realpath(root), "")
-    find_folder = functools.lru_cache(_PART)(lambda folder: os.path.realpath(os.path.join(root, folder)))
+    real = join(realpath(root), "")
+    find_folder = functools.lru_cache(_PART)(lambda folder: realpath(join(root, folder)))
 
     def look_up(path: str) -> int | None:
         folder, _, name = path.rpartition("/")
-        file = os.path.join(find_folder(folder), name)
-        file = os.path.realpath(file) if os.path.islink(file) else file
-        return os.path.getsize(file) if file.startswith(real) and os.path.isfile(file) else None
+        file = join(find_folder(folder), name)
+        file = realpath(file) if islink(file) else file
+        return getsize(file) if file.startswith(real) and isfile(file) else None
 
     parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
     sizes = list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))

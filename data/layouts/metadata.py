@@ -11,8 +11,8 @@ machine matches by its last parts.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
+from os.path import basename, dirname, normpath
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -47,13 +47,13 @@ def _find_images(read: Callable[[Folder, Path], list[_Row]], folder: Folder, fil
     sidecars = {}
     for name in sorted(files):
         refuse_link_out(folder.root, folder.root / name)
-        beside = os.path.dirname(name)
+        beside = dirname(name)
         if rows := read(folder, folder.root / name):
             find_one(folder.root, {first.setdefault(beside, name): None, name: None})
         else:
             folder.unused.add("tables that name no image", name)
         for key, record in rows:
-            path = find(os.path.normpath(f"{beside}/{key}".replace("\\", "/")), "")
+            path = find(normpath(f"{beside}/{key}".replace("\\", "/")), "")
             if path is None:
                 folder.unused.add("rows of tables without an image", f"{key} in {name}")
             else:
@@ -106,7 +106,7 @@ def read_posts(folder: Folder, files: Sequence[str]) -> Described:
     file = find_one(folder.root, files)
     refuse_link_out(folder.root, file)
     images = sorted(folder.images)
-    by_name = {stem_of(os.path.basename(path)): path for path in images}
+    by_name = {stem_of(basename(path)): path for path in images}
     sidecars = {}
     for where, post in _iterate_posts(file):
         path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))

@@ -1,7 +1,7 @@
 """The file names of a collection: what is an image, what describes images, and what is passed over."""
 
-import os
 from importlib.util import find_spec
+from os.path import splitext
 
 # Raw photographs of cameras, which contain a preview. The preview is read.
 _RAW = (
@@ -52,12 +52,12 @@ RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begin
 
 def stem_of(path: str) -> str:
     """Return a path or a name without its ending."""
-    return os.path.splitext(path)[0]
+    return splitext(path)[0]
 
 
 def suffix_of(path: str) -> str:
     """Return the ending of a path or a name in small letters, with its dot."""
-    return os.path.splitext(path)[1].lower()
+    return splitext(path)[1].lower()
 
 
 def is_remote(root: str) -> bool:
@@ -87,7 +87,7 @@ def is_raw(name: str) -> bool:
 
 def masked_stem(name: str) -> str | None:
     """Return the name, without its suffix, of the image that a mask belongs to; None if it is no mask."""
-    stem, suffix = os.path.splitext(name)
+    stem, suffix = splitext(name)
     if not stem.lower().endswith(MASK_ENDINGS) or suffix.lower() not in IMAGE_SUFFIXES:
         return None
     return next(stem[: -len(ending)] for ending in MASK_ENDINGS if stem.lower().endswith(ending))

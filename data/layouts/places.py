@@ -7,10 +7,10 @@ Source: huggingface/datasets:src/datasets/data_files.py, SPLIT_KEYWORDS. Differs
 """
 
 import itertools
-import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from os.path import commonprefix
 
 from data.layouts.table import SPLIT_NAMES, TEST, show_some
 
@@ -33,7 +33,7 @@ def find_splits(names: Collection[str], splits: Splits = True) -> dict[str, str]
     if not isinstance(splits, bool):
         return {name: splits[name] for name in names if name in splits}
     ours = {name: _HASH.sub("", name) for name in names if splits}
-    shared = re.match(r"(.*[\W_])?", os.path.commonprefix([*ours.values()]))[0]
+    shared = re.match(r"(.*[\W_])?", commonprefix([*ours.values()]))[0]
     matches = {name: _SPLIT.fullmatch(text) or _SPLIT.fullmatch(text, len(shared)) for name, text in ours.items()}
     found = {name: _SPLITS[match[1].lower()] for name, match in matches.items() if match}
     kinds = {*found.values()}
@@ -57,7 +57,7 @@ def place_images(paths: Sequence[str], chosen: Splits) -> tuple[list[str | None]
         rows = [row for row, own in enumerate(outer) if own == name]
         # Folders around all images of a split are no classes if they are `images`, or named as the split's.
         wrapper = re.compile(rf"(?:{_FILLER})+|{re.escape(name)}", re.I)
-        shared = os.path.commonprefix([inner[row] for row in rows])
+        shared = commonprefix([inner[row] for row in rows])
         count = len([*itertools.takewhile(wrapper.fullmatch, shared)])
         for row in rows:
             inner[row] = inner[row][count:]

@@ -1,7 +1,7 @@
 """What a folder has, for the readers of data/layouts/readers.py: images, sidecars, and the files of each form."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import basename, dirname, getsize
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -92,11 +92,11 @@ def scan_folder(root: Path, unused: Unused, choice: TableChoice) -> Folder:
                 found.masks.append(path)
             elif name.endswith(SHARD_SUFFIXES) and path not in OURS:
                 found.shards.append(path)
-    stems = {stem_of(os.path.basename(path)) for path in found.images}
-    of_images = {os.path.dirname(path) for path in found.masks if os.path.basename(masked_stem(path)) in stems}
+    stems = {stem_of(basename(path)) for path in found.images}
+    of_images = {dirname(path) for path in found.masks if basename(masked_stem(path)) in stems}
     for path in found.masks:
-        if os.path.dirname(path) not in of_images:  # a class of this name: mask/1.mask.png
-            found.images[path] = os.path.getsize(root / path)
+        if dirname(path) not in of_images:  # a class of this name: mask/1.mask.png
+            found.images[path] = getsize(root / path)
     found.masks[:] = [path for path in found.masks if path not in found.images]
     unused.add(_MASKS, *found.masks)
     splits, labels, names = place_images([*found.images], choice.splits)

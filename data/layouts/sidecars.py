@@ -7,10 +7,10 @@ a prefix, such as `character:hatsune_miku`, read by utils/formats/spelling.py.
 import codecs
 import itertools
 import json
-import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import dirname, realpath, relpath
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,11 @@ def read_beside(folder: Folder, files: Sequence[str]) -> Described:
 
     def read(image: str) -> Sidecar:
         texts = {suffix_of(file): str(root / file) for file in reversed(folder.sidecars[image])}
-        target = os.path.dirname(os.path.realpath(root / image))
+        target = dirname(realpath(root / image))
         return read_texts(str(root / image), texts, lambda path: _read_file(root, Path(path), target), folder.unused)
 
     found = dict(zip(folder.sidecars, in_threads(read, list(folder.sidecars))))
-    boxes = [os.path.relpath(name, root) for name in folder.unused.pop(_BOXES, ())]
+    boxes = [relpath(name, root) for name in folder.unused.pop(_BOXES, ())]
     folder.files.setdefault(ANNOTATIONS, []).extend(boxes)
     return found
 
@@ -189,9 +189,9 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     A link may lead into the collection, or into the folder `beside`, the target of the image's link: a folder may link
     to images and their sidecars.
     """
-    target = os.path.realpath(file)
-    real = os.path.realpath(root)
-    if file.is_symlink() and os.path.dirname(target) != beside and not target.startswith(real.rstrip("/") + "/"):
+    target = realpath(file)
+    real = realpath(root)
+    if file.is_symlink() and dirname(target) != beside and not target.startswith(real.rstrip("/") + "/"):
         raise UserError(
             f"data.root: {str(file)!r} is a link out of the collection, to {target!r}; replace it by the file, or "
             "remove the link"

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from os.path import expanduser, realpath
 from pathlib import Path
 
 from data.layouts.names import (
@@ -43,7 +44,7 @@ def check_root(root: str) -> Path:
             f"data.root: {root!r} is a URL, and this job writes beside the images; run "
             "it on the folder that was packed, and pack it again"
         )
-    folder = os.path.expanduser(root)
+    folder = expanduser(root)
     try:
         os.stat(folder and f"{folder}/.")
     except OSError as error:
@@ -74,7 +75,7 @@ def walk_folders(
     Folders of the same depth are listed in parallel. Files whose path nobody `takes`, and what cannot be read, are
     added to `unused`.
     """
-    level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
+    level = [("", (realpath(root),))]  # each with the real paths of its parents and itself
     while level:
         below = []
         listed = in_threads(lambda item: _list_below(root, item[0], unused), level)
@@ -88,10 +89,10 @@ def walk_folders(
                     continue
                 elif not entry.is_dir():
                     files.append(entry)
-                elif entry.is_symlink() and (not follows_links or os.path.realpath(entry.path) in chain):
+                elif entry.is_symlink() and (not follows_links or realpath(entry.path) in chain):
                     unused.add(_NOT_FOLLOWED, path)
                 else:
-                    below.append((f"{path}/", (*chain, os.path.realpath(entry.path))))
+                    below.append((f"{path}/", (*chain, realpath(entry.path))))
             names = {entry.name for entry in files}
             others = (folder + name for name in names if not takes(folder + name))
             unused.add_files(*(path for path in others if not is_picture(root, path)))

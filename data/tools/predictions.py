@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from os.path import abspath, commonpath, isfile, relpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def list_images(source: str | Sequence[str], key: str) -> ImageList:
     absent = []
     unused = Unused()
     for path in map(Path, map(find_path, names)):
-        files = [path] if os.path.isfile(path) else _list_folder(path, unused)
+        files = [path] if isfile(path) else _list_folder(path, unused)
         absent += [] if files else [show_file_name(str(path))]
         folders |= {path} if path.is_dir() else {file.parent for file in files}
         for file in files:
@@ -78,7 +79,7 @@ def list_images(source: str | Sequence[str], key: str) -> ImageList:
             f"{key}: {show_some(absent or names) or 'stdin'} is no image, and no folder or pattern (such as "
             f"'a/**/*.png') with images; known endings: {', '.join(IMAGE_SUFFIXES)}"
         )
-    return ImageList(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
+    return ImageList(commonpath(map(abspath, folders)), list(paths))
 
 
 def _list_folder(path: Path, unused: Unused) -> list[Path]:
@@ -205,10 +206,10 @@ class Sidecars(Destination):
     """
 
     def __init__(self, images: ImageList, folder: str | None, *, replace: bool) -> None:
-        base = Path(os.path.abspath(folder or images.root))
+        base = Path(abspath(folder or images.root))
         self._replace = replace
         self._files: dict[str, Path] = {}
-        beside = {str(path): base / os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
+        beside = {str(path): base / relpath(abspath(path), images.root) for path in images.paths}
         stems = Counter(image.with_suffix("") for image in beside.values())
         for path, image in beside.items():
             file = image.with_suffix(".txt" if stems[image.with_suffix("")] == 1 else f"{image.suffix}.txt")

@@ -7,6 +7,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
+from os.path import abspath, lexists
 from pathlib import Path
 from shlex import quote
 
@@ -30,11 +31,11 @@ def sort_rows(rows: Iterable[Json], folder: Path, by: str) -> Iterator[Json]:
             name = "unreadable"
             if "error" not in row:
                 name = "unsure" if row.get("unsure") else row["class"].replace("/", "_").lstrip(".")
-                files = _list_own(Path(os.path.abspath(row["path"])))
+                files = _list_own(Path(abspath(row["path"])))
                 place = _choose_place(folder / name, files)
                 for file in files:
                     copy = place / file.name
-                    if not os.path.lexists(copy):
+                    if not lexists(copy):
                         undo.write(f"cmp -s {quote(str(file))} {quote(str(copy))} && rm {quote(str(copy))}\n")
                         write_atomically(copy, partial(put, file), flush=False)
                 row["sorted"] = str(place)
@@ -45,7 +46,7 @@ def sort_rows(rows: Iterable[Json], folder: Path, by: str) -> Iterator[Json]:
 
 def _choose_place(place: Path, files: list[Path]) -> Path:
     """Return the folder, or the first of 2/, 2/2/ ... in it in which no other file has the name of one of the files."""
-    present = [file for file in files if os.path.lexists(place / file.name)]
+    present = [file for file in files if lexists(place / file.name)]
     is_free = all(filecmp.cmp(file, place / file.name, shallow=False) for file in present)
     return place if is_free else _choose_place(place / "2", files)
 
