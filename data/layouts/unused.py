@@ -5,13 +5,14 @@ that a start that reads no file again says the same.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import pyarrow as pa
 
 from data.layouts.names import INSTALL, MISSING
-from data.layouts.table import count_values, show_some
+from data.layouts.table import show_some
 from data.layouts.values import FIELDS
 from utils.errors import UserError
 from utils.record.logging import log
@@ -92,7 +93,7 @@ def find_ending(name: str) -> str:
 
 def count_endings(names: Iterable[str]) -> list[str]:
     """Return each ending with the number of names, the most frequent first, and the package that would read it."""
-    counts = count_values(pa.chunked_array([[*map(find_ending, names)]], pa.string())).items()
+    counts = Counter(map(find_ending, names)).most_common()
     return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in counts]
 
 

@@ -37,7 +37,7 @@ def write_tar(file, members, format=tarfile.GNU_FORMAT):
 
 @pytest.fixture
 def load(tmp_path):
-    return lambda root, fraction=0.0: load_into(root, tmp_path / "cache", fraction)
+    return lambda root=tmp_path / "root": load_into(root, tmp_path / "cache")
 
 
 def record(**columns):
@@ -61,7 +61,7 @@ def test_tar_files_give_images_and_what_is_beside_them(format, tmp_path, load):
         train[deep] = png(4)
     write_tar(tmp_path / "root/train-0.tar", train, format)
     write_tar(tmp_path / "root/val/0.tar", {"a.png": png(9), "a.json": record(caption="A cat.", tags=["cat"])}, format)
-    found = load(tmp_path / "root")
+    found = load()
     rows = columns(found, "path", "split", "label", "tags", "rating", "caption")
     assert [row for row in rows if row[0] != f"train-0.tar/{deep}"] == [
         ("train-0.tar/a.png", "train", "3", [], None, None),
@@ -77,9 +77,9 @@ def test_dangerous_members_are_skipped_and_named(tmp_path, load, log):
     kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
     bad = {"../x.png": png(1), "/etc/x.png": png(1)} | {f"{name}.png": kind.decode() for name, kind in kinds.items()}
     write_tar(tmp_path / "root/0.tar", bad | {"good.png": png(7), "good.json": b"{", "bad.json": b"{}"})
-    found = load(tmp_path / "root")
+    found = load()
     assert [found.row(0).path, len(found)] == ["0.tar/good.png", 1]
-    load(tmp_path / "root")  # by its index
+    load()  # by its index
     assert (
         log.text.count("6 members of shards") == 2
         and "../x.png" in log.text
@@ -114,7 +114,7 @@ def test_a_tar_file_that_is_read_in_part_says_where_it_stops(place, content, cou
     with open(tmp_path / "root/0.tar", "r+b") as file:
         file.seek(place)
         file.truncate() if content is None else file.write(content)
-    assert len(load(tmp_path / "root")) == count and words in log.text
+    assert len(load()) == count and words in log.text
 
 
 def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
@@ -127,7 +127,7 @@ def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
     }
     members |= {"x.left.png": png(3), "x.right.png": png(4), "x.cls": b"2", "y.png": png(5), "y.seg.png": png(6)}
     write_tar(tmp_path / "root/0.tar", members)
-    found = load(tmp_path / "root")
+    found = load()
     assert columns(found, "path", "label", "caption") == [
         ("0.tar/22.05.jpg", None, "own"),
         ("0.tar/22.06.JPG", "1", None),
@@ -142,7 +142,7 @@ def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
 def test_folders_in_a_tar_file_are_classes_unless_texts_describe_the_images(tmp_path, load, log):
     members = {"train/cat/0.png": png(1), "train/dog/1.png": png(2), "val/cat/2.png": png(3), "val/._a.png": b"x"}
     write_tar(tmp_path / "root/0.tar", members | {"val/cat/2-masklabel.png": png(4)})
-    found = load(tmp_path / "root")
+    found = load()
     assert columns(found, "split", "label") == [("train", "cat"), ("train", "dog"), ("val", "cat")]
     assert "2 masks, hidden names and thumbnails in shards: 0.tar/val/._a.png" in log.text
     write_tar(tmp_path / "two/0.tar", {"cat/0.png": png(1), "cat/0.txt": b"x", "cat/0.caption": b"A cat sits."})
@@ -154,28 +154,28 @@ def test_the_output_of_img2dataset_is_read(tmp_path, load, log):
     write_tar(tmp_path / "root/00000.tar", {"0.jpg": png(1), "0.json": record(caption="a", sha256="0")})
     write_parquet(tmp_path / "root/00000.parquet", pa.table({"key": ["0"], "url": ["x"]}))
     (tmp_path / "root/00000_stats.json").write_text("{}")
-    assert load(tmp_path / "root").row(0).caption == "a"
+    assert load().row(0).caption == "a"
     assert "1 tables beside tar files: 00000.parquet" in log.text and "00000_stats" in log.text
 
 
 def test_shards_are_scanned_again_only_where_a_file_changes(tmp_path, load, monkeypatch):
     for number in range(9):  # enough for processes
         write_tar(tmp_path / f"root/{number}.tar", {"a.png": png(number)})
-    before = load(tmp_path / "root")
+    before = load()
     with monkeypatch.context() as patch:
         patch.setattr("data.layouts.shards.read_shards", lambda *_: pytest.fail("scanned again"))
-        again = load(tmp_path / "root")
+        again = load()
     assert again.fingerprint == before.fingerprint
     assert [open_contents(again).read(row) for row in range(9)] == [png(number) for number in range(9)]
     write_tar(tmp_path / "root/0.tar", {"a.png": png(1), "b.png": png(2)})
-    assert len(load(tmp_path / "root")) == 10
+    assert len(load()) == 10
 
 
 def test_a_folder_with_images_is_read_as_it_was(tmp_path, load):
     write_tar(tmp_path / "root/backup.tar", {"a.png": png(1)})
     (tmp_path / "root/cat").mkdir()
     (tmp_path / "root/cat/x.png").write_bytes(png(2))
-    assert load(tmp_path / "root").row(0).path == "cat/x.png"
+    assert load().row(0).path == "cat/x.png"
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face datasets
@@ -242,7 +242,7 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
 def test_folders_of_datasets_are_read(write, train, test, kind, tmp_path, load, log):
     write(tmp_path / "root" / train, arrow_table([1, 2, None, 4, 5, 6, 7], kind))
     write(tmp_path / "root" / test, arrow_table([20, 21], kind))
-    found = load(tmp_path / "root")
+    found = load()
     assert [found.row(row).path for row in found.rows("train")] == [f"{train}/{n:08}.png" for n in (0, 1, 3, 4, 5, 6)]
     assert len(found.rows("test")) == 2 and "1 rows without image bytes" in log.text
     rows = [found.row(int(row)) for row in found.rows("train")]
@@ -269,7 +269,7 @@ def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):
 
 def test_an_unpacked_file_that_is_gone_is_made_again(tmp_path, load):
     write_parquet(tmp_path / "root/train.parquet", arrow_table([1, 2]))
-    load(tmp_path / "root")
+    load()
     for file in (tmp_path / "cache/unpacked").iterdir():
         file.unlink()
-    assert open_contents(load(tmp_path / "root")).read(0) == png(1)
+    assert open_contents(load()).read(0) == png(1)

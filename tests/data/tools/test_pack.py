@@ -43,14 +43,14 @@ def collections(place):
 
 
 @pytest.fixture
-def pack(monkeypatch):
+def pack(monkeypatch, tmp_path):
     """Return what packs a collection into small shards, and the names of the shards that it wrote."""
     monkeypatch.setattr("data.tools.pack._MIB", 2**14)
     written, write = [], data.tools.pack._write_shard
     note = lambda file, **rest: written.append(file.name.split(".")[1]) or write(file, **rest)  # noqa: E731
     monkeypatch.setattr("data.tools.pack._write_shard", note)
 
-    def pack(collection, output, shard_mib=1):
+    def pack(collection, output=tmp_path / "packed", shard_mib=1):
         written.clear()
         pack_collection(collection, output, shard_mib)
         return [f"{number}.tar" for number in written]
@@ -86,7 +86,7 @@ def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
     (tmp_path / "files/c.png").write_bytes(b"no image")
     files, manifest = load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed/manifest.parquet"
     sizes = image_sizes(files, np.arange(3), tmp_path / "sizes.json").tolist()
-    pack(files, tmp_path / "packed")
+    pack(files)
     found = image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
     assert found.tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
     pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
@@ -139,9 +139,9 @@ def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
     (tmp_path / "mine/000000.tar").write_bytes(b"mine")
     with refuses(r"^job\.output: "):
         pack(files, tmp_path / "mine")
-    pack(files, tmp_path / "packed")
+    pack(files)
     with refuses(r"^job\.output: "):
-        pack(files, tmp_path / "packed", shard_mib=2)
+        pack(files, shard_mib=2)
 
 
 def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monkeypatch):
@@ -152,10 +152,10 @@ def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monk
     before = image.read_bytes()
     image.write_bytes(before[:-1] + b"x")
     with refuses(r"^data\.root: 'train/A/000.png' has the SHA-256 "):
-        pack(files, tmp_path / "packed")
+        pack(files)
     image.unlink()
     with refuses(r"^data\.root: .*train/A/000.png"):
-        pack(files, tmp_path / "packed")
+        pack(files)
     image.write_bytes(before)
 
     def fill(*_):
@@ -164,9 +164,9 @@ def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monk
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", fill)
         with refuses(r"^job\.output: .*No space left"):
-            pack(files, tmp_path / "packed")
+            pack(files)
     assert not (tmp_path / "packed").exists()
-    pack(files, tmp_path / "packed")
+    pack(files)
 
 
 def test_images_of_weight_0_are_left_out_and_shards_are_packed_again(collections, tmp_path, pack):
