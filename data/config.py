@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from data.collection.concepts import ConceptConfig
 from data.layouts.scan import TableChoice
 from data.layouts.table import TARGET
-from utils.config.bounds import BelowOne, Count, Pixels
+from utils.config.bounds import BelowOne, Pair, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
 from utils.io.files import Json
@@ -47,7 +47,7 @@ class DataConfig(Strict):
 
     name: Literal["image_folder", "glyphs"]
     root: PathText
-    validation_fraction: Literal["auto"] | BelowOne | Annotated[list[Count], Field(min_length=2, max_length=2)]
+    validation_fraction: Literal["auto"] | BelowOne | Pair
     on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None

@@ -182,22 +182,17 @@ def describe_concepts(collection: Collection, rows: ndarray) -> str:
     return show_rows(shown).replace("\n", f"\n{_MARGIN}")
 
 
-def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
+def check_classes(collection: Collection) -> list[str]:
     """Return the sorted class names of the training split, and check those of the validation split.
 
-    Raises UserError (`data.root`): fewer than two classes; a validation class without training images; a training class
-    of several images without validation images, unless `allow_missing` or no class has any.
+    Raises UserError (`data.root`): fewer than two classes; a validation class without training images.
     """
     collection.refuse_faults("label")
     root = str(collection.root)
     train = collection.class_names("train")
-    val = collection.class_names("val")
     rows = collection.rows("train")
-    ids, _ = np.unique(np.stack([collection.class_ids(train), lead_rows(collection.table)])[:, rows], axis=1)
-    several = {train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)}  # one cannot be split
-    known, missing, unknown = (
-        show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
-    )
+    known = show_some([*map(repr, train)])
+    unknown = show_some(sorted(map(repr, {*collection.class_names("val")} - {*train})))
     alike = Counter(map(str.casefold, train))
     if double := [name for name in train if alike[name.casefold()] > 1]:
         log.warning("data.root: classes differ in case alone; give them one spelling: %s", show_some(double))
@@ -225,10 +220,5 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         raise UserError(
             f"data.root: {root!r} has classes in its validation split only: {unknown} (in training: {known}); add "
             "training images for them, rename them as in training, or remove them"
-        )
-    if missing and val and not allow_missing:
-        raise UserError(
-            f"data.root: {root!r} has classes without a validation image: {missing}; add a val/ folder with images of "
-            "every class, or set task.allow_missing_classes=true"
         )
     return train

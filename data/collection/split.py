@@ -42,9 +42,8 @@ def assign_validation(table: Table, fraction: Share) -> Table:
     fraction = _FRACTION if fraction == "auto" else fraction
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
-        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)%s",
-        f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
-        "" if chosen.any() else ": a single image, class image or group of near-duplicates stays in training",
+        "data.root: no validation split; split off %s of %s images: of each class %g (data.validation_fraction), at "
+        "least one, but none of a single image or group", f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
     )  # fmt: skip
     return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
@@ -102,11 +101,16 @@ def _choose(table: Table, fraction: float) -> ndarray:
 
 
 def _assign_fold(table: Table, number: int, count: int) -> Table:
-    """Return a table whose validation split is every n-th row by class and path hash; groups stay together."""
-    order = np.lexsort((hash_paths(table["path"]), pc.rank(table["label"], tiebreaker="dense")))
-    chosen = pa.array(np.argsort(order)[lead_rows(table)] % count == number - 1)
-    split = pc.if_else(chosen, "val", "train")
-    return replace_column(table, "split", pc.if_else(pc.equal(table["split"], TEST), TEST, split))
+    """Return a table whose validation split is every n-th row by class and path hash; groups stay together.
+
+    A class of one group stays in training.
+    """
+    leads = lead_rows(table)
+    labels = pc.rank(table["label"], tiebreaker="dense").to_numpy()
+    is_split = np.bincount(labels[np.unique(leads)])[labels] > 1
+    places = np.argsort(np.lexsort((hash_paths(table["path"]), labels)))
+    split = np.where((is_split & (places % count == number - 1))[leads], "val", "train")
+    return replace_column(table, "split", pc.if_else(pc.equal(table["split"], TEST), TEST, pa.array(split)))
 
 
 def rank_by_hash(rows: ndarray, classes: ndarray, hashes: ndarray) -> tuple[ndarray, ...]:

@@ -11,8 +11,6 @@ from data.collection.split import count_twins
 from data.layouts.table import count_values
 from data.validity.finding import Finding
 
-_RULES = 0.7  # of the images, from which on answering one class alone looks like a result
-
 Question = Callable[[Table, str], Finding | None]  # of the table of all rows, with splits, and `data.root`
 
 
@@ -28,7 +26,7 @@ def find_rare_classes(table: Table, root: str) -> Finding | None:
     """Name the class that is right for most images if it is always answered."""
     counts = count_values(table["label"])
     share = max(counts.values(), default=0) / max(sum(counts.values()), 1)
-    if not _RULES <= share < 1:
+    if not 0.7 <= share < 1:  # from here on, answering one class alone looks like a result
         return None
     line = (
         f"always answering {next(iter(counts))!r} is right for {share:.0%} of the images: read the balanced accuracy "

@@ -61,8 +61,7 @@ class Card:
         results = read_results(place, self.metadata.get("weights_hash"))
         if not results and run and run.objective is not None and self.weights.path.stem == "best_weights":
             images = dict_of(self.metadata, "trained_on").get("validation_images")
-            title = "; ".join([f"validation: {images} images", *run.result.get("marks", ())])
-            results[title] = run.result.get("figures", {})
+            results[f"validation: {images} images"] = run.result.get("figures", {})
         pictures = [name for name in _PICTURES if results and (place / f"plots/{name}.png").is_file()]
         for name in pictures:
             shutil.copy(place / f"plots/{name}.png", folder)

@@ -14,7 +14,7 @@ from engine.config import MACHINE
 from engine.exports.predictors import load_predictor
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
-from models.config import timm_config
+from models.config import Pretrained, timm_config
 from models.image_model import ImageModel, torch_predictor
 from models.normalise import Normalise
 from models.weights.offers import list_weights
@@ -37,18 +37,20 @@ def choose_cpu() -> Runtime:
     return choose_runtime(MACHINE.changed({"device": "cpu"}))
 
 
-def choose_frozen(weights: str | None, collection: Collection, runtime: Runtime, key: str) -> Frozen:
+def choose_frozen(
+    weights: str | None, collection: Collection, runtime: Runtime, key: str, pretrained: Pretrained = "auto"
+) -> Frozen:
     """Return a network for features, and log its name.
 
     weights: a run or a file that the user names by the configuration key `key`. Without it, the network is one of timm
-    with weights in the cache or on the hub, else the newest FCMAE run on the collection, else `PIXELS`. Raises
-    UserError (`key`) for weights that cannot be used.
+    with weights in the cache or, by `pretrained`, on the hub, else the newest FCMAE run on the collection, else
+    `PIXELS`. Raises UserError (`key`) for weights that cannot be used.
     """
     frozen = None
     if weights is not None:
         with about(key):
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
-    for name in cached_names() or list_weights("auto", math.inf, math.inf) if frozen is None else ():
+    for name in cached_names() or list_weights(pretrained, math.inf, math.inf) if frozen is None else ():
         try:
             frozen = open_frozen_timm(name, runtime)
             break

@@ -36,7 +36,7 @@ from utils.record.report import write_html, write_report
 from utils.record.run_reader import RunReader, run_of
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
-_IN_NAMES = ("last", "ema", "test", "train", "all")  # weights and splits whose results have names of their own
+_IN_NAMES = ("last", "ema", "test", "train", "all", "folds")  # weights and splits whose results have names of their own
 _DRY_RUN = "dry run: nothing is evaluated"
 
 
@@ -77,7 +77,8 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
     with torch.inference_mode(), opened.runtime.autocast():
         report, thresholds = _measure(job, opened, image_rows)
     seconds = round(time.perf_counter() - started, 3)
-    other = "".join(f"_{part}" for part in (job.weights, job.split) if part in _IN_NAMES) + "_folds" * bool(job.folds)
+    parts = (job.weights, job.split, job.folds and "folds")
+    other = "".join(f"_{part}" for part in parts if part in _IN_NAMES)
     if image_rows is not None:
         root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
         table = folder / f"tables/images{other}.parquet"
@@ -88,12 +89,11 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         return _show(report)
 
     figures = {"weights": str(path), "weights_hash": metadata.get("weights_hash"), "split": opened.split}
-    place = f"{job.folds} folds" if job.folds else {"val": "validation"}.get(opened.split, opened.split)
+    place = f"{job.folds} folds" if job.folds else opened.split.replace("val", "validation")
     if not images.is_own:
         figures["data"] = hide_secrets(str(collection.root))
         place = f"{Path(figures['data']).name}, {place}"
-    marks = (RunReader(Path(job.run_dir)).result or {}).get("marks", ()) if images.is_own else ()
-    measured = "; ".join([f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images", *marks])
+    measured = f"{place}: {report.scalars.get('samples', len(opened.rows)):,.0f} images"
     figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
     title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
     write_results(folder / f"metrics{other}.json", title, figures, report, other)
@@ -109,7 +109,7 @@ def _measure(job: Evaluate, opened: Measured, image_rows: ImageRows | None) -> t
     """Read the images once. Only rows at thresholds that the same command fits need a second pass."""
     weights = opened.weights
     if job.folds:
-        return judge_folds(RunReader(Path(job.run_dir)), job.folds), None
+        return judge_folds(RunReader(Path(job.run_dir or "")), job.folds), None
     loaders = opened.loaders()
     is_tagger = weights.kind.output == "tags"
     if job.calibrate:

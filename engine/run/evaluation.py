@@ -194,12 +194,10 @@ class Evaluator:
 
     @property
     def result(self) -> Json:
-        """The best figure, and what speaks against it. marks: the words that stand behind the figures."""
+        """The best figure, and what speaks against it."""
         task = self.learner.task
-        findings = self.streams.findings
-        marks = [finding["mark"] for finding in findings if finding["mark"]]
         best = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
-        return {**best, "findings": findings, "marks": marks}
+        return {**best, "findings": self.streams.findings}
 
     def name_best(self, shown: str = "") -> str:
         """Return the best figure, or `shown`, and its epoch."""

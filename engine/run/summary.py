@@ -8,7 +8,6 @@ from utils.record.figures import show_best, show_duration, show_lines
 from utils.record.logging import log
 
 _MUCH_WAITING = 0.1  # the last screen mentions the wait for data above this share of the training time
-_SHOWN_CLASSES = 6
 _WAITING = (
     "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
     "small files into shards (prepare.py job=pack), or set augment.on_device=true where it is false"
@@ -24,8 +23,9 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
         metric = learner.task.best_metric
         last = evaluator.report[f"ema/{metric}" if learner.exports_average else metric]
         rows.append(("best", f"{evaluator.name_best(show_best(evaluator.result))}; last {last:.4g}"))
+    rows += [("judged", finding["line"]) for finding in streams.findings if finding["key"] == "folds"]
     if classes := evaluator.tables.get("classes"):
-        worst = sorted(classes, key=lambda row: row["correct"] / max(row["samples"], 1))[:_SHOWN_CLASSES]
+        worst = sorted(classes, key=lambda row: row["recall"] or 0)[:6]
         rates = [f"{row['class']} {row['correct']:,} of {row['samples']:,} right" for row in worst]
         rows.append(("by class", ", ".join(rates)))
     rows += [

@@ -192,7 +192,7 @@ class ClassificationKind(Kind):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> Json:
         """Return the class names, which include the classes of the validation split."""
-        return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
+        return {"class_names": check_classes(collection)}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""

@@ -61,7 +61,6 @@ class ClassificationTaskConfig(MixingConfig, TaskConfig):
 
     name: Literal["classification"]
     label_smoothing: BelowOne
-    allow_missing_classes: bool
     head: Literal["random", "fitted", "refitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:

@@ -123,8 +123,6 @@ class Kind:
     def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the commands to suggest after a run."""
         commands = [self.evaluation_command] if streams.evaluation_samples else []
-        if not commands and self.output in ("classes", "tags"):
-            commands = ["python evaluate.py run_dir={run} folds=5"]
         tests = collection.rows("test")
         if len(tests) and self.samples(collection, setup)[0][tests].any():
             commands.append("python evaluate.py run_dir={run} split=test")

@@ -8,7 +8,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # steps, images, jobs
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Side = Annotated[int, Field(ge=1, le=16_384)]  # pixels
-SizeHW = Annotated[list[Side], Field(min_length=2, max_length=2)]  # of an image
+Pair = Annotated[list[Side], Field(min_length=2, max_length=2)]
+SizeHW = Pair  # of an image
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Pixels = Annotated[int, Field(ge=1, le=10**12)]
 

@@ -53,9 +53,10 @@ CUT = {
     "task[diffusion].captions.order": None,
     "task[diffusion].captions.dropout": None,
     "task[diffusion].preference_beta": None,
+    "task[classification].allow_missing_classes": False,
 }
 # Keys of CUT that changed no weights: they go, whatever their value.
-_WITHOUT_WEIGHTS = {"sweep.trials", "task[diffusion].judge"}
+_WITHOUT_WEIGHTS = {"sweep.trials", "task[diffusion].judge", "task[classification].allow_missing_classes"}
 
 
 def read_saved(values: Values) -> Json:

@@ -110,4 +110,5 @@ def show_best(result: Values) -> str:
     figures = result.get("figures", {})
     names = dict.fromkeys([*islice(figures, 1), result.get("metric"), ONE_CLASS])
     shown = [f"{show_evaluated(name)} {show_figure(name, figures)}" for name in names if name in figures]
-    return ", ".join([*shown, *result.get("marks", ())])
+    shown += [finding["mark"] for finding in result.get("findings", ()) if finding["mark"]]
+    return ", ".join(shown)

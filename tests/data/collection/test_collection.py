@@ -334,9 +334,9 @@ def test_columns_as_arrays(opened, root):
 
 def test_fewer_than_two_classes_are_refused(opened, root):
     with refuses(r"^data\.root: .* has 1 classes .*manifest\.csv"):
-        check_classes(opened(put(root, "train/a/a.png")), allow_missing=True)
+        check_classes(opened(put(root, "train/a/a.png")))
 
 
 def test_classes_that_differ_in_case_alone_are_named(opened, root, log):
-    check_classes(opened(put(root, "train/Cat/a.png", "train/cat/b.png", "train/dog/c.png")), allow_missing=True)
+    check_classes(opened(put(root, "train/Cat/a.png", "train/cat/b.png", "train/dog/c.png")))
     assert log.text.endswith(": Cat, cat\n")

@@ -54,7 +54,7 @@ def row_of(collection, path):
 
 def test_counts(collection):
     train, val = collection.rows("train"), collection.rows("val")
-    names = check_classes(collection, allow_missing=False)
+    names = check_classes(collection)
     ids = collection.class_ids(names)
     assert (len(collection), len(train), len(val)) == (7_117, 6_191, 926)
     assert len(names) == 137 and collection.class_names("val") == names

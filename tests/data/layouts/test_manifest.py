@@ -262,4 +262,4 @@ def test_columns_have_our_names_and_possible_labels_are_named(opened, root):
     paths = ["a.png", "b.png", "c.png", "d.png"]
     write_rows(root / "manifest.csv", {"Filename": paths, "colour": ["red", "blue"] * 2, "age": [1, 2, 3, 3]})
     with refuses(r"^data\.root: .*data\.columns=\{label: NAME\}' takes one of colour \(2 values\)"):
-        check_classes(opened(root), allow_missing=False)
+        check_classes(opened(root))
