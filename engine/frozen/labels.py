@@ -23,7 +23,6 @@ _PENALTIES = (0.1, 0.3, 1.0, 3.0)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
 _SHARES = torch.linspace(0, 1, 41).double().square()  # of labels that are drawn at random
-_TRUST = torch.linspace(0, 2, 21).tolist()  # powers of the probabilities by other images
 _LIKELY = 1.92  # nats below the likeliest share: 95 %, half a quantile of chi squared
 _MOST_COUNTED = 2**17  # labels
 _EM_ROUNDS = 15
@@ -99,8 +98,7 @@ def bound_wrong(probs: Tensor, labels: Tensor) -> dict[str, int]:
     step = math.ceil(labels.numel() / _MOST_COUNTED)
     logits = (probs[::step] + 1e-9).log()
     usual = (F.one_hot(labels).double().mean(dim=0) + 1e-9).log()
-    given = labels[::step, :, None]
-    rights = [usual.lerp(logits, trust).softmax(dim=-1).gather(-1, given) for trust in _TRUST]
+    rights = [usual.lerp(logits, power / 10).softmax(dim=-1).gather(-1, labels[::step, :, None]) for power in range(21)]
     likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(dim=0).sum(dim=0)
     wrong = _SHARES[likely > likely.max() - _LIKELY] * (1 - rights[0]).sum() * step
     return {"wrong, at least": round(wrong[0].item()), "wrong, at most": round(wrong[-1].item())}

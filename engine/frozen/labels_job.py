@@ -81,9 +81,9 @@ def rank_labels(job: Labels, data: DataConfig) -> str:
                 write_atomically(folder / file, partial(pq.write_table, table.replace_schema_metadata(about)))
         tables = {"suspects": suspects.files[LABELS].to_pylist(), "growth": suspects.growth}
         page = save_report(folder, f"{collection.root}, by the features of {frozen.says}", suspects.figures, tables, {})
+        lines.extend(f"{what}: {count:,}" for what, count in suspects.figures.items())
         view = shlex.join(["python", "view.py", f"runs={job.report}"])
-        figures = "; ".join(f"{what}: {count:,}" for what, count in suspects.figures.items())
-        lines.append(f"{figures}; {view} shows them under /review?run=0/{name}; {page}")
+        lines.append(f"{view} shows them under /review?run=0/{name}; {page}")
     return "; ".join(lines)
 
 
@@ -143,9 +143,8 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         chosen = collection.table["path"].take(free[np.array(chosen) - len(rows)])
         files["tables/next.parquet"] = pa.table({"path": chosen, "rank": range(1, len(chosen) + 1)})
     growth = pa.table(extrapolate(features.double(), given)).to_pylist() if len(rows) >= FEWEST else []
-    accuracies = {f"accuracy with {row['images']:,} labels": round(row["accuracy"], 2) for row in growth}
-    figures = {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None]), **accuracies}
-    return _Suspects(files, figures, growth)
+    told = {f"accuracy with {row['images']:,} labels": round(row["accuracy"], 2) for row in growth}
+    return _Suspects(files, {"labels": len(rows), **bound_wrong(probs[:, None], given[:, None]), **told}, growth)
 
 
 def _judge_tags(names: np.ndarray, has: np.ndarray, collection: Collection, read: _Read, rows: np.ndarray) -> _Suspects:

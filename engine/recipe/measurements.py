@@ -143,13 +143,9 @@ def draw_sample(
             break
     if not kept:
         raise UserError(f"data.root: no training image of {str(collection.root)!r} can be read")
-    return Sample(
-        np.array(kept),
-        torch.stack(small),
-        None if labels is None else torch.from_numpy(labels[kept]),
-        side_px=int(np.median(sides)),
-        read_sec=(time.monotonic() - started) / len(kept),
-    )
+    read_sec = (time.monotonic() - started) / len(kept)
+    classes = None if labels is None else torch.from_numpy(labels[kept])
+    return Sample(np.array(kept), torch.stack(small), classes, int(np.median(sides)), read_sec)
 
 
 def measure(
@@ -193,16 +189,19 @@ def measure(
     # After the first epoch the memory cache has all images.
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
+    border = round(small[:, :, 0].median().item())
+    is_grey = bool((small == small[:, :1]).all())
+    validation = len(collection.rows("val"))
     return Measurements(
         images=len(rows),
-        validation=len(collection.rows("val")),
+        validation=validation,
         side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,
         mirrors=mirrors,
-        border=round(small[:, :, 0].median().item()),
+        border=border,
         colours=colours,
-        grey=bool((small == small[:, :1]).all()),
+        grey=is_grey,
         reference=reference,
         bf16=has_fast_bf16(runtime.device.type),
         network=network,
