@@ -19,7 +19,6 @@ from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, run
 from tests.in_process import SHORT, SMALL_MODEL, check_resumption, configure, run
 from tests.support import make_collection, read_table, refuses, rows
 from utils.config.messages import ConfigError
-from utils.contracts import InitFrom
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.files import read_json
 from utils.io.weights import read_weights, write_weights
@@ -123,29 +122,19 @@ def test_images_and_tags_are_mirrored_together_and_in_training_alone():
 # --- an earlier tagger
 
 
-def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their_mean(tmp_path):
-    earlier = make()
-    torch.nn.init.normal_(earlier.network.head.weight)
-    path = tmp_path / "earlier.safetensors"
-    metadata = {"task": CONFIG.model_dump(), "model": MODEL.model_dump(), **earlier.metadata}
-    write_weights(path, earlier.network.state_dict(), metadata)
-    assert "orientation" not in metadata and "tag_priors" not in metadata
+def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their_mean():
+    """A file is read in tests/models/test_foreign_taggers.py."""
+    weight, bias = torch.randn(8, MODEL.dims[-1]), torch.randn(8)
     names = ("hat", "text", "left_arm", "general", "general")  # a tag and a rating of one name
     now = Vocabulary(names, (0, 0, 0, 9, 0), (9,) * 5, tuple(range(5)))
     task = make(facts={**now.facts(), "tag_priors": [0.2, 0.3, 0.4, 0.5, 0.1]})
-    task.initialise(InitFrom(str(path), "model"))
-    head, before = task.network.head, earlier.network.head
-    assert torch.equal(head.weight[1:4], before.weight[[6, 4, 0]])
-    assert torch.equal(head.bias[1:4], before.bias[[6, 4, 0]])
-    torch.testing.assert_close(head.weight[[0, 4]], before.weight.mean(0).expand(2, -1))
-    torch.testing.assert_close(head.bias[[0, 4]], prior_bias(torch.tensor([0.2, 0.1])))
-    assert torch.equal(task.network.stages[0][0].dwconv.weight, earlier.network.stages[0][0].dwconv.weight)
-    assert task.origin["source"].endswith("earlier.safetensors")
-
-    short = {**earlier.network.state_dict(), "head.weight": before.weight[:3], "head.bias": before.bias[:3]}
-    write_weights(path, short, metadata)
-    with refuses("^init_from: .* has no head of its 8 tags"):
-        task.initialise(InitFrom(str(path), "model"))
+    head = task.match_head({"head.weight": weight, "head.bias": bias}, FACTS, "earlier")
+    assert torch.equal(head["head.weight"][1:4], weight[[6, 4, 0]])
+    assert torch.equal(head["head.bias"][1:4], bias[[6, 4, 0]])
+    torch.testing.assert_close(head["head.weight"][[0, 4]], weight.mean(0).expand(2, -1))
+    torch.testing.assert_close(head["head.bias"][[0, 4]], prior_bias(torch.tensor([0.2, 0.1])))
+    with refuses("^init_from: earlier has no head of its 8 tags"):
+        task.match_head({"head.weight": weight[:3], "head.bias": bias[:3]}, FACTS, "earlier")
 
 
 # --- what is read of a collection

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, run
-from tests.support import assert_same_tensors
+from tests.support import assert_same_tensors, rows
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json
 
@@ -62,8 +62,7 @@ def place(tmp_path_factory):
 def predict(place, weights):
     """Return the probability of a hat in each image."""
     run("predict", [f"weights={weights}", "input=images", "output=x.jsonl", "threshold=0.0", "device=cpu"], place)
-    rows = map(json.loads, (place / "x.jsonl").read_text().splitlines())
-    return [row["probs"]["general"]["hat"] for row in rows]
+    return [row["probs"]["general"]["hat"] for row in rows(place / "x.jsonl")]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
