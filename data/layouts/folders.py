@@ -72,7 +72,7 @@ def _read_form(folder: Folder, reader: Reader) -> Described:
     """Return what the files of a form describe; one that cannot be read is a fault of the first image."""
     files = folder.files.get(reader.name)
     try:
-        return reader.open()(folder, files) if files else {}
+        return open_name(reader.place)(folder, files) if files else {}
     except (OSError, ValueError) as error:  # UserError is one
         if reader.is_whole:
             raise

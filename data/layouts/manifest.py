@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.names import PARQUET, is_image_name, is_sidecar
+from data.layouts.names import MISSING, PARQUET, is_image_name, is_sidecar, suffix_of
 from data.layouts.readers import SIDECARS as BESIDE_IMAGES
-from data.layouts.readers import TABLES, is_table
+from data.layouts.readers import TABLES, has_reader, is_table
 from data.layouts.scan import TableChoice, scan_folder
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.table import PLACES, SCHEMA, SIDECARS, TYPES, build_table, is_packed, replace_column, show_some
 from data.layouts.tables import cast_columns, name_columns, name_field, read_columns, read_splits
-from data.layouts.unused import LACKING, Unused
+from data.layouts.unused import Unused
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
@@ -214,15 +214,13 @@ def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice,
     table = read_manifest(root, manifest, unused, choice, cache)
     listed = set(table["shard" if is_packed(table) else "path"].to_pylist())
     is_of_user = read_sources(manifest) is None
-    others = Unused()
-    for folder, _, names in walk_folders(root, others):
+    takes = lambda path: has_reader(path) or (path in listed and suffix_of(path) not in MISSING)  # noqa: E731
+    for folder, _, names in walk_folders(root, unused, takes):
         paths = {folder + name for name in names} - listed
         unused.add("images that the manifest does not list", *filter(is_image_name, paths))
         if is_of_user:
             unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
-    others.pop(HIDDEN, None)
-    for reason, paths in others.items():
-        unused.add(reason, *(path for path in paths if path not in listed or reason == LACKING))
+    unused.pop(HIDDEN, None)
     return table
 
 

@@ -6,8 +6,7 @@ folders come last. A file beside an image of its name is a sidecar, whatever its
 """
 
 import re
-from collections.abc import Callable, Mapping
-from pkgutil import resolve_name
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from data.layouts.names import OURS, POSTS, SUFFIXES, is_data
@@ -57,10 +56,6 @@ class Reader(NamedTuple):
     files: str
     place: str
     is_whole: bool = False
-
-    def open(self) -> Callable[..., Any]:
-        """Import the function and return it."""
-        return resolve_name(self.place)
 
 
 _POSTS = "|".join(map(re.escape, POSTS))

@@ -86,7 +86,9 @@ class Vocabulary:
     @cached_property
     def spelled(self) -> dict[tuple[int, str], int]:
         """Return {(category, name in our spelling): output}."""
-        return {(category, parse_tag(name).name): output for (category, name), output in self.columns.items()}
+        # A name such as `meta:x` is no category.
+        spell = {name: parse_tag(f"general:{name}").name for name in self.names}
+        return {(category, spell[name]): output for (category, name), output in self.columns.items()}
 
     def of_category(self, category: int) -> np.ndarray:
         """Return the outputs in a category, int64 [n], ascending."""
