@@ -94,7 +94,7 @@ def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, lis
     Raises UserError (`data.group`) if nothing tells groups of the stated kind.
     """
     labels = pc.index_in(table["label"], value_set=pc.unique(table["label"]).drop_null()).fill_null(-1).to_numpy() + 1
-    step = np.ceil(len(table) / min(_MOST, _MOST_BYTES / pc.mean(table["size"]).as_py()))
+    step = np.ceil(len(table) / min(_MOST, _MOST_BYTES / (pc.mean(table["size"]).as_py() or 1)))
     step = 1 if kind in ("times", "copies") else step
     rows = np.flatnonzero(np.arange(len(table)) // _RUN % step == 0)
     facts = measure_files(Path(root).expanduser(), table["path"].take(rows).to_pylist(), Image.MAX_IMAGE_PIXELS)
