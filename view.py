@@ -65,8 +65,7 @@ def main(config: ViewConfig, job: Job) -> None:
     from viewer.networks import Networks
 
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    networks = Networks(runs, load_network, config.text)
-    serve(runs, config.data, config.view, networks, list_prompts)
+    serve(runs, config.data, config.view, Networks(runs, load_network, config.text), list_prompts)
 
 
 if __name__ == "__main__":

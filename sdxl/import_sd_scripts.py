@@ -74,8 +74,9 @@ class _Options(Strict):
         fixed = self.keep_tokens_separator or "\0"
         before, after = (text.replace(fixed, ",").strip() for text in (self.caption_prefix, self.caption_suffix))
         kept = self.keep_tokens - before.count(",")
-        prefix = _spell(before) + _space(before[-1:])
-        suffix = _space(after[:1]) + _spell(after)
+        # Its comma, or a space, joins a prefix or suffix to a caption.
+        prefix = _spell(before) + " " * (before[-1:] not in ("", ","))
+        suffix = " " * (after[:1] not in ("", ",")) + _spell(after)
         return {
             "lines": "one_of" if self.enable_wildcard else "first",
             "shuffle": self.shuffle_caption,
@@ -90,11 +91,6 @@ class _Options(Strict):
 
 def _spell(text: str) -> str:
     return ", ".join(split_tags(text))
-
-
-def _space(last: str) -> str:
-    """Return what joins a prefix or suffix to a caption: its comma, or a space. last: its character there."""
-    return "" if last in ("", ",") else " "
 
 
 def convert_config(job: Import, data: DataConfig) -> str:
@@ -113,7 +109,10 @@ def convert_config(job: Import, data: DataConfig) -> str:
 
 
 def read_subsets(job: Import, notes: list[str]) -> list[_Options]:
-    """Return the options of each subset. A subset goes before its dataset, and that before general."""
+    """Return the options of each subset. A subset goes before its dataset, and that before general.
+
+    Adds to `notes` the options without a counterpart. Raises UserError.
+    """
     file = Path(job.source)
     subsets = []
     with about("job.source"), readable(file, "dataset_config"):
@@ -121,7 +120,15 @@ def read_subsets(job: Import, notes: list[str]) -> list[_Options]:
         general = read.pop("general", {})
         for dataset in read.pop("datasets", []):
             for subset in dataset.pop("subsets", []):
-                options = _check({**general, **dataset, **subset}, notes)
+                values = {**general, **dataset, **subset}
+                for key in _WITHOUT.keys() & values.keys():
+                    if value := values.pop(key):
+                        notes.append(f"{key}={value!r}: {_WITHOUT[key]}")
+                try:
+                    options = validate(values, _Options)
+                except ConfigError as error:
+                    where = values.get("image_dir", "a subset")
+                    raise UserError(f"job.source: {where}: {'; '.join(error.args)}") from None
                 if options.num_repeats == 0:
                     log.info("job.source: %s has 0 repeats and is left out, as there", options.image_dir)
                 else:
@@ -129,18 +136,6 @@ def read_subsets(job: Import, notes: list[str]) -> list[_Options]:
         if not subsets or read:
             raise UserError(f"{file} has {', '.join(read) or 'no subset'}; write datasets with subsets")
     return subsets
-
-
-def _check(values: Json, notes: list[str]) -> _Options:
-    """Return the options of a subset; add to `notes` those without a counterpart. Raises UserError."""
-    for key in _WITHOUT.keys() & values.keys():
-        if value := values.pop(key):
-            notes.append(f"{key}={value!r}: {_WITHOUT[key]}")
-    try:
-        return validate(values, _Options)
-    except ConfigError as error:
-        where = values.get("image_dir", "a subset")
-        raise UserError(f"job.source: {where}: {'; '.join(error.args)}") from None
 
 
 def _convert(subsets: list[_Options], notes: list[str]) -> Json:

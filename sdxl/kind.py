@@ -235,7 +235,8 @@ def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) ->
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
-        return _open_on(data, setup.model, ENCODERS)
+        opened = open_networks(setup.model, ENCODERS, frozen=True)
+        return [network.to(data.machine.device) for network in opened.values()]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
         return encode_captions(encoders(), texts, chunks, emphasis=emphasis)
@@ -244,11 +245,6 @@ def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) ->
     texts_cache = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
     texts_cache.fill(texts, encode, _TEXTS_AT_ONCE)
     return texts_cache
-
-
-def _open_on(data: Data, model: SDXLConfig, parts: Sequence[str]) -> list[torch.nn.Module]:
-    """Return frozen networks on the device."""
-    return [network.to(data.machine.device) for network in open_networks(model, parts, frozen=True).values()]
 
 
 def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> State:
@@ -286,7 +282,7 @@ def _read_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
     latents = LatentCache(store, data.collection, buckets, inputs, hashes)
     if not data.dry_run and store.is_missing(latents.keys).any():
         with naming_memory("task.buckets.areas_px"):
-            (vae,) = _open_on(data, setup.model, ("vae",))
+            vae = open_networks(setup.model, ["vae"], frozen=True)["vae"].to(data.machine.device)
             latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     return latents
 

@@ -311,7 +311,7 @@ def _describe_folder(path: Path) -> Json:
     kind = str(index.get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL") or index.get("requires_aesthetics_score"):
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline of SDXL's base, or it is of its refiner")
-    own = read_config(path / "scheduler" / "scheduler_config.json")
+    own = read_config(path / "scheduler/scheduler_config.json")
     scheduler = _SCHEDULE_DEFAULTS | own
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):
         scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -130,8 +130,7 @@ def _judge_labels(collection: Collection, read: _Read, rows: np.ndarray) -> _Sus
         "guesses": names[guesses.numpy()].tolist(),
         "probabilities": best.tolist(),
     }
-    paths = collection.table["path"].take(rows)
-    files = {LABELS: _rank(columns, right[order], features, order, paths)}
+    files = {LABELS: _rank(columns, right[order], features, order, collection.table["path"].take(rows))}
     free = np.flatnonzero((collection.weights() > 0) & collection.table["label"].is_null().to_numpy())
     free = np.setdiff1d(free, collection.rows("test"))
     if len(free):

@@ -6,7 +6,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 import numpy as np
 
@@ -153,13 +152,6 @@ def name_probs(predictor: Predictor) -> Predict:
     return lambda images: ({"probs": dict(zip(predictor.names, probs))} for probs in probs_of(images))
 
 
-def list_inputs(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
-    """Return all values, except images, on which the rows depend. weights: the hash of the weights."""
-    settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
-    replaces = config.existing if config.existing in ("append", "overwrite") else None
-    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), rules.hash, replaces]
-
-
 def predict(config: PredictConfig, job: Job) -> str:
     """Predict images; return the line of the result."""
     # -------------------------------------------------------------------------------------------------- 1. The model
@@ -186,7 +178,10 @@ def predict(config: PredictConfig, job: Job) -> str:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    command = list_inputs(config, options, version, rules)
+    settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
+    replaces = config.existing if config.existing in ("append", "overwrite") else None
+    thresholds = sha256_text(repr(np.asarray(options.thresholds).tolist()))
+    command = [version, settings, thresholds, rules.hash, replaces]  # all on which rows depend, except images
     folder = destination.folder
     with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)

@@ -61,8 +61,3 @@ class Clock:
         """Return the moment after `step` updates."""
         self.count()
         return Mark(step, self.seconds, self.waited)
-
-    @property
-    def wait_share(self) -> float:
-        """The share of training time spent waiting for data."""
-        return self.waited / max(self.seconds, 1e-9)

@@ -315,7 +315,7 @@ class Recorder:
         self.enters(step, "plotting")  # on all ranks, because the watchdog compares their counts
         if self._metrics is None or not draws:
             return
-        path = self.folder / "plots" / "curves.png"
+        path = self.folder / "plots/curves.png"
         with self._drawing(), ignore_write_errors(path):
             from utils.record.plots import plot_curves  # imports matplotlib
 

@@ -35,10 +35,9 @@ def report_end(evaluator: Evaluator, seconds: float, next_commands: Sequence[str
     ]
     if unreadable := streams.train.unreadable_count:
         rows.append(("unreadable", f"{unreadable} images, each with weight 0; see unreadable.jsonl"))
-    share = recorder.clock.wait_share
+    share = recorder.clock.waited / max(recorder.clock.seconds, 1e-9)  # of the training time
     if share > _MUCH_WAITING:
         rows.append(("waiting", _WAITING.format(share)))
     rows += [("next", command) for command in next_commands]
     end = "finished" if learner.step >= learner.plan.total_steps else "stopped early by loop.early_stop_epochs"
-    title = f"{end}: {learner.step:,} steps in {show_duration(seconds)}"
-    log.info("%s", Lines(show_lines(title, rows)))
+    log.info("%s", Lines(show_lines(f"{end}: {learner.step:,} steps in {show_duration(seconds)}", rows)))

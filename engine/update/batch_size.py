@@ -57,7 +57,13 @@ class MicroBatches:
         for batch in batches:
             samples = len(batch["weight"])
             part = largest_divisor(samples, self.size)
-            parts += [_cut(batch, first, part) for first in range(0, samples, part)]
+            for first in range(0, samples, part):
+                fields = {name: tensor[first : first + part] for name, tensor in batch.items()}
+                # Ragged ones (data/stream/batch.py) keep all values, with new offsets.
+                for offsets in (name for name in batch if name.endswith("_offsets")):
+                    fields[offsets] = batch[offsets][first : first + part + 1]
+                    fields[offsets.removesuffix("_offsets")] = batch[offsets.removesuffix("_offsets")]
+                parts.append(fields)
         return parts
 
     def halve(self, part: Batch) -> None:
@@ -67,14 +73,3 @@ class MicroBatches:
             raise out_of_memory("training", show_samples(part))
         self.size = largest_divisor(samples, samples // 2)
         log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.size)
-
-
-def _cut(batch: Batch, first: int, size: int) -> Batch:
-    """Return `size` samples from `first` on; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
-    part = {name: tensor[first : first + size] for name, tensor in batch.items()}
-    for name in batch:
-        offsets = f"{name}_offsets"
-        if offsets in batch:
-            part[name] = batch[name]
-            part[offsets] = batch[offsets][first : first + size + 1]
-    return part

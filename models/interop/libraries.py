@@ -140,7 +140,6 @@ def _compare(network: nn.Module, loaded: Outputs, metadata: Values) -> tuple[flo
     Outputs are logits, or a backbone's last feature map.
     """
     stated = Preprocessing.model_validate(metadata["preprocessing"])
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, stated.channels, *stated.image_size_hw, generator=random)
+    images = torch.randn(_IMAGES, stated.channels, *stated.image_size_hw, generator=torch.Generator().manual_seed(0))
     expected = network.forward_features(images) if metadata["output"] == "features" else network(images)
     return float((expected.float() - loaded(images).float()).abs().max()), float(expected.abs().max())

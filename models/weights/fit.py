@@ -150,7 +150,6 @@ def refuse_misfits(given: Tensors, wanted: Tensors, file: str = "the checkpoint"
             rows.append((name, has, wants))
     if not rows:
         return
-    shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
-    table = indent(align_columns(shown), "  ")
+    table = indent(align_columns([("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
     raise UserError(f"{len(rows)} of the tensors of {file} do not fit the network:\n{table}{more}\n{advice}")

@@ -118,7 +118,7 @@ class _Download(Thread):
         if self.is_left:
             return
         folder = Path(constants.HF_HUB_CACHE, f"models--{self._repository.replace('/', '--')}")
-        part = folder / "blobs" / f"{digest}.incomplete"
+        part = folder / f"blobs/{digest}.incomplete"
         lock = part.with_suffix(".lock")
         with file_lock(lock, "another process fetches them"):
             try:

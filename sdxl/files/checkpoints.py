@@ -99,7 +99,7 @@ def save_pipeline(
         written.save_pretrained(folder / name)
         classes[name] = ["transformers", "CLIPTokenizer"]
     scheduler = scheduler_config(**noise)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers.__version__,

@@ -55,16 +55,16 @@ def write_report(
 ) -> None:
     """Write a report's tables, and its images, which are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
     for name, rows in tables.items():
-        write_table(folder / "tables" / f"{prefix}{name}.csv", [*map(safe_row, rows)])
+        write_table(folder / f"tables/{prefix}{name}.csv", [*map(safe_row, rows)])
     for name, image in images.items():
-        write_atomically(folder / "plots" / f"{prefix}{name}.png", partial(Image.fromarray(image).save, format="PNG"))
+        write_atomically(folder / f"plots/{prefix}{name}.png", partial(Image.fromarray(image).save, format="PNG"))
 
 
 def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:
     """Copy plots/NAME.png into plots/steps/STEP/. Of many steps, every second is removed. Raises OSError."""
     for name in names:
-        target = folder / STEPS / f"{step:08}" / f"{name.removesuffix('_before')}.png"
-        write_atomically(target, partial(shutil.copyfile, folder / "plots" / f"{name}.png"), flush=False)
+        target = folder / STEPS / f"{step:08}/{name.removesuffix('_before')}.png"
+        write_atomically(target, partial(shutil.copyfile, folder / f"plots/{name}.png"), flush=False)
     steps = sorted((folder / STEPS).glob("[0-9]*"))
     for path in steps[1::2] if len(steps) > _KEPT_STEPS else ():
         shutil.rmtree(path)
