@@ -28,7 +28,6 @@ _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.R
 
 
 def count_nodes(tree):
-    """Return the syntax nodes of a tree."""
     return sum(1 for _ in ast.walk(tree))
 
 
@@ -47,7 +46,6 @@ def list_files():
 
 
 def is_table(statement):
-    """Return whether a statement names a table of literals."""
     return isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, _LITERALS)
 
 

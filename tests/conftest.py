@@ -32,6 +32,12 @@ def collection(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder of a module's tests."""
+    return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture(scope="module")
 def store():
     """Return the store of a local S3 server, where s3:// leads."""
     pytest.importorskip("s3fs", reason="make install-cloud")

@@ -237,7 +237,6 @@ def fake_gpu():
 
 
 def run_steps(run, batches):
-    """Run the loop until its stream ends."""
     try:
         run.train_one_epoch(iter([batches] * STEPS))
     except StopIteration:
@@ -304,7 +303,6 @@ def _check_devices(learner):
 
 
 def zeros(*shape):
-    """Return a tensor on the device."""
     return torch.zeros(shape, device=DEVICE)
 
 

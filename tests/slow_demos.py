@@ -37,7 +37,6 @@ def list_commands(demo, images, folder):
 
 
 def shorten(words):
-    """Return the words of a command with few steps."""
     of_minutes = ("loop.minutes=", "schedule.warmup_steps=")
     short = [re.sub("^0.5$", "0.01", word) for word in words if not word.startswith(of_minutes)]
     if len(short) < len(words):
@@ -46,7 +45,6 @@ def shorten(words):
 
 
 def draw_images(demo, folder):
-    """Return the folder of a script's images."""
     if demo == "images":
         tiny_sdxl.write_tagged(folder / "images")
     elif demo == "sdxl":

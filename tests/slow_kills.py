@@ -32,7 +32,7 @@ LOST = [*SAVES, "loop.checkpoint_mirror=s3://runs"]  # the disk is lost with eac
 
 
 @pytest.mark.parametrize(
-    ("task", "words", "steps", "longest_sec", "number", "ranks"),
+    "task, words, steps, longest_sec, number, ranks",
     [
         ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15, signal.SIGTERM, 1),
         ("diffusion", DRAWN, 7, 0.5, signal.SIGTERM, 1),

@@ -119,7 +119,6 @@ def read_image(path, channels, max_pixels, background=DEFAULT, **options):
 
 
 def encoded(image, form="JPEG", **options):
-    """Return the bytes of an image's file."""
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()
@@ -133,7 +132,6 @@ def turned(orientation=6):
 
 
 def cache_config(**changes):
-    """Return `data.cache` with changed values."""
     return CacheConfig(**yaml.safe_load((CONF / "data/glyphs.yaml").read_text())["cache"] | changes)
 
 
@@ -150,7 +148,6 @@ def write_manifest(root, *, verify=False, **changes):
 
 
 def pack_collection(collection, output, shard_mib=1):
-    """Write the shards of a collection by job=pack."""
     return write_shards(Pack(name="pack", output=str(output), shard_mib=shard_mib), collection)
 
 
@@ -204,7 +201,6 @@ def no_large_allocation(mib=64):
 
 
 def free_port():
-    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -375,14 +371,13 @@ def thresholds_of(vocabulary, categories, tags):
 
 def checkpoint_tensors(run_dir, step):
     """Return all tensors of a checkpoint under file/name."""
-    folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    folder = Path(run_dir) / f"checkpoints/step_{step:08d}"
     files = sorted(folder.glob("*.safetensors"))
     assert files, f"{folder} has no tensors"
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_same_tensors(first, second, tolerance=0.0):
-    """Compare tensors by name."""
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.shape == second[name].shape, name

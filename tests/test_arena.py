@@ -52,9 +52,8 @@ def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with 36 tagged images of three colours, a run on them, and two taggers of others."""
-    folder = tmp_path_factory.mktemp("arena")
     for path, number in write_colours(folder / "images", {"train": 8, "val": 4}):
         rare = ", rare" if number == 0 and path.parent.parent.name == "val" else ""
         path.with_suffix(".txt").write_text(f"{path.parent.name}, rating:{'gs'[number % 2]}{rare}, extra")

@@ -18,9 +18,8 @@ from utils.io.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with images, a pretraining and a fine-tuning run on them, and files that are none of ours."""
-    folder = tmp_path_factory.mktemp("bad_input")
     make_images(folder / "images")
     run("pretrain_fcmae", [*TINY, "task.decoder_dim=8", "data.root=images", "run_dir=pretrained"], folder)
     run("finetune", [*TINY, "data.root=images", "run_dir=tuned"], folder)

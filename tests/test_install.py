@@ -66,7 +66,7 @@ def test_make_install_makes_the_environment_and_names_what_came_before(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("lacking", "words", "remedy"),
+    "lacking, words, remedy",
     [
         ({}, ["PYTHON=/nowhere/python3"], "PYTHON=/path"),
         ({"venv": "exit 1", "pip": "exit 1"}, [], "apt install python3-venv"),

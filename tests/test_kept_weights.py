@@ -16,9 +16,8 @@ ON_CPU = ["runtime.device=cpu", "runtime.threads=1"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with a run that was killed before its fifth update, and one that was not."""
-    folder = tmp_path_factory.mktemp("kept")
     make_images(folder / "images")
     run("train", [*RUN, "run_dir=whole"], folder)
     run_until_killed("train", [*RUN, "run_dir=killed", "loop.checkpoint_every_steps=3"], folder, 4)

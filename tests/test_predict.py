@@ -16,9 +16,8 @@ from utils.io.weights import read_weights
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with a run of three classes, and images of which the third of six cannot be read."""
-    folder = tmp_path_factory.mktemp("predict")
     make_images(folder / "images", "ABC")
     run("finetune", [*TINY, "data.root=images", "run_dir=run", "optim.lr=0.05", "model.head_init_scale=1.0"], folder)
     (folder / "images/val/B/000.png").write_bytes(b"no image")

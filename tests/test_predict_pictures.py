@@ -124,7 +124,7 @@ def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "said"),
+    "text, words, said",
     [
         ("- a\n- {text: b, sede: 1}", [], "prompts.1.sede: unknown key; close: "),
         ("- a\n- {text: b, steps: many}", [], "prompts.1.steps: must be a valid integer"),

@@ -53,7 +53,7 @@ def test_a_row_has_the_rating_and_the_tags_by_category():
 
 
 @pytest.mark.parametrize(
-    ("options", "tags"),
+    "options, tags",
     [
         ({"order": "vocabulary"}, ["long_hair", "miku_(series)", "^_^", "painter", "hat_(x)", "1girl"]),
         ({"order": "vocabulary", "max_tags": 2}, ["long_hair", "1girl"]),  # the most probable ones
@@ -74,7 +74,7 @@ def test_ratings_that_no_training_image_had_mean_nothing():
 
 
 @pytest.mark.parametrize(
-    ("config", "text"),
+    "config, text",
     [
         ({}, "1girl, long_hair, miku_(series), ^_^, painter, hat_(x)"),
         # Kaomoji keep their underscores.
@@ -117,9 +117,8 @@ def make_table(threshold=0.0):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with images and two taggers: `made` gives PROBS to each image, `run` looks at them."""
-    folder = tmp_path_factory.mktemp("tags")
     for file in make_images(folder / "images").rglob("*.png"):
         file.with_suffix(".txt").write_text("1girl")
     write_vocabulary(folder / "tags.csv", VOCABULARY)

@@ -30,7 +30,7 @@ def run_and_list(script, words, folder, shown=_HEAVY):
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "key"),
+    "script, words, key",
     [
         ("train", ["data.rot=PATH"], "data.rot"),
         ("train", ["data.root=no/folder"], "data.root"),

@@ -1,6 +1,5 @@
 """Weights through the commands: weights of others as a run of no steps, timm's weights, licences, exports, refusals."""
 
-import json
 import re
 
 import pytest
@@ -16,7 +15,7 @@ from models.interop.parity import vary_weights
 from tests.in_process import SHORT, TINY, make_images, run
 from tests.support import refuses
 from tests.support import rows as rows_of
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 from utils.io.weights import read_weights, write_weights
 
 MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]"]
@@ -32,9 +31,8 @@ CONFIG = ConvNeXtV2Config(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with images of classes A and B, and a run with an average, trained from a released-like file."""
-    folder = tmp_path_factory.mktemp("weights")
     make_images(folder / "images")
     torch.save({"model": vary_weights(build_network(CONFIG, 0)).state_dict()}, folder / "fcmae.pt")
     run("finetune", [*SMALL, "init_from=fcmae.pt", "run_dir=run", "loop.ema_decay=0.5", "optim.lr=0.01"], folder)
@@ -78,7 +76,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
         "command": ["finetune.py", "experiment=a/b", f"data.root={place}/images", "init_from=hf:a/b@main", "run_dir=x"]
     }
     environment = read_json(place / "run/environment.json")
-    (place / "run/environment.json").write_text(json.dumps(environment | typed))
+    write_json(place / "run/environment.json", environment | typed)
     (place / "run/plots/curves.png").touch()
     run("export", [*words, "card=more.md"], place)
     text = (place / "carded/README.md").read_text()

@@ -19,10 +19,6 @@ def part(code, limit_sec=60.0, **read):
 GOOD = part("""print('{"figure": 0.5, "spread": [0.4, 0.6]}')""")
 
 
-def states(journal):
-    return [(row["part"], row["state"]) for row in journal.rows()]
-
-
 def test_what_a_device_lacks_comes_first_and_then_the_oldest_whatever_a_kill_has_torn(tmp_path):
     journal = Journal(tmp_path / "gpu.jsonl", FACTS)
     rows = [  # part, device, commit, date
@@ -49,7 +45,7 @@ def test_a_part_that_hangs_or_fails_loses_only_itself(tmp_path, capsys):
         "good": GOOD,
     }
     assert run_parts(parts, journal, 1000) == ["hangs", "fails", "says nothing"]
-    assert states(journal) == [
+    assert [(row["part"], row["state"]) for row in journal.rows()] == [
         ("hangs", "measured"), ("hangs", "cut off"), ("fails", "failed"), ("says nothing", "failed"),
         ("tests", "measured"), ("good", "measured"),
     ]  # fmt: skip
@@ -64,7 +60,7 @@ def test_no_part_takes_more_than_four_minutes_and_the_first_four_take_eight():
     assert max(limits) <= 240 and sum(limits[:4]) <= 480 and sum(limits) <= 2700
 
 
-@pytest.mark.parametrize(("words", "said"), [(["hours=1"], "hours"), ([], "no GPU")])
+@pytest.mark.parametrize("words, said", [(["hours=1"], "hours"), ([], "no GPU")])
 def test_a_word_or_a_machine_that_cannot_be_is_refused(words, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -62,14 +62,10 @@ def glyphs(tmp_path_factory):
     return draw_few_glyphs(tmp_path_factory.mktemp("compose") / "glyphs")
 
 
-def read_header(name):
-    text = (CONF / "experiment" / f"{name}.yaml").read_text()
-    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
-
-
 def script_of(experiment):
     """The script of an experiment, as the command in its header states it."""
-    return re.search(rf"python (\w+)\.py experiment={experiment}\b", read_header(experiment)).group(1)
+    text = (CONF / f"experiment/{experiment}.yaml").read_text()
+    return re.search(rf"^#.*python (\w+)\.py experiment={experiment}\b", text, re.MULTILINE).group(1)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +95,7 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
         assert [text.partition(": must be given")[0] for text in refused.value.args] == [left_out.partition("=")[0]]
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS)
+@pytest.mark.parametrize("group, name", OPTIONS)
 def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
     script = OPTIONS[group, name]
     overrides = [f"{group}={name}"]

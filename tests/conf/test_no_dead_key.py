@@ -14,7 +14,6 @@ from utils.config.schema import Strict
 
 
 def list_models(annotation):
-    """Return the models that a schema reaches."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}.union(*[list_models(field.annotation) for field in annotation.model_fields.values()])
     return set().union(*map(list_models, typing.get_args(annotation)))

@@ -9,6 +9,7 @@ from tests.conf.test_no_dead_key import list_leaves, plain
 from tests.in_process import SCRIPTS, TRAINING, configure, load_command
 from utils.config.recipe import check_resumable, recipe_hash
 from utils.config.versions import CUT, LATER, read_saved
+from utils.io.files import read_json
 
 FIRST_RELEASE = Path(__file__).parent / "first_release"
 
@@ -35,7 +36,7 @@ def test_each_key_that_came_later_or_was_cut_has_a_row():
 @pytest.mark.parametrize("kind", ["classification", "tagging", "fcmae", "diffusion"])
 def test_a_run_of_the_first_release_is_found_and_resumes_by_its_command(kind):
     """words: those of the command, and for SDXL what it settles. The schema takes what the run has saved."""
-    first = json.loads((FIRST_RELEASE / f"{kind}.json").read_text())
+    first = read_json(FIRST_RELEASE / f"{kind}.json")
     config, _ = configure(first["script"], first["words"])
     now = config.model_dump(mode="json")
     assert recipe_hash(now) == first["hash"]

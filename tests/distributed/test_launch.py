@@ -13,7 +13,6 @@ from utils.io.files import read_json
 
 
 def wait_for(condition, seconds=90):
-    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

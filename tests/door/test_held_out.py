@@ -19,9 +19,8 @@ SHORT += ["augment.image_size_hw=[16,16]", "loop.micro_batch_size=16", "data.val
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with the page's commands done: photos with three splits, and `later` with other images."""
-    folder = tmp_path_factory.mktemp("held_out")
     make_collection(folder / "photos", per_class=8, validation=3)
     shutil.move(make_collection(folder / "made", per_class=5, validation=4, seed=7) / "train", folder / "photos/test")
     shutil.move(folder / "made/val", folder / "later")
@@ -44,8 +43,7 @@ def test_the_test_split_and_another_folder_are_measured_whole_beside_the_runs_ow
         ("all", 12, True), ("val", 9, False), ("val", 33, False), ("test", 15, False),
     ]  # fmt: skip
     (last,) = place.glob("run/evaluate/*/tables/evaluate_measured.csv")
-    titles = ["validation: 9 images", "test: 15 images", "later, all: 12 images"]
-    assert [*read_table(last)[0]] == ["figure", *titles]
+    assert [*read_table(last)[0]] == ["figure", *["validation: 9 images", "test: 15 images", "later, all: 12 images"]]
     assert "test: 15 images: loss=" in (place / "said.txt").read_text()
 
 

@@ -15,6 +15,7 @@ from tests.in_process import configure, run
 from tests.sdxl.test_lora_combined import LAYER
 from tests.small_sdxl import EPSILON, complete, write_base
 from tests.support import TINY, refuses
+from utils.io.files import read_json, write_json
 from utils.io.weights import read_header
 from utils.record.run_reader import RunReader
 
@@ -23,9 +24,8 @@ COMMAND = ["experiment=sdxl/lora", "model.path=base", "data.root=dog", *ON_CPU]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Photographs as a telephone names them, a base, a LoRA, and prompts as sd-scripts takes them."""
-    folder = tmp_path_factory.mktemp("dog")
     torch.manual_seed(0)
     write_base(folder / "base", noise=EPSILON)
     style = {f"{LAYER}.lora_down.weight": torch.rand(4, 640), f"{LAYER}.lora_up.weight": torch.rand(640, 4)}
@@ -89,20 +89,12 @@ def test_each_picture_is_seen_often_and_the_run_begins_with_a_tenth_of_warm_up(p
         assert length in said and warmup in said, said
 
 
-@pytest.fixture
-def settle(place):
-    """Return the noise of a run of some words on a base."""
-
+def test_noise_is_that_of_the_base_unless_another_is_wanted(place, log):
     def settle(base, *words):
         words = ["experiment=sdxl/lora", "data.root=dog", "data.concepts=[]", f"model.path={place / base}", *words]
-        config, _ = configure("finetune_sdxl", words)
-        noise = complete(config).task.noise
+        noise = complete(configure("finetune_sdxl", words)[0]).task.noise
         return noise.prediction_type, noise.zero_terminal_snr
 
-    return settle
-
-
-def test_noise_is_that_of_the_base_unless_another_is_wanted(place, settle, log):
     assert settle("base", "task.noise.convert=true") == ("v_prediction", True)
     assert settle("base", "task.noise.prediction_type=v_prediction", "task.noise.convert=true") == (
         "v_prediction",
@@ -115,9 +107,9 @@ def test_noise_is_that_of_the_base_unless_another_is_wanted(place, settle, log):
     assert settle("flow", "task.loss.weighting=none") == ("flow", False)
     shutil.copytree(place / "base", place / "silent")
     file = place / "silent/scheduler/scheduler_config.json"
-    values = json.loads(file.read_text())
+    values = read_json(file)
     del values["prediction_type"]
-    file.write_text(json.dumps(values))
+    write_json(file, values)
     assert "does not say" not in log.text
     assert settle("silent") == ("epsilon", False) and "silent does not say what it predicts" in log.text
     typed = ["task.noise.prediction_type=v_prediction", "task.noise.zero_terminal_snr=true"]

@@ -1,6 +1,5 @@
 """Out of memory: smaller micro-batches, a run that halves them, ranks."""
 
-import pytest
 import torch
 
 from engine.tasks.classification import ClassificationTask
@@ -20,26 +19,20 @@ def test_batches_are_split_to_divisors():
     assert show_samples(batch) == "12 samples of 3x8x8"
 
 
-@pytest.fixture
-def little_memory(monkeypatch):
-    """Return a function that lets this process's device take so many samples at once."""
-    for target in troubled.PATCHED:
-        monkeypatch.setattr(*target, getattr(*target))
-    return lambda size: troubled.start("little_memory", size)
-
-
 AUTO = ["loop.batch_size=8", "loop.micro_batch_size=auto", "loop.total_steps=3", "loop.ema_decay=0.9"]
 
 
-def test_a_run_that_runs_out_equals_one_of_the_size_found(tmp_path, little_memory):
+def test_a_run_that_runs_out_equals_one_of_the_size_found(tmp_path, monkeypatch):
+    for target in troubled.PATCHED:
+        monkeypatch.setattr(*target, getattr(*target))
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "model.drop_path_rate=0.2"]
-    little_memory(3)
+    troubled.start("little_memory", 3)
     run("finetune", [*base, "run_dir=auto"], tmp_path)
     run("finetune", [*base, "run_dir=two", "loop.micro_batch_size=2"], tmp_path)
     assert_equal_runs(tmp_path / "auto", tmp_path / "two", 3)
     assert (tmp_path / "auto/log.txt").read_text().count("out of memory") == 2
 
-    little_memory(0)
+    troubled.start("little_memory", 0)
     with refuses(r"^loop.micro_batch_size: .*in training, with 1 samples of 3x\d+x\d+ at once"):
         run("finetune", [*base, "run_dir=none"], tmp_path)
 

@@ -51,7 +51,7 @@ def replace_state(path, text):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    "harm, said",
     [
         (lambda path: flip_a_bit(path / "task.safetensors"), "task.safetensors does not match its checksum"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
@@ -89,7 +89,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "step", "best", "left"),
+    "there, step, best, left",
     [
         ([10, 20, 30, 40], 40, 10, [10, 30, 40]),
         ([9, 99_999_999, 100_000_000, 123_456_789], 123_456_789, None, [100_000_000, 123_456_789]),

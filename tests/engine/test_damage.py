@@ -27,9 +27,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a run of four steps."""
-    folder = tmp_path_factory.mktemp("damage")
+def place(folder):
     make_images(folder / "images")
     run("finetune", [*SETTINGS, "loop.total_steps=4", "loop.ema_decay=0.9"], folder)
     return folder

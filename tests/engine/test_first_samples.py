@@ -30,9 +30,8 @@ SHOWN = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder of images, one of which is unreadable."""
-    folder = tmp_path_factory.mktemp("seen")
     make_images(folder / "images")
     (folder / "images/train/A/bad.png").write_bytes(b"no image")
     (folder / "images/train/A/bad.txt").write_text("tag 1, $x^2$ <b> " + "中文 long " * 200)

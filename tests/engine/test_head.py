@@ -28,7 +28,6 @@ def make_batches(classes=4, count=6):
 
 
 def measure(task, batches):
-    """Cross-entropy and share recognised."""
     with torch.no_grad():
         logits = torch.cat([task.network(task.normalise(batch["images"])) for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
@@ -76,9 +75,8 @@ WORDS = [*TINY, "data.root=images", "loop.batch_size=8"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with images and a run on them in first/."""
-    folder = tmp_path_factory.mktemp("head")
     make_collection(folder / "images", per_class=8)
     finetune(folder, "run_dir=first", "loop.total_steps=12", "optim.lr=0.005", "model.head_init_scale=1.0")
     return folder

@@ -154,7 +154,7 @@ def test_a_gradient_that_is_not_finite_skips_its_own_parameter_in_a_fused_pass()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    "words, said",
     [
         ("optim.bf16_weights=true runtime.precision=fp32", "optim.bf16_weights: true"),
         ("optim.bf16_weights=true runtime.precision=bf16 loop.ema_decay=0.9", "optim.bf16_weights: true"),

@@ -79,7 +79,7 @@ def test_the_updates_are_the_runs_own():
     assert all(group["lr"] == pytest.approx(10.0 * group["lr_scale"]) for group in learner.optimizer.param_groups)
 
 
-@pytest.mark.parametrize(("freeze_steps", "is_swept"), [(100, True), (1000, False)])
+@pytest.mark.parametrize("freeze_steps, is_swept", [(100, True), (1000, False)])
 def test_what_the_run_freezes_at_first_takes_part(freeze_steps, is_swept):
     """Its rate is the one that is found, after it thaws. What the run of 1000 steps never trains stays frozen."""
     learner = make_learner("optim=sgd", f'optim.rules=[{{match: "network.stages.*", freeze_steps: {freeze_steps}}}]')
@@ -167,9 +167,8 @@ SEARCH = [
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(folder):
     """A run with a range test: its folder and that of the working directory."""
-    folder = tmp_path_factory.mktemp("search")
     images = make_images(folder / "images")
     base = [*TINY, "model.head_init_scale=1.0", f"data.root={images}"]
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/run"], folder)

@@ -116,7 +116,7 @@ def test_the_number_of_ranks_changes_neither_length_nor_rate():
 
 
 @pytest.mark.parametrize(
-    ("steps", "enabled", "lr", "test"),
+    "steps, enabled, lr, test",
     [(999, "auto", None, 0), (1000, "auto", None, 100), (1000, "auto", 0.1, 0), (200, True, None, 100)],
 )
 def test_a_range_test_that_nobody_asked_for_is_at_most_a_share_of_the_run(steps, enabled, lr, test, log):
@@ -125,10 +125,6 @@ def test_a_range_test_that_nobody_asked_for_is_at_most_a_share_of_the_run(steps,
 
 
 # --- ends of epochs
-
-
-def small_plan(length, batch, total_steps):
-    return Plan(1, batch, batch, 1, length, total_steps, warmup_steps=0, lr=1.0)
 
 
 def walk(plan, every=1.0, start=0):
@@ -159,7 +155,7 @@ def awkward():
     for length in (1, 7, 10, 54, 97, 1000):
         for batch in (1, 2, 3, 7, 10, 53, 96, 97):
             for total in (1, 2, 9, 50, 51):
-                yield small_plan(length, batch, total)
+                yield Plan(1, batch, batch, 1, length, total, warmup_steps=0, lr=1.0)
 
 
 def test_each_epochs_end_is_reached_exactly_once_and_the_next_one_starts_there():
@@ -187,7 +183,7 @@ def test_evaluations_and_what_is_due_among_them_are_the_first_at_or_beyond_each_
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "loop", "epochs"),
+    "training, validation, loop, epochs",
     [
         (1_281_167, 50_000, {"total_epochs": 100}, 1.0),  # a twenty-fifth of an epoch
         (289, 1_958, {"total_epochs": 1000}, 1000 / 20),  # an epoch of one update: 20 times

@@ -147,7 +147,7 @@ RULES = [
 KEYS = {key for _, keys in RULES for key in keys.split()}
 
 
-@pytest.mark.parametrize(("changes", "keys"), RULES)
+@pytest.mark.parametrize("changes, keys", RULES)
 def test_the_rules_for_facts(changes, keys):
     known = replace(FACTS, **changes)
     assert {key for key in KEYS if chosen(known, key)} == {*keys.split()}

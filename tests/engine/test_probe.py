@@ -40,7 +40,7 @@ def measure_batches(train, val, k=5):
     return measure_probes(*([(batch["images"], batch) for batch in batches] for batches in (train, val)), k)
 
 
-@pytest.mark.parametrize(("count", "width", "classes"), [(40, 12, 4), (20, 30, 4), (40, 30, 2)])
+@pytest.mark.parametrize("count, width, classes", [(40, 12, 4), (20, 30, 4), (40, 30, 2)])
 def test_leave_one_out_predictions_are_those_of_as_many_fits(count, width, classes):
     features, labels = make_features(count, width, classes, noise=2.0)
     targets = torch.eye(classes, dtype=torch.float64)[labels]

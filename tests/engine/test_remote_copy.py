@@ -1,12 +1,12 @@
 """A run folder's copy in a store."""
 
-import json
 import shutil
 
 import pytest
 
 from tests.in_process import TINY, make_images, run
 from utils.errors import UserError
+from utils.io.files import read_json
 
 LONGER = ["loop.total_steps=4"]
 
@@ -54,7 +54,7 @@ def test_a_run_whose_copy_another_machine_took_over_ends(place, monkeypatch):
     (place / "store/run/.owner").write_text("/run on elsewhere")
     with pytest.raises(UserError, match="loop.checkpoint_mirror.*elsewhere"):
         run("finetune", [*words("run", "store"), *LONGER], place)
-    assert json.loads((place / "run/checkpoints/step_00000004/state.json").read_text())["step"] == 4
+    assert read_json(place / "run/checkpoints/step_00000004/state.json")["step"] == 4
     assert not (place / "store/run/checkpoints/step_00000004").exists()
 
 

@@ -26,7 +26,6 @@ QUIET = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=1
 
 @pytest.fixture
 def place(tmp_path):
-    """Return a folder with images."""
     make_images(tmp_path / "images")
     return tmp_path
 
@@ -143,12 +142,8 @@ def find(monkeypatch, values):
     monkeypatch.setattr(ClassificationTask, "evaluate", changed)
 
 
-def best_of(place, step):
-    return read_json(place / f"run/checkpoints/step_{step:08d}/state.json")["best"]
-
-
 @pytest.mark.parametrize(
-    ("values", "is_lowest", "killed_at"),
+    "values, is_lowest, killed_at",
     [([0.2, 0.6, math.nan, 0.6], False, 2), ([math.nan, 0.2, 0.4, 0.2], True, None)],
 )
 def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed_at, place, monkeypatch):
@@ -160,7 +155,7 @@ def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed
     if killed_at is not None:
         finetune(place, *settings, kill_at_step=killed_at)
     finetune(place, *settings)
-    best = best_of(place, 4)
+    best = read_json(place / "run/checkpoints/step_00000004/state.json")["best"]
     assert (best["value"], best["step"]) == (values[1], 4) and best["interval"][0] < values[1] < best["interval"][1]
     best, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     assert metadata["step"] == 4

@@ -53,7 +53,7 @@ def chooses_compile(device, steps, minutes=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("device", "given", "missing"),
+    "device, given, missing",
     [
         ("cpu", {"programs": ["g++"]}, []),
         ("cpu", {"headers": None, "CXX": "nope -O3"}, ["(nope; CXX sets it)", "headers"]),
@@ -178,7 +178,7 @@ def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("others", "changes", "variable", "threads"),
+    "others, changes, variable, threads",
     [
         (2.4, {}, None, 6),
         (9.0, {}, None, 1),

@@ -17,7 +17,7 @@ from utils.io.files import write_json
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "by"),
+    "words, key, by",
     [
         (["optim.lr=0.1"], "optim.lr", By.WORD),
         (["+optim.lr=0.1"], "optim.lr", By.WORD),
@@ -63,21 +63,14 @@ COMMANDS = [
 
 
 def settled(script, words):
-    """Return the values of a command after all changes."""
     return settle_all(*configure(script, words))
 
 
 def settle_all(config, job):
-    """Return the values of a configuration after all changes."""
     start = SimpleNamespace(job=job, runtime=SimpleNamespace(precision="bf16"), collection=lambda data: None)
     for change in settle.list_changes(open_kind(config.task.name)):
         config = settle.make(change, config, start)
     return flatten(config.model_dump())
-
-
-def state(job, keys):
-    """Return the job with words that state keys; their values are those of the configuration."""
-    return replace(job, overrides=[*job.overrides, *(f"++{key}=null" for key in keys)])
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[1:]))
@@ -95,7 +88,7 @@ def test_what_is_stated_survives_or_ends_the_command(command, monkeypatch):
     stated = [*firm]
     while stated:
         try:
-            after = settle_all(config, state(job, stated))
+            after = settle_all(config, replace(job, overrides=[*job.overrides, *(f"++{key}=null" for key in stated)]))
         except UserError as refused:
             named = str(refused).partition(":")[0]
             if named not in stated:  # a key of the command, which cannot be as it asks
@@ -124,9 +117,7 @@ def test_a_chosen_file_keeps_its_values_against_those_of_timm(monkeypatch):
         assert (values["augment.eval_crop"], values["augment.mean"]) == (crop, mean)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("loop.batch_size", 48), ("optim.base_lr", 0.7), ("schedule.warmup_most", 0.3)]
-)
+@pytest.mark.parametrize("key, value", [("loop.batch_size", 48), ("optim.base_lr", 0.7), ("schedule.warmup_most", 0.3)])
 def test_an_experiment_states_as_a_word_does(key, value, tmp_path, monkeypatch):
     monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
     group, name = key.split(".")
@@ -154,7 +145,7 @@ def test_two_lengths_are_refused(words):
         settled("finetune", ["data.root=in", "loop.minutes=1", *words])
 
 
-@pytest.mark.parametrize(("images", "batch"), [(1, 8), (15, 8), (20, 16), (127, 64)])
+@pytest.mark.parametrize("images, batch", [(1, 8), (15, 8), (20, 16), (127, 64)])
 def test_a_default_holds_where_nothing_is_stated(images, batch, monkeypatch, log):
     """A batch has no more images than the collection, at the rate of the recipe; warm-up is a tenth at most."""
     monkeypatch.setattr(settle, "training_rows", lambda *_: range(images))

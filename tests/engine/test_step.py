@@ -78,7 +78,6 @@ def make_batch(size=8, seed=0, weight=None, dtype=torch.float32, **more):
 
 
 def split(batch, micro):
-    """Cut a batch into micro-batches."""
     size = len(batch["weight"])
     return [{name: tensor[start : start + micro] for name, tensor in batch.items()} for start in range(0, size, micro)]
 
@@ -91,11 +90,6 @@ def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
     optimizer.values = GroupValues(lr, weight_decay, None)
     set_group_values(optimizer, optimizer.values)
     return optimizer
-
-
-def descent(task, lr=1.0):
-    """An optimiser whose update is the gradient itself."""
-    return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0)
 
 
 RUN = build_bench_run(Regression(), batch_size=8, runtime={"device": "cpu", "precision": "fp32"})
@@ -115,7 +109,8 @@ def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, seed=0
 def update_of(task, batches, **settings):
     """(what the step subtracted from each parameter, its result) of one step of plain descent."""
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
-    result = make_step(task, batches, descent(task), **settings)
+    descent = make_optimizer("sgd", task, lr=1.0, weight_decay=0.0, momentum=0.0)  # its update is the gradient itself
+    result = make_step(task, batches, descent, **settings)
     return {name: before[name] - parameter.detach() for name, parameter in task.named_parameters()}, result
 
 
@@ -178,10 +173,6 @@ POISONS = {
 }
 
 
-def poisoned(kind, seed=50):
-    return split(make_batch(seed=seed, **POISONS[kind]), 4)
-
-
 @pytest.mark.parametrize("steps_before", [0, 3])
 @pytest.mark.parametrize("name, kind", [*zip(OPTIMISERS, POISONS), ("adamw", "nothing could be read")])
 def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, kind, steps_before):
@@ -190,7 +181,7 @@ def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, kind, s
     for step in range(steps_before):
         assert make_step(task, split(make_batch(seed=step), 4), optimizer, step=step, clip=1.0).applied == 1
     before, groups = bits(task, optimizer), copy.deepcopy([group | {"params": 0} for group in optimizer.param_groups])
-    result = make_step(task, poisoned(kind), optimizer, step=steps_before, clip=1.0)
+    result = make_step(task, split(make_batch(seed=50, **POISONS[kind]), 4), optimizer, step=steps_before, clip=1.0)
     after = bits(task, optimizer)
     sums = result.sums
     assert result.applied == 0 and sums.pop("skipped_steps").tolist() == [1, 1]
@@ -322,7 +313,7 @@ GOOD, EMPTY, BAD = (1.0, 8.0), (0.0, 0.0), (0.0, 8.0)
 
 
 @pytest.mark.parametrize(
-    ("results", "last", "ends"),
+    "results, last, ends",
     [
         ([GOOD] * 5 + [EMPTY] * EMPTY_STEPS, False, True),
         ([EMPTY] * 3, False, False),  # a few small steps of unreadable images do not end a run,

@@ -17,9 +17,8 @@ ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32", "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with images and a run, with an average of what is not exported."""
-    folder = tmp_path_factory.mktemp("strangers")
     make_images(folder / "images")
     run("tests.tasks.multicrop", [*OVERRIDES, "run_dir=multicrop", "loop.ema_decay=0.9"], folder)
     return folder

@@ -46,9 +46,8 @@ def checkpoints(run_dir):
 
 
 @pytest.fixture(scope="module")
-def straight(collection, tmp_path_factory):
+def straight(collection, folder):
     """Return the folder of the fine-tuning by SMALL that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("straight")
     run("finetune.py", common("classification", collection, folder / "run", *SMALL), folder)
     return folder / "run"
 
@@ -127,7 +126,7 @@ def trouble(monkeypatch):
     return lambda text: troubled.start(*text.split())
 
 
-@pytest.mark.parametrize(("steps", "ends"), [("10 15", False), ("15 20", True)])
+@pytest.mark.parametrize("steps, ends", [("10 15", False), ("15 20", True)])
 def test_a_refused_checkpoint_is_tried_again_but_the_last_one_is_an_error(steps, ends, collection, trouble, tmp_path):
     settings = [*HERE, f"data.root={collection}", "run_dir=run"]
     trouble(f"full_disk {steps}")

@@ -34,8 +34,7 @@ def asl_formula(x, y, *, gamma_neg, clip, **_):
     """Equations 4 to 7 of Ridnik et al.; of soft targets, as the official code has it."""
     p = sigmoid(x)
     p_m = np.maximum(p - clip, 0)
-    right = y * p + (1 - y) * (1 - p_m)
-    return -(y * np.log(p) + (1 - y) * np.log(1 - p_m)) * (1 - right) ** (gamma_neg * (1 - y))
+    return -(y * np.log(p) + (1 - y) * np.log(1 - p_m)) * (1 - (y * p + (1 - y) * (1 - p_m))) ** (gamma_neg * (1 - y))
 
 
 CASES = [
@@ -48,7 +47,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "formula", "changes"), CASES)
+@pytest.mark.parametrize("name, formula, changes", CASES)
 def test_a_loss_is_its_formula_and_finite_for_extreme_logits(name, formula, changes):
     loss = make(name, **changes)
     for targets in (HARD, SOFT):

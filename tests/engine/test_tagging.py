@@ -161,9 +161,8 @@ RATED = {"A": "square, rating:s", "B": "disc, round, rating:explicit"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with images, their sidecars, and a run with an average."""
-    folder = tmp_path_factory.mktemp("tagging")
     make_collection(folder / "images", per_class=8, classes="AB", validation=4)
     for file in (folder / "images").rglob("*.txt"):
         tags = RATED[file.parent.name]
@@ -213,7 +212,7 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     assert open_task(forged).task.mirror is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("tag_categories", [0]), ("tag_ids", [2**63] * 7)])
+@pytest.mark.parametrize("name, value", [("tag_categories", [0]), ("tag_ids", [2**63] * 7)])
 def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     path = place / "stranger.safetensors"

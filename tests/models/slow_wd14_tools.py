@@ -43,7 +43,6 @@ def make_hub(exports, folder):
 
 @pytest.fixture(scope="module")
 def imgutils(place, tmp_path_factory):
-    """Return what imgutils finds in each image."""
     if not INTEROP.exists():
         pytest.skip("imgutils is not installed: make install-interop")
     folder = tmp_path_factory.mktemp("hub")

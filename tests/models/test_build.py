@@ -41,7 +41,7 @@ def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"name": "resnet81"}, "model.name: .*resnet18"),
         ({"name": "hf-hub:timm/resnet18"}, "model.name: "),  # no internet

@@ -12,7 +12,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.convnextv2 import ConvNeXtV2
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf/model"
 
 # (with a 1000-class head, without head and final norm); counted from the published code
 PUBLISHED_COUNTS = {
@@ -37,12 +37,6 @@ def build_size(size, num_classes):
         return build_network(config, num_classes)
 
 
-def small(num_classes=0, **changes):
-    settings = {"in_channels": 3, "depths": [1, 2, 1], "dims": [8, 12, 16], "stem_stride": 2, "drop_path_rate": 0.0,
-                "head_init_scale": 1.0}  # fmt: skip
-    return ConvNeXtV2(**{**settings, **changes}, num_classes=num_classes)
-
-
 @pytest.mark.parametrize("size", PUBLISHED_COUNTS)
 def test_parameter_counts_are_the_published_ones(size):
     assert count(build_size(size, 1000)) == PUBLISHED_COUNTS[size][0]
@@ -61,7 +55,11 @@ def test_parameter_names_and_shapes_are_the_published_ones():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    for name, module in small(num_classes=50, dims=[32, 64, 128], head_init_scale=0.001).named_modules():
+    network = ConvNeXtV2(
+        in_channels=3, depths=[1, 2, 1], dims=[32, 64, 128], stem_stride=2, drop_path_rate=0.0, num_classes=50,
+        head_init_scale=0.001,
+    )  # fmt: skip
+    for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             expected = 2e-5 if name == "head" else 0.02
             assert module.weight.std().item() == pytest.approx(expected, rel=0.15), name

@@ -48,9 +48,8 @@ def write_classifier(path):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(folder):
     """Return a folder with a classifier as w.safetensors and as model.onnx, and its task."""
-    folder = tmp_path_factory.mktemp("exported")
     task = write_classifier(folder / "w.safetensors")
     assert write_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
     return folder, task
@@ -79,7 +78,7 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change, named",
     [({"task": {"name": "classificatoin"}}, "classification"), ({"class_names": None}, "class_names"),
      ({"preprocessing": {}}, r"preprocessing\.channels"), ({"model": HUGE}, "do not fit")],
 )  # fmt: skip
@@ -117,7 +116,7 @@ METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PRE
 
 
 @pytest.mark.parametrize(
-    ("metadata", "named"),
+    "metadata, named",
     [
         (None, "was not exported by Atelier"),
         ("{broken", "not a readable ONNX file"),

@@ -129,7 +129,7 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "network", "preprocessing", "reason"),
+    "form, network, preprocessing, reason",
     [
         ("timm", {"stem_stride": 2}, {}, "a stem of stride 2"),
         ("timm", {}, {"pad": "square"}, "augment.pad=square"),
@@ -173,11 +173,6 @@ def test_timm_loads_any_network_of_its_own(tmp_path):
 # --- ONNX
 
 
-def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3):
-    path = tmp_path / "model.onnx"
-    return write_onnx(model, metadata, path, precision, accepted), onnx.load(path), path
-
-
 def test_fp16_sums_in_float32(tmp_path):
     """Squares of GRN's input exceed the range of fp16 here: activations of some hundreds, which GRN divides again."""
     model, metadata = make(geometry())
@@ -186,7 +181,8 @@ def test_fp16_sums_in_float32(tmp_path):
             for block in stage:
                 block.pwconv1.weight.mul_(100.0)
                 block.pwconv2.weight.mul_(0.01)
-    difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", accepted=5e-2)
+    path = tmp_path / "model.onnx"
+    difference, proto = write_onnx(model, metadata, path, "fp16", 5e-2), onnx.load(path)
     images, _ = normalised(model)
     session = open_session(path, torch.device("cpu"))
     assert difference < 5e-2 and np.isfinite(session.run(None, {"images": images.numpy()})[0]).all()

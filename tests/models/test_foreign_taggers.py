@@ -43,9 +43,8 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (8, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with tagged images, each of a colour, and taggers of timm."""
-    folder = tmp_path_factory.mktemp("foreign")
     for name in ("images", *NETWORKS):
         (folder / name).mkdir()
     for number, colour in enumerate(COLOURS):

@@ -99,7 +99,7 @@ def start(network, path, which="model", keep_head=True):
 
 
 @pytest.mark.parametrize(
-    ("layout", "target", "prefix"),
+    "layout, target, prefix",
     [*((layout, "ours", "") for layout in (*get_args(Layout), "fcmae")),
      ("transformers", "timm", "_orig_mod.module."), ("fcmae", "timm", "")],
 )  # fmt: skip
@@ -176,7 +176,7 @@ def test_the_weights_or_their_average_are_taken_as_asked(tmp_path):
 # --- the stem
 
 
-@pytest.mark.parametrize(("old", "new", "make"), [(3, 1, ours), (1, 3, timm_network)])
+@pytest.mark.parametrize("old, new, make", [(3, 1, ours), (1, 3, timm_network)])
 def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_path, log):
     key = "in_channels" if make is ours else "in_chans"
     source, target = vary_weights(make(**{key: old})), make(**{key: new}).eval()

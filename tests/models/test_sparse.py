@@ -29,7 +29,6 @@ class DenseFCMAE(FCMAE):
         kept = kept.view(-1, 1, *grid)
 
         def mask(x):
-            """Set removed sites to 0."""
             return F.interpolate(kept.to(x), x.shape[-2:]) * x
 
         x = mask(images)

@@ -46,7 +46,7 @@ def test_the_order_of_wd_files_fills_every_place(caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "side"),
+    "name, side",
     [
         ("test_vit", 160),
         ("caformer_s18", 64),  # its head has two layers

@@ -59,9 +59,8 @@ def make_tagger():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """Return a folder with the repository for all programs, and the images."""
-    folder = tmp_path_factory.mktemp("tools")
     measured = {
         "weights": "/home/me/w",
         "weights_hash": "hash",

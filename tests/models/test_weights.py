@@ -1,7 +1,5 @@
 """Weights of earlier runs. Round trips (classifier, FCMAE, timm), the head's rules, GRN shapes, refusals."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from models.weights import fit, initialise
 from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
 from utils.contracts import InitFrom
+from utils.io.files import write_json
 from utils.io.weights import write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
@@ -57,7 +56,7 @@ def loaded_names(network, state):
 
 
 @pytest.mark.parametrize(
-    ("given", "keep_head", "left"), [(5, True, []), (5, False, HEAD), (7, True, HEAD), (0, True, NORM + HEAD)]
+    "given, keep_head, left", [(5, True, []), (5, False, HEAD), (7, True, HEAD), (0, True, NORM + HEAD)]
 )
 def test_what_is_loaded_and_what_is_left(given, keep_head, left):
     target, state = build(), build(num_classes=given).state_dict()
@@ -106,7 +105,7 @@ def test_a_kept_head_is_put_into_the_order_of_the_classes(tmp_path):
         ({"label_names": ["b", "c", "a"]}, [2, 0, 1]), ({"id2label": {"0": "c", "1": "b", "2": "a"}}, [2, 1, 0]),
         ({"id2label": {str(row): f"LABEL_{row}" for row in range(3)}}, [0, 1, 2]), ([1], [0, 1, 2]),
     ):  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(stated))
+        write_json(folder / "config.json", stated)
         initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
         assert torch.equal(target.head.weight, source.head.weight[rows])
 

@@ -65,7 +65,7 @@ def by_name(groups):
     return found
 
 
-@pytest.mark.parametrize(("make", "decay"), [(classifier, 1.0), (fcmae, 0.7)])
+@pytest.mark.parametrize("make, decay", [(classifier, 1.0), (fcmae, 0.7)])
 def test_groups_partition_the_trainable_parameters(make, decay):
     task = make()
     named = dict(task.named_parameters())
@@ -103,7 +103,7 @@ def test_rules_set_what_they_state_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    "rules, message",
     [
         ([rule("network.heed.weight", lr_scale=0.5)], r"optim\.rules\.0\.match: .* close: .*network\.head\.weight"),
         ([rule("Network.head.weight", lr_scale=0.5)], "optim.rules.0.match"),  # patterns tell capital letters

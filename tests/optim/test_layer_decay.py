@@ -37,7 +37,7 @@ IDS = [  # kind, depths, ids of the four downsample layers, of all blocks one af
 ]
 
 
-@pytest.mark.parametrize(("kind", "depths", "downsample", "blocks", "head"), IDS)
+@pytest.mark.parametrize("kind, depths, downsample, blocks, head", IDS)
 def test_every_tensor_has_the_id_of_its_layer(kind, depths, downsample, blocks, head):
     network = make_network(depths)
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]

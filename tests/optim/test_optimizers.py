@@ -128,7 +128,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "changes", "message"), REFUSED)
+@pytest.mark.parametrize("file, changes, message", REFUSED)
 def test_what_an_optimiser_cannot_do_is_refused_with_its_key(file, changes, message):
     with pytest.raises(ValueError, match=message):
         check_optimizer(config(file, **changes), ONE_CYCLE)

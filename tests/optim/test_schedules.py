@@ -58,7 +58,7 @@ def test_constant_at_every_step():
 
 
 @pytest.mark.parametrize("total", [100, 12])
-@pytest.mark.parametrize(("curve", "name"), [("cosine", "cos"), ("linear", "linear")])
+@pytest.mark.parametrize("curve, name", [("cosine", "cos"), ("linear", "linear")])
 def test_onecycle_equals_torch(total, curve, name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total, anneal_strategy=name)

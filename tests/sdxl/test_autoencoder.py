@@ -41,9 +41,8 @@ VAE = "base/vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with images, a base model, and a run."""
-    folder = tmp_path_factory.mktemp("vae")
     make_collection(folder / "images", per_class=4, validation=2)
     write_base(folder / "base")
     run("finetune_vae", [*SHORT, "run_dir=run"], folder)

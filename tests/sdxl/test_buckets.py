@@ -149,7 +149,7 @@ SQUARES = [[[512, 512]], [[768, 768]], [[1024, 1024]]]
 
 
 @pytest.mark.parametrize(
-    ("how", "sizes_hw", "image_hw", "wanted"),
+    "how, sizes_hw, image_hw, wanted",
     [
         ("no_upscale", SQUARES, [(1999, 2000), (2000, 1999), (767, 768), (300, 310)], [1024, 1024, 512, 512]),
         ("nearest", SQUARES, [(1999, 2000), (2000, 1999), (767, 768), (890, 890)], [1024, 1024, 768, 1024]),

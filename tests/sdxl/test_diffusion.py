@@ -101,7 +101,7 @@ def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("normalise", "outside", "inside"), [(False, 0.25, 1.0), (True, 0.4, 1.6)])
+@pytest.mark.parametrize("normalise, outside, inside", [(False, 0.25, 1.0), (True, 0.4, 1.6)])
 def test_the_loss_counts_inside_the_mask_and_by_the_floor_outside(normalise, outside, inside):
     task, masked = build(), build(f"task.mask={{source: alpha, floor: 0.25, normalise: {normalise}}}".lower())
     mask, added = torch.ones(4, 1, 8, 8), torch.zeros(4, 4, 8, 8)
@@ -158,9 +158,8 @@ def test_a_dropped_caption_is_zeros_or_the_empty_text(to):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with images, a run of a LoRA in `lora` and one of the U-Net and the text encoders in `whole`."""
-    folder = tmp_path_factory.mktemp("diffusion")
     data = f"data.root={make_collection(folder / 'images')}"
     own = ["task.timesteps.sampling=stratified", "task.samples.prompts=[black,white]", *FIVES]
     run("finetune_sdxl", [*SHORT, *own, data, "run_dir=lora"], folder)

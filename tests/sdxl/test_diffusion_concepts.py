@@ -18,8 +18,7 @@ CONCEPTS = "data.concepts=[{path: dog, repeats: 3, trigger: sks}, {path: reg, sh
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("concepts")
+def place(folder):
     put(folder / "images", *(f"dog/{number}.png" for number in range(5)), text="a dog")
     put(folder / "images", *(f"reg/{number}.png" for number in range(9)), "dog/9.png")
     put(folder / "kohya", "img/3_sks dog/a.png", "img/3_sks dog/b.png", "reg/1_dog/c.png")

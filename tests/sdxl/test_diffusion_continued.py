@@ -12,6 +12,7 @@ from sdxl.files.family import draw_networks
 from sdxl.lora.files import read_lora
 from tests.in_process import run
 from tests.support import TINY, make_collection, refuses
+from utils.io.files import write_json
 from utils.io.weights import read_weights
 
 SHORT = [
@@ -22,9 +23,8 @@ LORA = ["task.lora.alpha=8.0", "task.lora.rank=4", "task.lora.targets=['unet.*at
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with a run of a LoRA, its exports, and a run of the U-Net."""
-    folder = tmp_path_factory.mktemp("continued")
     make_collection(folder / "images", per_class=4, validation=1)
     run("finetune_sdxl", [*SHORT, *LORA, "loop.total_steps=2", "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "loop.total_steps=2", "run_dir=unet"], folder)
@@ -68,7 +68,7 @@ def test_a_resumed_run_needs_the_file_of_its_lora_no_more(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    "words, said",
     [
         (["task.lora.rank=16", f"init_from={FILES['kohya']}"], "^task.lora.rank: "),
         (["init_from=unet"], r"^init_from: .*unet.*is no LoRA"),
@@ -100,7 +100,7 @@ def write_lora(path, changes, metadata=None):
 
 
 @pytest.mark.parametrize(
-    ("changes", "metadata", "said"),
+    "changes, metadata, said",
     [
         ({"{}.lora_down.weight": torch.ones(2, 20)}, {"ss_base_model_version": "sd_v1"}, r"sd_v1.*\(32, 32\)"),
         ({"{}.w_norm": torch.ones(2)}, {}, "w_norm"),
@@ -147,7 +147,7 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stems", "endings"), SPELLINGS)
+@pytest.mark.parametrize("stems, endings", SPELLINGS)
 def test_layers_are_found_in_each_spelling_and_what_is_foreign_is_named(stems, endings, tmp_path, log):
     sides = {"unet": (32, 32), "text_encoder_2": (48, 96)}
     wanted, tensors = {}, {"bundle_emb.sks.clip_g": torch.ones(1, 48)}
@@ -171,6 +171,6 @@ def test_a_layer_has_its_own_alpha_in_pefts_configuration(tmp_path):
         matrices |= {f"{stem}.lora_A.weight": torch.ones(4, 32), f"{stem}.lora_B.weight": torch.ones(32, 4)}
     save_file(matrices, path := tmp_path / "adapter_model.safetensors")
     for is_rs in (False, True):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"use_rslora": is_rs}))
+        write_json(tmp_path / "adapter_config.json", values | {"use_rslora": is_rs})
         scales = {name.rsplit(".")[-1]: change.scale for name, change in read_lora(path, draw_networks()).items()}
         assert scales == ({"to_q": 4.0, "to_k": 3.0} if is_rs else {"to_q": 2.0, "to_k": 1.5})

@@ -20,7 +20,7 @@ from engine.exports.opened_task import open_task
 from tests.in_process import run, working_in
 from tests.small_sdxl import paint, write_base
 from tests.support import TINY, make_collection, refuses
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 from utils.io.weights import read_header, read_weights, write_tensors
 
 PROMPTS = ["tag 1, tag 2", "black"]
@@ -33,14 +33,13 @@ LORA = ["task.lora.targets=['unet.*','text_encoder*']", "task.lora.alpha=8.0"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """A folder with a base model, a LoRA of all layers, and a whole U-Net for a VAE with values of its own."""
-    folder = tmp_path_factory.mktemp("exports")
     make_collection(folder / "images", per_class=4, validation=1)
     write_base(folder / "base")
     (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")
     config = shutil.copytree(folder / "base/vae", folder / "vae") / "config.json"
-    config.write_text(json.dumps({**read_json(config), "scaling_factor": 0.2, "shift_factor": 0.1}))
+    write_json(config, {**read_json(config), "scaling_factor": 0.2, "shift_factor": 0.1})
     run("finetune_sdxl", [*SHORT, *LORA, "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "run_dir=whole", "model.vae=vae"], folder)
     return folder
@@ -131,7 +130,7 @@ def test_a_flow_is_drawn_as_diffusers_draws_its_folder(place):
     names, header = read_header(file)
     assert (header["modelspec.prediction_type"], header["ss_discrete_flow_shift"]) == ("flow", "2.5")
     assert not {"v_pred", "ztsnr"} & names.keys()
-    (place / "prompts.json").write_text(json.dumps([{"text": text, "seed": n} for n, text in enumerate(PROMPTS)]))
+    write_json(place / "prompts.json", [{"text": text, "seed": n} for n, text in enumerate(PROMPTS)])
     words = ["prompts=prompts.json", "pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]
     for number, base in enumerate((folder, file)):
         run("predict", [*words, f"weights={base}", f"output=drawn_{number}"], place)
@@ -187,7 +186,7 @@ def test_a_lora_of_a_whole_unet_is_refused(place):
     assert not (place / "refused").exists()
 
 
-@pytest.mark.parametrize(("name", "form"), [("lora", "kohya"), ("whole", "diffusers")])
+@pytest.mark.parametrize("name, form", [("lora", "kohya"), ("whole", "diffusers")])
 def test_a_file_that_differs_from_the_network_is_not_kept(name, form, place, monkeypatch):
     """Here a writer that changes one value of each file."""
 

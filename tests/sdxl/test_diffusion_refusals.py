@@ -21,7 +21,6 @@ def place(tmp_path):
 
 
 def train(place, *overrides, run_dir="run"):
-    """Train one step; return the run's log."""
     run("finetune_sdxl", [*SHORT, f"run_dir={run_dir}", *overrides], place)
     return (place / run_dir / "log.txt").read_text()
 

@@ -20,17 +20,14 @@ KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(
 LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def level_at(timesteps, *, zero):
-    return build_noise_table(zero).at(timesteps)
-
-
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     diffusers = pytest.importorskip("diffusers", reason="make install-sdxl")
     theirs = diffusers.DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
     )
-    table, level = build_noise_table(zero), level_at(TIMESTEPS, zero=zero)
+    table = build_noise_table(zero)
+    level = table.at(TIMESTEPS)
     torch.testing.assert_close(table.alpha.square(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
     velocity = theirs.get_velocity(LATENTS, NOISE, TIMESTEPS)
     torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
@@ -57,12 +54,8 @@ def test_literal_weights():
     assert [loss_weight("min_snr", "v_prediction", torch.zeros(1), 5.0, each).item() for each in (0.25, 0)] == [0.25, 0]
 
 
-def strata_of(keys):
-    return torch.stack([torch.arange(len(keys)), torch.full((len(keys),), len(keys))], dim=1)
-
-
 def test_strata_have_a_timestep_each():
-    times = draw_times("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
+    times = draw_times("stratified", KEYS[:1000], torch.stack([torch.arange(1000), torch.full((1000,), 1000)], dim=1))
     found = find_levels("v_prediction", times, build_noise_table(True))[1]
     assert torch.equal(found.sort().values, torch.arange(1000))
 

@@ -31,16 +31,12 @@ RECIPE = ("0" * 64, "white", False)
 MACHINE = SimpleNamespace(device=torch.device("cpu"), channels_last=False, workers=0, prefetch_batches=2)
 
 
-def make_images(root, count=14):
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (80 + 5 * (number % 3) ** 3, 80, 3), dtype=np.uint8)
-        root.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(root / f"{number:02}.png")
-
-
 @pytest.fixture
 def images(tmp_path):
-    make_images(tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    for number in range(14):
+        pixels = np.random.default_rng(number).integers(0, 256, (80 + 5 * (number % 3) ** 3, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number:02}.png")
     return tmp_path
 
 

@@ -1,6 +1,5 @@
 """LoRAs of several LoRAs and of two checkpoints: export.py with lora or rank."""
 
-import json
 import shutil
 
 import pytest
@@ -12,6 +11,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from tests.in_process import run
 from tests.small_sdxl import write_base
 from tests.support import refuses
+from utils.io.files import read_json
 
 LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
@@ -19,7 +19,7 @@ LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 def combine(place, *words):
     run("export", ["format=kohya", "precision=fp32", "output=out", *words], place)
     tensors = load_file(place / "out/lora.safetensors")
-    (error,) = json.loads((place / "out/errors.json").read_text()).values()
+    (error,) = read_json(place / "out/errors.json").values()
     return tensors[f"{LAYER}.lora_up.weight"] @ tensors[f"{LAYER}.lora_down.weight"], error
 
 

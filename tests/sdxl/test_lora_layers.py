@@ -31,7 +31,6 @@ FACTS = {"title": "toy", "prediction_type": "v_prediction"}
 
 
 def build_networks():
-    """Return the networks of a tiny SDXL, without gradients."""
     parts = {part: network for part, network in draw_networks().items() if part != "vae"}
     return {name: network.requires_grad_(False) for name, network in parts.items()}
 
@@ -111,7 +110,7 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [nn.Linear(12, 18), nn.Conv2d(12, 18, 3, padding=1)], ids=["linear", "conv"])
-@pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora_out", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
+@pytest.mark.parametrize("kind, rank", [("lora", 3), ("dora_out", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
 def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
     tensors = dict(vary(LoRALayer(layer, configure(kind=kind, rank=rank))).named_parameters())
     settings = {"dora_out": {"use_dora": True}, "lora": {}}.get(kind, {"alpha": 2.0})

@@ -84,7 +84,7 @@ def test_a_mask_that_is_damaged_later_is_an_unreadable_image(opened):
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "size", "word"),
+    "source, name, size, word",
     [
         ("beside", "images/0.mask.png", (35, 45), "[45, 35]"),
         ("beside", "images/0.mask.png", None, "unreadable"),

@@ -38,7 +38,7 @@ def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "name, text",
     [
         ("p.toml", "[prompt]\nwidth = 64\nscale = 5\n[[prompt.subset]]\nprompt = 'a'\nsample_steps = 2\nseed = -1"),
         ("p.json", '[{"prompt": "a", "width": 64, "scale": 5, "sample_steps": 2, "seed": -1}]'),
@@ -51,7 +51,7 @@ def test_lists_of_sd_scripts_are_read(name, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text, said",
     [
         ("a\nb --s many", "prompts.1.steps: must be a valid integer, found 'many'"),
         ("a --w 96 --h x", "prompts.0.image_size_hw.0: "),
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_named_by_the_key_and_the_number_of_the_prompt(text, sa
 
 
 @pytest.mark.parametrize(
-    ("text", "emphasis", "spelled"),
+    "text, emphasis, spelled",
     [
         (r"a [cat:dog:0.5] :( {b} AND x\y", False, r"a \[cat:dog:0.5\] :\( \{b\} and x\\y"),
         ("a ((cat)) :( {b} BREAK c", True, r"a (cat:1.21) :\( (b:1.2) BREAK c"),  # {} is text there, ( weighs the rest

@@ -1,6 +1,5 @@
 """SDXL's networks and files: names and shapes of the real one, bit-exact round trips, diffusers as another reader."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from sdxl.vae import AS_STATED
 from tests.small_sdxl import EPSILON, V_ZTSNR, write_base
 from tests.support import assert_same_tensors, refuses
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 from utils.io.weights import read_header
 
 NOISE = {**V_ZTSNR, "convert": False, "offset": 0.0}
@@ -174,7 +173,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    "changes, word",
     [
         ({"beta_schedule": "linear"}, "beta_schedule 'linear'"),
         ({"trained_betas": [0.1]}, "trained_betas"),
@@ -189,7 +188,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
 def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
     file = shutil.copytree(folder, tmp_path / "other") / "scheduler/scheduler_config.json"
     new = {"_class_name": changes} if isinstance(changes, str) else {**read_json(file), **changes}
-    file.write_text(json.dumps(new))
+    write_json(file, new)
     assert word in describe_base(tmp_path / "other")["other_noise"]
     with refuses("^task.noise: .*other"):
         settle_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
@@ -214,7 +213,7 @@ def test_a_base_model_that_says_flow_is_one(stated, folder, file, tmp_path):
         save_file(tensors, path := tmp_path / "x.safetensors", {stated: "flow", "ss_discrete_flow_shift": "2.5"})
     else:
         path = shutil.copytree(folder, tmp_path / "other")
-        (path / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
+        write_json(path / "scheduler/scheduler_config.json", stated)
     assert (describe_base(path)["other_noise"], describe_base(path)["shift"]) == (None, 2.5)
     settle_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
     with refuses("prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
@@ -234,7 +233,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "value"),
+    "file, name, value",
     [
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
         ("model_index.json", "requires_aesthetics_score", "refiner"),
@@ -247,7 +246,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
 )
 def test_folders_are_refused(file, name, value, folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other") / file
-    other.write_text(json.dumps({**read_json(other), name: value}))
+    write_json(other, {**read_json(other), name: value})
     with refuses(rf"^model.path: .*{name if '/' in file else value}"), torch.device("meta"):
         load_networks(tmp_path / "other")
 

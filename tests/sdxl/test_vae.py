@@ -1,6 +1,5 @@
 """A VAE of its own for SDXL: where it is read from, its values, and the same values in an export."""
 
-import json
 import shutil
 
 import pytest
@@ -20,7 +19,7 @@ from sdxl.step import decode_latents, encode_images
 from sdxl.vae import latent_scale, unlike_sdxls
 from tests.small_sdxl import V_ZTSNR, write_base
 from tests.support import assert_same_tensors, refuses
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 
 NOISE = {**V_ZTSNR, "dtype": torch.float32, "facts": {"title": "toy"}}
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 1.5, 2.0]
@@ -52,7 +51,7 @@ def configure(vae, path=None, **values):
 def state(place, folder, **values):
     """Return a folder of a VAE whose config.json states values."""
     file = shutil.copytree(place / "model/vae", folder / "stated") / "config.json"
-    file.write_text(json.dumps({**read_json(file), **values}))
+    write_json(file, {**read_json(file), **values})
     return file.parent
 
 
@@ -66,7 +65,7 @@ def test_a_vae_is_read_from_folders_and_files(name, place):
 
 
 @pytest.mark.parametrize(
-    ("stated", "given", "mean", "factor"),
+    "stated, given, mean, factor",
     [
         ({}, {}, [0.0] * 4, [0.13025] * 4),
         ({"scaling_factor": 0.2, "shift_factor": 0.1}, {}, [0.1] * 4, [0.2] * 4),
@@ -86,7 +85,7 @@ def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place,
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    "values, said",
     [
         (STATISTICS, "latents_mean.*with which SDXL's U-Net was not trained"),
         ({"latents_mean": MEAN}, "latents_mean"),

@@ -89,7 +89,6 @@ class Cluster:
 
     @property
     def names(self):
-        """Return the names of the nodes."""
         return [f"{self.prefix}{number}" for number in range(1, self.nodes + 1)]
 
     @property
@@ -129,7 +128,6 @@ class Cluster:
         self._name_the_nodes([])
 
     def start_node(self, name):
-        """Start the daemon of a node."""
         self._run("slurmd", "-N", name)
 
     def kill_node(self, name):
@@ -232,7 +230,6 @@ def why_impossible():
 
 
 def main():
-    """Start or stop a cluster from the command line."""
     if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
         sys.exit("python -m tests.slurm.cluster start|stop FOLDER")
     cluster = Cluster(Path(sys.argv[2]).absolute())

@@ -51,8 +51,6 @@ class Submission:
         return "\n".join([*lines, (self.cluster.folder / "log/slurmctld.log").read_text()])
 
     def wait_until(self, found, what):
-        """Wait until `found()` holds, while the jobs go on."""
-
         def is_there():
             there = found()
             assert there or not self.ends, self.story()
@@ -70,7 +68,6 @@ class Submission:
 
 
 def wait_until(found, what):
-    """Wait until `found()` holds."""
     until = time.monotonic() + WAIT_SEC
     while not found():
         assert time.monotonic() < until, f"waited for {what}"

@@ -16,7 +16,7 @@ from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, scri
 from tests.in_process import TINY, configure, run_command
 from tests.support import ROOT, refuses
 from utils.config.messages import ConfigError
-from utils.io.files import read_json, write_text
+from utils.io.files import read_json, write_json, write_text
 from utils.record.run_reader import RunReader, write_progress
 
 
@@ -32,7 +32,7 @@ def script_of(folder, *words, jobs=1):
 
 
 @pytest.mark.parametrize(
-    ("words", "own", "rest"),
+    "words, own, rest",
     [
         (["launch.nodes=2", "optim.lr=1", "launch=slurm"], ["launch.nodes=2", "launch=slurm"], ["optim.lr=1"]),
         (["-m", "data.root=launch.x", "+launch.x=1"], ["+launch.x=1"], ["-m", "data.root=launch.x"]),
@@ -83,7 +83,7 @@ def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    "word, said",
     [
         ("script=finetun", "launch.script: must be 'evaluate', 'export', 'finetune', 'finetune_sdxl'"),
         ("ranks_per_node=2", "launch.ranks_per_node: 2"),
@@ -137,7 +137,7 @@ def test_a_script_that_a_signal_ends_was_stopped_or_lost():
     assert {status: _meaning(status) for status in statuses} == statuses
 
 
-@pytest.mark.parametrize(("status", "code"), [(0, 0), (2, 2), (75, 0)])
+@pytest.mark.parametrize("status, code", [(0, 0), (2, 2), (75, 0)])
 def test_a_task_ends_with_the_status_of_its_script_unless_it_was_stopped(status, code, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setattr("submit.job.os._exit", sys.exit)
@@ -167,7 +167,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("noted", "srun", "before", "end"), ENDS)
+@pytest.mark.parametrize("noted, srun, before, end", ENDS)
 def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -183,8 +183,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
 
     monkeypatch.setattr("submit.job.ask", ask)
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
-    limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}
-    (tmp_path / "job.json").write_text(json.dumps({"launch": limits}))
+    write_json(tmp_path / "job.json", {"launch": {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}})
     for number in range(before):
         write_text(tmp_path / f"status_0_{number}/job", "70")
     for task, status in enumerate(noted):
@@ -202,7 +201,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "said"),
+    "script, words, said",
     [
         ("prepare", ["job=manifest", "data=image_folder", "data.root=nowhere"], "data.root: 'nowhere' does not exist"),
         ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),

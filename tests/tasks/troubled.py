@@ -139,7 +139,6 @@ PATCHED = (
 
 
 def start(name, *amounts):
-    """Begin a trouble in this process."""
     globals()[name](*amounts)
 
 

@@ -26,7 +26,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "parts", "weights"), CASES)
+@pytest.mark.parametrize("text, parts, weights", CASES)
 def test_brackets_are_read_as_the_web_uis_read_them(text, parts, weights):
     found = read_emphasis(text)
     assert "#".join("|".join(part for part, _ in chunk) for chunk in found.chunks) == parts

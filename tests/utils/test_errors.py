@@ -10,7 +10,7 @@ DEAD = {
 }
 
 
-@pytest.mark.parametrize(("said", "named"), DEAD.items())
+@pytest.mark.parametrize("said, named", DEAD.items())
 def test_a_dead_worker_becomes_advice_also_where_another_error_follows(said, named):
     message = lost_worker(RuntimeError(said))
     assert message.startswith("runtime.workers: ") and named in message

@@ -13,7 +13,7 @@ V2 = {"memory.max": 8 * GIB, "memory.current": 6 * GIB, "memory.stat": f"anon 1\
 
 
 @pytest.mark.parametrize(
-    ("groups", "files", "expected"),
+    "groups, files, expected",
     [
         ("0::/", {}, 12),
         ("0::/job/step", {"job": V2}, 3),

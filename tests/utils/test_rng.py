@@ -37,7 +37,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize(("case", "first"), ORDERS.items())
+@pytest.mark.parametrize("case, first", ORDERS.items())
 def test_known_orders(case, first):
     order = rng.Permutation(*case)
     assert [order(index) for index in range(len(first))] == first

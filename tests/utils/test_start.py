@@ -23,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.parametrize(("settings", "keeps"), [({}, True), ({"MALLOC_MMAP_MAX_": "1000"}, False)])
+@pytest.mark.parametrize("settings, keeps", [({}, True), ({"MALLOC_MMAP_MAX_": "1000"}, False)])
 def test_a_block_in_the_place_of_a_freed_one_costs_few_page_faults(settings, keeps):
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     found = subprocess.run(
@@ -45,7 +45,7 @@ def test_cores_that_others_use_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("before", "options", "words"),
+    "before, options, words",
     [
         ("import os, sys\ndel os.sched_getaffinity\nsys.platform = 'win32'", [], ["Linux", "WSL"]),
         ("", ["-S"], [sys.executable, "make install", ".venv/bin/activate"]),  # without site-packages

@@ -1,6 +1,5 @@
 """view.py over runs with hostile names, and a page in a browser that fails its test for anything odd."""
 
-import json
 import os
 import re
 import socket
@@ -19,14 +18,13 @@ from playwright.sync_api import sync_playwright
 from tests.support import ROOT, data_config
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run, said
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+def runs(folder):
     for number, name in enumerate(("a", HOSTILE.replace("/", ""), "c")):
         rows = '{"kind": "train", "loss": 1.0}\n'  # without its step
         rows += "".join(line(step, loss=1 / step, **{HOSTILE: 1.0}) for step in range(1, 30))
@@ -41,7 +39,7 @@ def runs(tmp_path_factory):
 def add_data(run, **data):
     """Let a run be trained on a collection; data: of `data_config`."""
     file = run / "config.json"
-    file.write_text(json.dumps(read_json(file) | {"data": data_config(**data).model_dump(mode="json")}))
+    write_json(file, read_json(file) | {"data": data_config(**data).model_dump(mode="json")})
     return run
 
 
@@ -72,7 +70,6 @@ def serve(*words):
 
 @pytest.fixture(scope="module")
 def words(runs):
-    """The command's words."""
     return [f"runs={runs}"]
 
 
@@ -89,7 +86,6 @@ def save_grey(file, level=90, size=(30, 20)):
 
 
 def sees(page, *texts):
-    """Wait until the page shows each text."""
     for text in texts:
         page.get_by_text(text).first.wait_for()
 

@@ -35,7 +35,6 @@ def words(tmp_path_factory):
 
 
 def find(page, text, count):
-    """Find images by terms."""
     page.get_by_label("find").fill(text)
     page.get_by_label("find").press("Enter")
     sees(page, f"{count} of 400 images")

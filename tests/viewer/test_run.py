@@ -28,29 +28,28 @@ LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
-    root = tmp_path_factory.mktemp("run")
     figures = {"mean_class_accuracy": 0.25, "top1": 0.5, "samples": 96, "always_one_class": 0.5}
     best = {"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": False, "figures": figures}
     result = json.dumps({**best, "marks": ["by pictures"]})
     files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
         corrected = "2026-01-01 00:00:00,000 INFO data.corrections: x decides on 19 labels\n" * (name == "b")
-        make_run(root / "runs/sweep" / name, PLAN + LOG + NEXT + corrected, complete_json="{}", **files)
-    run = root / "runs/sweep/a"
+        make_run(folder / "runs/sweep" / name, PLAN + LOG + NEXT + corrected, complete_json="{}", **files)
+    run = folder / "runs/sweep/a"
     for number in range(3):
-        save_grey(root / f"images/train/{'xyz'[number]}/{number}.png", 80 * number)
+        save_grey(folder / f"images/train/{'xyz'[number]}/{number}.png", 80 * number)
         save_grey(run / f"plots/steps/{number * 10:08}/predictions.png")
     save_grey(run / "plots/predictions.png")
-    add_data(run, root=str(root / "images"))
+    add_data(run, root=str(folder / "images"))
     (run / "tables").mkdir()
     (run / "tables/decisions.csv").write_text(DECISIONS)
     (run / "tables/confusions.csv").write_text(f"true,predicted,count,share\n{HOSTILE},y,1,0.5\n")
     rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
     rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3, "rank": [2, 1, 3]}
-    pq.write_table(pa.table(rows, metadata={"root": str(root / "images")}), run / "tables/images.parquet")
-    return root / "runs"
+    pq.write_table(pa.table(rows, metadata={"root": str(folder / "images")}), run / "tables/images.parquet")
+    return folder / "runs"
 
 
 def test_images_of_the_collection_and_what_is_said_of_them(runs):

@@ -8,9 +8,8 @@ from utils.io.files import write_json
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """A sweep of three jobs, and two runs."""
-    folder = tmp_path_factory.mktemp("listed")
     for rate, value in ((1, 0.25), (2, 0.75), (3, None)):
         run = make_run(folder / f"rates/lr={rate}", complete_json="{}", overrides_txt=f"optim.lr={rate}\n{HOSTILE}=1\n")
         if value is not None:

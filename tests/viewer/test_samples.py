@@ -1,34 +1,31 @@
 """/samples: pictures of two steps over each other."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, sees
-from utils.io.files import read_json
+from utils.io.files import read_json, write_json
 
 PROMPTS = ["black", {"text": HOSTILE, "seed": 7, "negative": "blurry", "image_size_hw": [16, 24]}]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """A run with pictures of two prompts, 32 x 40 and 16 x 24 pixels, before training and at two steps."""
-    root = tmp_path_factory.mktemp("samples")
-    make_run(root / "classifier")
+    make_run(folder / "classifier")
     for name, prompts in {"other": PROMPTS[:1], "lora": PROMPTS}.items():
-        run = make_run(root / name)
+        run = make_run(folder / name)
         samples = {"prompts": prompts, "image_size_hw": [32, 40], "steps": 3, "guidance": 5.0}
         config = read_json(run / "config.json") | {"task": {"name": "diffusion", "samples": samples}}
-        (run / "config.json").write_text(json.dumps(config))
+        write_json(run / "config.json", config)
     for step in (0, 5, 9):
         strip = np.full((32, 64, 3), 10 * step, np.uint8)
         strip[:, 40:] += 100
         (run / f"plots/steps/{step:08}").mkdir(parents=True)
         Image.fromarray(strip).save(run / f"plots/steps/{step:08}/samples.png")
-    return root
+    return folder
 
 
 def test_two_steps_are_over_each_other_and_the_address_has_them(page, address, runs):

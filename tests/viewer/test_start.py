@@ -99,7 +99,7 @@ def test_a_command_that_is_not_taken_any_more_lets_others_start(queue):
     wait(lambda: states(queue) == {"b": "ended", "a": "running"})
 
 
-@pytest.mark.parametrize(("name", "after"), [("write_json", 0), ("write_json", 1), ("Popen", 0), ("Popen", 1)])
+@pytest.mark.parametrize("name, after", [("write_json", 0), ("write_json", 1), ("Popen", 0), ("Popen", 1)])
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_kill_of_view_loses_nothing_and_starts_nothing_twice(queue, tmp_path, name, after, ends):
     if ends:

@@ -45,9 +45,8 @@ def noise(*shape):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """Return a folder with a run of a tagger with thresholds, and its collection."""
-    folder = tmp_path_factory.mktemp("try")
     make_collection(folder / "images", per_class=4, classes="AB", validation=2)
     weights = folder / "tagger/weights/best_weights.safetensors"
     task = TaggingKind().build(Setup(MODEL, CONFIG, PREPROCESSING, {**VOCABULARY.facts(), "tag_priors": [0.5] * 7}))
@@ -66,7 +65,7 @@ def open_networks(runs, *words):
     return Networks([runs], lambda path: load_predictor(path, CPU), configure("view", words)[0].text)
 
 
-@pytest.mark.parametrize(("profile", "limit"), [("per_tag", 0.9), ("high_recall", 0.5)])
+@pytest.mark.parametrize("profile, limit", [("per_tag", 0.9), ("high_recall", 0.5)])
 def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
     content = encoded(noise(40, 60, 3), exif=turned())
     (tmp_path / "a.jpg").write_bytes(content)
@@ -110,7 +109,7 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("text", "word"), [
+@pytest.mark.parametrize("text, word", [
     ("in/wd", None), ("in/w.safetensors", None), ("in/wd/model.onnx", None), ("in/../in/wd", None),
     ("out/w.safetensors", "file below"), ("in/../out/w.safetensors", "file below"), ("/etc/passwd", "file below"),
     ("in/link.safetensors", "file below"), ("in/folder/w.safetensors", "file below"), ("in/run", "file below"),

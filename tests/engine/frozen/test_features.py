@@ -34,12 +34,6 @@ def open_parts(place):
     return config, load_collection(config), runtime
 
 
-def count_embedded(monkeypatch):
-    counts, embed = [], Predictor.embed
-    monkeypatch.setattr(Predictor, "embed", lambda self, images: counts.append(len(images)) or embed(self, images))
-    return counts
-
-
 def test_only_new_and_changed_images_are_read(place, monkeypatch):
     config, collection, runtime = open_parts(place)
     frozen = choose_frozen(None, collection, runtime, "weights")
@@ -51,7 +45,8 @@ def test_only_new_and_changed_images_are_read(place, monkeypatch):
     for row in (0, 5, 11):
         image = preparer(frozen.predictor.preprocessing, 10**6)(files[row].read_bytes(), "x")
         assert np.allclose(frozen.predictor.embed(image[None])[0], features[row], atol=1e-5)
-    embedded = count_embedded(monkeypatch)
+    embedded, embed = [], Predictor.embed
+    monkeypatch.setattr(Predictor, "embed", lambda self, images: embedded.append(len(images)) or embed(self, images))
     again, _ = read_features(frozen, collection, config, rows, runtime)
     assert torch.equal(again, features) and embedded == []
     files[3].write_bytes(files[8].read_bytes())

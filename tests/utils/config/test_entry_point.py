@@ -139,7 +139,7 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
 
 
 @pytest.mark.parametrize(
-    ("words", "data"),
+    "words, data",
     [
         (["data.root=PATH"], "image_folder"),
         (["data=glyphs", "data.root=PATH"], "glyphs"),
@@ -153,7 +153,7 @@ def test_a_folder_is_of_the_users_own_images(words, data):
 
 
 @pytest.mark.parametrize(
-    ("script", "typed", "read"),
+    "script, typed, read",
     [
         ("train", "{here}", "data.root={here}"),
         ("train", "data.root = {here}", "data.root={here}"),

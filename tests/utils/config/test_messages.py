@@ -51,7 +51,7 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), MESSAGES)
+@pytest.mark.parametrize("key, value, said", MESSAGES)
 def test_a_message_names_the_key_the_value_and_what_is_allowed(key, value, said):
     assert problems_with({key: value}) == [f"{key}: {said}"]
 

@@ -74,7 +74,7 @@ def test_jobs_are_all_choices_with_each_other():
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    "words, names",
     [
         (["b.x=range(1,3)", "+a.y=choice(u,v)", "run_dir=here"], ["x=1,y=u", "x=1,y=v", "x=2,y=u", "x=2,y=v"]),
         (["model.name=a,b", "data.name=c,d"], [f"data.name={d},model.name={m}" for m in "ab" for d in "cd"]),
@@ -153,8 +153,7 @@ def test_a_sweep_is_a_file_whose_commands_wandbs_agent_makes(tmp_path, monkeypat
     args = create_sweep_command_args(
         {"args": {name: {"value": part["values"][1]} for name, part in sweep["parameters"].items()}}
     )
-    typed = create_sweep_command(sweep["command"])[3:-1] + args[sweep["command"][-1][2:-1]]
-    config, _ = configure("finetune", typed)
+    config, _ = configure("finetune", (create_sweep_command(sweep["command"])[3:-1] + args[sweep["command"][-1][2:-1]]))
     assert (config.optim.lr, config.augment.image_size_hw, config.seed, config.tracking.name) == (
         0.003,
         [64, 64],

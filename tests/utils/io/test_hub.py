@@ -61,7 +61,7 @@ def test_a_reference_is_read_from_the_hub_and_then_from_its_cache(server):
 
 
 @pytest.mark.parametrize(
-    ("front", "licence"),
+    "front, licence",
     [
         ("license: mit", "mit"), ("license: other\nlicense_name: fair-ai", "fair-ai"), ("tags: [a]", None),
         ("license: [mit", None), ("license: [mit]", None),

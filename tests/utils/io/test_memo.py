@@ -29,7 +29,7 @@ def test_a_cache_that_the_user_may_not_write_is_in_a_folder_of_his_own(tmp_path,
     assert own_cache(OURS / "ab") == tmp_path / "home/atelier/ab"
     assert log.text.count("XDG_CACHE_HOME") == 1
     store = Store(OURS)  # reads what another user has written
-    (OURS / "ab" / "abc").write_bytes(b"theirs")
+    (OURS / "ab/abc").write_bytes(b"theirs")
     store.put("abd", b"ours")
     assert store.get("abd").tobytes() == b"ours" and {file.name for file in store.files()} == {"abc", "abd"}
     memo._find_own.cache_clear()

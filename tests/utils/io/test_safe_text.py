@@ -17,7 +17,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    "text, shown",
     [
         ("a\nERROR forged\rb\tc\0d", r"a\nERROR forged\rb\tc\x00d"),
         ("\x1b[2J\x1b]0;title\x07\x9b31m", r"\x1b[2J\x1b]0;title\x07\x9b31m"),
@@ -154,7 +154,7 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sesame-open-up")
     root = make_images(tmp_path / "images")
     forged = "a\nERROR forged\x1b[1A\u202e"
-    (root / "train/A" / f"{forged}.png").write_bytes(b"no image")
+    (root / f"train/A/{forged}.png").write_bytes(b"no image")
     overrides = [*TINY, "data.root=images", "run_dir=sesame-open-up", "loop.find=null", "loop.total_steps=4"]
     run_script("finetune", overrides, tmp_path)
     run_dir = tmp_path / "sesame-open-up"

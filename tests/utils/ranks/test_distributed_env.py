@@ -44,7 +44,7 @@ def test_the_processes_of_a_job_choose_one_port_and_another_step_another():
     assert ports[0] == ports[1] != ports[2] and all(1024 < port < 32768 for port in ports)
 
 
-@pytest.mark.parametrize(("rank", "is_held"), [("0", True), ("1", True), ("0", False)])
+@pytest.mark.parametrize("rank, is_held", [("0", True), ("1", True), ("0", False)])
 def test_a_port_of_another_program_or_a_lacking_rank_ends_every_rank(rank, is_held, monkeypatch):
     """Rank 0 cannot listen; the other program takes the connection of rank 1 and never answers."""
     with socket.create_server(("", 0)) as server:
@@ -60,7 +60,7 @@ def test_a_port_of_another_program_or_a_lacking_rank_ends_every_rank(rank, is_he
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    "nodes, first",
     [
         ("gpu03,gpu04", "gpu03"), ("gpu[03-05,9],x1", "gpu03"), ("gpu[3,7]", "gpu3"),
         ("n1.example.org,n2", "n1.example.org"),

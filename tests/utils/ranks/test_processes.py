@@ -23,7 +23,6 @@ def test_all_results_in_order_and_the_fatal_items_by_themselves():
 
 
 def fail(number):
-    """Raise for each item."""
     raise ValueError(f"item {number}")
 
 

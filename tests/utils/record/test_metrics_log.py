@@ -19,10 +19,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def steps_of(folder):
-    return [row["step"] for row in rows(folder / "metrics.jsonl")]
-
-
 def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.add(1, "train", {"loss": float("nan"), "norm": float("inf"), "count": 3, "note": "a", "low": 0.5})
@@ -64,4 +60,4 @@ def test_the_csv_has_a_row_an_epoch_and_the_columns_of_all(tmp_path):
     MetricsLog(tmp_path, 6).close()  # resumed, and killed again before the epoch's end
     assert table.read_text() == "step,epoch,val_loss\n4,1,0.5\n"
     MetricsLog(tmp_path, 6, {"epoch": 3}).close()  # rows of epochs have a limit of their own
-    assert not table.exists() and steps_of(tmp_path) == [4]
+    assert not table.exists() and [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [4]

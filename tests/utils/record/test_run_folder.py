@@ -59,7 +59,6 @@ def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch
 
 
 def refusal(config):
-    """What is said where the folder cannot be opened."""
     with pytest.raises(UserError) as refused, open_folder(config):
         pass
     return str(refused.value)

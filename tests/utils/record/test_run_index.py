@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.utils.record.test_curves import line
-from utils.io.files import file_lock
+from utils.io.files import file_lock, write_json
 from utils.record.run_index import RunIndex
 
 
@@ -18,7 +18,7 @@ def said(state, step=4, **more):
 def make_run(path, log="", **files):
     (path / "weights").mkdir(parents=True)
     config = {"script": "finetune", "task": {"name": "tagging"}, "model": {"name": "<b>net</b>"}}
-    (path / "config.json").write_text(json.dumps(config))
+    write_json(path / "config.json", config)
     (path / "log.txt").write_text(log)
     for name, content in files.items():
         (path / name.replace("_", ".")).write_text(content)

@@ -32,7 +32,7 @@ def test_decisions_and_their_reliability(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "cell"),
+    "text, cell",
     [("007", "007"), ("12", 12), ("-0.25", -0.25), ("0.123456", 0.1235), ("", None), ("nan", "nan"), ("1_0", "1_0")],
 )
 def test_cells(text, cell):

@@ -35,27 +35,13 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-@pytest.fixture
-def logged(monkeypatch):
-    """Return the rows that W&B is given: for each start of a run, by their steps."""
-    starts, log = {}, wandb.Run.log
-
-    def note(run, values, step):
-        starts.setdefault(run, {}).setdefault(step, {}).update(values)
-        log(run, values, step=step)
-
-    monkeypatch.setattr(wandb.Run, "log", note)
-    return starts
-
-
 def fine_tune(images, folder, *overrides):
     return run("finetune", [*TINY, f"data.root={images}", "run_dir=run", *overrides], folder)
 
 
 @pytest.fixture(scope="module")
-def plain(images, tmp_path_factory):
+def plain(images, folder):
     """Return the run folder of three steps without a tracker."""
-    folder = tmp_path_factory.mktemp("plain")
     fine_tune(images, folder, "loop.total_steps=3")
     return folder / "run"
 
@@ -72,9 +58,14 @@ def expected_rows(run_dir):
 # ---------------------------------------------------------------------------------------------------------------- W&B
 
 
-def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(
-    images, plain, logged, tmp_path, monkeypatch
-):
+def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(images, plain, tmp_path, monkeypatch):
+    logged, log = {}, wandb.Run.log  # for each start of a run, the rows by their steps
+
+    def note(run, values, step):
+        logged.setdefault(run, {}).setdefault(step, {}).update(values)
+        log(run, values, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", note)
     monkeypatch.setattr("sys.argv", ["finetune.py", f"data.token={KEY}"])
     monkeypatch.setenv("WANDB_TAGS", "small,glyphs")
     fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", *WANDB)
@@ -118,7 +109,7 @@ def test_wandb_has_the_objective_of_a_sweep_and_the_weights_if_asked(images, tmp
     assert sent == [(files[0], "weights-fromagent", ["best"]), (files[1], "weights-fromagent", ["latest"])]
 
 
-@pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5)])
+@pytest.mark.parametrize("is_lowest_best, value", [(True, -0.5), (False, 0.5)])
 def test_the_objective_is_highest_where_the_run_is_best(tmp_path, is_lowest_best, value):
     write_json(tmp_path / "result.json", {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})
     assert RunReader(tmp_path).objective == value
