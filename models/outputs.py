@@ -61,9 +61,9 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     row = {}
     probs = {}
     if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
-        best = ratings[values[ratings].argmax()]
         rated = {names[index]: round(float(values[index]), 6) for index in ratings.tolist()}
-        row = {"rating": names[best], "rating_prob": rated[names[best]], "rating_probs": rated}
+        best = max(rated, key=rated.__getitem__)
+        row = {"rating": best, "rating_prob": rated[best], "rating_probs": rated}
     for index in tags.tolist():
         probs.setdefault(category_name(int(categories[index])), {})[names[index]] = round(float(values[index]), 6)
     return {**row, "tags": [names[index] for index in tags.tolist()], "probs": probs}

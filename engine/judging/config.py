@@ -83,7 +83,7 @@ class PredictConfig(Strict):
     top: Count  # the number of classes
     threshold: Fraction | None  # for every tag or class; None: from `thresholds`, of tags by `profile`
     thresholds: text_or(CategoryThresholds, PathText)  # a table, or the threshold of each category
-    profile: Literal["per_tag", "balanced", "high_precision", "high_recall"]
+    profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "best_f1"]
     text: TextConfig
     lora: PathList  # FILE or FILE:STRENGTH
     model: MovedBase

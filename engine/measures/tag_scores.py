@@ -167,8 +167,9 @@ def is_fitted(leads: Tensor) -> Tensor:
 def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: float) -> ThresholdTable:
     """Return the thresholds fitted to `fitted` and measured on `reported`, the scores of other images.
 
-    For categories and for all tags (micro): `balanced` is P = R; `high_precision` is the lowest threshold with at least
-    `precision`, `high_recall` the highest threshold with at least `recall`, both with 95 % confidence (`lower_bound`).
+    For categories and for all tags (micro): `balanced` is P = R, and `best_f1` has the best F1. `high_precision` is the
+    lowest threshold with at least `precision`, `high_recall` the highest threshold with at least `recall`, both with
+    95 % confidence (`lower_bound`).
     A category with too few positives for a promise has the threshold of all tags; the row of a broken promise has a
     note, which is logged.
     For a tag with n positives, in logits: (n * best + 50 * balanced) / (n + 50), rounded down to an edge. `best`
@@ -219,7 +220,7 @@ def _choose_edges(
 
     Decisions on the tags of an image are not independent, so a rate has at most as many samples as there are images.
     """
-    precision, recall, _ = group.micro()
+    precision, recall, f1 = group.micro()
     images = group.predicted[0] / (group.num_tags + group.num_empty)
     positives = min(group.support, images)
     sure = lower_bound(precision, np.minimum(group.predicted, images))
@@ -228,14 +229,15 @@ def _choose_edges(
     if not len(complete):
         complete = np.flatnonzero(recall >= least_recall)
     edges = [equal_point(precision, recall), int(precise.argmax() if precise.any() else sure.argmax()), complete[-1]]
+    edges.append(np.nanargmax(f1))
     aims = [f"a recall known to {_RECALL_MARGIN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"]
     most = lower_bound(1.0, positives)  # that can be promised
     is_few = [0.5 - lower_bound(0.5, positives) > _RECALL_MARGIN, most < least_precision, most < least_recall]
     choices = []
     for index, edge in enumerate(edges):
         note = None
-        if is_few[index]:
-            note = f"{group.support:,} positives on {images:,.0f} images are too few for {aims[index]}"
+        if is_few[index % 3]:
+            note = f"{group.support:,} positives on {images:,.0f} images are too few for {aims[index % 3]}"
             if overall is not None:
                 edge = overall[index][0]
                 note += ": the threshold of all tags"

@@ -133,19 +133,21 @@ def _find_origin(source: str, path: Path, layout: str, metadata: Json) -> Json:
     one of them.
     """
     origin = {"source": source if is_reference(source) else str(path), "layout": layout}
-    earlier = dict_of(metadata, "origin")
-    stated = earlier.get("license")
-    if "task" in metadata:  # a run: what it began with has a licence, or nothing has
-        if "license" not in earlier:
-            return origin
-        return {**origin, "license": _log_licence(path, stated, "the file states it")}
-    licence, reason = _find_licence(source, path, layout, metadata, stated)
-    return {**origin, "license": _log_licence(path, licence, reason)}
+    if "task" in metadata and "license" not in dict_of(metadata, "origin"):  # a run that began with random weights
+        return origin
+    licence, reason = _find_licence(source, path, layout, metadata)
+    if not isinstance(licence, str) or licence == "unknown":
+        log.info("licence of %s: not stated", path)
+        return {**origin, "license": None}
+    licence = licence[:_MAX_TEXT]
+    log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence, reason)
+    return {**origin, "license": licence}
 
 
-def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated: Any) -> tuple[Any, str]:
-    """Return the licence of a file that is not a run's, and the source of that statement."""
-    if stated is not None:
+def _find_licence(source: str, path: Path, layout: str, metadata: Values) -> tuple[Any, str]:
+    """Return the licence of a file, and the source of that statement."""
+    stated = dict_of(metadata, "origin").get("license")
+    if stated is not None or "task" in metadata:
         return stated, "the file states it"
     config = read_config_beside(path)
     if licence := config.get("license") or dict_of(config, "pretrained_cfg").get("license"):
@@ -155,12 +157,3 @@ def _find_licence(source: str, path: Path, layout: str, metadata: Values, stated
     if layout == "official" and metadata.get("entries") == ["model"]:
         return RELEASED_LICENCE, "presumed: the file has the layout of the weights that Meta released"
     return None, ""
-
-
-def _log_licence(path: Path, licence: Any, reason: str) -> str | None:
-    """Return a licence from a file, or None if it is unknown."""
-    if not isinstance(licence, str) or licence == "unknown":
-        log.info("licence of %s: not stated", path)
-        return None
-    log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence[:_MAX_TEXT], reason)
-    return licence[:_MAX_TEXT]

@@ -29,7 +29,7 @@ from utils.io.files import readable
 from utils.record.logging import log
 from utils.record.report import write_table
 
-CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
+CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall", "best_f1")
 PER_TAG = "per_tag"
 RISK = "risk"  # of all classes of a classifier
 DEFAULT = 0.35  # as in most tools
@@ -83,6 +83,8 @@ class ThresholdTable(NamedTuple):
         """Return each tag's threshold: the tag's, else its category's, else the one of all tags."""
         by_tag = {row.tag: row.threshold for row in self.rows if row.profile == profile == PER_TAG}
         by_category = self.of_categories("balanced" if profile == PER_TAG else profile) or self.of_categories(RISK)
+        if not by_category:
+            raise UserError(f"profile: the thresholds have no {profile}; fit them again (evaluate.py calibrate=true)")
         return [by_tag.get(key, by_category.get(key[0], by_category[OVERALL])) for key in vocabulary.columns]
 
 
@@ -118,7 +120,7 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
     if weights_hash is None or source != weights_hash:
         raise UserError(f"{path} was fitted to other weights than {weights} has now; {advice}")
     profiles = {row.profile for row in rows if row.category == OVERALL}
-    has_profiles = profiles >= {*CATEGORY_PROFILES} or profiles == {RISK}
+    has_profiles = profiles >= {*CATEGORY_PROFILES[:3]} or profiles == {RISK}  # older tables lack the last
     if tags.hash != table.vocabulary or not has_profiles:
         raise UserError(f"{path} is not complete: rows of tags or profiles are missing; {advice}")
     return table

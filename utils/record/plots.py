@@ -5,6 +5,7 @@ Import it inside functions: matplotlib takes 0.3 s to import.
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,6 +32,7 @@ _STYLE = {
 }  # fmt: skip
 # Characters are drawn by the first of these fonts that has them; the first two come with matplotlib.
 _FONTS = ("DejaVu Sans", "STIXGeneral", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Symbols2")
+warnings.filterwarnings("ignore", "Glyph ")  # that none of them has: it is drawn as a box, and each would be a line
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
