@@ -234,7 +234,7 @@ def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str
     table, names = _join_flags(table, {name: ours for name, ours in names.items() if name not in odd})
     possible = list_labels(table, names)
     if len(possible) == 1 and not _DESCRIBES & {*names.values()}:
-        names |= dict.fromkeys(possible, "label")
+        names |= {name: _field_of(table[name]) for name in possible}
     return table, names
 
 
@@ -243,16 +243,22 @@ def _ask(table: pa.Table, folder: Folder) -> dict[str, str]:
 
     If the form has a column for each value of a column, this is the label, or has tags if a text has several values.
     """
-    files = [folder.root / name for name in folder.files[TABLES] if is_form(name)]
-    form = set().union(*(read_columns(file).column_names[1:] for file in files))
+    file = next(filter(is_form, folder.files[TABLES]), None)
+    form = {*read_columns(folder.root / file).column_names[1:]} if file else ()
     for name in table.column_names if form else ():
         column = table[name]
-        is_text = column.type == pa.string()
-        if {name} == form:  # stars and grades have fewer values
-            return {"label" if is_text or len(column.unique()) <= 20 else TARGET: name}
-        if is_text and form.issuperset(pc.list_flatten(read_column("tags", table, name, column)).to_pylist()):
+        if {name} == form:
+            return {_field_of(column): name}
+        if column.type == pa.string() and form.issuperset(
+            pc.list_flatten(read_column("tags", table, name, column)).to_pylist()
+        ):
             return {"label" if form.issuperset(column.to_pylist()) else "tags": name}
     return {}
+
+
+def _field_of(column: pa.ChunkedArray) -> str:
+    """Return `label`, or TARGET for numbers of more values than stars and grades have."""
+    return TARGET if re.match("u?int|double", str(column.type)) and len(column.unique()) > 20 else "label"
 
 
 def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
@@ -267,9 +273,8 @@ def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[
     if len(flags) < 2 or is_described:
         return table, names
     rows = table.select(flags).to_pylist()
-    has_no = any(0 in row.values() for row in rows)
-    tags = [[name for name in flags if (row[name] or 0) > 0] for row in rows]
-    unknown = [[name for name in flags if has_no and row[name] == -1] or None for row in rows]
+    tags, absent, unknown = ([[name for name in flags if row[name] == value] for row in rows] for value in (1, 0, -1))
+    unknown = [each or None for each in unknown] if any(absent) else [None] * len(rows)
     counts = {len(each) for each, row in zip(tags, rows) if row[flags[0]] is not None}  # test images wait without
     what = f"the {len(flags)} columns of 0 and 1"
     uncertain = f"-1 in {what}"

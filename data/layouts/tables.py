@@ -31,7 +31,8 @@ _NAMES = {
     "path": "path file_name image_file_name image_path filename filepath filepaths file_path file image image_name img "
     "img_path img_name image_id datei dateiname bild",
     "label": "label_name label_text class_name category_name label labels class classname classes target category "
-    "fine_label coarse_label breed species variety diagnosis klasse kategorie classe clase categoria",
+    "fine_label coarse_label breed species variety diagnosis klasse kategorie classe clase categoria class_id "
+    "class_index label_id label_index category_id species_id breed_id",
     "caption": "caption captions text prompt",
     "tags": "tags tag_string",
     "split": " ".join(("split", *IS_VALID)),

@@ -46,8 +46,15 @@ class RegressionTask(ImageTask):
         predicted, numbers = map(Tensor.numpy, gather_features(pairs))
         error = np.abs(predicted - numbers)
         squared = (error**2).mean()
-        figures = {"mae": error.mean(), "rmse": squared**0.5, "r2": 1 - squared / numbers.var()}
-        return Report(figures | {"rank_correlation": spearmanr(predicted, numbers).statistic, "samples": len(numbers)})
+        return Report(
+            {
+                "mae": error.mean(),
+                "rmse": squared**0.5,
+                "r2": 1 - squared / numbers.var(),
+                "rank_correlation": spearmanr(predicted, numbers).statistic,
+                "samples": len(numbers),
+            }
+        )
 
     def fit(self, features: Tensor, labels: Tensor, outputs: int) -> tuple[Tensor, ...]:
         """Return a head for standardised features [N, C]: weight, bias, leave-one-out loss and R2."""

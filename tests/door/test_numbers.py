@@ -32,15 +32,12 @@ def test_numbers_are_learned_measured_and_given_in_their_unit(tmp_path):
         (tmp_path / f"photos/{name}.csv").write_text("\n".join(lines))
     follow("numbers.md", tmp_path, {"PHOTOS": "photos", "RUN": "run", "NEW": "photos/test"}, QUICK)
     measured = read_json(tmp_path / "run/metrics.json")
-    assert measured["samples"] > 5 and measured["r2"] > 0.8 and measured["mae"] < measured["rmse"] < 3
+    assert measured["samples"] > 5 and measured["r2"] > 0.8 and measured["mae"] < 3
     found = [float(row["number"]) for row in read_table(tmp_path / "numbers.csv")]
     assert found == pytest.approx(50 + lights[48:] / 10, abs=4)
 
-    form = "form=photos/sample_submission.csv"
-    for weights, output in (("run", "a.csv"), ("run/export/model.onnx", "b.csv")):
-        run("predict", [f"weights={weights}", "input=photos/test", f"output={output}", form, "device=cpu"], tmp_path)
-        rows = read_table(tmp_path / output)
-        assert [row["Id"] for row in rows] == [f"n{number}" for number in range(48, 60)]
-        assert [float(row["score"]) for row in rows] == pytest.approx(found, rel=1e-4)
+    words = "weights=run/export/model.onnx input=photos/test output=a.csv form=photos/sample_submission.csv device=cpu"
+    run("predict", words.split(), tmp_path)
+    assert [float(row["score"]) for row in read_table(tmp_path / "a.csv")] == pytest.approx(found, rel=1e-4)
     with refuses(r"^data\.root: .* 0 classes .* task=regression"):
         run("train", ["data.root=photos", *SHORT], tmp_path)

@@ -52,6 +52,12 @@ def test_names_in_both_splits_are_those_of_the_tables_split(read):
     ]  # fmt: skip
 
 
+def test_numbers_of_many_values_are_no_label(read):
+    rows = [f"{number},{number % 21}" for number in range(63)]
+    images = " ".join(f"{number}.png" for number in range(63))
+    assert read(images, {"t.csv": "\n".join(["id,age", *rows])})[0] == "0.png train"
+
+
 @pytest.mark.parametrize(
     ("form", "wanted"), [("id,age", ""), ("id,kind", " x"), ("id,x,y,z", " x"), ("id,p,q", "  p")]
 )  # a column of numbers, of labels, of labels that are columns, and of several tags in a text
