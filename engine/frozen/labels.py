@@ -95,11 +95,11 @@ def bound_wrong(probs: Tensor, labels: Tensor) -> dict[str, int]:
     others follow `probs`, to the power that fits a column best. If images tell nothing of labels, all shares are
     equally likely, so the interval begins at 0.
     """
-    step = math.ceil(labels.numel() / _MOST_COUNTED)
+    step = labels.numel() // _MOST_COUNTED + 1
     logits = (probs[::step] + 1e-9).log()
     usual = (F.one_hot(labels).double().mean(dim=0) + 1e-9).log()
     rights = [usual.lerp(logits, power / 10).softmax(dim=-1).gather(-1, labels[::step, :, None]) for power in range(21)]
-    likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(dim=0).sum(dim=0)
+    likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(0).sum(0)
     wrong = _SHARES[likely > likely.max() - _LIKELY] * (1 - rights[0]).sum() * step
     return {"wrong, at least": round(wrong[0].item()), "wrong, at most": round(wrong[-1].item())}
 
