@@ -12,6 +12,7 @@ import torch
 from data.augment.steps import evaluation_views
 from data.images.decode import Decoder
 from tests.in_process import make_images
+from tests.support import make_collection
 from utils.config.help import ROOT
 
 _HEAVY = "{'torch', 'torchvision', 'timm', 'scipy', 'matplotlib', 'diffusers', 'transformers', 'wandb', 'onnx'}"
@@ -69,7 +70,7 @@ def test_an_interrupt_in_the_imports_is_one_line_and_help_needs_no_open_output()
 
 
 def test_the_start_of_a_classifier_opens_no_wing(tmp_path):
-    make_images(tmp_path / "images")
+    make_collection(tmp_path / "images", per_class=4, classes="AB", validation=50)  # fewer are judged by features
     wings = {
         "sdxl", "models.predictor", "models.weights", "engine.tasks.head", "engine.tasks.tagging", "engine.exports",
         "engine.run.remote_copy", "engine.run.lr_finder", "engine.measures.tag_scores", "optim.alone", "optim.ema",

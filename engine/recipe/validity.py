@@ -14,10 +14,7 @@ import torch
 from data.collection.collection import Collection
 from data.validity.finding import Finding
 from engine.config import TrainingConfig
-from engine.frozen.choose import choose_frozen
-from engine.frozen.features import read_features
 from engine.update.runtime import Runtime
-from optim.linear import count_right
 from utils.io.files import Json, ignore_write_errors, read_json, write_json
 from utils.io.memo import OURS, files_key, own_cache
 from utils.ranks import distributed
@@ -36,6 +33,10 @@ def judge_few(config: TrainingConfig, collection: Collection, runtime: Runtime) 
     rows = np.append(collection.rows("train"), collection.rows("val"))
     if config.task.name != "classification" or len(collection.rows("val")) >= _ENOUGH:
         return None
+    from engine.frozen.choose import choose_frozen
+    from engine.frozen.features import read_features
+    from optim.linear import count_right
+
     ids = collection.class_ids(collection.class_names("train"))
     leads = np.unique(collection.leads(rows)[rows[ids[rows] >= 0]])
     frozen = choose_frozen(None, collection, runtime, "", "cached")
