@@ -197,9 +197,9 @@ def check_classes(collection: Collection) -> list[str]:
     if double := [name for name in train if alike[name.casefold()] > 1]:
         log.warning("data.root: classes differ in case alone; give them one spelling: %s", show_some(double))
     tagged = has_value(collection.table["tags"].take(rows)).sum()
-    if 2 * len(train) > len(rows) and all(map(_FRACTION.fullmatch, train)):
+    if 2 * len(train) > max(len(rows), 40) and all(map(_FRACTION.fullmatch, train)):
         raise UserError(
-            f"data.root: {root!r} has no classes, but numbers of many values: {known}. task=regression "
+            f"data.root: the labels are numbers of many values, and no classes: {known}. task=regression "
             "'data.columns={target: NAME}' learns them; for classes, write ranges such as 0-9 into the column"
         )
     if len(train) < 2:
