@@ -63,7 +63,7 @@ class _Part:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
         corrected = self.correct(table) if self.correct else table
-        if self.group != "none" and "group" not in table.column_names and not is_packed(table):
+        if self.group != "none" and len(table) and not is_packed(table) and "group" not in table.column_names:
             groups, findings = open_name("data.validity.groups:group_rows")(table, self.folder, self.group)
             self.findings.extend(findings)
             if groups is not None:

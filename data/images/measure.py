@@ -6,6 +6,7 @@ read new and changed files.
 
 import functools
 import hashlib
+import io
 import os
 import time
 from calendar import timegm
@@ -76,7 +77,7 @@ class FileFacts(NamedTuple):
 
 def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
-    cache_key = f"3 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
+    cache_key = f"4 {decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     files = [Path(root, path) for path in paths]
     values = measure_once(
@@ -109,11 +110,24 @@ def _measure(read: Callable[[], bytes], name: str, max_pixels: int, decodes: boo
         content = read()
         digest = hashlib.sha256(content).hexdigest()
         if not decodes:
+            with suppress(Exception), Image.open(io.BytesIO(content), formats=["JPEG"]) as image:  # any type
+                return _read_exif(image)._replace(sha256=digest)
             return FileFacts(digest)
         with open_image(content, name, max_pixels) as image:
             return _measure_image(image)._replace(sha256=digest)
     except UnreadableImage as error:
         return FileFacts(digest, error.kind, error.reason)
+
+
+def _read_exif(image: Image.Image) -> FileFacts:
+    """Return what EXIF says of a photograph."""
+    taken = origin = None
+    with suppress(Exception):  # any type, of damaged EXIF
+        exif = image.getexif()
+        text = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        origin = f"{exif.get(ExifTags.Base.Model)} {text[:4]}"
+        taken = timegm(time.strptime(text, "%Y:%m:%d %H:%M:%S"))
+    return FileFacts(taken=taken, camera_and_year=origin)
 
 
 def _fatal_file(file: str) -> FileFacts:
@@ -125,12 +139,7 @@ def _fatal_file(file: str) -> FileFacts:
 def _measure_image(image: Image.Image) -> FileFacts:
     """Decode an opened image and return its facts."""
     mode = image.mode
-    taken = origin = None
-    with suppress(Exception):  # any type, of damaged EXIF
-        exif = image.getexif()
-        text = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
-        origin = f"{exif.get(ExifTags.Base.Model)} {text[:4]}"
-        taken = timegm(time.strptime(text, "%Y:%m:%d %H:%M:%S"))
+    facts = _read_exif(image)
     orientation = read_orientation(image)  # loading a TIFF removes it
     upright = load_upright(image)
     transparent = int(is_transparent(upright))
@@ -145,13 +154,11 @@ def _measure_image(image: Image.Image) -> FileFacts:
     top = np.asarray(upright).max() if upright.mode.startswith("I;16") else 0
     if 0 < top < _NEARLY_BLACK:
         remark = f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save it with more of them)"
-    facts = FileFacts(format=image.format, width=upright.width, height=upright.height, mode=mode)
+    facts = facts._replace(format=image.format, width=upright.width, height=upright.height, mode=mode)
     facts = facts._replace(orientation=orientation if orientation in UPRIGHT else 1, transparent=transparent)
     return facts._replace(
         thumbnail=draw_thumbnail(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
         remark=remark,
-        taken=taken,
-        camera_and_year=origin,
     )

@@ -7,6 +7,7 @@ such as IMG_0001, groups nothing.
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,15 @@ _ALIKE = 0.8  # share of neighbours in a group that are nearer than the median o
 _LEAST_PAIRS = 5
 _MOST = 2_000  # images that are decoded, and their bytes: 5 to 10 s of one core
 _MOST_BYTES = 2**26
+_MOST_READ = 20_000  # files that are read for their times and for equal ones, and their bytes: 5 to 10 s
+_MOST_BYTES_READ = 2**32
 _RUN = 10  # images in a row, of a longer collection
 _BURST_SEC = 3
 _BLANK = draw_thumbnail(np.zeros((16, 16), np.uint8))  # of an image that cannot be read
 
 
 def list_keys(table: Table, facts: list[FileFacts]) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """Yield what may tell groups, and a value for each row or null. facts: of all images, or of a sample."""
+    """Yield what may tell groups, and a value for each row or null. facts: of all images, if they were read."""
     names = [f"column {name}" for name in table.column_names if name not in TYPES]
     for name in sorted(names, key=lambda name: not _SURE.match(name)):
         yield name, table[name.removeprefix("column ")]
@@ -59,6 +62,7 @@ def list_keys(table: Table, facts: list[FileFacts]) -> Iterator[tuple[str, pa.Ch
         bursts = np.cumsum(np.diff(np.sort(times), prepend=0) > _BURST_SEC)[np.argsort(np.argsort(times))]
         yield "times", pa.chunked_array([pa.array(bursts, mask=times == 0)])
         yield "copies", pa.chunked_array([group_duplicates([fact.thumbnail or _BLANK for fact in facts])])
+        yield "copies", pa.chunked_array([[fact.sha256 for fact in facts]])
 
 
 def is_sound(leads: ndarray, labels: ndarray) -> bool:
@@ -97,14 +101,20 @@ def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, lis
     step = np.ceil(len(table) / min(_MOST, _MOST_BYTES / (pc.mean(table["size"]).as_py() or 1)))
     step = 1 if kind in ("times", "copies") else step
     rows = np.flatnonzero(np.arange(len(table)) // _RUN % step == 0)
-    facts = measure_files(Path(root).expanduser(), table["path"].take(rows).to_pylist(), Image.MAX_IMAGE_PIXELS)
+    paths = table["path"].to_numpy()
+    measure = partial(measure_files, Path(root).expanduser(), max_pixels=Image.MAX_IMAGE_PIXELS)
+    facts = measure(paths=paths[rows])
+    every = facts
+    is_short = len(table) <= _MOST_READ and (pc.sum(table["size"]).as_py() or 0) <= _MOST_BYTES_READ
+    if len(facts) < len(table) and is_short:
+        every = measure(paths=paths, decodes=False)
     pictures = read_thumbnails([fact.thumbnail or _BLANK for fact in facts])
-    findings = list_contrary(labels[rows], facts)
+    findings = list_contrary(labels if len(every) == len(table) else labels[rows], every)
     height = int(np.median([fact.height or 0 for fact in facts]))
     if height >= _LARGE_PX:
         line = f"the images are {height} px high: trained at 224 px, detail below {height // 224} px is lost"
         findings.append(Finding(0.1, "augment.image_size_hw", line))
-    for words, keys in list_keys(table, facts):
+    for words, keys in list_keys(table, every):
         leads = lead_rows(pa.table({"group": keys}))
         if kind not in ("auto", words) or not is_sound(leads, labels):
             continue
