@@ -3,7 +3,7 @@
 | beside the network | what it states |
 |---|---|
 | config.json of timm | network and arguments; size, mean, std, interpolation of images; what our exports add |
-| a file of utils/formats/taggers.yaml | the outputs in order and, by convention, how the tagger takes images |
+| a file of utils/io/taggers.yaml | the outputs in order and, by convention, how the tagger takes images |
 | preprocess.json of imgutils | by its presence, that the channels are RGB |
 """
 

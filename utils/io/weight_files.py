@@ -10,7 +10,7 @@ from utils.io.hub import fetch, is_reference
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
-TAGGERS = yaml.safe_load(Path(__file__).parents[1].joinpath("formats/taggers.yaml").read_text("utf-8"))
+TAGGERS = yaml.safe_load(Path(__file__).with_name("taggers.yaml").read_text("utf-8"))
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 
 
