@@ -16,12 +16,6 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     return any(group.get("fused") for group in optimizer.param_groups)
 
 
-def can_be_recorded(optimizer: Optimizer) -> bool:
-    """Return whether a CUDA graph can repeat the optimiser's step: it counts steps and reads the rate on the device."""
-    is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
-    return not is_bf16 and all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
-
-
 def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
     """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
 

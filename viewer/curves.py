@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import nicegui.elements.echart  # noqa: F401 (vue/chart.vue imports what it registers)
 import numpy as np
@@ -37,21 +37,18 @@ def read_figures(groups: Groups) -> list[Json]:
     figures = []
     for name in list_curves(names[1], names[0]):
         group = group_of(name)
-        lines = [*make_lines(groups, name)]
+        lines = []  # training and evaluation of each group that has the figure
+        for (number, (run, runs)), kind in itertools.product(enumerate(groups.items()), _KINDS):
+            known = [one for one in [each.series(kind, name) for each in runs] if np.isfinite(one[1]).any()]
+            if known:
+                steps, values = join(known)
+                across = {"steps": steps.tolist(), "minutes": runs[0].minutes(steps).tolist()}
+                values = [row.tolist() for row in values]
+                lines.append({"run": run, "number": number, "kind": kind, "values": values, **across})
         texts = {"title": escape_controls(title_curve(name)), "group": [*GROUPS][group]}
         if lines:
             figures.append({**texts, "smooth": group == 0, "lines": lines})  # a rate and a memory are read as they are
     return figures
-
-
-def make_lines(groups: Groups, figure: str) -> Iterator[Json]:
-    """Yield the lines of a figure: training and evaluation of each group that has it."""
-    for (number, (name, runs)), kind in itertools.product(enumerate(groups.items()), _KINDS):
-        known = [series for series in [run.series(kind, figure) for run in runs] if np.isfinite(series[1]).any()]
-        if known:
-            steps, values = join(known)
-            across = {"steps": steps.tolist(), "minutes": runs[0].minutes(steps).tolist()}
-            yield {"run": name, "number": number, "kind": kind, "values": [row.tolist() for row in values], **across}
 
 
 def join(series: Sequence[Series]) -> tuple[np.ndarray, list[np.ndarray]]:

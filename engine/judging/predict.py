@@ -145,13 +145,6 @@ def predict_all(
         yield rows
 
 
-def name_probs(predictor: Predictor) -> Predict:
-    """Return the function from images to rows with all probabilities by name."""
-
-    probs_of = lambda images: predictor.predict(images).astype(float).round(6).tolist()  # noqa: E731
-    return lambda images: ({"probs": dict(zip(predictor.names, probs))} for probs in probs_of(images))
-
-
 def predict(config: PredictConfig, job: Job) -> str:
     """Predict images; return the line of the result."""
     # -------------------------------------------------------------------------------------------------- 1. The model
@@ -190,7 +183,8 @@ def predict(config: PredictConfig, job: Job) -> str:
         if embeds:
             make_rows = lambda images: embedding_rows(predictor.embed(images))  # noqa: E731
         if form is not None and form.has_probs:
-            make_rows = name_probs(predictor)
+            named = lambda probs: {"probs": dict(zip(predictor.names, probs))}  # noqa: E731
+            make_rows = lambda images: map(named, predictor.predict(images).astype(float).round(6).tolist())  # noqa: E731
         predicted.write(predict_all(predictor, paths, config, make_rows, destination, rules), destination)
     written = "files beside the images" if config.output == "beside" else config.output
     if config.sort is not None:

@@ -21,7 +21,7 @@ from engine.update.batch_size import MicroBatches
 from engine.update.parallel import no_sync, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, backward, first_scale, next_scale, reduce_figures
-from optim.build import build_optimizer, can_be_recorded, step_by_gradients
+from optim.build import build_optimizer, step_by_gradients
 from optim.groups import build_groups, is_frozen, parameters_of, set_group_values
 from optim.schedules import GroupValues, Schedule, ema_decay_at
 from optim.state import load_optimizer_state, optimizer_state
@@ -197,7 +197,12 @@ class Learner:
             return False
         if config.offload or config.memory_gib or config.deterministic or self.runtime.precision == "fp16":
             return False
-        return self.fused is None and not distributed.is_distributed() and can_be_recorded(self.optimizer)
+        if self.fused is not None or distributed.is_distributed():
+            return False
+        groups = self.optimizer.param_groups
+        is_bf16 = groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
+        # A graph repeats a step that counts steps and reads the rate on the device.
+        return not is_bf16 and all(group.get("capturable") or group.get("fused") for group in groups)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
