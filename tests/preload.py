@@ -36,8 +36,7 @@ import train
 import utils.record.plots
 from tests.in_process import compose
 
-SDXL_PACKAGES = {"diffusers", "transformers", "peft", "open_clip", "ftfy"}
-IMPORTED_BY_SCRIPTS = SDXL_PACKAGES & set(sys.modules)
+IMPORTED_BY_SCRIPTS = {"diffusers", "transformers", "peft", "open_clip", "ftfy"} & set(sys.modules)
 if find_spec("diffusers") is not None:  # five seconds of each run of SDXL
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

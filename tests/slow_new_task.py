@@ -11,7 +11,7 @@ import pytest
 from tests.support import ROOT, make_collection, read_table, rows, run
 from utils.io.files import read_json
 
-PAGE = (ROOT / "docs/new_task.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/new_task.md").read_text("utf-8")
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=4", "loop.batch_size=8", "runtime.threads=1", "runtime.precision=fp32",

@@ -86,7 +86,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
 @pytest.mark.parametrize("page", sorted({*DOCS} - {*PAGES}), ids=lambda page: page.name)
 def test_every_command_has_a_valid_configuration(page):
     """Lines of code blocks, without what explains them behind three spaces, and code in a sentence."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = page.read_text("utf-8").replace("\\\n", " ")
     scripts = rf"(?:python|torchrun [^`\n]*?) (?:{'|'.join(SCRIPTS)})\.py"
     lines = [re.split(r"   |  +#", line)[0] for line in re.findall(rf"^ *({scripts}.*)$", text, flags=re.MULTILINE)]
     for line in [*lines, *re.findall(rf"`({scripts}[^`\n]*)`", text)]:

@@ -79,7 +79,7 @@ def test_taggers_of_ours_and_of_others_are_compared(place):
     assert set(tags) == {"general", "sensitive", *COLOURS} and tags["green"]["support"] == "12"
     assert all(float(tags[colour]["wd"]) == pytest.approx(1) for colour in COLOURS)  # its channels are BGR
     assert {row["group"] for row in read_table(folder / "tables/arena_groups.csv")} == {"all", "general", "rating"}
-    page = (folder / "report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text("utf-8")
     assert "data:image/png" in page and "blind" in page
 
 
@@ -95,7 +95,7 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
     for name in ("mAP", "macro_f1", "micro_f1", "micro_f1_at_0.35"):
         assert row[name] == pytest.approx(wanted[name], abs=1e-6)
     assert find_thresholds(None, place / "run/weights/best_weights.safetensors", wanted["weights_hash"]) is not None
-    page = (place / "run/report.html").read_text(encoding="utf-8")
+    page = (place / "run/report.html").read_text("utf-8")
     for section in ("figures", "tag groups", "hardest tags", "pr curves", "mistakes", "thresholds"):
         assert f">{section}</h2>" in page
 

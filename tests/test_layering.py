@@ -121,7 +121,7 @@ def test_no_module_imports_itself_by_a_detour():
 def test_every_name_in_a_table_exists():
     """The text `module:name` is opened on use (pkgutil.resolve_name); it is no arrow."""
     files = [file for file in read_graph(ROOT) if not file.startswith("tests/")]
-    trees = [ast.parse((ROOT / file).read_text(encoding="utf-8")) for file in files]
+    trees = [ast.parse((ROOT / file).read_text("utf-8")) for file in files]
     texts = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     names = {text for text in texts if isinstance(text, str) and re.fullmatch(r"(\w+\.)+\w+:\w+", text)}
     assert len(names) > 30 and all(map(resolve_name, names))

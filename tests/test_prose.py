@@ -30,6 +30,6 @@ def list_sentences(text):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_sentence_is_long(page):
-    sentences = list_sentences(page.read_text(encoding="utf-8"))
+    sentences = list_sentences(page.read_text("utf-8"))
     long = [f"{count} words: {sentence}" for count, sentence in sentences if count > MOST_WORDS]
     assert long == [], f"{page.relative_to(ROOT)}: write sentences of at most {MOST_WORDS} words"

@@ -12,7 +12,7 @@ from utils.config.schema import walk_keys
 
 PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / f"docs/{name}.md" for name in ("wrong_labels", "another_machine", "commands", "comfyui")]
-TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 # Blocks, and the first code of a table's second cell.
 _CODE = re.compile(r"^```bash\n(.*?)^```|^\|[^|]+\| `(python [^`]+)`", re.DOTALL | re.MULTILINE)
 _TEXTS = [match[1] or match[2] for match in _CODE.finditer(TEXT)]
@@ -45,12 +45,12 @@ every_page = pytest.mark.parametrize("page", [PAGES[0], *DOCS], ids=lambda page:
 
 @every_page
 def test_every_link_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_the_index_names_every_page():
-    links = re.findall(r"\]\(([^)#]+)", (ROOT / "docs/README.md").read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "docs/README.md").read_text("utf-8"))
     assert [page.name for page in DOCS if page.name not in {*links, "README.md"}] == []
 
 
@@ -59,7 +59,7 @@ def test_every_key_exists(page):
     """Words in code, such as `loop.total_steps=0`, that begin with a key or group."""
     keys = {key for script in COMMAND_NAMES for key, _ in walk_keys(load_command(script).schema)}
     roots = {key.partition(".")[0] for key in keys}
-    for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+    for code in re.findall(r"`([^`\n]+)`", page.read_text("utf-8")):
         for key in re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_0-9]+)+)(?==|\s|$)", code):
             if key.partition(".")[0] in roots and not NOT_KEYS.search(key):
                 assert key in keys, f"`{code}`"

@@ -58,8 +58,8 @@ OTHERS = [name for name in EXPERIMENTS if name.split("/")[0] not in FOLDERS]
 
 
 @pytest.fixture(scope="module")
-def glyphs(tmp_path_factory):
-    return draw_few_glyphs(tmp_path_factory.mktemp("compose") / "glyphs")
+def glyphs(folder):
+    return draw_few_glyphs(folder / "glyphs")
 
 
 def script_of(experiment):

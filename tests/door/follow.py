@@ -9,7 +9,7 @@ from tests.support import ROOT
 
 def list_commands(page):
     """Return the words of each Python command in the code blocks of a page: script and arguments."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    text = (ROOT / "docs" / page).read_text("utf-8").replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [words[1:] for words in lines if words[:1] == ["python"]]

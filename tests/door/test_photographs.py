@@ -16,7 +16,6 @@ KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190
 ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
 FORMS = {"heic": "HEIF", "avif": "AVIF", "webp": "WEBP"}
 FAST = {"AVIF": {"speed": 10}}
-TURNS = (1, 6, 3, 8)
 EACH = 36  # photographs of a kind, above 100 in all, so that some are for validation
 SMALL = [
     *SHORT,
@@ -44,7 +43,7 @@ def make_phone(root, count):
         (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
         for number in range(count):
             name = unicodedata.normalize("NFD", f"{'IMG' if number % 5 else 'Föto'}_{number:04}.{ENDINGS[number % 8]}")
-            exif = turned(TURNS[number % 4])
+            exif = turned((1, 6, 3, 8)[number % 4])
             form = FORMS.get(name.rpartition(".")[2].lower(), "JPEG")
             draw(kind, number).save(folder / name, form, exif=exif.tobytes(), quality=90, **FAST.get(form, {}))
             made[0] += 1

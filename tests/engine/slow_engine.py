@@ -26,7 +26,6 @@ from tests.support import (
 from utils.hardware import missing_for_compile
 from utils.io.files import read_json
 
-needs_compiler = pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
 FAST = ["runtime.compile=true", "runtime.channels_last=true", "runtime.precision=bf16", "runtime.deterministic=false"]
 
 # --- the quick tests of other tasks, optimisers and signals
@@ -133,7 +132,7 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@needs_compiler
+@pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
 def test_a_compiled_run_of_two_ranks_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
     settings = ["loop.total_steps=4", "loop.batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
     compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST)

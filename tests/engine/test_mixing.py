@@ -12,7 +12,6 @@ from engine.tasks.mixing import Mixing
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
 TARGETS = F.one_hot(LABELS, 4).float()
 ONES = torch.ones(6)
-BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0}
 
 
 def images(count=6):
@@ -20,7 +19,7 @@ def images(count=6):
 
 
 def make(**changes):
-    return Mixing(MixingConfig(**{**BOTH, **changes}))
+    return Mixing(MixingConfig(**{"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 1.0, **changes}))
 
 
 def mix(seed, weight=ONES, **changes):

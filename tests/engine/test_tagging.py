@@ -157,7 +157,6 @@ RUN = [
     *SMALL_MODEL, *SHORT, "task=tagging", "task.min_count=1", "task.rating_s=general", "data=image_folder",
     "data.root=images", "model.head_init_scale=1.0", "augment.image_size_hw=[32,32]",
 ]  # fmt: skip
-RATED = {"A": "square, rating:s", "B": "disc, round, rating:explicit"}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,7 @@ def place(folder):
     """A folder with images, their sidecars, and a run with an average."""
     make_collection(folder / "images", per_class=8, classes="AB", validation=4)
     for file in (folder / "images").rglob("*.txt"):
-        tags = RATED[file.parent.name]
+        tags = {"A": "square, rating:s", "B": "disc, round, rating:explicit"}[file.parent.name]
         file.write_text(tags.rpartition(", ")[0] if file.stem == "003" else tags)
     run("train", [*RUN, "run_dir=run", "loop.total_steps=60", "loop.ema_decay=0.5", "optim.lr=0.01",
                   "loop.evaluate_every_epochs=15", "loop.checkpoint_every_steps=60", "lr_finder.enabled=false",

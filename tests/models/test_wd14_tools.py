@@ -139,7 +139,7 @@ def test_a_wd14_file_takes_and_gives_what_the_programs_expect(place):
 def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_and_tags(place, wanted, tmp_path):
     shutil.copytree(place / "repo", tmp_path, dirs_exist_ok=True)
     shutil.copy(place / "0.png", tmp_path / "image.png")
-    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    readme = (tmp_path / "README.md").read_text("utf-8")
     assert readme.startswith("---\nlibrary_name: timm\npipeline_tag")
     assert "- mAP: 0.71\n" in readme and "high_recall" in readme
     assert "/home/me" not in readme and "seconds" not in readme and "Measured on `validation: 9 images`:" in readme

@@ -30,7 +30,6 @@ from utils.io.files import read_json
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
 SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
 SHORT += ["loop.evaluate_every_epochs=1"]  # and at the end
-WHOLE = ["task.lora=null"]
 FIVES = ["loop.batch_size=10", "loop.micro_batch_size=5", "task.chunk=5"]
 
 
@@ -163,7 +162,7 @@ def place(folder):
     data = f"data.root={make_collection(folder / 'images')}"
     own = ["task.timesteps.sampling=stratified", "task.samples.prompts=[black,white]", *FIVES]
     run("finetune_sdxl", [*SHORT, *own, data, "run_dir=lora"], folder)
-    run("finetune_sdxl", [*SHORT, *WHOLE, "task.train_text_encoders=true", data, "run_dir=whole"], folder)
+    run("finetune_sdxl", [*SHORT, "task.lora=null", "task.train_text_encoders=true", data, "run_dir=whole"], folder)
     return folder
 
 

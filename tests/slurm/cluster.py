@@ -23,7 +23,6 @@ from pathlib import Path
 
 CPUS, MEMORY_MIB, GRACE_SEC = 4, 8000, 10
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "sbatch")
-_HOSTS = Path("/etc/hosts")
 _START_SEC = 240.0
 
 # `cred_expire` is what a requeued job waits before it may start again, 120 s by default. Without
@@ -179,7 +178,7 @@ class Cluster:
 
     def _name_the_nodes(self, names):
         """Name these nodes of this cluster in /etc/hosts, and no others; another cluster may be doing the same."""
-        with open(_HOSTS, "r+") as stream:
+        with open(Path("/etc/hosts"), "r+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             kept = [line for line in stream.read().splitlines() if not line.endswith(self._mark)]
             lines = [*kept, *(f"127.0.0.1 {name} {self._mark}" for name in names)]

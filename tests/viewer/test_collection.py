@@ -16,9 +16,9 @@ NAME = HOSTILE.replace("/", "")
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def words(folder):
     """A collection of 400 images; the last one is empty, and the file of the one before vanishes when it is indexed."""
-    root = tmp_path_factory.mktemp("collection") / NAME
+    root = folder / NAME
     rows = []
     for number in range(400):
         path = f"{NAME}/{number:03}{HOSTILE.replace('/', '')}.png"
@@ -29,7 +29,7 @@ def words(tmp_path_factory):
         save_grey(root / path, number % 255, (40, 30))
     (root / path).write_bytes(b"")
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = tmp_path_factory.mktemp("runs")
+    runs = folder / "runs"
     add_data(make_run(runs / "run"), root=str(runs / "gone"))
     return [f"runs=[{runs},{runs}/none]", f"data.root={root}"]
 

@@ -7,9 +7,9 @@ from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, sees
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    root = make_collection(tmp_path_factory.mktemp("flat"), classes=".")  # without class folders
-    return [f"runs={root}", f"data.root={root}"]
+def words(folder):
+    make_collection(folder, classes=".")  # without class folders
+    return [f"runs={folder}", f"data.root={folder}"]
 
 
 def test_labels_follow_keys_and_the_rest_is_proposed(page, address):

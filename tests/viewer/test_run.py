@@ -11,7 +11,7 @@ from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, save_grey, sees
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
-from viewer.curves import make_lines, read_figures
+from viewer.curves import read_figures
 from viewer.images import Shelf
 from viewer.results import describe_prediction, find_addresses
 from viewer.run import LogReader
@@ -32,7 +32,7 @@ def runs(folder):
     """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
     figures = {"mean_class_accuracy": 0.25, "top1": 0.5, "samples": 96, "always_one_class": 0.5}
     best = {"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": False, "figures": figures}
-    result = json.dumps({**best, "marks": ["by pictures"]})
+    result = json.dumps({**best, "findings": [{"mark": "by pictures"}]})
     files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
         corrected = "2026-01-01 00:00:00,000 INFO data.corrections: x decides on 19 labels\n" * (name == "b")
@@ -90,7 +90,7 @@ def test_curves_of_runs(tmp_path):
     assert (evaluated["minutes"], evaluated["values"]) == ([1.25], [[3.0]])
     file.write_text(line(10, loss=4.0) + line(30, loss=5.0))
     (other := Curves(file)).read()
-    band, _ = make_lines({"a": [curves, other]}, "loss")
+    band = read_figures({"a": [curves, other]})[0]["lines"][0]
     assert band["values"] == [[3.0, 2.75, 3.0], [2.0, 1.0, 1.0], [2.0, 3.5, 4.0]]
 
 

@@ -181,6 +181,6 @@ def test_a_word_beside_a_path_is_no_other_path():
 
 
 def test_each_word_that_is_read_as_another_has_its_line_on_the_page():
-    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/configuration.md").read_text("utf-8")
     lines = [spell.__doc__.splitlines()[0].removesuffix(".") for spell in (*SPELLINGS, store_experiment)]
     assert all(f"| {line} |" in page for line in lines)

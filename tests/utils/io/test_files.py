@@ -25,7 +25,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_json_is_readable_has_one_canonical_spelling_and_no_nan(tmp_path):
     path, value = tmp_path / "x.json", {"b": [1, 2.5, None, True], "a": "é\n"}
     write_json(path, value)
-    assert read_json(path) == value and '"a": "é\\n"' in path.read_text(encoding="utf-8")
+    assert read_json(path) == value and '"a": "é\\n"' in path.read_text("utf-8")
     for write in (lambda: write_json(path, float("nan")), lambda: canonical_json(float("inf"))):
         with pytest.raises(ValueError, match="not JSON compliant"):
             write()

@@ -17,7 +17,7 @@ def test_a_page_is_complete_and_escaped(tmp_path):
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     tables = {"tags": [{"tag": EVIL, EVIL: 0.123456, "n": 1234, "none": None}] * 40, "empty": []}
     write_html(tmp_path / "report.html", EVIL, {"macro_f1": 0.5, "samples": 12.0}, tables, {EVIL: image})
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text("utf-8")
     assert "<script" not in page and page.count(escape(EVIL)) == 2 + 1 + 30  # title, column, cells
     assert re.search("macro f1 +0.5\nsamples +12</pre>", page) and re.search("0.1235 +1,234\n", page)
     assert "empty" not in page

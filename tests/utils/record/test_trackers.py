@@ -21,8 +21,8 @@ WANDB = ["tracking=wandb", "tracking.project=tests"]
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("trackers") / "images")
+def images(folder):
+    return make_images(folder / "images")
 
 
 @pytest.fixture(autouse=True)
