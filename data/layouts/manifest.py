@@ -38,6 +38,7 @@ from utils.record.logging import log
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _TABLES = b"atelier.tables"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
+_TIME = re.compile(r" \d+(?=, |$)")  # of a file
 _BATCH_ROWS = 64
 _PART = 512  # files per task of a thread, and cached folders
 
@@ -237,10 +238,6 @@ def _describe(file: Path) -> str:
     return f"{file.name} {status.st_size} {status.st_mtime_ns}"
 
 
-def _without_times(facts: Mapping[str, str]) -> dict[str, str]:
-    return {path: re.sub(r" \d+(?=, |$)", "", fact) for path, fact in facts.items()}
-
-
 def find_changed(root: Path, manifest: Path) -> list[str]:
     """Return and log the tables, and the images with sidecars, that differ from what job=manifest has read.
 
@@ -254,7 +251,8 @@ def find_changed(root: Path, manifest: Path) -> list[str]:
     before = {**dict(zip(images["path"], images[SIDECARS])), **tables}
     now = find_sources(root)
     if {*", ".join(before.values()).split(", ")}.isdisjoint(", ".join(now.values()).split(", ")):
-        before, now = map(_without_times, (before, now))
+        both = ({path: _TIME.sub("", fact) for path, fact in facts.items()} for facts in (before, now))
+        before, now = both
     changed = sorted(path for path in {*before, *filter(is_table, now)} if before.get(path, "") != now.get(path, ""))
     if changed:
         log.warning(

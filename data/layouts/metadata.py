@@ -105,8 +105,7 @@ def read_posts(folder: Folder, files: Sequence[str]) -> Described:
     """Return the posts with an image, all for training. Raises UserError (`data.root`) for two tables, or no image."""
     file = find_one(folder.root, files)
     refuse_link_out(folder.root, file)
-    images = sorted(folder.images)
-    by_name = {stem_of(basename(path)): path for path in images}
+    by_name = {stem_of(basename(path)): path for path in sorted(folder.images)}
     sidecars = {}
     for where, post in _iterate_posts(file):
         path = by_name.get(str(post.get("id"))) or by_name.get(str(post.get("md5")))
@@ -114,9 +113,10 @@ def read_posts(folder: Folder, files: Sequence[str]) -> Described:
             sidecars[path] = parse_record(where, post)._replace(split="train")
     if not sidecars:
         raise UserError(
-            f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
+            f"data.root: no post of {str(file)!r} has one of the {len(folder.images):,} images; name images by id or "
+            "md5"
         )
-    folder.unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
+    folder.unused.add(f"images without a post in {file.name}", *folder.images.keys() - sidecars)
     return sidecars
 
 
