@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import basename, dirname, getsize
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from data.layouts.names import (
@@ -35,7 +34,7 @@ class TableChoice(NamedTuple):
     """
 
     table: str = "auto"
-    columns: Columns = MappingProxyType({})
+    columns: Columns = {}
     splits: Splits = True
     group: str = "none"
     exclude_copies: bool = False

@@ -69,7 +69,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: Tabl
     unused.said += describe_splits(names, splits, "shards")
     shards = [*zip(files, places, splits, files.values())]
     tables = []
-    read = functools.partial(_read_shard, choice._replace(columns={**choice.columns}))  # a mappingproxy cannot be sent
+    read = functools.partial(_read_shard, choice)
     lost = "shards that end the process that reads them"
     fatal = lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]}))  # noqa: E731
     results = map_items(read, shards, fatal, _PARALLEL_FROM)
