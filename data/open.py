@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from data.augment.steps import IMAGES, evaluation_views
 from data.collection.collection import Collection
@@ -93,12 +94,12 @@ class Data:
         return TrainStream(loader, sampler, self.unreadable)
 
     def evaluation(
-        self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
+        self, rows: Sequence[int], fields: Fields, views: Views, *, groups: ndarray | None = None
     ) -> EvaluationStream:
         """Return a stream of `rows`, each exactly once over all ranks; groups: as in `evaluation_batches`."""
         return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self.seed)
 
-    def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Values) -> EvaluationStream:
+    def prepared(self, rows: ndarray, fields: Fields, preprocessing: Values) -> EvaluationStream:
         """Return a stream of `rows` with the preprocessing of a weight file."""
         return self.evaluation(rows, fields, evaluation_views(preprocessing))
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from data.collection.choose import spread
 from data.collection.collection import Collection
@@ -150,7 +151,7 @@ class Pool:
         """Return whether a row has a record."""
         return self._lengths[row] != 0
 
-    def get(self, row: int) -> np.ndarray | None:
+    def get(self, row: int) -> ndarray | None:
         """Return the record of a row, uint8 [N], which must not be modified; or None."""
         length = self._lengths[row]
         return self._content[self._starts[row] :][:length] if length else None
@@ -176,7 +177,7 @@ class Pool:
         """Return whether a GPU has room for a copy."""
         return self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
-    def copy_to(self, device: torch.device, rows: np.ndarray) -> None:
+    def copy_to(self, device: torch.device, rows: ndarray) -> None:
         """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
         if (
             self.copy is not None

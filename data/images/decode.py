@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from numpy import ndarray
 from PIL import Image
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
@@ -55,7 +56,7 @@ class Decoder:
             f"up to {self.max_pixels} pixels; {shrunk}"
         )
 
-    def __call__(self, content: bytes, name: str) -> np.ndarray:
+    def __call__(self, content: bytes, name: str) -> ndarray:
         """Return the pixels of a file's bytes, uint8 [H, W, channels]; name: for messages.
 
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
@@ -65,7 +66,7 @@ class Decoder:
                 _say_once(image.info[REMARK])
             return self._decode(image)
 
-    def _decode(self, image: Image.Image) -> np.ndarray:
+    def _decode(self, image: Image.Image) -> ndarray:
         """Decode an opened image."""
         whole = image.size
         if self.shortest_px is not None:
@@ -80,7 +81,7 @@ class Decoder:
         size_hw = (self.shortest_px, int(self.shortest_px * long / short))  # the rule of torchvision
         return resize(pixels, size_hw if pixels.shape[0] <= pixels.shape[1] else size_hw[::-1], "bilinear")
 
-    def _decode_jpeg(self, image: Image.Image) -> np.ndarray | None:
+    def _decode_jpeg(self, image: Image.Image) -> ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
         if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
             return None

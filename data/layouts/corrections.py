@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import Table
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from data.layouts.names import CORRECTIONS
@@ -99,7 +100,7 @@ def read_corrections(root: Path, unused: Unused) -> Decisions:
     return found
 
 
-def open_corrections(root: Path, unused: Unused) -> Callable[[pa.Table], pa.Table] | None:
+def open_corrections(root: Path, unused: Unused) -> Callable[[Table], Table] | None:
     """Return the function that applies the decisions to the table of the collection; None without any decision.
 
     Log bad lines, and how many values are decided. unused: for decisions that cannot be applied.
@@ -211,7 +212,7 @@ def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
+def correct(table: Table, decisions: Decisions, unused: Unused) -> Table:
     """Return a collection's table with the decisions; a caption that has the tags follows them.
 
     Decisions about other images, and about images whose label or tags have changed, are added to `unused`.
@@ -241,5 +242,5 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
                 row["caption"] = retag(row["caption"], before, row["tags"])
     order = np.arange(len(table))
     order[rows] = len(table) + np.arange(len(rows))
-    joined = pa.concat_tables([table, pa.Table.from_pylist(changed, table.schema)])
+    joined = pa.concat_tables([table, Table.from_pylist(changed, table.schema)])
     return take_rows(joined, pa.array(order)) if changed else table

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from os.path import basename, commonprefix
 
-import pyarrow as pa
+from pyarrow import Table
 
 from data.layouts.names import IMAGE_SUFFIXES, is_dicom_name, stem_of
 from data.layouts.places import is_few
@@ -29,7 +29,7 @@ _YEAR = re.compile(r"(?:(?:photos?|fotos?|foto's|bilder)\b\D*)?(?:19|20)\d\d(?:[
 REPEATS = re.compile(r"(\d{1,3})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
-def read_folder(folder: Folder) -> pa.Table:
+def read_folder(folder: Folder) -> Table:
     """Read a collection without a manifest into a table, sorted by path.
 
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; and as readers
@@ -79,7 +79,7 @@ def _read_form(folder: Folder, reader: Reader) -> Described:
         return {next(iter(folder.images)): Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")}
 
 
-def _build_rows(folder: Folder, sidecars: Described) -> pa.Table:
+def _build_rows(folder: Folder, sidecars: Described) -> Table:
     """Build the table of the images that have a sidecar here, by path; an image without a split is in its folder's."""
     fields = dict(zip(Sidecar._fields, zip(*sidecars.values())))
     fields["split"] = [each.split or folder.splits[path] or "train" for path, each in sidecars.items()]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 
 from data.layouts.names import is_image_name, stem_of, suffix_of
 from data.layouts.places import describe_splits, find_splits
@@ -53,7 +54,7 @@ class _Listed(NamedTuple):
 
     file: Path
     split: str
-    table: pa.Table
+    table: Table
     key: str
     paths: list[str | None]
 
@@ -185,7 +186,7 @@ def _match(file: Path, split: str, find: _Find, folder: Folder) -> _Listed | Non
     )
 
 
-def _find_key(table: pa.Table, split: str, find: _Find, stated: Columns) -> tuple[int, bool, str, list[str | None]]:
+def _find_key(table: Table, split: str, find: _Find, stated: Columns) -> tuple[int, bool, str, list[str | None]]:
     """Return the column that names most images: their count, whether its name is a usual one, its name, the images."""
     found = []
     for name in table.column_names:
@@ -222,7 +223,7 @@ def _read_rows(each: _Listed, folder: Folder) -> Described:
     return dict(zip(rows, list_rows({**columns, "split": pa.array(settled)})))
 
 
-def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str, str]]:
+def _choose_columns(table: Table, folder: Folder) -> tuple[Table, dict[str, str]]:
     """Return the table, its flags as columns of tags, and our name of each column.
 
     Without label, tags and caption, the only one that may be a label is one.
@@ -238,7 +239,7 @@ def _choose_columns(table: pa.Table, folder: Folder) -> tuple[pa.Table, dict[str
     return table, names
 
 
-def _ask(table: pa.Table, folder: Folder) -> dict[str, str]:
+def _ask(table: Table, folder: Folder) -> dict[str, str]:
     """Return the target, the column that the form of a competition's answer has, by our name.
 
     If the form has a column for each value of a column, this is the label, or has tags if a text has several values.
@@ -261,7 +262,7 @@ def _field_of(column: pa.ChunkedArray) -> str:
     return TARGET if re.match("u?int|double", str(column.type)) and len(column.unique()) > 20 else "label"
 
 
-def _join_flags(table: pa.Table, names: dict[str, str]) -> tuple[pa.Table, dict[str, str]]:
+def _join_flags(table: Table, names: dict[str, str]) -> tuple[Table, dict[str, str]]:
     """Replace columns of yes and no by one of tags, or of the label if each image has one.
 
     They stay beside a column that is a label or may be one, and beside tags and captions. Beside 0, -1 is uncertain and

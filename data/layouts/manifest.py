@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import Table
 
 from data.layouts.names import MISSING, PARQUET, is_image_name, is_sidecar, suffix_of
 from data.layouts.readers import SIDECARS as BESIDE_IMAGES
@@ -43,7 +44,7 @@ _BATCH_ROWS = 64
 _PART = 512  # files per task of a thread, and cached folders
 
 
-def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableChoice, cache: Path) -> pa.Table:
+def read_manifest(root: Path | None, file: Path, unused: Unused, choice: TableChoice, cache: Path) -> Table:
     """Read a manifest into a table, sorted by path, and fill in file sizes.
 
     root: None for remote shards, which are not checked. cache: for unpacked Parquet files.
@@ -89,7 +90,7 @@ def _spell_paths(root: Path, paths: Sequence[str]) -> list[str]:
         return [path if path.isascii() else find_path(base + path, listed).removeprefix(base) for path in paths]
 
 
-def read_table(file: Path, unused: Unused, choice: TableChoice) -> pa.Table:
+def read_table(file: Path, unused: Unused, choice: TableChoice) -> Table:
     """Read a manifest without checking its rows, and cast its columns to our types.
 
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
@@ -121,7 +122,7 @@ def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
         )
 
 
-def _open_shards(root: Path | None, file: Path, table: pa.Table, cache: Path) -> pa.Array:
+def _open_shards(root: Path | None, file: Path, table: Table, cache: Path) -> pa.Array:
     """Return the file of each packed row. Raises UserError if the row is not inside a shard of the collection."""
     shards = pc.unique(table["shard"]).drop_null()
     where = f"'{file}', column shard"
@@ -182,7 +183,7 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     return sizes
 
 
-def save_manifest(root: Path, table: pa.Table, tables: Mapping[str, str] | None = None) -> None:
+def save_manifest(root: Path, table: Table, tables: Mapping[str, str] | None = None) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
     tables: what job=manifest has read of `find_sources`; None: as in the manifest that is replaced.
@@ -210,7 +211,7 @@ def refuse_foreign(file: Path) -> None:
         )
 
 
-def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice, cache: Path) -> pa.Table:
+def read_listed(root: Path, manifest: Path, unused: Unused, choice: TableChoice, cache: Path) -> Table:
     """Read a manifest, and count what its folders have beside the images that it lists."""
     table = read_manifest(root, manifest, unused, choice, cache)
     listed = set(table["shard" if is_packed(table) else "path"].to_pylist())

@@ -19,6 +19,7 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 
 from data.layouts.manifest import OUTSIDE, unpack_parquet
 from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over, stem_of, suffix_of
@@ -59,7 +60,7 @@ def find_shards(folder: Folder, cache: Path) -> dict[str, Path]:
     return files | {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
 
 
-def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: TableChoice) -> pa.Table:
+def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: TableChoice) -> Table:
     """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core.
 
     Names of shards say splits as names of folders do.
@@ -82,7 +83,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, choice: Tabl
     return build_table(pa.concat_tables(tables))
 
 
-def _read_shard(choice: TableChoice, shard: tuple[str, str, str | None, Path]) -> tuple[pa.Table, Unused]:
+def _read_shard(choice: TableChoice, shard: tuple[str, str, str | None, Path]) -> tuple[Table, Unused]:
     """Return the rows of a shard, and what is not used.
 
     shard: its name, the value for the column `shard`, the split that its name says, and the file.
@@ -95,7 +96,7 @@ def _read_shard(choice: TableChoice, shard: tuple[str, str, str | None, Path]) -
     return replace_column(rows, "shard", pa.repeat(place, len(rows))), unused
 
 
-def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.Table:
+def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> Table:
     """Return the images of a tar file.
 
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
@@ -149,7 +150,7 @@ def _read_tar(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
     alone = (file for stem in texts if stem not in read for file in texts[stem].values())
     unused.add("texts in shards without an image", *alone)
-    return pa.Table.from_pylist(rows, _ROWS)
+    return Table.from_pylist(rows, _ROWS)
 
 
 def _read_members(stream: IO[bytes], name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
@@ -180,7 +181,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()
 
 
-def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> pa.Table:
+def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> Table:
     """Return the images of an Arrow file.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
@@ -199,7 +200,7 @@ def _read_arrow(file: Path, name: str, unused: Unused, choice: TableChoice) -> p
         for number, (ending, offset, length) in enumerate(places)
     ]
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
-    found = pa.Table.from_pylist(rows, _ROWS)
+    found = Table.from_pylist(rows, _ROWS)
     for field, column in columns.items():
         found = replace_column(found, field, column) if field != "path" else found
     return found.filter(pc.greater(found["length"], 0))

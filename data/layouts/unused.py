@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import pyarrow as pa
+from pyarrow import Table
 
 from data.layouts.names import INSTALL, MISSING
 from data.layouts.table import show_some
@@ -105,9 +105,7 @@ def say_unused(lines: Iterable[str], key: str = "data.root", said: Iterable[str]
         log.warning("%s: not used: %s", key, line)
 
 
-def list_faults(
-    table: pa.Table, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
-) -> pa.Table:
+def list_faults(table: Table, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS) -> Table:
     """Add bad sidecars to `unused`; return the table without the column of faults.
 
     With `stop`, it raises UserError for faults of `fields`; without fields, the column stays for later readers.

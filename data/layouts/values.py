@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 
 from data.layouts.table import TAG_LISTS, TYPES
 from utils.formats.spelling import clean, read_list, split_tags
@@ -89,7 +90,7 @@ def join_equal(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sys.intern(text) for text in map(clean, texts) if text))
 
 
-def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> pa.ChunkedArray:
+def read_column(field: str, table: Table, name: str, rows: Sequence[int]) -> pa.ChunkedArray:
     """Return a column of a table as a field of READ. Raises ValueError with the number of the row in `rows`."""
     read = _open_reader(field, table, name)
     chunks = []
@@ -109,7 +110,7 @@ def read_column(field: str, table: pa.Table, name: str, rows: Sequence[int]) -> 
     return pa.chunked_array(chunks, TYPES[field])
 
 
-def _open_reader(field: str, table: pa.Table, name: str) -> Callable[[Any], Any]:
+def _open_reader(field: str, table: Table, name: str) -> Callable[[Any], Any]:
     """Return the reader of a column's values, which names numbers of classes, and splits tags at one mark."""
     names = _class_names(table.schema, name)
     column = table.column(name)

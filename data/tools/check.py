@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.collection.index import CACHE
@@ -149,14 +150,14 @@ def _summarise(collection: Collection) -> dict[str, float]:
     return figures
 
 
-def _measurements(facts: list[FileFacts]) -> dict[str, np.ndarray]:
+def _measurements(facts: list[FileFacts]) -> dict[str, ndarray]:
     """Return the measured values of each kind, if images were measured."""
     readable = [fact for fact in facts if fact.kind is None]
     values = {name: np.array([getattr(fact, name) for fact in readable], float) for name in _DRAWN}
     return values | {"aspect": values["width"] / values["height"]} if readable else {}
 
 
-def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:
+def _draw_histogram(title: str, values: ndarray) -> ndarray:
     """Draw a histogram without the highest 1 % of values, uint8 [H, W, 3]."""
     from matplotlib.figure import Figure  # takes 0.3 s
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import Table
 
 from data.collection.search import find_rows
 from data.config import DataConfig
@@ -36,7 +37,7 @@ def exclude_found(job: Finder, data: DataConfig, reasons: Mapping[str, str]) -> 
     return f"{count:,} images excluded ({listing})"
 
 
-def read_own_manifest(root: Path) -> pa.Table:
+def read_own_manifest(root: Path) -> Table:
     """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
     file = find_manifest(root)
     if file is None:
@@ -45,14 +46,14 @@ def read_own_manifest(root: Path) -> pa.Table:
     return read_parquet(file)
 
 
-def read_reasons(table: pa.Table) -> list[str | None]:
+def read_reasons(table: Table) -> list[str | None]:
     """Return the reason for weight 0 of each row of a manifest, or None."""
     if "reason" not in table.column_names:
         return [None] * len(table)
     return pc.if_else(pc.equal(table["weight"], 0.0), table["reason"], None).to_pylist()
 
 
-def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.Table, int]:
+def exclude(table: Table, job: str, reasons: Mapping[str, str]) -> tuple[Table, int]:
     """Return a manifest with weight 0 and a reason for each image, and how many rows `job` excludes now."""
     weights = []
     now = []

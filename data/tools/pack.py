@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.config import DataConfig
@@ -84,7 +85,7 @@ def write_shards(job: Pack, collection: Collection) -> pa.Table:
     return table
 
 
-def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
+def _plan_shards(collection: Collection, limit: int) -> dict[str, ndarray]:
     """Return the rows of each shard, by name. A shard has rows of one split only."""
     groups = []
     sizes = collection.table["size"].to_numpy()
@@ -97,7 +98,7 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
     return {f"{number:06}{TAR}": rows for number, rows in enumerate(groups)}
 
 
-def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> list[Json]:
+def _write_shard(file: Path, collection: Collection, rows: ndarray, classes: dict[str, int]) -> list[Json]:
     """Write a shard; return byte range, SHA-256 and size of each image."""
     places = []
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -121,7 +122,7 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
     return places
 
 
-def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[Json, bytes]]:
+def _read_rows(collection: Collection, rows: ndarray) -> Iterator[tuple[Json, bytes]]:
     """Yield the columns of rows, with SHA-256 and upright size, and their encoded images; threads read ahead.
 
     Raises UserError (`data.root`).

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from data.layouts.names import IMAGE_SUFFIXES, is_passed_over
 from data.layouts.sidecars import decode
@@ -243,7 +244,7 @@ class Sidecars(Destination):
 # ------------------------------------------------------------------------------------------------------------- tags
 
 
-def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequence[str]) -> np.ndarray:
+def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequence[str]) -> ndarray:
     """Return for each tag whether it is excluded, bool [T]; warn of unknown texts in `exclude`."""
     texts = {parse_tag(text): text for text in exclude}
     both = [{Tag(None, parse_tag(name).name), Tag(number, name)} for name, number in zip(names, categories)]
@@ -291,7 +292,7 @@ def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- embeddings
 
 
-def embedding_rows(vectors: Iterable[np.ndarray]) -> list[Row]:
+def embedding_rows(vectors: Iterable[ndarray]) -> list[Row]:
     """Return a row for each embedding [D]."""
     return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")} for vector in vectors]
 
