@@ -7,6 +7,7 @@ read new and changed files.
 import functools
 import hashlib
 import io
+import math
 import os
 import time
 from calendar import timegm
@@ -68,6 +69,12 @@ class FileFacts(NamedTuple):
     def size_and_format(self) -> str:
         """What a person sees of a file."""
         return f"{self.width} x {self.height} {self.format}"
+
+    @property
+    def fine_detail(self) -> int:
+        """The octave of the sharpness of an image that training reduces far, else 0."""
+        is_large = min(self.width or 0, self.height or 0) > _SIDE_PX
+        return round(math.log2(1 + self.sharpness)) if is_large else 0
 
     @property
     def is_damaged(self) -> bool:
