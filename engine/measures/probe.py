@@ -5,7 +5,7 @@ rank 0, so the scores do not depend on the ranks. They use no random numbers and
 run. The linear classifier is a ridge regression on one-hot labels; leave-one-out scores choose its penalty.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,20 +20,20 @@ from utils.record.logging import log
 
 # Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; facebookresearch/dino:eval_knn.py.
 TEMPERATURE = 0.07
-_FIELDS = ("labels", "sample_id", "weight")  # of a batch
 Pairs = Iterable[tuple[Tensor, Batch]]  # features [B, C] and their batch
 
 
-def gather_features(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Return features [N, C] float64 and labels [N] of all readable samples, sorted by sample_id, on the CPU.
+def gather_features(pairs: Pairs, fields: Sequence[str] = ("labels",)) -> tuple[Tensor, ...]:
+    """Return features [N, C] float64 and fields [N] of all readable samples, sorted by sample_id, on the CPU.
 
     All ranks call it together, with batches of the same sizes.
     """
-    parts = [(features.float(), *(batch[name] for name in _FIELDS)) for features, batch in pairs]
-    features, labels, ids, weight = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*parts))
+    names = ("sample_id", "weight", *fields)
+    parts = [(features.float(), *(batch[name] for name in names)) for features, batch in pairs]
+    features, ids, weight, *columns = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*parts))
     order = torch.argsort(ids, stable=True)
     order = order[weight[order] > 0]  # without padding and unreadable images
-    return features[order].double(), labels[order]
+    return features[order].double(), *(column[order] for column in columns)
 
 
 def measure_probes(train: Pairs, val: Pairs, k: int) -> Figures:

@@ -197,7 +197,7 @@ class ClassificationKind(Kind):
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""
         class_ids = collection.class_ids(setup.facts["class_names"])
-        return class_ids >= 0, label_fields(class_ids)
+        return class_ids >= 0, label_fields(labels=class_ids)
 
     def prepare(
         self,

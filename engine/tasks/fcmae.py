@@ -172,7 +172,7 @@ class FCMAEKind(Kind):
         if len(np.unique(class_ids[train])) < 2 or len(val) == 0:
             log.info("probe: off, because fewer than two classes have images; task.probe.every_epochs=null is silent")
             return loaders
-        fields = label_fields(class_ids)
+        fields = label_fields(labels=class_ids)
         loaders["probe_train"] = data.prepared(train, fields, setup.preprocessing)
         loaders["probe_val"] = data.prepared(val, fields, setup.preprocessing)
         return loaders

@@ -240,6 +240,6 @@ def predict_command(collection: Collection, rows: np.ndarray, weights: str | Pat
     return f"python predict.py weights={weights} {shlex.join(words)}"
 
 
-def label_fields(class_ids: np.ndarray) -> Fields:
-    """Return a function that adds a sample's label. class_ids: int64 [N], for all rows."""
-    return lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
+def label_fields(**columns: np.ndarray) -> Fields:
+    """Return a function that adds a sample's fields. columns: of all rows, [N, ...], by the name of the field."""
+    return lambda example: {name: torch.tensor(column[example.draw.index]) for name, column in columns.items()}

@@ -1,14 +1,15 @@
 """Regression: a number per image, such as a score or an age."""
 
 import numpy as np
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
+from data.collection.split import lead_rows
 from data.layouts.table import TARGET
 from data.stream.loader import Fields
+from engine.measures.numbers import measure_numbers
 from engine.measures.probe import gather_features
 from engine.task import Loaders, Report, StepOutput
 from engine.tasks.classification import ClassificationKind
@@ -41,20 +42,10 @@ class RegressionTask(ImageTask):
         return StepOutput(losses[:, 0] / self.deviation)
 
     def evaluate(self, loaders: Loaders, step: int) -> Report:
-        """Measure all samples of `val`. r2: always answering the mean gets 0; rank_correlation: Spearman's."""
+        """Measure all samples of `val` (measures/numbers.py)."""
         pairs = ((self.predict(batch), batch) for batch in loaders["val"])
-        predicted, numbers = map(Tensor.numpy, gather_features(pairs))
-        error = np.abs(predicted - numbers)
-        squared = (error**2).mean()
-        return Report(
-            {
-                "mae": error.mean(),
-                "rmse": squared**0.5,
-                "r2": 1 - squared / numbers.var(),
-                "rank_correlation": spearmanr(predicted, numbers).statistic,
-                "samples": len(numbers),
-            }
-        )
+        predicted, numbers, groups = map(Tensor.numpy, gather_features(pairs, ("labels", "group")))
+        return Report(measure_numbers(np.hstack([predicted, numbers]), groups))
 
     def fit(self, features: Tensor, labels: Tensor, outputs: int) -> tuple[Tensor, ...]:
         """Return a head for standardised features [N, C]: weight, bias, leave-one-out loss and R2."""
@@ -78,6 +69,6 @@ class RegressionKind(ClassificationKind):
         return {"target_scale": [numbers.mean(), numbers.std() or 1.0]}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return the rows with a number, and a function that adds the number [1] of a sample."""
+        """Return the rows with a number, and a function that adds the number [1] and the group of a sample."""
         numbers = collection.column(TARGET)
-        return ~np.isnan(numbers), label_fields(np.float32(numbers)[:, None])
+        return ~np.isnan(numbers), label_fields(labels=np.float32(numbers)[:, None], group=lead_rows(collection.table))

@@ -13,7 +13,9 @@ from utils.io.files import Values
 INK = "#212529"  # the colour of texts in plots and pictures
 BALANCED = "mean_class_accuracy"
 ONE_CLASS = "always_one_class"  # the accuracy of always answering the most frequent class
-COUNTS = ("samples", "support", "tags", "tags_without_positives", ONE_CLASS)  # figures that measure no network
+MARGINS = ("mae_margin", "rmse_margin", "r2_margin", "rank_correlation_margin")  # half of 95 % intervals
+# Figures that measure no network.
+COUNTS = ("samples", "support", "tags", "tags_without_positives", ONE_CLASS, *MARGINS)
 # Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
 GROUPS = {
     "Loss and metrics": "",
@@ -88,9 +90,11 @@ def show_rows(rows: Sequence[Values]) -> str:
 def interval(name: str, figures: Figures) -> Sequence[float] | None:
     """Return the 95 % interval of an evaluation's figure; None if it has none.
 
-    Of top1, top5, ...: Wilson's, of a share of `samples` independent images: where (x - share)^2 is 1.96^2 times the
-    variance of x. Importing scipy.stats, which has it, would take a second of each run.
+    Half of it may stand among the figures. Of top1, top5, ...: Wilson's, of a share of `samples` independent images:
+    where (x - share)^2 is 1.96^2 times the variance of x. The import of scipy.stats, which has it, takes a second.
     """
+    if (margin := figures.get(f"{name}_margin", 0.0)) > 0:
+        return [figures[name] - margin, figures[name] + margin]
     images = figures.get("samples")
     if not images or name not in figures or not re.fullmatch(r"top\d+", name):
         return None
