@@ -106,6 +106,7 @@ def test_a_card_has_the_figure_that_chose_the_weights_if_nothing_else_measured_t
     best = read_json(place / "unmeasured/result.json")
     assert result["dataset"]["split"] == "validation"
     assert {"type": "top1", "value": best["value"]} in result["metrics"]
+    assert "- `few validation images; by cross-validation, " in card_of(place / "new")[1]
 
 
 def test_the_card_of_an_fcmae_has_its_loss_and_reconstructions(place):
