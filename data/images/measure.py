@@ -7,7 +7,6 @@ read new and changed files.
 import functools
 import hashlib
 import io
-import math
 import os
 import time
 from calendar import timegm
@@ -20,7 +19,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image
 
-from data.collection.duplicates import draw_thumbnail
+from data.collection.duplicates import draw_thumbnail, read_thumbnails
 from data.images.bytes import Files
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.images.open import NO_DECODER, NO_MEMORY, NOT_OPENED, REMARK, UNLIMITED, open_image, read_file
@@ -71,10 +70,10 @@ class FileFacts(NamedTuple):
         return f"{self.width} x {self.height} {self.format}"
 
     @property
-    def fine_detail(self) -> int:
-        """The octave of the sharpness of an image that training reduces far, else 0."""
-        is_large = min(self.width or 0, self.height or 0) > _SIDE_PX
-        return round(math.log2(1 + self.sharpness)) if is_large else 0
+    def border(self) -> str:
+        """Whether black, or white, is in the rows of the thumbnail above and below: bars, a watermark."""
+        edge = read_thumbnails([self.thumbnail or ""])[:, np.r_[:32, 224:256]]
+        return f"black {edge.min(initial=255) < 8}, white {edge.max(initial=0) > 247}"
 
     @property
     def is_damaged(self) -> bool:

@@ -25,7 +25,6 @@ from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
 from data.tools.tool import list_files, save_report
-from utils.errors import UserError
 from utils.io.memo import own_cache
 from utils.io.names import Names
 from utils.record.logging import log
@@ -41,11 +40,8 @@ _DRAWN = ("width", "height", "brightness", "sharpness")
 def check(job: Check, data: DataConfig) -> str:
     """Check the collection. Raises UserError (`data.root`, `job.report`)."""
     faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
-    try:
-        collection = load_collection(data)
-    except UserError:
-        _save_faults(job, faults)
-        raise
+    _save_faults(job, faults)  # before the collection, which may be refused
+    collection = load_collection(data)
     paths = collection.table["path"].to_pylist() if job.verify else []
     if collection.is_packed:
         facts = measure_shards(open_contents(collection), len(paths), data.max_pixels)
