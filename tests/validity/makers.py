@@ -16,7 +16,7 @@ from tests.support import draw_shape
 
 Row = dict[str, Any]  # of collections.yaml
 
-CASES: dict[str, dict[str, Row]] = yaml.safe_load(Path(__file__).with_name("collections.yaml").read_text())
+CASES: dict[str, Row] = yaml.safe_load(Path(__file__).with_name("collections.yaml").read_text())
 _DEFAULTS = {
     "name": "{label}/{code}.jpg", "groups": 120, "each": 1, "labels": ["ill", "well"], "paint": "noise", "tables": {},
     "size": [64, 64], "cells": 8, "tints": [], "turns": 1, "move": 0, "grain": 0, "exif": {},
@@ -48,13 +48,13 @@ def _lines(draw: Random, label: str, _: Row) -> ndarray:
     return np.asarray(image)
 
 
-def _digit(draw: Random, label: str, _: Row) -> ndarray:
+def _digit(_: Random, label: str, part: Row) -> ndarray:
     """Return a hand-written digit of scikit-learn, 8 x 8 px."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    chosen = draw.choice(np.flatnonzero(digits.target == int(label)))
-    return np.repeat(digits.images[chosen].astype(np.uint8)[..., None] * 16, 3, 2)
+    chosen = digits.images[digits.target == int(label)][part["group"]]
+    return np.repeat(chosen.astype(np.uint8)[..., None] * 16, 3, 2)
 
 
 _PAINT: dict[str, Callable[[Random, str, Row], ndarray]] = {
@@ -95,7 +95,7 @@ def _write(root: Path, draw: Random, part: Row) -> None:
         group, number = divmod(index, part["each"])
         if number == 0:
             label, code = draw.choice(part["labels"]), f"{draw.getrandbits(32):08x}"
-            thing = _PAINT[part["paint"]](draw, label, part)
+            thing = _PAINT[part["paint"]](draw, label, part | {"group": group})
         date = f"03:{1 + group % 28:02} {group % 24:02}:{group * 7 % 60:02}:{2 * number:02}"
         words = {"label": label, "code": code, "group": group, "number": number, "index": index, "date": date}
         words |= {"other": f"{draw.getrandbits(32):08x}", "coin": draw.randint(0, 1)}
@@ -110,17 +110,14 @@ def _write(root: Path, draw: Random, part: Row) -> None:
         (root / name).write_text("\n".join(rows))
 
 
-def make(kind: str, name: str, root: Path) -> Row:
+def make(name: str, root: Path) -> Row:
     """Write a collection into a folder and return its row."""
     draw = Random(name)
-    row = CASES[kind][name]
-    for part in row["parts"]:
+    for part in CASES[name]["parts"]:
         _write(root, draw, _DEFAULTS | part)
-    return row
+    return CASES[name]
 
 
 if __name__ == "__main__":
-    for each, rows in CASES.items():
-        for one in rows:
-            if one in (sys.argv[2:] or rows):
-                make(each, one, Path(sys.argv[1], one))
+    for one in sys.argv[2:] or CASES:
+        make(one, Path(sys.argv[1], one))

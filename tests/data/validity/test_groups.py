@@ -16,19 +16,19 @@ def load(root, tmp_path, **choice):
 
 # The images in groups, and the key of the most serious line.
 @pytest.mark.parametrize(
-    "kind, name, grouped, keys",
+    "name, grouped, keys",
     [
-        ("traps", "clinic", 360, ["data.group"]),
-        ("traps", "eyes", 160, ["data.group"]),
-        ("traps", "bursts", 180, ["data.group"]),
-        ("traps", "mirrored", 180, ["data.group"]),
-        ("traps", "albums", 50, ["data.root", "data.group"]),
-        ("honest", "drawings", 0, []),
-        ("honest", "columns", 0, []),
+        ("clinic", 360, ["data.group"]),
+        ("eyes", 160, ["data.group"]),
+        ("bursts", 180, ["data.group"]),
+        ("mirrored", 180, ["data.group"]),
+        ("albums", 50, ["data.root", "data.group"]),
+        ("drawings", 0, []),
+        ("columns", 0, []),
     ],
 )
-def test_groups_that_pictures_confirm_stay_on_one_side(kind, name, grouped, keys, tmp_path):
-    make(kind, name, tmp_path / "images")
+def test_groups_that_pictures_confirm_stay_on_one_side(name, grouped, keys, tmp_path):
+    make(name, tmp_path / "images")
     collection = load(tmp_path / "images", tmp_path, group="auto")
     assert [finding.key for finding in collection.findings] == keys
     groups = collection.table["group"].to_numpy() if grouped else np.array([])
@@ -40,7 +40,7 @@ def test_groups_that_pictures_confirm_stay_on_one_side(kind, name, grouped, keys
 
 
 def test_copies_in_the_test_split_are_counted_and_leave_training(tmp_path):
-    make("traps", "test_copies", tmp_path / "images")
+    make("test_copies", tmp_path / "images")
     collection = load(tmp_path / "images", tmp_path, group="copies")
     assert "data.exclude_copies" in [finding.key for finding in collection.findings]
     without = load(tmp_path / "images", tmp_path, group="copies", exclude_copies=True)
