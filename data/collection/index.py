@@ -36,7 +36,7 @@ from utils.start import open_name
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FACTS = b"facts"  # JSON in the metadata of an index: the attributes of a `Collection`, and `unused`
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 24  # format version; increment it to rebuild every index
+_INDEX = 25  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)

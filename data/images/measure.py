@@ -7,6 +7,7 @@ read new and changed files.
 import functools
 import hashlib
 import io
+import math
 import os
 import time
 from calendar import timegm
@@ -74,6 +75,12 @@ class FileFacts(NamedTuple):
         """Whether black, or white, is in the rows of the thumbnail above and below: bars, a watermark."""
         edge = read_thumbnails([self.thumbnail or ""])[:, np.r_[:32, 224:256]]
         return f"black {edge.min(initial=255) < 8}, white {edge.max(initial=0) > 247}"
+
+    @property
+    def fine_detail(self) -> int:
+        """The octave of the sharpness of an image that training reduces far, else 0."""
+        is_large = min(self.width or 0, self.height or 0) > _SIDE_PX
+        return round(math.log2(1 + self.sharpness)) if is_large else 0
 
     @property
     def is_damaged(self) -> bool:

@@ -25,6 +25,7 @@ from data.load import describe_collection, load_collection
 from data.tools.config import Check
 from data.tools.duplicates import find_groups
 from data.tools.tool import list_files, save_report
+from utils.errors import UserError
 from utils.io.memo import own_cache
 from utils.io.names import Names
 from utils.record.logging import log
@@ -40,8 +41,11 @@ _DRAWN = ("width", "height", "brightness", "sharpness")
 def check(job: Check, data: DataConfig) -> str:
     """Check the collection. Raises UserError (`data.root`, `job.report`)."""
     faults = [] if is_remote(data.root) else list(_find_faults(job, check_root(data.root), data))
-    _save_faults(job, faults)  # before the collection, which may be refused
-    collection = load_collection(data)
+    try:
+        collection = load_collection(data)
+    except UserError:
+        _save_faults(job, faults)
+        raise
     paths = collection.table["path"].to_pylist() if job.verify else []
     if collection.is_packed:
         facts = measure_shards(open_contents(collection), len(paths), data.max_pixels)

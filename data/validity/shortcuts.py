@@ -7,6 +7,16 @@ from scipy.spatial.distance import cdist
 from data.images.measure import FileFacts
 from data.validity.finding import Finding
 
+_FILES = Finding(0.8, "data.root", "", "perhaps by facts of files")
+DETAIL = Finding(0.3, "augment.image_size_hw", "")  # its weight is its own
+_FACTS = {
+    "size_and_format": _FILES,
+    "format": _FILES,
+    "camera_and_year": _FILES,
+    "border": _FILES,
+    "fine_detail": DETAIL,
+}
+
 
 def name_nearest(pictures: ndarray, labels: ndarray, groups: ndarray) -> float:
     """Return how often the most similar picture [N, D] of another group [N] has the same label [N]."""
@@ -19,12 +29,12 @@ def find_shortcuts(facts: list[FileFacts], labels: ndarray) -> list[Finding]:
     """Name a fact of files that tells most of the labels [N], texts or "", by the other images with the same value."""
     names, ids = np.unique(labels, return_inverse=True)
     given = np.eye(len(names))[ids] * (labels != "")[:, None]
-    for fact in ("size_and_format", "format", "camera_and_year", "border"):
+    for fact, finding in _FACTS.items():
         values = [str(getattr(each, fact)) for each in facts]
         votes = (np.array(values)[:, None] == values) @ given - given
         told = given[votes.argmax(axis=1) == ids].sum()
         if told > (given.sum() + given.sum(axis=0).max()) / 2:  # half of the errors are gone
             shown = dict(zip(labels.tolist(), values))
             line = f"{fact.replace('_', ' ')} alone tell the class in {told / given.sum():.2f}: {shown}"
-            return [Finding(0.8, "data.root", line, "perhaps by facts of files")]
+            return [finding._replace(line=line)]
     return []

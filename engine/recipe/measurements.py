@@ -16,6 +16,7 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
+from data.validity.shortcuts import DETAIL
 from engine.frozen.choose import open_frozen_timm
 from engine.frozen.features import read_features
 from engine.run.timing import time_update
@@ -35,6 +36,7 @@ from utils.start import STARTED
 UNIT_PX = 64  # of timing
 FINE_PX = 96  # of the features of weights
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
+_DETAIL_PX = 512  # if fine detail tells the class
 _SAMPLE = 1000  # images, which are decoded
 _SAMPLE_SHARE = 0.025  # of the minutes, at most, is for decoding the sample
 MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
@@ -87,7 +89,8 @@ class Measurements:
     sample, at most `most_px`, the largest side of a training image. has_classes: whether images have one class, not
     tags; with tags, mirrors and colours are unknown. mirrors: the share of the accuracy of nearest neighbours that
     mirrored images keep. border: the grey level of the upper borders of images. colours: whether the mean colour tells
-    something of the class. grey: whether no image has a colour.
+    something of the class. grey: whether no image has a colour. detail: whether fine detail of large images tells the
+    class.
     reference: how many images `REFERENCE` trains on in the minutes. bf16: whether the machine multiplies bf16 fast,
     which Muon needs. network: the user's network, or the pretrained network whose features tell most of the class, if
     the features tell clearly more than small pictures.
@@ -105,6 +108,7 @@ class Measurements:
     mirrors: float = 1.0
     colours: bool = True
     network: Network | None = None
+    detail: bool = False
 
 
 class Sample(NamedTuple):
@@ -162,7 +166,8 @@ def measure(
     """
     seconds = 60 * config.loop.minutes
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
-    most_px = max(_MOST_PX, *config.augment.image_size_hw)
+    detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
+    most_px = max(_DETAIL_PX if detail else _MOST_PX, *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
     small = sample.small
     step_sec = time_network(timm_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
@@ -205,6 +210,7 @@ def measure(
         reference=reference,
         bf16=has_fast_bf16(runtime.device.type),
         network=network,
+        detail=detail,
     )
 
 

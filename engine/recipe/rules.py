@@ -48,6 +48,7 @@ _NETWORKS = (
 _STEP_PX = 32
 _SIZE_SHARE = 2.2
 _LARGER = 2
+_DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
 _PASSES_SHARE = 0.3  # of the time is for two fits of a pretrained network's head, and two evaluations
 
 
@@ -74,7 +75,8 @@ def _cost_of_px(side: int) -> float:
 def choose_px(measurements: Measurements) -> int:
     """Return the side of the images: up to their own, if the time allows its cost.
 
-    A pretrained network sees things better if they are larger than they were: from 96 px on.
+    A pretrained network sees things better if they are larger than they were: from 96 px on. If fine
+    detail tells the class, the time is for large images rather than for many epochs.
     """
     network = measurements.network
     least = UNIT_PX
@@ -85,6 +87,8 @@ def choose_px(measurements: Measurements) -> int:
         most = _LARGER * most
         images = measurements.images + measurements.validation + 1
         fitting = _PASSES_SHARE / 2 * measurements.reference / network.cost / images * UPDATE
+    if measurements.detail:
+        fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
     sides = range(least, min(most + _STEP_PX // 2, measurements.most_px) + 1, _STEP_PX)
     return max((side for side in sides if _cost_of_px(side) <= fitting), default=least)
 
@@ -112,6 +116,7 @@ _SMALL_CHANGES = (
     "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] "
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}"
 )
+_WHOLE = "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] augment.pad=square"
 _ANY_COLOUR = "augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY = "rand-m9-mstd0.5-inc1"
@@ -170,7 +175,10 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"
     if is_letters:
         crops = f"{_SMALL_CHANGES} augment.fill={measurements.border}"
-    yield Rule("augment.crop_scale", crops, "the same share says how far place and size of a figure tell its class")
+    why = "the same share says how far place and size of a figure tell its class"
+    if measurements.detail:
+        crops, why = _WHOLE, "a crop may lose the detail that tells the class"
+    yield Rule("augment.crop_scale", crops, why)
     if not measurements.colours and count >= _MANY_EPOCHS:
         yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
     if is_letters and count >= _LETTER_EPOCHS and count * measurements.images >= _LETTERS_SEEN:

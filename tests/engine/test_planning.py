@@ -143,6 +143,7 @@ RULES = [
     ({"mirrors": 0.7, "images": 12_000, "reference": 4e5}, ""),
     ({"colours": False}, "augment.color_jitter"),
     ({"colours": False, "images": 10**5}, ""),  # few epochs
+    ({"detail": True}, "augment.rand_augment augment.pad"),
 ]
 KEYS = {key for _, keys in RULES for key in keys.split()}
 
@@ -152,6 +153,14 @@ def test_the_rules_for_facts(changes, keys):
     known = replace(FACTS, **changes)
     assert {key for key in KEYS if chosen(known, key)} == {*keys.split()}
     assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)
+
+
+def test_fine_detail_takes_the_time_of_many_epochs():
+    few = replace(FACTS, images=40, side_px=512, most_px=512)
+    assert (
+        choose_px(few) < choose_px(replace(few, detail=True))
+        and choose_px(replace(few, detail=True, images=10**5)) == 64
+    )
 
 
 def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):

@@ -24,3 +24,10 @@ def test_pictures_of_a_patient_name_the_diagnosis():
     labels = DRAWS.integers(0, 2, 40)[patients]
     assert name_nearest(pictures, labels, np.arange(200)) == 1
     assert name_nearest(pictures, labels, patients) < 0.75
+
+
+def test_fine_detail_of_large_images_that_tells_the_class():
+    labels = np.array(["good", "defect"] * 20)
+    facts = [FileFacts(width=3000, height=2000 + n, sharpness=5.0 + 10 * (n % 2)) for n in range(40)]
+    assert find_shortcuts(facts, labels)[0].key == "augment.image_size_hw"
+    assert find_shortcuts([fact._replace(width=100) for fact in facts], labels) == []
