@@ -35,6 +35,7 @@ from utils.start import STARTED
 
 UNIT_PX = 64  # of timing
 FINE_PX = 96  # of the features of weights
+SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
 _DETAIL_PX = 512  # if fine detail tells the class
 _SAMPLE = 1000  # images, which are decoded
@@ -86,11 +87,11 @@ class Measurements:
     """What the rules know.
 
     images, validation: the numbers of training and validation images. side_px: the median of the longer sides of a
-    sample, at most `most_px`, the largest side of a training image. has_classes: whether images have one class, not
-    tags; with tags, mirrors and colours are unknown. mirrors: the share of the accuracy of nearest neighbours that
-    mirrored images keep. border: the grey level of the upper borders of images. colours: whether the mean colour tells
-    something of the class. grey: whether no image has a colour. detail: whether fine detail of large images tells the
-    class.
+    sample, whose shorter sides are reduced to 2 `most_px` + 1. most_px: the largest side of a training image.
+    has_classes: whether images have one class, not tags; with tags, mirrors and colours are unknown. mirrors: the share
+    of the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the upper borders of
+    images. colours: whether the mean colour tells something of the class. grey: whether no image has a colour. detail:
+    whether fine detail of large images tells the class.
     reference: how many images `REFERENCE` trains on in the minutes. bf16: whether the machine multiplies bf16 fast,
     which Muon needs. network: the user's network, or the pretrained network whose features tell most of the class, if
     the features tell clearly more than small pictures.
@@ -128,7 +129,7 @@ def draw_sample(
 
     Raises UserError (`data.root`) if no image can be read.
     """
-    source = open_images(collection, config.data, {"channels": 3, "shortest_px": most_px})
+    source = open_images(collection, config.data, {"channels": 3, "shortest_px": SHRINK * most_px + 1})
     started = time.monotonic()
     kept = []
     small = []
@@ -141,7 +142,7 @@ def draw_sample(
         with suppress(UnreadableImage):
             image = source.read(row)[IMAGE].float()
             small.append(F.adaptive_avg_pool2d(image, _SMALL_PX))
-            sides.append(min(max(image.shape[-2:]), most_px))
+            sides.append(max(image.shape[-2:]))
             kept.append(row)
         if time.monotonic() > started + _SAMPLE_SHARE * 60 * config.loop.minutes:
             break

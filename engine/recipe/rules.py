@@ -16,6 +16,7 @@ from engine.recipe.measurements import (
     FINE_PX,
     MIRRORS,
     REFERENCE,
+    SHRINK,
     UNIT_PX,
     UPDATE,
     Measurements,
@@ -33,7 +34,6 @@ from utils.record.figures import show_lines
 from utils.record.logging import log
 from utils.record.run_folder import default_run_dir
 
-_SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 _REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best of _NETWORKS
 _MOST_EPOCHS = 60  # beyond them, a wider network gains more
 _MOST_FOR_FEW = 1.75  # but its cost grows at most by this factor
@@ -138,7 +138,7 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
         yield Rule("model augment.mean augment.std", words, "no image has a colour")
     words = f"augment.image_size_hw=[{side},{side}]"
     yield Rule("augment.image_size_hw", words, "no larger than the images, and the time allows it")
-    if measurements.side_px > _SHRINK * side:
+    if measurements.side_px > SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs.
     takes_policy = measurements.colours and measurements.mirrors >= MIRRORS and epochs in _POLICY_EPOCHS
@@ -175,10 +175,10 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"
     if is_letters:
         crops = f"{_SMALL_CHANGES} augment.fill={measurements.border}"
-    why = "the same share says how far place and size of a figure tell its class"
     if measurements.detail:
-        crops, why = _WHOLE, "a crop may lose the detail that tells the class"
-    yield Rule("augment.crop_scale", crops, why)
+        yield Rule("augment.crop_scale", _WHOLE, "a crop may lose the detail that tells the class")
+    else:
+        yield Rule("augment.crop_scale", crops, "the same share says how far place and size of a figure tell its class")
     if not measurements.colours and count >= _MANY_EPOCHS:
         yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
     if is_letters and count >= _LETTER_EPOCHS and count * measurements.images >= _LETTERS_SEEN:

@@ -132,7 +132,7 @@ LONG = {"mirrors": 0.3, "reference": 4e5}  # of letters
 LETTERS = "augment.fill task.mixup_alpha augment.random_erasing"
 RULES = [
     ({}, "augment.rand_augment"),
-    ({"side_px": 224}, "augment.rand_augment augment.shrink"),
+    ({"side_px": 600}, "augment.rand_augment augment.shrink"),
     ({"images": 10**4}, ""),
     ({"images": 50}, "task.cutmix_alpha"),
     ({"mirrors": 0.3}, "augment.fill"),
