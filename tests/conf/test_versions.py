@@ -49,7 +49,7 @@ def test_an_older_run_has_what_held_before_and_keeps_a_key_that_was_cut_while_on
     loss = {"name": "bce", "gamma_neg": 4.0, "clip": 0.05}
     older = {"seed": 0, "loop": {"audit_every": None}, "task": {"name": "tagging", "loss": loss}}
     task = {"name": "tagging", "loss": {**loss, "gamma": 2.0, "alpha": 0.25}, "tag_weights": None}
-    task |= {"known": [], "keep_old": 1.0}
+    task |= {"known": [], "keep_old": 0.3}
     loop = {"early_stop_least": 0.0, "checkpoint_mirror": None, "ema_start_steps": 0}
     assert read_saved(older) == {"seed": 0, "loop": loop, "task": task}
     assert "judge" not in read_saved({"task": {"name": "diffusion", "lora": None, "judge": {"prompts": 8}}})["task"]

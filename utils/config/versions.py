@@ -22,7 +22,7 @@ NEWER = {
     "task[tagging].tag_weights": None,
     # Both matter after a tagger alone: an unfinished run of an earlier release has other facts.
     "task[tagging].known": [],
-    "task[tagging].keep_old": 1.0,
+    "task[tagging].keep_old": 0.3,
     "model[timm].arguments": {},
 }
 # The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
