@@ -24,7 +24,7 @@ def bound(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    "changes, expected",
     [
         ({"shrink": False}, None),
         ({"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}, 256),  # 224 / 0.875
@@ -43,7 +43,7 @@ RATIOS = ([0.75, 4 / 3], [1.0, 1.0], [2.0, 3.0], [0.2, 0.4], [4.0, 4.0])
 SIZES = ([32, 32], [48, 16], [16, 40])
 
 
-@pytest.mark.parametrize(("ratio", "scale", "size_hw"), itertools.product(RATIOS, (0.05, 0.5, 1.0), SIZES))
+@pytest.mark.parametrize("ratio, scale, size_hw", itertools.product(RATIOS, (0.05, 0.5, 1.0), SIZES))
 def test_no_crop_of_an_image_at_the_bound_is_enlarged(ratio, scale, size_hw):
     config = AugmentConfig(**LIGHT | {"crop_ratio": ratio, "crop_scale": [scale, 1.0], "image_size_hw": size_hw})
     side, crop = config.shortest_px(), ResizedCrop(config)

@@ -71,7 +71,7 @@ def test_the_first_screen_names_the_steps_that_are_on():
 
 
 @pytest.mark.parametrize(
-    ("change", "key"),
+    "change, key",
     [
         ({"rand_augment": "rand-m9-msdt0.5"}, "rand_augment"),
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "affine.scale"),
@@ -157,7 +157,7 @@ BACKGROUNDS = [("white", 3, (255,) * 3), ("drop", 3, (255,) * 3), ([250, 0, 40],
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("background", "channels", "colour"), BACKGROUNDS)
+@pytest.mark.parametrize("background, channels, colour", BACKGROUNDS)
 @pytest.mark.parametrize("image_hw", [(90, 51), (20, 9)])
 def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channels, colour, interpolation):
     values = {**PLAIN, **PADDED, "interpolation": interpolation, "mean": [0.5] * channels, "std": [0.5] * channels}

@@ -26,7 +26,7 @@ def search(tmp_path):
     return Search(load(tmp_path / "root", tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(("text", "rows"), [
+@pytest.mark.parametrize("text, rows", [
     ("", "abc"), ("1girl", "a"), ("-1girl", "bc"), ("hat", "b"), ("*hat", "b"), ('"red hat"', "b"), ("red_hat", "b"),
     ("character:*", "a"), ("hatsune_miku", "a"), ("general:*", "ab"), ("artist:*", ""), ("label=cat", "a"),
     (quote_value(ROWS[0]["tags"][2]), "a"), ("label=ca", ""), ("label:CA", "a"), ("-label=cat", "bc"), ("tags>1", "ab"),

@@ -182,7 +182,7 @@ def read_epochs(collection, workers, changes):
     return torch.cat([stream.prepare(next(steps)[0])["images"] for _ in range(9)]).int()
 
 
-@pytest.mark.parametrize(("workers", "changes"), [(0, GREY), (2, ALL)])
+@pytest.mark.parametrize("workers, changes", [(0, GREY), (2, ALL)])
 def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, workers, changes, monkeypatch):
     expected = read_epochs(collection, workers, changes)
     monkeypatch.setattr("data.open.can_cut", lambda device: True)
@@ -207,14 +207,14 @@ def test_workers_cut_images_that_are_being_written_or_too_large(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ what is chosen
 
 
-@pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
+@pytest.mark.parametrize("gib, kept", [(0, False), ("auto", True), (1.0, True)])
 def test_images_are_kept_as_configured(collection, gib, kept):
     source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
     assert isinstance(source, Cached) is kept
 
 
 @pytest.mark.parametrize(
-    ("gib", "share", "low", "high"),
+    "gib, share, low, high",
     [("auto", 4.0, 0, 2.0), ("auto", 1.1, 0, 0.55), ("auto", 0.9, -1, 0), (0.5, 4.0, 0.4, 0.5), (8.0, 4.0, 3.9, 4.0)],
 )
 def test_auto_keeps_images_where_half_fit_into_half_of_the_memory_and_a_number_what_is_free(

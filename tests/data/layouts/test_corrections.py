@@ -54,7 +54,7 @@ def test_weights_and_groups(animals, opened, log):  # noqa: F811
     assert columns(opened(animals), "group", "weight")[2:4] == [(7, 1.0), (None, 0.0)]
 
 
-@pytest.mark.parametrize(("lines", "label"), [
+@pytest.mark.parametrize("lines, label", [
     (["cat dog edited", "cat bird edited"], "bird"),  # two reviewers: the later one counts
     (["cat dog edited", "cat bird edited", "cat cat undone"], "dog"),
     (["cat dog edited", "cat cat undone"], "cat"),

@@ -98,7 +98,7 @@ def stated(size, kind=tarfile.REGTYPE):
 
 
 @pytest.mark.parametrize(
-    ("place", "content", "count", "words"),
+    "place, content, count, words",
     [
         (4 * 1024 + 5, b"x", 4, "from byte 4,096 of"),
         (4 * 1024, bytes(1024), 4, "from byte 4,096 of 10,240 (its end is followed by more)"),
@@ -232,7 +232,7 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
 
 
 @pytest.mark.parametrize(
-    ("write", "train", "test"),
+    "write, train, test",
     [
         (write_stream, "train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"),
         (write_parquet, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),

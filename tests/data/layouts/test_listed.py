@@ -23,7 +23,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "choice"),
+    "text, choice",
     [
         ("id,breed\na,x\nb,y\nc,x\nd,y\n", {}),
         ("bild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
@@ -59,7 +59,7 @@ def test_numbers_of_many_values_are_no_label(read):
 
 
 @pytest.mark.parametrize(
-    ("form", "wanted"), [("id,age", ""), ("id,kind", " x"), ("id,x,y,z", " x"), ("id,p,q", "  p")]
+    "form, wanted", [("id,age", ""), ("id,kind", " x"), ("id,x,y,z", " x"), ("id,p,q", "  p")]
 )  # a column of numbers, of labels, of labels that are columns, and of several tags in a text
 def test_the_form_of_a_competition_says_what_the_target_is(form, wanted, read):
     rows = [f"{number},{number % 3},{number + 0.5},x,p{' q' * (number % 2)}" for number in range(24)]
@@ -69,7 +69,7 @@ def test_the_form_of_a_competition_says_what_the_target_is(form, wanted, read):
 
 
 @pytest.mark.parametrize(
-    ("images", "ids"),
+    "images, ids",
     [
         ("1.10.png 1.20.png", "1.10 1.20"),  # a column of numbers would make 1.1 of the first
         ("007.png 010.png", "7 10"),
@@ -85,7 +85,7 @@ def test_ids_as_spreadsheets_and_programs_change_them(images, ids, read):
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "wanted"),
+    "column, values, wanted",
     [
         ("is_valid", "True False  1", ["val", "train", "train", "val"]),
         ("split", "TRAINING valid  test", ["train", "val", "train", "test"]),

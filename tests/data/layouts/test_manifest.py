@@ -148,7 +148,7 @@ def test_broken_and_double_manifests_are_refused(refuse, root):
 
 
 @pytest.mark.parametrize(
-    ("values", "kept"),
+    "values, kept",
     [
         (["2024-01-01", "2024-01-02T10:00:00Z"], ["2024-01-01", "2024-01-02T10:00:00Z"]),
         (["007", "12"], ["007", "12"]),

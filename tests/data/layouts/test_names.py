@@ -31,7 +31,7 @@ def opened(tmp_path):
     return lambda root: load(root, tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("ours", "theirs"), FORMS)
+@pytest.mark.parametrize("ours, theirs", FORMS)
 @pytest.mark.parametrize("kind", ["manifest.csv", "metadata.csv", "meta_cap.json", "x.txt", "x.png.json"])
 def test_a_text_finds_its_image_in_the_other_form(opened, tmp_path, kind, ours, theirs):
     root = put(tmp_path / "root", f"{ours}/{ours}.png", "a/b.png")
@@ -45,7 +45,7 @@ def test_a_text_finds_its_image_in_the_other_form(opened, tmp_path, kind, ours, 
     assert (f"{ours}/{ours}.png", "Föhn", "found") in columns(opened(root), "path", "label", "caption")
 
 
-@pytest.mark.parametrize(("ours", "theirs"), FORMS)
+@pytest.mark.parametrize("ours, theirs", FORMS)
 def test_a_text_in_a_tar_finds_its_image_in_the_other_form(opened, tmp_path, ours, theirs):
     write_tar(tmp_path / "root/0.tar", {f"{ours}.png": png(1), f"{theirs}.txt": b"found"})
     assert columns(opened(tmp_path / "root"), "caption") == [("found",)]

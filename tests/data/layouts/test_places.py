@@ -6,7 +6,7 @@ from data.layouts.places import find_splits, place_images
 
 
 @pytest.mark.parametrize(
-    ("text", "places"),
+    "text, places",
     [
         ("train_images/a test_images/b", "train: test:"),
         ("images/train/cat/a images/val/dog/b", "train:cat val:dog"),
@@ -35,7 +35,7 @@ def test_splits_and_classes_by_folders(text, places):
 
 
 @pytest.mark.parametrize(
-    ("names", "splits"),
+    "names, splits",
     [
         ("train valid extra", "train val"),
         ("train-00000-of-00002-0123456789abcdef test-00000-of-00001", "train test"),

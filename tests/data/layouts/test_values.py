@@ -60,7 +60,7 @@ def list_cases():
         yield from (pytest.param(field, table, name, id=f"{field} {min(map(repr, table))} {name}") for name in names)
 
 
-@pytest.mark.parametrize(("field", "table", "reader"), list_cases())
+@pytest.mark.parametrize("field, table, reader", list_cases())
 def test_every_reader_gives_the_same_answer(field, table, reader, tmp_path):
     write(tmp_path / "root", reader, field, [[*value] if isinstance(value, tuple) else value for value in table])
     found = load(tmp_path / "root", tmp_path / "cache")
@@ -70,7 +70,7 @@ def test_every_reader_gives_the_same_answer(field, table, reader, tmp_path):
 
 
 @pytest.mark.parametrize("reader", [*TYPED, *OTHERS])
-@pytest.mark.parametrize(("field", "value"), [("label", ["a"]), ("caption", {"a": 1}), ("tags", [{"a": 1}])])
+@pytest.mark.parametrize("field, value", [("label", ["a"]), ("caption", {"a": 1}), ("tags", [{"a": 1}])])
 def test_a_value_of_another_type_is_named_with_its_row(field, value, reader, tmp_path):
     write(tmp_path / "root", reader, field, [None, value])
     with refuses(rf"data\..*(row 1|01.json|'01.png').* has the {field} "):

@@ -125,7 +125,7 @@ PUBLISHED = {"rand_augment": "rand-m9-n3-p1-mstd0.5-inc1", "random_erasing": 0.5
 
 
 @pytest.mark.parametrize("workers, prefetch, micro", [(1, 1, 32), (7, 4, 8), (0, 2, 1)])
-@pytest.mark.parametrize("changes", [{}, PUBLISHED], ids=["light", "published"])
+@pytest.mark.parametrize("changes", [{}, PUBLISHED])
 def test_samples_do_not_change_with_workers_micro_batches_or_stray_draws(folder, changes, workers, prefetch, micro):
     """timm's policy draws from the generators of Python and NumPy, which belong to the process."""
     wanted = fingerprints(take(train_stream(folder, **changes), 3))

@@ -10,7 +10,7 @@ TRAIN, VAL = np.arange(0, 8), np.arange(8, 12)
 
 
 @pytest.mark.parametrize(
-    ("most", "train", "val", "why"),
+    "most, train, val, why",
     [
         (9, [1, 3, 6, 2, 7, 0, 5], [10, 8], "all that have a label, in the order of their classes"),
         (4, [1, 6, 7, 5], [10, 8], "every second one: two of three, one of two, one of two"),

@@ -240,7 +240,7 @@ def evaluation(rows, batch_size, world=1, groups=None, seed=0):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-@pytest.mark.parametrize(("count", "kinds"), [(1, 1), (2, 1), (7, 1), (37, 1), (23, 3)])
+@pytest.mark.parametrize("count, kinds", [(1, 1), (2, 1), (7, 1), (37, 1), (23, 3)])
 def test_evaluation_takes_each_row_once_and_mixes_no_shapes(world, batch_size, count, kinds):
     rows = np.arange(count) * 3 + 1
     groups = np.arange(count) ** 2 % kinds

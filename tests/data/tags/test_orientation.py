@@ -66,7 +66,7 @@ def test_words_of_glyphs_swap_and_letters_stay():
 
 
 @pytest.mark.parametrize(
-    ("text", "entry"),
+    "text, entry",
     [
         ("pattern: []", "pattern: "),
         ("patterns: [{match: '(left', swap: [left, right]}]", "patterns.0.match: "),

@@ -38,7 +38,7 @@ def test_columns_of_names_take_probabilities(read):
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    "text, word",
     [("id,label\n1,cat\nnone,cat", "none"), ("id,dog,sheep\n1,0,0", "sheep"), ("", "form.csv"), ("id\n1", "form.csv")],
 )
 def test_what_cannot_be_filled_is_refused_by_name(read, text, word):

@@ -18,13 +18,10 @@ def load(root, tmp_path, **choice):
 @pytest.mark.parametrize(
     "name, grouped, keys",
     [
-        ("clinic", 360, ["data.group"]),
         ("eyes", 160, ["data.group"]),
         ("bursts", 180, ["data.group"]),
-        ("mirrored", 180, ["data.group"]),
         ("albums", 50, ["data.root", "data.group"]),
         ("drawings", 0, []),
-        ("columns", 0, []),
     ],
 )
 def test_groups_that_pictures_confirm_stay_on_one_side(name, grouped, keys, tmp_path):
