@@ -74,7 +74,8 @@ class FileFacts(NamedTuple):
     def border(self) -> str:
         """Whether black, or white, is in the rows of the thumbnail above and below: bars, a watermark."""
         edge = read_thumbnails([self.thumbnail or ""])[:, np.r_[:32, 224:256]]
-        return f"black {edge.min(initial=255) < 8}, white {edge.max(initial=0) > 247}"
+        colours = {"black": edge.min(initial=255) < 8, "white": edge.max(initial=0) > 247}
+        return " and ".join(name for name, is_there in colours.items() if is_there) or "other colours"
 
     @property
     def fine_detail(self) -> int:

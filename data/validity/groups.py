@@ -88,7 +88,7 @@ def list_contrary(labels: ndarray, facts: list[FileFacts]) -> list[Finding]:
     """Return a finding if equal files have several labels. labels: numbers from 1 on, 0 for none, [N]."""
     first = labels[lead_rows(pa.table({"group": [fact.sha256 for fact in facts]}))]
     count = ((labels != first) & (labels * first > 0)).sum()
-    line = f"{count:,} images equal an image with another label; prepare.py job=check lists them"
+    line = f"{count:,} of the images equal an image with another label; prepare.py job=check lists them"
     return [Finding(0.6, "data.root", line)] if count else []
 
 
