@@ -90,7 +90,7 @@ class Session:
     def run(self, names, inputs):
         with torch.no_grad():
             outputs = dict(zip(self._model.form.outputs, self._model(torch.from_numpy(inputs["images"]))))
-        return [outputs[name].numpy() for name in names]
+        return [outputs[name].numpy() for name in names or outputs]
 
     def get_modelmeta(self):
         return SimpleNamespace(custom_metadata_map={"atelier": json.dumps(self._metadata)})
