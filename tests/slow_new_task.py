@@ -35,7 +35,7 @@ def start(program, line, *more):
 
 def test_the_page_builds_a_kind_that_every_command_knows(tmp_path):
     program = tmp_path / "program"
-    for name in subprocess.check_output(["git", "ls-files", "*.py", "conf"], cwd=ROOT, text=True).split():
+    for name in subprocess.check_output(["git", "ls-files", "*.py", "*.yaml", "conf"], cwd=ROOT, text=True).split():
         (program / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, program / name)
     schema, task, kind, entry, output = blocks("python")

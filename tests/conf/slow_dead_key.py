@@ -109,7 +109,7 @@ finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_ev
 finetune $small $glyphs $disk run_dir=tuned init_from=fcmae loop.keep_weights_every=1 \
     loop.total_steps=3 optim.lr=0.1 resume_allow=[optim.lr]
 train $tagger task=tagging task.min_count=1 task.loss.name=asl run_dir=asl
-train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal \
+train $tagger task=tagging task.min_count=1 task.loss.name=focal run_dir=focal init_from=asl \
     "task.tag_weights={power: 1.0, window_steps: 2}"
 tests.tasks.multicrop $short $images run_dir=multicrop
 evaluate run_dir=tuned $cpu

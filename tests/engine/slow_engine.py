@@ -78,7 +78,8 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(case, collection, tmp_path)
     for done, ranks in zip(range(0, total, 6), RANKS):
         overrides = common(task, collection, there, *settings, "loop.micro_batch_size=3")
         end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
-        assert done == 0 or f"at step {done}" in run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
+        said = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
+        assert done == 0 or f"at step {done}" in said
     run(SCRIPTS[task], common(task, collection, here, *settings), tmp_path)
     assert_same_tensors(checkpoint_tensors(there, total), checkpoint_tensors(here, total), tolerance=2e-5)
     assert samples_by_step(there) == samples_by_step(here)
