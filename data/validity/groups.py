@@ -120,13 +120,15 @@ def group_rows(table: Table, root: str, kind: str) -> tuple[pa.Array | None, lis
             continue
         if kind == words or _SURE.match(words) or is_confirmed(leads[rows], labels[rows], pictures):
             is_one = np.bincount(leads)[leads] > 1
+            groups = pa.array(leads, mask=~is_one)
+            if is_one.mean() < _TOLD:
+                return groups, findings
             line = f"{is_one.sum():,} images belong together, in {len(np.unique(leads[is_one])):,} groups by {words}"
             if labels.any():
                 line += f"; the nearest tells the class: by pictures {name_nearest(pictures, labels[rows], rows):.2f}"
                 line += f", by {words} {name_nearest(pictures, labels[rows], leads[rows]):.2f}"
-            if is_one.mean() >= _TOLD:
-                findings.append(Finding(0.2, "data.group", line))
-            return pa.array(leads, mask=~is_one), findings
+            findings.append(Finding(0.2, "data.group", line))
+            return groups, findings
     if kind != "auto":
         raise UserError(f"data.group: {kind}, but {kind} tell no groups of {root!r} for a split; set auto or none")
     return None, findings + find_shortcuts(facts, table["label"].take(rows).fill_null("").to_numpy())
