@@ -25,8 +25,8 @@ class Evaluate(WeightsChoice):
     """Measure one weight file.
 
     output: a folder. split: auto is val; of other images val, else test, else all. per_image: also write a row for each
-    image. folds: train the recipe of the run on all parts but one, for each of so many parts, and measure it there.
-    calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
+    image. folds: the number of parts of the images; for each part, train the recipe on the others, and measure it
+    there. calibrate: also write the thresholds of a tagger or a classifier. risk: the share of a classifier's answers
     that may be wrong.
     """
 

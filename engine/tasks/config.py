@@ -100,9 +100,9 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig, TaskConfig):
 
     vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
     append_to: a tagger that gets the missing tags; the run has its network, preprocessing and weights, and no
-    steps. known: tags that are absent where no image has them. keep_old: the weight of what the tagger of `init_from`
-    says of unknown tags. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map;
-    null: no mirroring.
+    steps. known: tags that no image has, and that are absent, not unknown. keep_old: the weight of the targets of
+    unknown tags, which are probabilities of the tagger in `init_from`. orientation: how mirroring an image changes its
+    tags: booru, glyphs, or the path of a map; null: no mirroring.
     """
 
     name: Literal["tagging"]

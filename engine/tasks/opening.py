@@ -84,13 +84,18 @@ def read_tagger(path: Path) -> Json:
     return metadata
 
 
+def initial_metadata(config: AnyConfig) -> Json:
+    """Return the metadata of the weight file in `init_from`, ours or another's."""
+    path = find_initial(InitFrom(config.init_from, config.init_weights))
+    return describe(path, read_weights(path, shapes_only=True)[1])
+
+
 @about("init_from")
 def stated_by_tagger(config: AnyConfig) -> Json:
     """Return the keys that a tagger in `init_from` states for another tagger: its network and preprocessing."""
     if not isinstance(config.task, TaggingTaskConfig):
         return {}
-    path = find_initial(InitFrom(config.init_from, config.init_weights))
-    tagger = describe(path, read_weights(path, shapes_only=True)[1])
+    tagger = initial_metadata(config)
     if not {"tag_names", "model"} <= tagger.keys():
         return {}
     stated = dict_of(tagger, "preprocessing")

@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import sigmoid_focal_loss
 
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
@@ -28,14 +27,14 @@ from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Loaders, Report, StepOutput
 from engine.tasks.change import AnyConfig, ConfigChange, Start
-from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig, TagLossConfig
+from engine.tasks.config import ImageTrainingConfig, TaggingTaskConfig
 from engine.tasks.head import fit_new_tags
 from engine.tasks.kind import Kind, Setup
 from engine.tasks.mixing import MixingTask
-from engine.tasks.opening import read_tagger, stated_by_tagger
+from engine.tasks.opening import initial_metadata, read_tagger, stated_by_tagger
+from engine.tasks.tag_losses import bce, prior_bias, tag_loss
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
-from models.interop.foreign import describe
 from models.weights.initialise import initialise_from
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
@@ -50,45 +49,15 @@ from utils.formats.vocabulary import (
     write_vocabulary,
 )
 from utils.io.files import Json
-from utils.io.weight_files import find_initial, find_weights
-from utils.io.weights import read_weights
+from utils.io.weight_files import find_weights
 from utils.ranks import distributed
 from utils.record.logging import log
 
 CACHE = Path("outputs/cache/tags")
 _SHOWN_MISTAKES = 24  # images in the picture
 _SHOWN_TAGS = 3  # of a kind of mistake, under an image
-_LOWEST_BIAS = -8.0  # bias; the logit of a tag without training images is -infinity
 _LEAST_PRIOR = 1e-4  # for the entropy of a tag that no or every training image has
 _LEAST_WEIGHT = 0.2  # of a tag that is learned
-_EPS = 1e-8  # from the published code of the asymmetric loss
-
-
-def bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the binary cross-entropy."""
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-
-
-def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss per sample and tag, float32 [B, T]: the cross-entropy, the focal or the asymmetric loss.
-
-    The focal loss follows Lin et al. 2017 (arXiv 1708.02002), equation 5.
-    The focusing weights of the asymmetric loss get no gradient, as in the published training.
-    Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
-    Differs: gamma+ is 0, its published value; log p is exact even for a positive with p < 1e-8, which therefore keeps
-    its gradient.
-    """
-    logits = logits.float()
-    if config.name == "bce":
-        return bce(logits, targets)
-    if config.name == "focal":
-        return sigmoid_focal_loss(logits, targets, config.alpha, config.gamma)
-    absent = ((-logits).sigmoid() + config.clip).clamp(max=1)  # 1 - p_m
-    log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
-    with torch.no_grad():
-        prob = logits.sigmoid() * targets + absent * (1 - targets)  # of the target
-        weight = (1 - prob) ** (config.gamma_neg * (1 - targets))
-    return -log_likelihood * weight
 
 
 class TaggingTask(MixingTask):
@@ -313,11 +282,6 @@ def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> State:
     return mistakes
 
 
-def prior_bias(priors: Tensor) -> Tensor:
-    """Return biases with which an untrained head predicts the frequencies of tags. priors: shares of images [T]."""
-    return priors.logit(eps=1e-6).clamp(_LOWEST_BIAS, 0.0)
-
-
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     return index_tags(
@@ -333,8 +297,7 @@ def old_vocabulary(config: ImageTrainingConfig) -> Vocabulary | None:
     """Return the vocabulary of the tagger that a run begins with; None for other weights."""
     if config.init_from in (None, "timm"):
         return None
-    path = find_initial(InitFrom(config.init_from, config.init_weights))
-    metadata = describe(path, read_weights(path, shapes_only=True)[1])
+    metadata = initial_metadata(config)
     return vocabulary_of(metadata) if "tag_names" in metadata else None
 
 

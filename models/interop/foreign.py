@@ -1,4 +1,4 @@
-"""What stands beside a network of others: the metadata that one of our files would have.
+"""Read the files beside another program's network, and return the metadata that a weight file of ours has.
 
 | beside the network | what it states |
 |---|---|
@@ -28,7 +28,7 @@ def read_config_beside(path: Path) -> Json:
 
 
 def describe(path: Path, metadata: Values) -> Json:
-    """Return the metadata of a file, and of a tagger of others what stands beside it.
+    """Return the metadata of a file; for another program's tagger, with what the files beside it state.
 
     `channels` is the order that the weights take. Raises UserError.
     """

@@ -8,7 +8,7 @@ import torch
 from scipy.special import expit as sigmoid
 
 from engine.tasks.config import TagLossConfig
-from engine.tasks.tagging import tag_loss
+from engine.tasks.tag_losses import tag_loss
 
 DEFAULTS = {"gamma_neg": 4.0, "clip": 0.05, "gamma": 2.0, "alpha": 0.25}
 LOGITS = torch.linspace(-12, 12, 97).repeat(2, 1)

@@ -14,7 +14,8 @@ from data.tags.tag_index import map_tags
 from engine.exports.opened_task import open_task
 from engine.tasks.config import LossWeightsConfig, TaggingTaskConfig
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingKind, prior_bias
+from engine.tasks.tag_losses import prior_bias
+from engine.tasks.tagging import TaggingKind
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, check_resumption, configure, run
 from tests.support import make_collection, read_table, refuses, rows
