@@ -8,9 +8,6 @@
     python export.py format=wd14 run_dir=RUN                          for a tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...
-    python export.py format=kohya weights=A lora=[B:0.5] output=FOLDER        two LoRAs of anybody in one (docs/lora.md)
-    python export.py format=kohya weights=A rank=8 output=FOLDER               a smaller one
-    python export.py format=kohya weights=TUNED model.path=BASE rank=32 output=FOLDER      one of two checkpoints
 
 docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
 """
@@ -26,11 +23,8 @@ from utils.start import open_name
 
 @entry_point("export", ExportConfig)
 def main(config: ExportConfig, job: Job) -> str:
-    """Export weights, or a LoRA of other LoRAs or checkpoints."""
-    is_combined = config.lora or config.rank
-    return open_name("sdxl.lora.combined:write_combined" if is_combined else "engine.exports.export:export")(
-        config, job
-    )
+    """Export weights."""
+    return open_name("engine.exports.export:export")(config, job)
 
 
 if __name__ == "__main__":

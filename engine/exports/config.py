@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
-from utils.config.bounds import Positive, Width
-from utils.config.schema import PathList, PathText, Strict
+from utils.config.bounds import Positive
+from utils.config.schema import PathText, Strict
 from utils.errors import about
 from utils.io.weight_files import WEIGHT_NAMES, choose_weights
 
@@ -103,8 +103,6 @@ class ExportConfig(WeightsChoice):
     description: str | None
     trigger: str | None
     card: PathText | None
-    lora: PathList
-    rank: Width | None
     dry_run: bool
 
     @property
@@ -114,8 +112,8 @@ class ExportConfig(WeightsChoice):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.output is None and (self.run_dir is None or self.lora or self.rank):
-            raise ValueError("output: must be given without a run_dir, and with lora or rank; add output=FOLDER")
+        if self.output is None and self.run_dir is None:
+            raise ValueError("output: must be given without a run_dir; add output=FOLDER")
         if not getattr(FORMATS[self.format], self.precision, True):
             raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
         return self

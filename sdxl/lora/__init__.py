@@ -1,1 +1,1 @@
-"""LoRA, LoHa, LoKr and DoRA: the changes, their files, and files combined."""
+"""LoRA, LoHa, LoKr and DoRA: the changes and their files."""

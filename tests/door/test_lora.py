@@ -6,13 +6,11 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from tests.door.follow import follow
 from tests.in_process import configure, run
-from tests.sdxl.test_lora_combined import LAYER
 from tests.small_sdxl import EPSILON, complete, write_base
 from tests.support import TINY, refuses
 from utils.io.files import read_json, write_json
@@ -25,11 +23,9 @@ COMMAND = ["experiment=sdxl/lora", "model.path=base", "data.root=dog", *ON_CPU]
 
 @pytest.fixture(scope="module")
 def place(folder):
-    """Photographs as a telephone names them, a base, a LoRA, and prompts as sd-scripts takes them."""
+    """Photographs as a telephone names them, a base, and prompts as sd-scripts takes them."""
     torch.manual_seed(0)
     write_base(folder / "base", noise=EPSILON)
-    style = {f"{LAYER}.lora_down.weight": torch.rand(4, 640), f"{LAYER}.lora_up.weight": torch.rand(640, 4)}
-    save_file(style, folder / "style.safetensors", {"modelspec.prediction_type": "v"})
     (folder / "dog").mkdir()
     for number in range(15):
         size = (120, 90) if number % 3 else (90, 120)
@@ -44,7 +40,6 @@ def test_the_page_leads_from_photographs_to_comfyui(place, capsys):
     with refuses('none of the 15 images .*data.trigger="sks dog"'):  # what a newcomer types first
         run("finetune_sdxl", [*COMMAND, "run_dir=first"], place)
     words = {"BASE": "base", "PATH": "dog", "FILE": "outputs/dog/export/kohya/lora.safetensors"}
-    words |= {"FIRST": "style.safetensors", "SECOND": "style.safetensors", "TUNED": "base"}
     short = {
         "finetune_sdxl.py": [*ON_CPU, "loop.total_steps=3"],
         "predict.py": ["device=cpu"],
