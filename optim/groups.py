@@ -38,7 +38,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
 
     networks: the trained networks by name; layer decay applies within each, and other parameters have scale 1.
     Beside the optimiser's keys, a group has `names` and the fields of GroupSettings.
-    Raises UserError (`optim.rules`) if a pattern matches nothing, two rules conflict, or all is frozen.
+    Raises UserError (`optim.rules`) if a pattern matches nothing, two rules conflict in another key than lr_scale, or
+    all is frozen.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -101,7 +102,7 @@ def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float
 
 
 def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, Json]:
-    """Return the fields that the rules set, by parameter."""
+    """Return the fields that the rules set, by parameter; the scales of several rules are multiplied."""
     settings = {name: {} for name in names}
     sources = {}
     for index, rule in enumerate(rules):
@@ -112,12 +113,13 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
             )
         fields = rule.model_dump(exclude={"match"}, exclude_none=True)
         for name in matched:
-            for field in fields.keys() & settings[name].keys():
+            for field in fields.keys() & settings[name].keys() - {"lr_scale"}:
                 raise UserError(
                     f"optim.rules.{index}.{field}: {rule.match!r} and {sources[name, field]!r} both set it for "
                     f"{name}; make their patterns disjoint"
                 )
-            settings[name] |= fields
+            scale = settings[name].get("lr_scale", 1.0) * fields.get("lr_scale", 1.0)
+            settings[name] |= {**fields, "lr_scale": scale}
             sources |= {(name, field): rule.match for field in fields}
     return settings
 

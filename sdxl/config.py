@@ -18,6 +18,7 @@ from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.tasks.config import TaskConfig, TaskTrainingConfig
 from utils.config.bounds import (
+    BelowOne,
     Count,
     CountOrZero,
     Factor,
@@ -171,11 +172,27 @@ class AdapterConfig(Strict):
 
 
 class LoRAConfig(AdapterConfig):
-    """A LoRA, or another kind of adapter. layers: by name, the layers with other values."""
+    """A LoRA, or another kind of adapter. layers: by name, the layers with other values.
+
+    In training: network_dropout of the outputs of A, rank_dropout of whole ranks of a sample, module_dropout of a
+    layer's whole update; scale_weight_norms: the largest norm of a layer's s B A, after each update.
+    """
 
     # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
     targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
     layers: dict[str, AdapterConfig]
+    network_dropout: BelowOne
+    rank_dropout: BelowOne
+    module_dropout: BelowOne
+    scale_weight_norms: Positive | None
+
+    @model_validator(mode="after")
+    def _suits_the_kind(self) -> Self:
+        others = {self.kind, *(layer.kind for layer in self.layers.values())} - {"lora"}
+        for name in ("network_dropout", "rank_dropout", "scale_weight_norms") if others else ():
+            if value := getattr(self, name):
+                raise ValueError(f"task.lora.{name}: {value} is for kind lora, not {others.pop()}; remove it")
+        return self
 
 
 _Size = Annotated[list[Annotated[Side, Field(multiple_of=STRIDE_PX)]], Field(min_length=2, max_length=2)]

@@ -12,7 +12,7 @@ from engine.tasks.change import AnyConfig, ConfigChange, Start
 from models.interop.metadata import dict_of
 from sdxl.caches.buckets import choose_sizes
 from sdxl.config import NoiseConfig
-from sdxl.lora.files import describe_lora
+from sdxl.lora.files import OF_FILES, describe_lora
 from sdxl.lora.lora import adapted_shapes
 from sdxl.memory import fit_memory
 from sdxl.networks import describe_base, settle_model
@@ -86,7 +86,7 @@ def _continue_lora(config: AnyConfig, start: Start) -> AnyConfig:
         with about("init_from"):
             path = find_initial(InitFrom(config.init_from, config.init_weights))
             lora = describe_lora(path, adapted_shapes(config.model))
-    return config.changed({"task.lora": lora})
+    return config.changed({f"task.lora.{name}": lora[name] for name in OF_FILES})
 
 
 def _read_prompts(config: AnyConfig, start: Start) -> AnyConfig:

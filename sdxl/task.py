@@ -285,6 +285,11 @@ class DiffusionTask(Task):
             pooled = pooled.masked_fill(dropped, 0)
         return prompts, pooled
 
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
+        """Limit the norms of the LoRA."""
+        if self._config.lora is not None and (most := self._config.lora.scale_weight_norms):
+            self.adapter.limit_norms(most)
+
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:

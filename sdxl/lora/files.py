@@ -21,7 +21,7 @@ from sdxl.lora.lora import find_layers
 from sdxl.networks import unused_layer
 from utils.contracts import State
 from utils.errors import UserError
-from utils.io.files import Values, read_json, readable
+from utils.io.files import Json, Values, read_json, readable
 from utils.io.weights import read_header, read_weights
 from utils.record.logging import log
 
@@ -41,6 +41,7 @@ _OF_UNET = (
 _COMFY = {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _FIRST_ENCODER = ("lora_te1_", "text_encoder_text_model_", "clip_l_", "text_encoders_clip_l_")
 _WRAPPERS = re.compile(r"^base_model\.model\.|\bprocessor\.")  # PEFT's, and that of old files of diffusers
+OF_FILES = ("kind", "factor", "rank", "alpha", "targets", "layers")
 _EMBEDDING = "bundle_emb."  # textual inversion beside a LoRA
 _MATRICES = (".lora_{}.weight", ".lora.{}.weight", "_lora.{}.weight", ".lora_linear_layer.{}.weight")
 _ENDINGS = {
@@ -158,12 +159,12 @@ def adapter_state(path: Path, networks: Networks) -> State:
     return state
 
 
-def describe_lora(path: Path, networks: Networks) -> LoRAConfig:
-    """Return the configuration that continues a file, with kind, rank and alpha of each layer. Raises UserError."""
+def describe_lora(path: Path, networks: Networks) -> Json:
+    """Return the values OF_FILES of the `LoRAConfig` that continues a file. Raises UserError."""
     with readable(path, "LoRA"):
         if (own := _own_config(read_weights(path, shapes_only=True)[1])) is not None:
-            return own
+            return own.model_dump()
         layers = {name: change.settings() for name, change in read_lora(path, networks).items()}
         usual, *_ = layers.values()
         different = {name: settings for name, settings in layers.items() if settings != usual}
-        return LoRAConfig.model_validate({**usual, "targets": list(layers), "layers": different})
+        return {**usual, "targets": list(layers), "layers": different}

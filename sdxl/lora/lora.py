@@ -47,13 +47,16 @@ class LoRALayer(nn.Module):
         if self.kind.startswith("dora") and not self.dora_scale.any():
             self.dora_scale.copy_(norm_like(self.dora_scale, layer.weight))
 
-    def forward(self, layer: nn.Module, inputs: Tensor) -> Tensor:
-        """Return the update of the layer's output for the same inputs."""
+    def forward(self, layer: nn.Module, inputs: Tensor, shared: LoRAConfig) -> Tensor:
+        """Return the update of the layer's output for the same inputs. shared: has the dropouts of training."""
         if self.kind != "lora":  # computed again in the backward pass: it is as large as the weight
             return checkpoint(self._add_change, layer, inputs, use_reentrant=False, preserve_rng_state=False)
         hidden = _apply(layer, inputs, self.lora_A.weight.to(inputs.dtype))
         up = (self.change().scale * self.lora_B.weight).to(inputs.dtype)
-        return functional.linear(hidden, up) if up.ndim == 2 else functional.conv2d(hidden, up)
+        hidden = functional.dropout(hidden, shared.network_dropout, self.training)
+        if up.ndim == 2:
+            return functional.linear(functional.dropout1d(hidden.mT, shared.rank_dropout, self.training).mT, up)
+        return functional.conv2d(functional.dropout2d(hidden, shared.rank_dropout, self.training), up)
 
     def _add_change(self, layer: nn.Module, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
@@ -103,8 +106,14 @@ class LoRA(nn.Module):
             self._hooks.append(targets[name].register_forward_hook(partial(self._add, update)))
 
     def _add(self, update: LoRALayer, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """Return a layer's output with its update: a forward hook."""
-        return output + update(layer, inputs[0])
+        """Return a layer's output with its update: a forward hook.
+
+        Source of the dropouts: kohya-ss/sd-scripts:networks/lora.py, LoRAModule.forward; that of modules is not scaled.
+        """
+        added = update(layer, inputs[0], self.config)
+        if self.training and (share := self.config.module_dropout):
+            added = added * (torch.rand((), device=added.device) >= share)
+        return output + added
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""
@@ -116,6 +125,18 @@ class LoRA(nn.Module):
         """Add the updates to the networks' own weights, and detach."""
         self.detach()
         add_changes(networks, self.changes())
+
+    @torch.no_grad()
+    def limit_norms(self, most: float) -> None:
+        """Scale both matrices of each layer whose change has a larger norm.
+
+        Source: kohya-ss/sd-scripts:networks/lora.py, apply_max_norm_regularization.
+        """
+        for name in self.names:
+            layer = self.get_submodule(name)
+            factor = (most / layer.change().matrix().norm()).clamp(max=1).sqrt()
+            for matrix in layer.parameters():
+                matrix.mul_(factor)
 
     def changes(self) -> dict[str, LayerChange]:
         """Return the changes by the names of their layers."""

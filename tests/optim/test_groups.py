@@ -87,7 +87,7 @@ def test_rules_set_what_they_state_and_nothing_else():
     rules = [
         rule("*.dwconv.weight", weight_decay=0.0),
         rule("network.head.*", lr_scale=10.0, freeze_steps=3),
-        rule("network.head.bias", weight_decay=0.3),
+        rule("network.head.bias", weight_decay=0.3, lr_scale=0.5),
     ]
     usual = by_name(build_groups(classifier(), config(layer_decay=0.5)))
     found = by_name(build_groups(classifier(), config(layer_decay=0.5, rules=rules)))
@@ -99,7 +99,7 @@ def test_rules_set_what_they_state_and_nothing_else():
     for name in kernels:
         assert found[name]["fixed_decay"] == 0.0 and found[name]["lr_scale"] == usual[name]["lr_scale"] < 1
     assert values["network.head.weight"] == (10.0, 3, None)
-    assert values["network.head.bias"] == (10.0, 3, 0.3)
+    assert values["network.head.bias"] == (5.0, 3, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_rules_set_what_they_state_and_nothing_else():
     [
         ([rule("network.heed.weight", lr_scale=0.5)], r"optim\.rules\.0\.match: .* close: .*network\.head\.weight"),
         ([rule("Network.head.weight", lr_scale=0.5)], "optim.rules.0.match"),  # patterns tell capital letters
-        ([rule("network.head.*", lr_scale=0.5), rule("*.weight", lr_scale=2.0)], r"optim\.rules\.1\.lr_scale: "),
+        ([rule("network.head.*", weight_decay=0.5), rule("*.weight", weight_decay=2.0)], r"optim\.rules\.1\.weight"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(rules, message):

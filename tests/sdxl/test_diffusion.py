@@ -230,6 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     own += ["task.buckets.assign=all", "task.captions.emphasis=true"]
     own += ["task.captions.shuffle=true", "task.captions.tag_dropout=0.5"]
     own += ["task.mask={source: masks, floor: 0.1, normalise: true}"]
+    own += ["task.lora.network_dropout=0.1", "task.lora.rank_dropout=0.1", "task.lora.module_dropout=0.1"]
     for number in range(4):
         image = Image.open(place / f"images/train/A/00{number}.png")
         (place / "masks/train/A").mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,7 @@ def test_what_is_refused(words, said, place, monkeypatch, capsys):
         (["init_from=x"], "init_from"),
         (["optim.rules=[{match: nothing.*, lr_scale: 0.5}]"], "optim.rules"),
         (["loop.batch_size=5"], "loop.batch_size"),
+        (["task.lora.kind=loha", "task.lora.rank_dropout=0.1"], "task.lora.rank_dropout"),
     ],
 )
 def test_what_can_be_checked_is_checked_before_images_are_encoded(words, key, place, monkeypatch, capsys):

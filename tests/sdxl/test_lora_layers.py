@@ -48,6 +48,7 @@ def run(networks):
 
 def configure(**changes):
     values = {"kind": "lora", "rank": 4, "alpha": 2.0, "factor": -1, "targets": ["unet.*.attn?.to_*"], "layers": {}}
+    values |= {f"{name}_dropout": 0.0 for name in ("network", "rank", "module")} | {"scale_weight_norms": None}
     return LoRAConfig(**values | changes)
 
 
@@ -109,6 +110,32 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("which", ["network", "rank", "module"])
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(4, 4), (99, 5, 4)), (nn.Conv2d(4, 4, 1), (99, 4, 5, 1))])
+def test_dropouts_drop_what_they_name_but_not_in_evaluation(which, layer, shape):
+    """Of matrices that change nothing, so that an output is a rank. Modules are dropped as a whole, and not scaled."""
+    lora = LoRA({"unet": nn.ModuleList([layer])}, configure(targets=["unet.0"], alpha=4.0, **{f"{which}_dropout": 0.5}))
+    for matrix in lora.parameters():
+        matrix.copy_(torch.eye(4).view(matrix.shape))
+    inputs = lora.get_submodule("unet.0"), layer, (torch.ones(shape),), torch.zeros(shape)
+    torch.manual_seed(0)
+    found = [lora._add(*inputs) for _ in range(9)]
+    shared = {"network": [], "rank": [shape.index(5)], "module": [0, 1, 2]}[which]
+    assert [axis for axis in range(3) if found[0].std(dim=axis).max() == 0] == shared
+    assert torch.stack(found).unique().tolist() == [0.0, 1.0 if which == "module" else 2.0]
+    assert lora.eval()._add(*inputs).eq(1).all()
+
+
+@torch.no_grad()
+def test_norms_above_the_limit_are_scaled_down_to_it():
+    lora = vary(build_lora(build_networks()))
+    before = {name: change.matrix() for name, change in lora.changes().items()}
+    lora.limit_norms(most := before[lora.names[0]].norm() - 1)
+    for name, change in lora.changes().items():
+        torch.testing.assert_close(change.matrix(), before[name] * (most / before[name].norm()).clamp(max=1))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layer", [nn.Linear(12, 18), nn.Conv2d(12, 18, 3, padding=1)])
 @pytest.mark.parametrize("kind, rank", [("lora", 3), ("dora_out", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
 def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
@@ -144,7 +171,7 @@ def test_a_file_is_continued_as_it_is_and_written_as_it_was(kind, tmp_path):
     theirs = vary(build_lora(networks, kind=kind, targets=[conv, "text_encoder.*mlp.fc1"], layers=own))
     file, other = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
     save_lora(file, theirs.changes(), torch.float32, FACTS)
-    lora = LoRA(networks, describe_lora(file, networks))
+    lora = LoRA(networks, configure(**describe_lora(file, networks)))
     lora.load_state_dict(adapter_state(file, networks))
     save_lora(other, lora.changes(), torch.float32, FACTS)
     torch.testing.assert_close(load_file(other), load_file(file))

@@ -20,6 +20,10 @@ NEWER = {
     "tracking[wandb].weights": False,
     "sweep.wandb": None,
     "task[tagging].tag_weights": None,
+    "task[diffusion].lora.network_dropout": 0.0,
+    "task[diffusion].lora.rank_dropout": 0.0,
+    "task[diffusion].lora.module_dropout": 0.0,
+    "task[diffusion].lora.scale_weight_norms": None,
     # Both matter after a tagger alone: an unfinished run of an earlier release has other facts.
     "task[tagging].known": [],
     "task[tagging].keep_old": 0.3,
