@@ -70,7 +70,7 @@ class _LoopConfig(Strict):
     total_epochs: Literal["auto"] | Duration
     auto: AutoLengthConfig
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
-    minutes: Positive | None  # in place of both (engine/run/timing.py)
+    minutes: Positive | None  # in place of both (engine/run/pace.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task chooses it
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the last improvement
     early_stop_least: Annotated[float, Field(ge=0)]  # a smaller change is no improvement
@@ -212,6 +212,11 @@ class TrainingConfig(Strict):
         total = math.fsum(phase.fraction for phase in self.loop.phases or ())
         if total > 1 - 1e-6:
             raise ValueError(f"loop.phases: the fractions add up to {total:g}; set less than 1 in all")
+        if total and self.loop.minutes is not None:
+            raise ValueError(
+                f"loop.phases: parts of a number of steps, but loop.minutes={self.loop.minutes:g} finds the number on "
+                "the way; set loop.total_steps in its place, or phases=null"
+            )
         self.at_phases()
         return self
 

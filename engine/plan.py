@@ -157,7 +157,9 @@ def _count_test_steps(config: TrainingConfig, total: int) -> int:
         return finder.steps
     if not finder.enabled or config.optim.lr is not None:
         return 0
-    if finder.enabled == "auto" and finder.steps > _TEST_SHARE * total:
-        log.warning("lr_finder: the run is too short for a test of %d updates; enabled=true makes one", finder.steps)
+    is_known = config.loop.minutes is None
+    if finder.enabled == "auto" and not (is_known and finder.steps <= _TEST_SHARE * total):
+        why = f"too short for a test of {finder.steps} updates" if is_known else "of loop.minutes and has no test"
+        log.warning("lr_finder: the run is %s; enabled=true makes one", why)
         return 0
     return finder.steps

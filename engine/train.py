@@ -81,11 +81,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
             with output_errors("run_dir", path):
                 kind.write(path, setup)
         run.evaluator.finish = finish
-        stages.end("task")
         if config.loop.minutes is not None:
-            from engine.run.timing import fit_minutes
+            from engine.run.pace import Pace
 
-            fit_minutes(run)
-        log.debug("%s", stages.end("timing"))
+            run.pace = Pace(run)
+        log.debug("%s", stages.end("task"))
         run.fit([line.replace("{run}", shlex.quote(str(path))).replace("{data}", words) for line in commands])
     return None

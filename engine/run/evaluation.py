@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 
 import torch
 
@@ -45,7 +44,7 @@ class Evaluator:
 
     gain: the last evaluation that was better than the gain before it by more than `loop.early_stop_least`. report,
     step: the scalars and the step of the newest evaluation. A checkpoint holds these and `best`. tables: the tables of
-    the newest evaluation of this process. seconds: the time of the newest evaluation, or an estimate for the first one.
+    the newest evaluation of this process. seconds: the time of the newest evaluation; 0 before the first one.
     finish: completes the weights before the last evaluation.
     """
 
@@ -140,31 +139,31 @@ class Evaluator:
         if self.finish is not None and self.streams.evaluation_samples:
             self.evaluate()
 
-    def measure(self, *, only_draws: bool, most: int | None = None) -> Report:
-        """Return the task's report on the due loaders (`most` batches of each), or only its pictures of prompts.
+    def measure(self, *, only_draws: bool) -> Report:
+        """Return the task's report on the due loaders, or only its pictures of prompts.
 
         If the device runs out of memory, recorded updates are dropped, and the evaluation begins again.
         """
         try:
-            return self._measure(only_draws, most)
+            return self._measure(only_draws)
         except torch.OutOfMemoryError:
             if not self.learner.drop_recordings():
                 raise
-        return self._measure(only_draws, most)
+        return self._measure(only_draws)
 
     @torch.no_grad()
-    def _measure(self, only_draws: bool, most: int | None) -> Report:
+    def _measure(self, only_draws: bool) -> Report:
         learner = self.learner
         learner.task.eval()
         try:
             with learner.runtime.autocast():
                 if only_draws:
                     return learner.task.draw()
-                return learner.task.evaluate(self._due_loaders(most), learner.step)
+                return learner.task.evaluate(self._due_loaders(), learner.step)
         finally:
             learner.task.train()
 
-    def _due_loaders(self, most: int | None) -> Loaders:
+    def _due_loaders(self) -> Loaders:
         """Return the loaders due at this step. If micro-batches are chosen or halved, batches have their size."""
         learner = self.learner
         size = learner.micro_batches.size
@@ -174,13 +173,12 @@ class Evaluator:
             every = self.streams.every_epochs.get(name)
             if every is None or learner.plan.is_due(learner.step, every, since=self.step):
                 loader = loader.in_batches(size) if is_chosen else loader
-                batches = self._watch(name, loader, most)
-                due[name] = track(batches, len(loader), f"evaluating {name}") if most is None else batches
+                due[name] = track(self._watch(name, loader), len(loader), f"evaluating {name}")
         return due
 
-    def _watch(self, name: str, loader: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+    def _watch(self, name: str, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield a loader's batches; each counts as progress."""
-        for batch in islice(loader, most):
+        for batch in loader:
             check_stop()
             self.recorder.enters(self.learner.step, f"evaluating {name}", batch)
             yield batch

@@ -139,9 +139,7 @@ class Run:
         while learner.step < end and not self.is_complete:
             # 0. The length of a run that has a time.
             if self.pace is not None:
-                steps = self.pace.steps_at(learner.step, self.plan, recorder.clock, self.evaluator.seconds)
-                if steps != self.plan.total_steps:
-                    self.use_length(steps)
+                self.pace.correct()
 
             # 1. Data.
             recorder.enters(learner.step, "loading")
@@ -207,9 +205,13 @@ class Run:
         self.learner.prepare = stream.prepare
         yield from stream.steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
+    def plan_of(self, steps: int) -> Plan:
+        """Return the plan of so many steps in all."""
+        return plan_streams(self.config, self.streams, self.plan.world_size, steps)
+
     def use_length(self, steps: int) -> None:
         """Plan the run anew, with so many steps in all."""
-        self.learner.use_length(plan_streams(self.config, self.streams, self.plan.world_size, steps))
+        self.learner.use_length(self.plan_of(steps))
         self.recorder.bar.advance(self.step, total=steps)
         if self.found_lr is not None:
             self.use_lr(self.found_lr)

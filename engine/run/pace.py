@@ -1,16 +1,18 @@
-"""The pace of a run with `loop.minutes`: keep its number of steps in minutes.json, and correct the number by the clock.
+"""The pace of a run with `loop.minutes`: plan its number of steps from its first updates, and correct it by the clock.
 
-engine/run/timing.py measures the number at the start of a run. A corrected number holds from a step on. A resumed run
-repeats the corrections of the first process and makes no further ones.
+minutes.json keeps the numbers, each with the step from which it holds. A resumed run repeats the corrections of the
+first process and makes no further ones. The minutes include the start of the script, the evaluations, and the files at
+the end.
 """
 
 import math
+from logging import DEBUG, INFO
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.plan import Plan
-from engine.run.clock import Clock, Mark
+from engine.run.timing import wait_for
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json
@@ -18,13 +20,20 @@ from utils.ranks import distributed
 from utils.record.logging import log
 from utils.start import STARTED
 
+if TYPE_CHECKING:
+    from engine.run.loop import Run
+
 _FILE = "minutes.json"
-_FIRST_SHARE = 0.15  # of the steps precede the first correction; the next ones halve the rest
 _LAST_SHARE = 0.02  # of the steps follow the last correction
+_LATER = 16  # the first correction after the first epoch comes after a 16th of its steps
+_END_SEC = 4.5  # the last pictures and weights
+_PICTURES_SEC = 2.0  # of an evaluation
+_TOLD = 0.05  # the screen has corrections by more than this share
+_EVALUATED = 1 / 3  # the time of an image in an evaluation, as a multiple of that in training
 
 
 class Length(Strict):
-    """The length of a run. words: the recipe that `loop.minutes` planned. steps: the number measured at the start.
+    """The length of a run. words: the recipe that `loop.minutes` planned. steps: the number until the first correction.
 
     corrected: the corrected numbers, by the step after which a number holds.
     """
@@ -41,7 +50,7 @@ class Length(Strict):
 
 
 def read_minutes(folder: Path, minutes: float) -> Length | None:
-    """Return the length that an earlier start of the run has measured; None without an earlier start.
+    """Return the length that an earlier start of the run has kept; None without an earlier start.
 
     Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
     """
@@ -80,55 +89,94 @@ class Speed(NamedTuple):
 class Pace:
     """Correct the number of steps of a run, so that it ends with its minutes.
 
-    speed: the expected speed from `start` on, in the process that began the run. None in another process, which repeats
-    the corrections. end_sec: the time after the last evaluation, and of its preparation.
+    The first step, which may compile, is not measured. Corrections double their distance from the start, and from the
+    end of the first epoch; later they halve the rest. Steps between two corrections are of one epoch's kind.
     """
 
-    def __init__(self, folder: Path, length: Length, start: Mark, speed: Speed | None, end_sec: float) -> None:
-        self._file = folder / _FILE
-        self._length = length
+    def __init__(self, run: "Run") -> None:
+        minutes = run.config.loop.minutes
+        length = read_minutes(run.folder.path, minutes)
+        self._run = run
+        self._file = run.folder.path / _FILE
+        self._epoch = run.plan.epoch_length // run.plan.batch_size
+        self._speed = None
+        self._since = None
         self._next = -1  # step of the next correction
-        self._since = start
-        self._speed = speed
-        self._end_sec = end_sec
-        if speed is not None:
-            self._next = start.step + math.ceil(_FIRST_SHARE * (length.steps - start.step))
+        self._length = length or Length(minutes=minutes, steps=run.plan.total_steps, words=[*run.folder.job.planned])
+        if not self._length.corrected:
+            self._next = run.step + 1
             self._write()
+        run.use_length(self._length.steps_before(run.step))
 
     def _write(self) -> None:
         if distributed.is_main():
             with output_errors("run_dir", self._file):
                 write_json(self._file, self._length.model_dump())
 
-    def steps_at(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
-        """Return the number of steps after `step` updates. All ranks call it. evaluation_sec: of an evaluation.
+    def correct(self) -> None:
+        """Give the run the number of steps that holds after its updates so far. All ranks call it before an update.
 
         Raises UserError (`run_dir`) if a correction cannot be written.
         """
+        run = self._run
+        step = run.step
         corrected = self._length.corrected
-        if self._speed is not None and step == self._speed.epoch:  # no measurement is of steps before and after it
-            self._learn(step, clock)
-        if step == self._next and not plan.phase_ends:
-            steps = distributed.rank_zero_call(lambda: self._count(step, plan, clock, evaluation_sec))
-            if steps != plan.total_steps:
-                log.info("loop.minutes: %d steps in place of %d, by the clock", steps, plan.total_steps)
-            corrected[step] = steps
-            self._next = step + (steps - step) // 2 if steps - step > _LAST_SHARE * steps else -1
-            self._write()
-        return corrected.get(step, plan.total_steps)
+        if step == self._next:
+            if self._learns(step):
+                corrected[step] = distributed.rank_zero_call(lambda: self._count(step))
+                self._write()
+            self._next = self._after(step, corrected.get(step, run.plan.total_steps))
+        if corrected.get(step, run.plan.total_steps) != run.plan.total_steps:
+            run.use_length(corrected[step])
 
-    def _count(self, step: int, plan: Plan, clock: Clock, evaluation_sec: float) -> int:
+    def _after(self, step: int, steps: int) -> int:
+        """Return the step of the correction that follows one after `step` of `steps` updates."""
+        rest = steps - step
+        if rest <= _LAST_SHARE * steps:
+            return -1
+        apart = step if step < self._epoch else max(step - self._epoch, self._epoch // _LATER, 1)
+        after = step + min(apart, math.ceil(rest / 2))
+        return min(after, self._epoch) if step < self._epoch else after
+
+    def _count(self, step: int) -> int:
         """Return the number of steps that fit, if the steps keep the speed that they have had lately."""
-        self._learn(step, clock)
-        left = 60 * self._length.minutes - (monotonic() - STARTED) - self._end_sec
-        left -= plan.evaluations_after(step) * evaluation_sec
-        return max(step + 1, self._speed.count(self._speed.seconds_to(step) + left))
+        run = self._run
+        evaluator = run.evaluator
+        speed = self._speed
+        images = evaluator.streams.evaluation_samples
+        each = evaluator.seconds or _PICTURES_SEC + _EVALUATED * speed.first * images / run.plan.batch_size
+        finish = evaluator.finish
+        end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
+        left = 60 * self._length.minutes - (monotonic() - STARTED) - end_sec
+        steps = math.inf
+        fewer = speed.count(speed.seconds_to(step) + left)
+        while fewer < steps:  # fewer steps may have fewer evaluations
+            steps = max(step + 1, fewer)
+            plan = run.plan_of(steps)
+            rest = left - plan.evaluations_after(step) * each
+            fewer = max(step + 1, speed.count(speed.seconds_to(step) + rest))
+        self._tell(plan, speed.seconds_to(steps) - speed.seconds_to(step) - rest, each)
+        return steps
 
-    def _learn(self, step: int, clock: Clock) -> None:
-        """Measure the speed of the steps since the last call, which are of the first epoch, or of later ones."""
-        now = clock.mark(step)
-        if step > self._since.step:
+    def _tell(self, plan: Plan, late_sec: float, evaluation_sec: float) -> None:
+        """Log the first correction and great ones. late_sec: the seconds beyond the minutes."""
+        minutes = self._length.minutes
+        is_first = not self._length.corrected
+        before = self._run.plan.total_steps
+        if is_first and late_sec > 0:
+            log.warning("loop.minutes: %g are too few: the run takes about %.3g s more", minutes, late_sec)
+        is_new = is_first or abs(plan.total_steps - before) > _TOLD * before
+        length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):.3g} epochs"
+        words = "loop.minutes=%g: %s; a step takes %.3g s, an evaluation %.3g s"
+        log.log(INFO if is_new else DEBUG, words, minutes, length, self._speed.later, evaluation_sec)
+
+    def _learns(self, step: int) -> bool:
+        """Measure the speed of the steps since the last call. Return whether there was one."""
+        wait_for(self._run.learner.runtime.device)
+        now = self._run.recorder.clock.mark(step)
+        if self._since is not None:
             step_sec = (now.seconds - self._since.seconds) / (step - self._since.step)
-            name = "first" if step <= self._speed.epoch else "later"
-            self._speed = self._speed._replace(**{name: step_sec})
-            self._since = now
+            first = step_sec if self._speed is None or step <= self._epoch else self._speed.first
+            self._speed = Speed(first, step_sec, self._epoch)
+        self._since = now
+        return self._speed is not None

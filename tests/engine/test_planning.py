@@ -11,9 +11,8 @@ from engine.recipe import measurements
 from engine.recipe import rules as planning
 from engine.recipe.measurements import Measurements, Network, compare_mirrored, tells_colour
 from engine.recipe.rules import choose_network, choose_px, epochs_of
-from engine.run import pace, timing
+from engine.run import pace
 from engine.run.loop import Run
-from engine.run.pace import Speed
 from models.weights import offers
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
@@ -29,13 +28,10 @@ FACTS = Measurements(
 
 @pytest.fixture
 def words(tmp_path, monkeypatch):
-    """A command of train.py on a machine where 20 steps fit into its minutes."""
+    """A command of train.py on a machine where a few steps fit into its minutes."""
     monkeypatch.setattr(measurements, "time_network", lambda config, side, batch, runtime: 0.002)
     monkeypatch.setattr(measurements, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(timing, "_time_steps", lambda run, seconds: Speed(20.0, 20.0, 2))
-    monkeypatch.setattr(timing, "_time_evaluation", lambda run: 1.0)
-    monkeypatch.setattr(timing, "monotonic", lambda: timing.STARTED)
-    monkeypatch.setattr(pace, "_FIRST_SHARE", 2.0)  # nothing is corrected
+    monkeypatch.setattr(pace, "monotonic", lambda: pace.STARTED + 60)
     root = make_images(tmp_path / "images")
     return [
         f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.batch_size=4",
