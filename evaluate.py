@@ -3,7 +3,7 @@
     python evaluate.py run_dir=RUN weights=best                       a run, on its own validation images
     python evaluate.py run_dir=RUN split=test                         on its test images
     python evaluate.py run_dir=RUN weights=last data.root=PATH        its last weights, on other images
-    python evaluate.py weights=FILE data.root=PATH                    a weight file of ours
+    python evaluate.py weights=FILE data.root=PATH                    a weight file of ours, an ONNX file, a tagger
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
     python evaluate.py run_dir=RUN folds=5                            its recipe, by cross-validation
     python evaluate.py job=compare models=[RUN,FILE,FOLDER] data.root=PATH     taggers, ours and others'

@@ -11,6 +11,8 @@ from models.predictor import Images, Predictor
 from utils.errors import UserError
 from utils.io.files import Values
 
+_ROUNDING = 1e-3  # in fp16, of probabilities
+
 
 def output_layers(network: nn.Module, key: str, advice: str) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers whose rows are the logits, by name. Some networks of timm average the logits of several.
@@ -80,6 +82,22 @@ class ImageModel(nn.Module):
     def with_network(self, network: nn.Module) -> "ImageModel":
         """Return a copy with another network, in eval mode."""
         return ImageModel(network, self.normalise, self.output_name, self.form).eval()
+
+
+class Graph(nn.Module):
+    """An ONNX file of classes or tags as a network, from images uint8 [B, C, H, W] to logits float32 [B, K]."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self._predictor = predictor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return finite logits, on the device of the images."""
+        probs = torch.from_numpy(self._predictor.predict(images)).to(images.device)
+        inner = probs.clamp(1e-30, 1 - 2**-24)
+        if (probs - inner).abs().max() > _ROUNDING:
+            raise UserError("weights: the outputs are no probabilities; name a file whose graph has the sigmoid")
+        return inner.logit() if self._predictor.output.has_tags else inner.log()
 
 
 def torch_predictor(model: ImageModel, metadata: Values, device: torch.device) -> Predictor:

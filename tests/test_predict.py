@@ -92,6 +92,7 @@ def test_a_promise_goes_from_the_calibration_to_rows_exports_and_cards(place, ev
     for form in ("onnx", "safetensors"):
         run("export", ["run_dir=run", f"format={form}", f"output={form}"], place)
         assert "with 95 % confidence, at most 25 % of the answers" in (place / form / "README.md").read_text()
+    assert run("evaluate", [*evaluate, "weights=onnx/model.onnx"], place) == run("evaluate", evaluate, place)
     for weights in ("run", "onnx/model.onnx", "safetensors/model.safetensors"):
         run("predict", [f"weights={weights}", *given, "output=sure.jsonl"], place)
         found = rows(place / "sure.jsonl")

@@ -63,20 +63,28 @@ class OpenedTask:
 
 
 def open_task(
-    path: Path, use: Use = "export", base: MovedBase | None = None, *, needs_output: bool = False
+    path: Path,
+    use: Use = "export",
+    base: MovedBase | None = None,
+    *,
+    needs_output: bool = False,
+    graph: Predictor | None = None,
 ) -> OpenedTask:
     """Rebuild the task of a weight file, with the helpers that `use` needs. base: new paths of the base model.
 
+    graph: the file, if it is an ONNX file of classes or tags; it is the network of the task.
     needs_output: refuse a task without an output for a single image, before large files are read. Raises UserError
     for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     moved = {} if base is None else base.model_dump(exclude_none=True)
-    kind, setup, metadata = read_setup(path, moved=moved)
+    kind, setup, metadata = read_setup(path, moved, graph)
     if needs_output and kind.output is None:
         raise UserError(
             f"{path} is of task {setup.task.name!r}, which has no output for a single image; use evaluate.py"
         )
     task = kind.build(setup)
+    if graph is not None:
+        return OpenedTask(path, None, None, metadata, kind, task.eval(), setup)
     task.load_helpers(use)
     if "form" in metadata:  # a tagger of others
         task.initialise(InitFrom(str(path), "model"))

@@ -16,11 +16,14 @@ def quantise(choice: WeightsChoice, path: Path) -> str:
     Raises UserError (`data` without a run; `precision` if int8 is worse or no faster).
     """
     images = choose_images(None, choice.run_dir, "val")
-    measured = open_measured(choice.find(), choice.model, images, "val", MACHINE, batch_size=32)
+    measured = open_measured(path, None, images, "val", MACHINE, batch_size=32)
     rows = spread(measured.data.collection.rows("train"), 256)
     training = replace(measured, rows=rows, split="train").loaders()["val"]
-    task = measured.weights.task
-    owner = task.get_submodule(measured.weights.kind.network.rpartition(".")[0])
-    score = lambda: task.evaluate(measured.loaders(), 0).scalars[task.best_metric]  # noqa: E731
-    what = f"{task.best_metric} of {len(measured.rows):,} validation images"
-    return to_int8(path, (batch["images"] for batch in training), owner, score, what)
+    metric = measured.weights.task.best_metric
+
+    def score(file: Path) -> float:
+        opened = open_measured(file, None, images, "val", MACHINE, batch_size=32)
+        return opened.weights.task.evaluate(opened.loaders(), 0).scalars[metric]
+
+    what = f"{metric} of {len(measured.rows):,} validation images"
+    return to_int8(path, (batch["images"] for batch in training), score, what)

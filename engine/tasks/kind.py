@@ -36,6 +36,7 @@ from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
+from models.image_model import Graph
 from models.normalise import Normalise
 from utils.contracts import Batch, InitFrom
 from utils.errors import UserError
@@ -77,6 +78,10 @@ class ImageTask(Task):
 
     def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
+        if isinstance(setup.model, Graph):
+            self.network = setup.model
+            self.normalise = torch.nn.Identity()
+            return
         check_image_size(setup.model, tuple(setup.preprocessing["image_size_hw"]))
         self.network = build_network(setup.model, num_classes=outputs, any_size=setup.any_size)
         self.normalise = setup.normalise()

@@ -1,6 +1,6 @@
 """Read the kind, the setup and the metadata of the task that wrote a weight file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -13,9 +13,10 @@ from engine.tasks.change import AnyConfig
 from engine.tasks.config import TaggingTaskConfig
 from engine.tasks.kind import Kind, Setup, open_kind
 from engine.tasks.kinds import KINDS
+from models.image_model import Graph
 from models.interop.foreign import describe
 from models.interop.metadata import dict_of
-from models.predictor import check_metadata
+from models.predictor import Predictor, check_metadata
 from models.weights.fit import refuse_misfits
 from utils.config.help import read_option
 from utils.contracts import InitFrom
@@ -27,25 +28,27 @@ from utils.record.logging import log
 from utils.record.run_reader import run_of
 
 
-def read_setup(
-    path: Path, kinds: Iterable[str] = KINDS, moved: Mapping[str, str] | None = None
-) -> tuple[Kind, Setup, Json]:
-    """Return the kind, with a name in `kinds`, the setup and the metadata of a weight file, from its header alone.
+def read_setup(path: Path, moved: Mapping[str, str], graph: Predictor | None = None) -> tuple[Kind, Setup, Json]:
+    """Return the kind, the setup and the metadata of a weight file, from its header alone.
 
-    moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
-    the first missing or wrong value of the metadata, or tensors that do not fit the metadata.
+    moved: keys of `model` that have another value now. graph: the file, if it is an ONNX file of classes or tags. The
+    file may come from a stranger. Raises UserError that names the first missing or wrong value of the metadata, or
+    tensors that do not fit the metadata.
     """
-    shapes, metadata = read_weights(path, shapes_only=True)
-    metadata = describe(path, metadata)
+    if graph is None:
+        shapes, metadata = read_weights(path, shapes_only=True)
+        metadata = describe(path, metadata)
+    else:
+        metadata = {"form": None, **graph.metadata, "model": {}}
     is_foreign = "form" in metadata
     if is_foreign:
-        metadata["task"] = read_option("task", "tagging")
+        metadata["task"] = read_option("task", "classification" if metadata["output"] == "classes" else "tagging")
     if run := run_of(path):
         try:
             metadata = restore_paths(metadata, run.config)
         except UserError as error:  # the weights of most kinds need no path
             log.warning("%s", error)
-    for key, value in (moved or {}).items():
+    for key, value in moved.items():
         if dict_of(metadata, "model").get(key) is None:
             raise UserError(f"model.{key}: {path} has none; remove model.{key}")
         metadata["model"] = {**metadata["model"], key: value}
@@ -56,15 +59,15 @@ def read_setup(
             "augment=... data=... run_dir=... (docs/weights.md)"
         )
     name = metadata["task"].get("name")
-    if not isinstance(name, str) or name not in kinds:
-        raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
+    if not isinstance(name, str) or name not in KINDS:
+        raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), KINDS)}")
     kind = open_kind(name)
     if missing := [fact for fact in kind.names if fact not in metadata]:
-        raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
+        raise UserError(f"{path} states no {missing[0]}; name its run, or make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
     with readable(path, "weight"):
-        model = TypeAdapter(kind.model).validate_python(metadata["model"])
+        model = Graph(graph) if graph else TypeAdapter(kind.model).validate_python(metadata["model"])
         config = resolve_name(KINDS[name].config).model_validate(metadata["task"])
     facts = {name: metadata[name] for name in (*kind.names, *kind.optional_names) if name in metadata}
     setup = Setup(model, config, metadata.get("preprocessing", {}), facts)

@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from timeit import repeat
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.predictor import open_session
 from utils.errors import UserError
@@ -26,24 +25,16 @@ _QUANTISED = ["Conv", "MatMul", "Gemm", "Clip", "Relu", "MaxPool"]  # sums and n
 
 
 @torch.inference_mode()
-def to_int8(path: Path, images: Iterable[Tensor], owner: nn.Module, score: Callable[[], float], what: str) -> str:
+def to_int8(path: Path, images: Iterable[Tensor], score: Callable[[Path], float], what: str) -> str:
     """Replace an ONNX file of ours by its int8 form, and return how both compare.
 
-    images: for the ranges of the maps, uint8 [B, C, H, W]. owner: has the network and its normalisation, in whose place
-    each file runs while `score` measures it; what: names the score. Raises UserError (`precision`) if int8 is worse, or
-    no faster for an image.
+    images: for the ranges of the maps, uint8 [B, C, H, W]. score: measures a file; what: names the score. Raises
+    UserError (`precision`) if int8 is worse, or no faster for an image.
     """
-    whole = path.rename(path.with_suffix(".float"))
+    whole = path.rename(path.with_name("float.onnx"))
     _quantise(whole, path, images)
-    owner.normalise.forward = lambda images: images  # the files normalise
-    scores = []
-    taken = []
-    for file in (whole, path):
-        session = open_session(file, torch.device("cpu"))
-        owner.network.forward = partial(_run, session)
-        scores.append(score())
-        image = torch.zeros(1, *session.get_inputs()[0].shape[1:])
-        taken.append(1e3 * min(repeat(partial(_run, session, image), number=1, repeat=_TURNS)))
+    scores = [*map(score, (whole, path))]
+    taken = [*map(_time, (whole, path))]
     whole.unlink()
     text = "float32 {:.4f}, int8 {:.4f} ({}); an image takes {:.2f} ms, {:.2f} ms".format(*scores, what, *taken)
     if scores[1] < scores[0] - _MOST_FALL or taken[1] >= taken[0]:
@@ -76,5 +67,7 @@ def _to_input(images: Tensor) -> dict[str, np.ndarray]:
     return {"images": (images.cpu().float() / 255.0).numpy()}
 
 
-def _run(session: Any, images: Tensor) -> Tensor:
-    return torch.from_numpy(session.run(["logits"], _to_input(images))[0]).to(images.device)
+def _time(file: Path) -> float:
+    session = open_session(file, "cpu")
+    image = _to_input(torch.zeros(1, *session.get_inputs()[0].shape[1:]))
+    return 1e3 * min(repeat(partial(session.run, ["logits"], image), number=1, repeat=_TURNS))

@@ -83,6 +83,8 @@ def test_a_graph_is_described_by_the_tags_beside_it(place, tmp_path):
     (tmp_path / "top_tags.txt").write_text("a\nb\nhat")
     wanted = torch.tensor((COLOURS[:, 2] / 255 - 0.40821073) / 0.27577711).sigmoid()
     np.testing.assert_allclose(predict(place, tmp_path), wanted, atol=1e-4)
+    run("evaluate", [f"weights={tmp_path}", "calibrate=true", *DATA, "output=found"], place)
+    assert (tmp_path / "model_thresholds.csv").is_file()
 
 
 def test_a_tagger_of_others_is_calibrated_and_gets_new_tags(place):

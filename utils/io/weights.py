@@ -104,7 +104,7 @@ def read_weights(
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if path.suffix == ".onnx":
-        raise UserError(f"{path}: predict.py and job=compare read ONNX; name its run, or a weight file beside it")
+        raise UserError(f"{path}: predict.py and evaluate.py read ONNX; name its run, or a weight file beside it")
     texts = {}
     if path.suffix != ".safetensors":
         tensors, metadata = read_torch(path, which)
