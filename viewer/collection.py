@@ -33,6 +33,7 @@ from viewer.parts import (
     name_tab,
     run_name,
     show_fault,
+    show_folder,
     show_share,
     show_status,
 )
@@ -70,11 +71,6 @@ def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
         row = {"term": sign + quote_value(value), "shown": escape_controls(value), "images": images}
         lines.append(row | {"share": f"{share:.1%}", "lift": lift})
     return lines
-
-
-def show_folder(root: str) -> str:
-    """Return the name of a collection's folder."""
-    return escape_controls(root.rstrip("/").rpartition("/")[2] or root)
 
 
 def list_collections(shelf: Shelf) -> Iterator[Json]:

@@ -5,19 +5,21 @@ With `&field=tags`, keys add tags and take them away.
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 from nicegui import ui
 
+from data.config import DataConfig
 from data.layouts.corrections import Decision, list_kept
 from data.layouts.table import count_values
-from utils.io.safe_text import escape_controls
+from utils.io.files import Json
+from utils.record.run_index import RunIndex
 from viewer.images import Shelf, image_address
-from viewer.parts import Links, name_tab, show_fault, show_share, show_status
-from viewer.review import KEYS, Question, Review, Reviewer, open_desk, switch_tags
+from viewer.parts import show_fault, show_share, show_status
+from viewer.review import KEYS, Question, Review, Reviewer, find_review, open_desk, switch_tags
 from viewer.site import Page
 
 _NO_IMAGE = -1  # in place of an image's number: a class
@@ -28,15 +30,13 @@ _FOLLOW_SEC = 0.3  # between two looks for new labels
 class Labelling(Review):
     """The images of a collection as one tab labels them.
 
-    field: label, or tags; show: a class or a tag whose proposals are shown; else what to label next. To build it takes
-    long; tell: called with the share of new images that is read. Raises UserError (`data.root`).
+    field: label, or tags; show: a class or a tag whose proposals are shown; else what to label next. is_read: whether
+    others can be proposed. Raises UserError (`data.root`).
     """
 
-    hint = "← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R as it was · U undo · Esc leave"
+    hint = "1-9 and letters give a class · Enter accept · R as it was · + a new class"
 
-    def __init__(self, shelf: Shelf, name: str, field: str, show: str, tell: Callable[[float], None]) -> None:
-        from engine.frozen.propose import read_points, turn
-
+    def __init__(self, shelf: Shelf, name: str, field: str, show: str) -> None:
         collection = shelf.open(name, again=True, corrected=False)
         rows = np.concatenate([collection.rows("train"), collection.rows("val")])
         table = collection.table.take(rows)
@@ -45,36 +45,42 @@ class Labelling(Review):
             [Question(path, 1.0, had, had, ()) for path, had in zip(table["path"].to_pylist(), given.to_pylist())]
         )
         self.address = lambda number, px: image_address(name, collection, int(rows[number]), px)
-        self.root = collection.root
-        self.desk = open_desk(collection)
-        self.decisions, _ = self.desk.sync()
+        self.collection = collection
+        self._rows = rows
+        self.decisions, _ = open_desk(collection).sync()
         self._first = sorted([*count_values(given)][: _KEPT[field]])
         self._show = show
-        points, self.says = read_points(collection, shelf.config(name), rows, tell)
-        self._points = turn(points)
+        self._points = None
         self.quality = ""
-        self._old = None
         self.order = []
-        self.follow()
+        self._every = np.random.default_rng(0).permutation(len(rows)).tolist()
 
-    def keys(self) -> dict[str, str]:
-        """Return the class or tag of each key: names of the collection, then new names. A joined class has two keys."""
+    @property
+    def is_read(self) -> bool:
+        """Whether the images are read."""
+        return self._points is not None
+
+    def read(self, config: DataConfig, tell: Callable[[float], None]) -> None:
+        """Read the images. tell: called with the share of new images that is read."""
+        from engine.frozen.propose import read_points, turn
+
+        points, says = read_points(self.collection, config, self._rows, tell)
+        self.about = f"Proposals are by {says}."
+        self._points = turn(points)
+
+    def names(self) -> Sequence[str]:
+        """Return what has a key: names of the collection, then new names. A joined class has two keys."""
         names = self._first
         kept = itertools.chain.from_iterable(map(list_kept, self.decisions.values()))
         for line in sorted(kept, key=lambda line: line.at):
             if line.field == self.field:
                 names = [line.now if name == line.was and not line.path else name for name in names]
-                new = line.now if self.field == "tags" else [line.now]
+                new = [tag for tag in line.now if tag not in line.was] if self.field == "tags" else [line.now]
                 names = [*names, *(name for name in new if name and name not in names)]
-        return dict(zip(KEYS, names))
+        return names[: len(KEYS)]
 
     def name(self, new: str, old: str | None) -> list[Decision]:
-        """Add a class, or give one another name, also that of another class; return the decisions to save.
-
-        A tag is given to the shown image, or to those that are marked.
-        """
-        if self.field == "tags":
-            return self.choose(new)
+        """Add a class, or give one another name, also that of another class; return the decisions to save."""
         renamed = {number: new for number, label in self._find_labels().items() if label == old}
         self._old = old
         return self._write({_NO_IMAGE: new, **renamed})
@@ -84,9 +90,12 @@ class Labelling(Review):
             return self.state("", self._old, now, verdict or "edited")
         return super()._add(number, now, verdict)
 
-    def progress(self) -> str:
-        """Return how many images have a label, and how good the proposals are."""
-        return f"{len(self._find_labels()):,} of {len(self.questions):,} labelled{self.quality}"
+    def progress(self) -> tuple[int, int, str]:
+        """Return how many images have a label, how many there are, and how good the proposals are."""
+        labels = self._find_labels().values()
+        self.counts = Counter(labels if self.field == "label" else itertools.chain.from_iterable(labels))
+        every = len(self.questions)
+        return len(labels), every, f"{len(labels):,} of {every:,} labelled{self.quality}"
 
     def _find_labels(self) -> dict[int, Any]:
         labels = {}
@@ -99,29 +108,33 @@ class Labelling(Review):
 
     def follow(self) -> None:
         """Propose and order by the current labels. The screen stays. Call this in a thread: it takes up to a second."""
+        labels = self._find_labels()
+        order = self._every if self._points is None else self._propose(labels)
+        if self.field == "tags" and not self._show:
+            order = [*order, *self._every]
+        new = [number for number in order if self.last(number) is None]
+        if self.field == "label" and not self._show:
+            new = [number for number in new if number not in labels]
+        shown = self.order[: self.order.index(self.window()[-1]) + 1] if self.order else []
+        order = [*dict.fromkeys([*shown, *new])] or self._every
+        self.here = self.here if shown else order[0]
+        self.order = order
+
+    def _propose(self, labels: dict[int, Any]) -> list[int]:
+        """Propose a class, or the tag that is shown, for all images; return the order to label or to check them in."""
         from engine.frozen.propose import propose
 
-        labels = self._find_labels()
         if self.field == "tags":
             labels = {number: self._show in tags for number, tags in labels.items()}
         order, classes, probs, self.quality = propose(self._points, labels)
         offers = zip(self.questions, classes, probs)
         offered = [question._replace(by=1 - by, says=self._say(question.had, name)) for question, name, by in offers]
-        if offered:
-            for number in {self.here, *self.marked}:  # Enter takes what is shown
-                if says := self.questions[number].says:
-                    offered[number] = offered[number]._replace(says=says)
-            self.questions = offered
+        self.questions = offered or self.questions
         if self._show:
             new = [number for number, question in enumerate(offered) if question.says != question.had]
             order = [number for number in new if self.field == "tags" or offered[number].says == self._show]
             order.sort(key=lambda number: offered[number].by)
-        elif self.field == "tags":
-            order = [*order, *range(len(self.questions))]
-        shown = self.order[: self.order.index(self.screen()[-1]) + 1] if self.order else []
-        order = [*dict.fromkeys([*shown, *(number for number in order if self.last(number) is None)])] or [0]
-        self.here = self.here if shown else order[0]
-        self.order = order
+        return order
 
     def _say(self, had: Any, answer: Any) -> Any:
         """Return what is proposed. answer: the class of the image, or whether it has the tag that is shown."""
@@ -138,53 +151,46 @@ class LabelPage(Page):
     async def show(self, collection: str = "", field: Literal["label", "tags"] = "label", show: str = "") -> None:
         """Show a collection, by its name. show: a class or a tag; the page shows the images that it is proposed for."""
         shelf = self.site.shelf
-        shelf.config(collection)
+        config = shelf.config(collection)
         with self.site.page("Label"):
-            note = show_status("Looking at the images")
+            note = show_status("Listing the images")
             await ui.context.client.connected()
             with show_fault(note):
-                with show_share(note) as tell:
-                    labelling = await asyncio.to_thread(Labelling, shelf, collection, field, show, tell)
-                note.text = escape_controls(f"Proposals are by {labelling.says}")
-                labelling.by = name_tab()
-                Labeller(labelling, f"/label?collection={collection}&field={field}&show=")
+                labelling = await asyncio.to_thread(Labelling, shelf, collection, field, show)
+                if show:
+                    with show_share(note) as tell:
+                        await asyncio.to_thread(labelling.read, config, tell)
+                await asyncio.to_thread(labelling.follow)
+                labeller = Labeller(labelling, shelf.runs, f"/label?collection={collection}&field={field}&show=", show)
+                note.text = ""
+                if not show:  # the first images are shown meanwhile
+                    await asyncio.to_thread(labelling.read, config, labeller.tell)
 
 
 class Labeller(Reviewer):
     """The page in one tab: classes are typed, and proposals follow the labels. base: the address before a class."""
 
-    def __init__(self, labelling: Labelling, base: str) -> None:
-        self._base = base
-        self._lines = 0
-        with ui.row():
-            title = "A class, then Enter" if labelling.field == "label" else "A tag, then Enter"
-            self._new = ui.input(title).on("keydown.enter", self._name)
-            self._new.on("keydown.esc", js_handler="event => event.target.blur()")
-            self._old = ui.select({}, label="in place of", clearable=True).style("min-width: 9em")
-            self._old.set_visibility(labelling.field == "label")
-        ui.link("Next to label", base)
-        self._links = Links()
-        self._train = ui.link("Train on these labels", "/start?folder=" + quote(bytes(labelling.root)))
-        super().__init__(labelling, labelling.address, labelling.desk)
+    def __init__(self, labelling: Labelling, runs: RunIndex, base: str, show: str) -> None:
+        self._seen = (0, False)
+        self._share = 0.0
+        super().__init__(labelling, labelling.address, labelling.collection)
+        check = find_review(runs, str(labelling.collection.root))
+        self._screen.props.update(base=base, show=show, check=check, reading=0)
         ui.timer(_FOLLOW_SEC, self._follow)
 
-    def _draw(self) -> None:
-        super()._draw()
-        self._train.set_visibility(bool(self._review.quality))
-        names = {name: escape_controls(name) for name in self._review.keys().values()}
-        if self._old.options != names:
-            self._old.set_options(names)
-            self._links.props["links"] = {self._base + quote(name): f"Proposed: {text}" for name, text in names.items()}
+    def tell(self, share: float) -> None:
+        """Let the page say which share of the images is read."""
+        self._share = share
 
-    async def _name(self) -> None:
-        if new := (self._new.value or "").strip():
-            lines = self._review.name(new, self._old.value)
-            self._new.value = self._old.value = None
-            await self._take(lines)
+    def _answer(self, said: Json) -> list[Decision]:
+        if name := said["name"]:
+            return self._review.name(*name)
+        return super()._answer(said)
 
     async def _follow(self) -> None:
-        lines = sum(map(len, self._review.decisions.values()))
-        if lines != self._lines:
-            self._lines = lines
+        seen = sum(map(len, self._review.decisions.values())), self._review.is_read
+        self._screen.props["reading"] = 1 if self._review.is_read else self._share
+        if seen != self._seen:
+            self._seen = seen
             await asyncio.to_thread(self._review.follow)
             self._draw()

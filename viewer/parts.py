@@ -152,6 +152,11 @@ class Sheet(Part, component="vue/sheet.vue"):
             self.props.update(columns=make_columns(labels), rows=rows)
 
 
+def show_folder(root: str) -> str:
+    """Return the name of a collection's folder."""
+    return escape_controls(root.rstrip("/").rpartition("/")[2] or root)
+
+
 def run_name(index: RunIndex, path: Path) -> str:
     """Return a run's name on the pages: its path below its root, after the root's number."""
     number = next(number for number, root in enumerate(index.roots) if path.is_relative_to(root))

@@ -23,6 +23,7 @@ from utils.io.files import file_lock, is_locked, output_errors, read_json, write
 from utils.record.run_index import is_own_run
 from utils.record.run_reader import RunReader
 
+_STAMP = re.compile(r"-\d{6}-\d{6}\b")  # in the name of a run
 _PATIENCE_SEC = 10.0  # for another process that changes the queue
 # What a command is, its words on lines. READ, WRITTEN: folders; names below them are neither hidden nor odd.
 _COMMAND = (
@@ -96,13 +97,18 @@ class Queue:
             elif words:
                 if act in ("Remove", "Start again"):
                     del entries[0]
-                if act in ("Add", "Start again"):
+                if act == "Start again" or act == "Add" and not self._has(entries, words):
                     entries.append([str(time.time_ns()), words])
                 write_json(file, entries)
             waiting = [entry for entry in entries if not self.lines(entry[0])]
             if waiting and not any(map(is_locked, self._folder.glob("*.log"))):
                 self._start(*waiting[0])
             return entries
+
+    def _has(self, entries: Sequence[Sequence], words: Sequence[str]) -> bool:
+        """Return whether a command waits or runs; commands that differ by the time in a name are equal: two clicks."""
+        equal = [name for name, known in entries if _STAMP.sub("", str(known)) == _STAMP.sub("", str([*words]))]
+        return any(not self.lines(name) or is_locked(self._log(name)) for name in equal)
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"

@@ -26,7 +26,6 @@ from viewer.differences import Difference, find_differences
 from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import (
     REFRESH_SEC,
-    Cards,
     Part,
     bind_address,
     find_run,
@@ -34,32 +33,26 @@ from viewer.parts import (
     name_tab,
     run_name,
     show_fault,
+    show_folder,
     show_status,
 )
 from viewer.site import Page
 
 _MOST = 10_000  # differences
-_CARDS = 24  # on a screen
-_BUTTONS = [
-    {"key": "Enter", "text": "Accept", "chosen": True},
-    {"key": "r", "text": "Reject", "chosen": True},
-    {"key": "u", "text": "Undo", "chosen": True},
-]
+_SCREEN = 24  # images that are shown together
+_AHEAD = 12  # of the next screen: the browser shows them while the server is asked
 KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
 _CHOICES = 9  # keys of a review
+_LARGE_PX = 1280
 _NEAR_PX = 128
-_STYLE = """
-.review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
-@media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
-"""
 
 
 class Picture(Part, component="vue/picture.vue"):
-    """A large picture, and the keys of its page."""
+    """A picture that can be enlarged. The screen contains it."""
 
 
-class Chips(Part, component="vue/chips.vue"):
-    """A row of buttons, each with its key; and a field that finds other names."""
+class Screen(Part, component="vue/screen.vue"):
+    """An image with the keys that decide about it, and the images after it."""
 
 
 class Question(NamedTuple):
@@ -102,32 +95,29 @@ def _judge(now: Any, was: Any, says: Any) -> str:
 
 
 class Review:
-    """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab.
+    """The questions in one tab. here: the shown one; order: the numbers of those that are shown; by: the tab.
 
-    order: the numbers of the questions that are shown.
+    counts: images by name; about: how the order came about.
     """
+
+    hint = "1-9 give a class, or add a tag and take it away · Enter accept · R keep the label · C a class by its name"
 
     def __init__(self, questions: Sequence[Question], classes: Sequence[str] = ()) -> None:
         self.questions = questions
         self.classes = classes
         self.field = "tags" if isinstance(questions[0].had, list) else "label"
-        self._has_fixed_keys = 0 < len(classes) <= _CHOICES
+        self.counts = dict[str, int]()
+        self.about = ""
         self.order = range(len(questions))
         self.decisions = Decisions()
         self.here = 0
-        self.marked = set[int]()
         self.by = ""
+        self._numbers = {question.path: number for number, question in enumerate(questions)}
         self._done = []  # what this page has decided on
 
-    @property
-    def hint(self) -> str:
-        """What the keys do."""
-        keys = "1-3 choose a guess · C another class by its name"
-        if self.field == "tags":
-            keys = "1-9 switch a tag below the image"
-        elif self._has_fixed_keys:
-            keys = f"1-{len(self.classes)} choose a class, which keeps its key"
-        return f"← → go · X, click, Shift+click mark · A mark all shown · Enter accept · R reject · {keys} · U undo"
+    def names(self) -> Sequence[str] | None:
+        """Return the classes or tags that have a key, if all images have the same."""
+        return self.classes if 0 < len(self.classes) <= _CHOICES else None
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
@@ -135,10 +125,10 @@ class Review:
         last = settle(had, self.decisions.get((path, self.field), ()))
         return last if last and last.verdict != "undone" else None
 
-    def screen(self) -> Sequence[int]:
-        """Return the numbers of the images that are shown together with the shown one."""
-        first = self.order.index(self.here) // _CARDS * _CARDS
-        return self.order[first : first + _CARDS]
+    def window(self) -> Sequence[int]:
+        """Return the images that the browser has: those that are shown together, and the first ones after them."""
+        first = self.order.index(self.here) // _SCREEN * _SCREEN
+        return self.order[first : first + _SCREEN + _AHEAD]
 
     def next(self) -> int:
         """Return the next image without a decision, or the shown one if there is none."""
@@ -146,87 +136,34 @@ class Review:
         further = itertools.chain(self.order[at:], self.order[:at])
         return next((number for number in further if self.last(number) is None), self.here)
 
-    def progress(self) -> str:
-        """Return how far the decisions are."""
-        count = len(self.questions)
-        return f"{sum(self.last(number) is not None for number in range(count)):,} of {count:,} decided"
+    def progress(self) -> tuple[int, int, str]:
+        """Return how many decisions there are, how many there can be, and both in words."""
+        every = len(self.questions)
+        count = sum(self.last(number) is not None for number in range(every))
+        return count, every, f"{count:,} of {every:,} decided"
 
-    def shown(self, number: int) -> Any:
-        """Return what was decided about an image, or else what the network says."""
+    def card(self, number: int) -> Json:
+        """Return what the browser is told of an image. now: what is decided."""
+        question = self.questions[number]._asdict()
         last = self.last(number)
-        return last.now if last else self.questions[number].says
+        near = [make_card(address, label, label) for address, label in question["near"]]
+        return question | {"near": near, "now": last and last.now, "verdict": last and f"{last.verdict} by {last.by}"}
 
-    def keys(self) -> dict[str, str]:
-        """Return the class or the tag of each key for the shown image; few classes have the same keys for all."""
-        return dict(zip(KEYS[:_CHOICES], self.classes if self._has_fixed_keys else self.questions[self.here].names))
+    def decide(self, values: Mapping[str, Any]) -> list[Decision]:
+        """Decide on the values of images, by path; return the decisions to save."""
+        known = {self._numbers[path]: value for path, value in values.items() if path in self._numbers}
+        return self._write(known)
 
-    def choices(self) -> dict[str, bool]:
-        """Return the classes or tags that have a key, and whether the shown image has them as it is shown."""
-        value = self.shown(self.here)
-        return {name: name in value if self.field == "tags" else name == value for name in self.keys().values()}
-
-    def card(self, number: int, image: str) -> Json:
-        """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
-        last = self.last(number)
-        had = self.questions[number].had
-        value = self.shown(number)
-        text = str(value or "no label") if had in (None, value) else f"{had} → {value}"
-        if self.field == "tags":
-            changed = {*had}.symmetric_difference(value)
-            text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
-        verdict = f"{last.verdict} by {last.by}" if last else f"doubt {self.questions[number].by:.1%}"
-        kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last is not None}
-        return make_card(image, "", text, verdict) | {"id": number, "kinds": kinds}
-
-    def press(self, key: str) -> list[Decision]:
-        """Do what a key means; return the decisions to save."""
-        targets = sorted(self.marked) or [self.here]
-        if key in ("ArrowLeft", "ArrowRight"):
-            at = self.order.index(self.here) + (1 if key == "ArrowRight" else -1)
-            self.here = self.order[min(max(at, 0), len(self.order) - 1)]
-        elif key == "x":
-            self.marked ^= {self.here}
-        elif key == "a":
-            self.marked |= {*self.screen()}
-        elif key == "Enter":
-            says = {number: self.questions[number].says for number in targets if self.last(number) is None}
-            return self._decide({number: value for number, value in says.items() if value is not None})
-        elif key == "r":
-            return self._decide({number: self.questions[number].had for number in targets})
-        elif key == "u":
-            return self._undo()
-        elif name := self.keys().get(key):
-            return self.choose(name)
-        return []
-
-    def choose(self, name: str) -> list[Decision]:
-        """Give a class to the marked images, or to the shown one; or a tag, or take it away if the shown one has it."""
-        targets = sorted(self.marked) or [self.here]
-        if self.field == "label":
-            return self._decide(dict.fromkeys(targets, name))
-        had = name in self.shown(self.here)
-        alike = [number for number in targets if (name in self.shown(number)) == had]
-        tags = {number: switch_tags(self.questions[number].had, self.shown(number), [name]) for number in alike}
-        return self._write(tags)
-
-    def pick(self, number: int, is_through: bool) -> None:
-        """Show an image of the screen and mark it, or not any more; is_through: mark all from the shown one to it."""
-        first, last = sorted(map(self.order.index, (self.here, number)))
-        self.marked = self.marked | {*self.order[first : last + 1]} if is_through else self.marked ^ {number}
-        self.here = number
-
-    def _decide(self, values: Mapping[int, Any]) -> list[Decision]:
-        """Return decisions, and show the next image without one."""
-        lines = self._write(values)
-        self.marked.clear()
-        self.here = self.next()
-        return lines
-
-    def _undo(self) -> list[Decision]:
+    def undo(self) -> list[Decision]:
         """Return the lines that take this page's last decisions back, and show their first image."""
         numbers = self._done.pop() if self._done else []
         self.here = min({*numbers} & {*self.order}, default=self.here)
         return [self._add(number, self.questions[number].had, "undone") for number in numbers]
+
+    def go(self, path: str | None) -> None:
+        """Show an image, if it is in the order; None: the next one without a decision."""
+        number = self.next() if path is None else self._numbers.get(path)
+        self.here = number if number in self.order else self.here
 
     def _write(self, values: Mapping[int, Any]) -> list[Decision]:
         if values:
@@ -244,10 +181,10 @@ class Review:
         return line
 
 
-def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk, str]:
-    """Return the differences of a run in images of its collection, their addresses by number and px, and the decisions.
+def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Collection]:
+    """Return the differences of a run in images of its collection, their addresses by number and px, and that.
 
-    The last one is what the order stands on. Raises UserError if there is no difference, with the command that finds
+    Raises UserError if there is no difference, with the command that finds
     them, or if the collection is no folder.
     """
     name = shelf.of_run(run)
@@ -276,7 +213,8 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     review.decisions = decisions
     review.here = review.next()
     address = lambda number, px: image_address(name, collection, rows[asked[number].path], px)  # noqa: E731
-    return review, address, desk, describe_basis(run, collection)
+    review.about = describe_basis(run, collection)
+    return review, address, collection
 
 
 def open_desk(collection: Collection) -> Desk:
@@ -331,87 +269,76 @@ class ReviewPage(Page):
     async def show(self, run: str = "") -> None:
         """Show the review of a run, by its name."""
         path = find_run(self.site.index, run)
-        with self.site.page(f"Review {escape_controls(path.name)}"):
+        name = self.site.shelf.of_run(path)
+        with self.site.page(f"Review {show_folder(self.site.shelf.config(name).root if name else run)}"):
             note = show_status("Looking for images where network and label differ")
             await ui.context.client.connected()
             with show_fault(note, OSError, ValueError):
-                review, address, desk, basis = await asyncio.to_thread(open_review, self.site.shelf, path)
-                note.text = escape_controls(basis)
-                review.by = name_tab()
-                Reviewer(review, address, desk)
+                opened = await asyncio.to_thread(open_review, self.site.shelf, path)
+                note.text = ""
+                Reviewer(*opened)
 
 
 class Reviewer:
-    """The review in one tab: buttons and keys, the shown image with its choices, and small images beside it."""
+    """The page in one tab. The browser moves on by itself, and says what it has decided; the answer has more images.
 
-    def __init__(self, review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
-        ui.add_css(_STYLE)
+    address: of an image, by number and px.
+    """
+
+    def __init__(self, review: Review, address: Callable[[int, int], str], collection: Collection) -> None:
+        review.by = name_tab()
         self._review = review
         self._address = address
-        self._desk = desk
+        self._desk = open_desk(collection)
+        self._heard = 0  # the number of the last message of the browser
         self._newest = 0  # the number of the last request to the desk
-        with ui.row():
-            Chips(chips=_BUTTONS).on("press", self._on_key)
-            self._progress = ui.label()
-        self._waiting = ui.label().classes("text-negative lines")
-        ui.label(review.hint).classes("muted")
-        with ui.element("div").classes("review"):
-            with ui.column().classes("w-full"):
-                self._picture = Picture().on("key", self._on_key)
-                names = review.classes if len(review.classes) > _CHOICES else []
-                self._chips = Chips(names=names).classes("w-full").on("press", self._on_key).on("choose", self._choose)
-                self._reason = ui.label().style("overflow-wrap: anywhere")
-                self._near = Cards(look="near")
-            self._cards = Cards(look="choice").on("pick", self._pick)
+        self._lock = asyncio.Lock()
+        self._screen = Screen(field=review.field, keys=KEYS, together=_SCREEN, hint=review.hint)
+        pool = review.classes if len(review.classes) > _CHOICES else []
+        train = "/start?folder=" + quote(bytes(collection.root))
+        self._screen.props.update(title=show_folder(str(collection.root)), pool=pool, train=train, fault="")
+        self._screen.on("say", self._hear)
         self._tell = bind_address("image", self._go_to)
         self._draw()
         ui.timer(REFRESH_SEC, self._save)
 
     def _draw(self) -> None:
         review = self._review
-        shown = review.questions[review.here]
-        numbers = review.screen()
-        cards = [review.card(number, self._address(number, 256)) for number in numbers]
-        self._cards.props["cards"] = cards
-        self._progress.text = review.progress()
-        self._tell(shown.path)
-        title = f"{escape_controls(shown.path)}: {cards[numbers.index(review.here)]['lines'][0]}"
-        self._picture.props.update(src=self._address(review.here, 1024), title=title)
-        self._reason.text = escape_controls(shown.reason)
-        self._near.props["cards"] = [make_card(address, label, label) for address, label in shown.near]
-        choices = review.choices()
-        self._chips.props["chips"] = [
-            {"key": key, "text": f"{key} {escape_controls(name)}", "chosen": choices[name]}
-            for key, name in review.keys().items()
-        ]
+        cards = []
+        for number in review.window():
+            large = self._address(number, _LARGE_PX)
+            cards.append(review.card(number) | {"src": self._address(number, 256), "large": large})
+        shown = {"cards": cards, "names": review.names(), "counts": review.counts, "progress": review.progress()}
+        shown["about"] = escape_controls(review.about)
+        here = review.questions[review.here].path
+        self._screen.props.update(shown, here=here, heard=self._heard)
+        self._tell(here)
 
     def _go_to(self, path: str) -> None:
-        """Show an image by its path, if it is in the order."""
-        numbers = {self._review.questions[number].path: number for number in self._review.order}
-        self._review.here = numbers.get(path, self._review.here)
+        self._review.go(path)
         ui.timer(0, self._draw, once=True)
 
-    def _pick(self, event: GenericEventArguments) -> None:
-        self._review.pick(*event.args)
+    async def _hear(self, event: GenericEventArguments) -> None:
+        """Do what the browser says: messages that it has had no answer to, also those that are done already."""
+        lines = []
+        for said in event.args:
+            if said["number"] > self._heard:
+                self._heard = said["number"]
+                lines += self._answer(said)
+                if not said["undo"]:
+                    self._review.go(said["here"])
         self._draw()
+        await self._save(lines)
+
+    def _answer(self, said: Json) -> list[Decision]:
+        return self._review.undo() if said["undo"] else self._review.decide(said["values"])
 
     async def _save(self, lines: Sequence[Decision] = ()) -> None:
         self._newest += 1
         number = self._newest
-        decisions, fault = await asyncio.to_thread(self._desk.sync, lines)
-        self._waiting.text = escape_controls(fault, keep="\n")
+        async with self._lock:  # lines are written in the order of the keys
+            decisions, fault = await asyncio.to_thread(self._desk.sync, lines)
+        self._screen.props["fault"] = escape_controls(fault, keep="\n")
         if number == self._newest and decisions != self._review.decisions:  # an older answer lacks the latest keys
             self._review.decisions = decisions
             self._draw()
-
-    async def _take(self, lines: Sequence[Decision]) -> None:
-        self._draw()
-        await self._save(lines)
-
-    async def _choose(self, event: GenericEventArguments) -> None:
-        await self._take(self._review.choose(event.args))
-
-    async def _on_key(self, event: GenericEventArguments) -> None:
-        if event.args == "c":
-            self._chips.run_method("find")
-        await self._take(self._review.press(event.args))

@@ -22,8 +22,8 @@ _PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": 
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums;
-  --link: #1c6dd0; --warn: #a35200; --error: #c92a2a; --muted: #555 }
-.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787; --muted: #b5b5b5 }
+  --link: #1c6dd0; --warn: #a35200; --error: #c92a2a; --muted: #555; --line: #dcd8d0; --card: #fff; --fill: #1c6dd0 }
+.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787; --muted: #b5b5b5; --line: #4a4a4a; --card: #262626 }
 .body--dark .text-primary { --q-primary: var(--link) } .body--dark .text-negative { --q-negative: var(--error) }
 a { color: var(--link) } h1 { font-size: 20px; font-weight: 600; line-height: 1.3; margin: 0; overflow-wrap: anywhere }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }

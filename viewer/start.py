@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import safe_lines
 from utils.record.run_index import is_own_run
+from utils.record.tables import LABELS
 from viewer.parts import REFRESH_SEC, Links, Part, run_name, show_fault, show_status
 from viewer.queue import Queue
 from viewer.site import Page
@@ -29,10 +30,10 @@ _COMMANDS = {
     "loop.minutes={minutes} run_dir={run}",
     "Find wrong labels": "prepare.py job=labels data.root={root} job.report={care}",
 }
-_FIELDS = {
-    "minutes": "Minutes",
-    "base": "LoRA: file or folder of SDXL",
-    "trigger": "LoRA: words for it, such as sks dog; or null",
+_FIELDS = {  # by the word of a command that they fill
+    "minutes": ("Minutes", "10"),
+    "base": ("File or folder of SDXL", ""),
+    "trigger": ("Words for what it learns, such as sks dog; or none", ""),
 }
 _LISTED = 500  # folders in one
 _LINES = 4  # of a log
@@ -88,10 +89,18 @@ class StartPage(Page):
         queue = self.site.queue
         for name, words in queue.act(*act):
             folder = Path(words[-1].split("=", 1)[1])
-            link = f"/run/{quote(run_name(self.site.index, folder))}" if is_own_run(folder) else ""
+            link = self._find_page(folder)
             lines = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
-            jobs.append({"id": name, "state": queue.state(name, folder), "words": words, "lines": lines, "run": link})
+            jobs.append({"id": name, "state": queue.state(name, folder), "words": words, "lines": lines, "link": link})
         return jobs
+
+    def _find_page(self, folder: Path) -> str:
+        """Return the address of what a command has written: a run, or the labels that look wrong."""
+        index = self.site.index
+        if is_own_run(folder):
+            return f"/run/{quote(run_name(index, folder))}"
+        runs = [file.parents[1] for file in folder.glob(f"*/{LABELS}")]
+        return f"/review?run={quote(run_name(index, runs[0]))}" if runs else ""
 
     async def _look_into(self, folder: Path) -> None:
         """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
@@ -101,36 +110,46 @@ class StartPage(Page):
         await ui.context.client.connected()
         collection = await asyncio.to_thread(shelf.open, name, again=True)
         status.text = f"{len(collection):,} images; reading every file"
-        ui.label("To classify, it needs labels of two classes; to tag, tags.")
         with ui.row():
             ui.link("Label the images", f"/label?collection={name}")
             ui.link("Look at them", f"/collection/{name}")
-        self._show_command(folder, list_kinds(collection))
-        check = Check(name="check", verify=True, report=str(self.site.queue.runs / "care" / name))
+        care = self.site.queue.runs / f"{_slug(folder)}-care-{name}"  # two folders may have equal names
+        kinds = list_kinds(collection)
+        if "Classify" not in kinds:
+            ui.label("It has no labels of two classes yet: label some images, then a network can learn them.")
+        self._show_command(folder, care, kinds)
+        check = Check(name="check", verify=True, report=str(care))
         report = await asyncio.to_thread(check.run, shelf.config(name))
         findings = [finding.line for finding in sorted(collection.findings, reverse=True)]
         status.text = safe_lines("\n".join([report, *findings, *collection.unused]))
 
-    def _show_command(self, folder: Path, kinds: list[str]) -> None:
+    def _show_command(self, folder: Path, care: Path, kinds: list[str]) -> None:
         """Show a command of a kind, and what adds it to the queue."""
         runs = self.site.queue.runs
-        slug = re.sub(r"\W+", "_", folder.name)[:60]
-        values = {"root": folder, "care": runs / "care", "minutes": "10", "base": "", "trigger": "null"}
+        values = {"root": folder, "care": care, **{field: first for field, (_, first) in _FIELDS.items()}}
+        inputs = {}
         words = []
 
         def update() -> None:
-            values["run"] = runs / time.strftime(f"{slug}-%y%m%d-%H%M%S")
-            words[:] = [text.format(**values) for text in _COMMANDS[kind.value].split()]
+            values["run"] = runs / time.strftime(f"{_slug(folder)}-%y%m%d-%H%M%S")
+            filled = [text.format(**values) for text in _COMMANDS[kind.value].split()]
+            words[:] = [word for word in filled if not word.endswith("=")]
             shown.content = shlex.join(["python", *words])
+            for field, box in inputs.items():
+                box.set_visibility(f"{{{field}}}" in _COMMANDS[kind.value])
 
         with ui.row():
             kind = ui.toggle(kinds, value=kinds[-1], on_change=update)
-            for field, label in _FIELDS.items():
-                ui.input(label).bind_value(values, field).on_value_change(update)
+            for field, (label, _) in _FIELDS.items():
+                inputs[field] = ui.input(label).bind_value(values, field).on_value_change(update)
         shown = ui.code(language="bash")
         shown.copy_button.props("aria-label=copy")
         ui.button("Start", on_click=lambda: self._refresh("", "Add", [*words])).on_click(update)
         update()
+
+
+def _slug(folder: Path) -> str:
+    return re.sub(r"\W+", "_", folder.name)[:60]
 
 
 def list_kinds(collection: Collection) -> list[str]:

@@ -90,6 +90,12 @@ def sees(page, *texts):
         page.get_by_text(text).first.wait_for()
 
 
+def press(page, key):
+    """Press a key of /label or /review when the picture that it is for is drawn."""
+    page.wait_for_function("document.querySelector('.stage[data-drawn=true]')", timeout=240_000)
+    page.keyboard.press(key)
+
+
 def assert_fits(page):
     """Nothing is wider than the window, whatever its width."""
     for width in (360, 1280, 1600):

@@ -9,7 +9,7 @@ from data.layouts.names import CORRECTIONS
 from tests.data.collection.test_collection import load
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, save_grey, sees
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_fits, press, save_grey, sees
 from utils.record.tables import LABELS, images_about
 from viewer.differences import find_differences
 from viewer.review import Review, make_question
@@ -36,7 +36,7 @@ def animals(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, animals):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("a", "bare", "other", "odd"):
+    for name in ("a", "bare", "other"):
         add_data(make_run(folder / name), root=str(animals), validation_fraction=0.34)
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
     one = {
@@ -48,7 +48,6 @@ def runs(tmp_path_factory, animals):
         "probability": [0.5],
     }
     write_table(folder / "other", "/elsewhere", **one)
-    write_table(folder / "odd", animals, **one | {"prediction": [None]})
     given = [path.split("/")[0] for path in paths]
     write_table(folder / "a", animals, path=[*paths, "gone.png"], label=[*given, "cat"],
                 prediction=["cat"] * 3 + ["dog"] * 3 + ["dog"] * 4, wrong=[True] * 6 + [False] * 3 + [True],
@@ -77,24 +76,15 @@ def test_tags_are_toggled_and_undone():
     review = Review([make_question(path, 0.5, {"red_hair": True, "hat": False}, had) for path in ("a.png", "b.png")])
     review.by = "me"
     with_both = ["blue hair", "character:miku", "hat", "red hair"]
-    (line,) = review.press("2")  # keeps the hat
-    assert (line.now, line.verdict, review.here) == (with_both, "edited", 0)
-    assert review.choices() == {"red hair": True, "hat": True}
-    assert [(each.now, each.verdict) for each in review.press("1")] == [(had, "rejected")]
-    assert review.press("Enter") == [] and review.here == 1  # what is decided is not decided again
-    assert review.press("Enter")[0].now == ["blue hair", "character:miku", "red hair"]
-    assert review.press("u")[0].now == had and review.last(1) is None
-    assert review.press("u")[0].now == had and review.last(0).now == with_both and review.here == 0
-    assert len(review.press("u")) == 1 and review.last(0) is None and review.press("u") == []
-
-
-def test_undo_leaves_what_another_tab_decided():
-    mine, other = (Review([make_question("a.png", 0.5, "dog", "cat")]) for _ in range(2))
-    mine.by, other.decisions = "me", mine.decisions
-    other.press("r"), mine.choose("bird"), mine.press("u")
-    assert mine.last(0).verdict == "rejected"  # "as before" is a decision
-    mine.choose("bird"), other.choose("fox"), mine.press("u")
-    assert mine.last(0).now == "fox"
+    (line,) = review.decide({"a.png": with_both, "gone.png": had})
+    assert (line.now, line.verdict) == (with_both, "edited")
+    assert [(each.now, each.verdict) for each in review.decide({"a.png": had})] == [(had, "rejected")]
+    review.go(None)
+    (line,) = review.decide({"b.png": review.card(1)["says"]})
+    assert (line.now, line.verdict) == (["blue hair", "character:miku", "red hair"], "accepted")
+    assert review.undo()[0].now == had and review.last(1) is None and review.here == 1
+    assert review.undo()[0].now == had and review.last(0).now == with_both and review.here == 0
+    assert len(review.undo()) == 1 and review.last(0) is None and review.undo() == []
 
 
 def test_the_page(page, address, browser, animals, runs, tmp_path):
@@ -108,19 +98,17 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     wait("python prepare.py job=labels")
     page.goto(f"{address}/review?run=0/other")
     wait("is about /elsewhere, not")
-    page.goto(f"{address}/review?run=0/odd")
-    wait("odd/tables/images.parquet is not a readable")
     page.goto(f"{address}/run/0/a")
     page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("link", name="Review").click()
     wait("0 of 6 decided")
-    wait("a judges 10 images and has trained on 6 of them")
-    page.keyboard.press("Enter")
-    wait("1 of 6 decided")
-    page.keyboard.press("r"), wait("2 of 6 decided")
-    page.keyboard.press("u"), wait("1 of 6 decided")
-    page.keyboard.press("x"), page.keyboard.press("ArrowRight"), page.keyboard.press("x")
-    page.keyboard.press("3"), wait("3 of 6 decided")
+    page.get_by_label("keys and notes").click(), wait("a judges 10 images and has trained on 6 of them")
+    page.get_by_label("keys and notes").click(), page.evaluate("document.activeElement.blur()")
+    press(page, "Enter"), wait("1 of 6 decided")
+    press(page, "r"), wait("2 of 6 decided")
+    press(page, "u"), wait("1 of 6 decided")
+    press(page, "x"), press(page, "ArrowRight"), press(page, "x")
+    press(page, "3"), wait("3 of 6 decided")
     hostile = CLASSES[0]
     assert saved() == [("0.png", "cat", "accepted"), ("1.png", hostile, "rejected"), ("1.png", hostile, "undone"),
                         ("1.png", "dog", "edited"), ("2.png", "dog", "edited")]  # fmt: skip
@@ -131,7 +119,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     sees(other, "3 of 6 decided")
     (animals / CORRECTIONS).rename(animals / "held")
     (animals / CORRECTIONS).mkdir()  # cannot be written
-    page.keyboard.press("Enter"), wait("1 decisions wait here and are tried again: data.corrections")
+    press(page, "Enter"), wait("1 decisions wait here and are tried again: data.corrections")
     page.reload()
     wait("decided")
     (animals / CORRECTIONS).rmdir()
@@ -161,14 +149,31 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
     page.keyboard.press("1"), wait_for()  # the button has the focus
     page.get_by_role("link", name="Collections").focus()
     page.keyboard.press("r"), wait_for()
-    page.get_by_role("button", name="Undo").click(), wait_for("undone")
     page.evaluate("document.activeElement.blur()")
-    page.get_by_role("button", name="Reject").click(), wait_for("rejected")
-    page.keyboard.press("u"), wait_for("undone")
-    page.get_by_role("link", name="Collections").focus()
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/collection")
-    wait_for()
+    page.get_by_role("button", name="Undo").click(), wait_for("undone")
+    page.keyboard.press("r"), wait_for("rejected")
+
+
+def test_a_key_is_for_a_picture_that_is_drawn_and_waits_for_the_server(page, address, animals):
+    away = []
+
+    def relay(socket):
+        server = socket.connect_to_server()
+        socket.on_message(lambda message: away or server.send(message))
+
+    before = rows(animals / CORRECTIONS)
+    page.route("**px=1280", lambda route: None)
+    page.route_web_socket("**/socket.io/**", relay)
+    page.goto(f"{address}/review?run=0/a&image=cat/2.png")
+    page.locator(".card.here").wait_for()
+    page.keyboard.press("r"), sees(page, "This key came before the picture")
+    page.unroute("**px=1280")
+    away.append("away")
+    press(page, "r"), sees(page, "waits here (1)")
+    assert rows(animals / CORRECTIONS) == before
+    away.clear()
+    page.get_by_text("waits here").wait_for(state="detached")
+    assert [row["verdict"] for row in rows(animals / CORRECTIONS)[len(before) :]] == ["rejected"]
 
 
 def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
@@ -184,12 +189,11 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     page.get_by_role("link", name="Review").click()
     sees(
         page,
-        "All other images judge each one, by the features of a network",
         "given: dog (right: 25.0%) · guessed: cat 75.0%, dog 12.5%",
     )
     page.locator(".near img").wait_for()
     assert_accessible(page)
-    page.keyboard.press("c")
+    press(page, "c")
     page.wait_for_function("document.activeElement.tagName == 'INPUT'")
     page.keyboard.type("class3", delay=60)
     page.get_by_role("option", name="class3").wait_for()

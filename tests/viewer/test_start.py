@@ -72,7 +72,7 @@ def wait(is_so):
 
 def test_commands_run_one_after_the_other_and_outlive_view(queue, tmp_path):
     for letter in "abc":
-        queue.act("", "Add", words_of(queue, letter))
+        queue.act("", "Add", words_of(queue, letter)), queue.act("", "Add", words_of(queue, letter))  # a double click
     wait(lambda: started(queue) == ["a"])
     queue = make_queue(tmp_path)  # view.py was killed
     assert states(queue) == {"a": "running", "b": "waiting", "c": "waiting"}
@@ -171,7 +171,7 @@ def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     shown = page.locator("code", has_text="python train.py task=tagging")
     shown.filter(has_text="loop.minutes=3 run_dir=").wait_for()
     told = shown.inner_text()
-    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_role("button", name="Start", exact=True).dblclick(delay=1_100)  # two names of runs
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Start again").wait_for(timeout=240_000)
     assert told.split("run_dir=")[1].strip() in (runs / ".queue/queue.json").read_text()
