@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,18 +24,16 @@ from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, timm_config
-from models.weights.offers import list_weights
+from models.weights.offers import MACHINES, NETWORKS, Network, cost_of_px, list_weights
 from optim.linear import count_right
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
+from utils.io.files import Json
 from utils.ranks import distributed
 from utils.record.logging import log
 from utils.start import STARTED
 
-UNIT_PX = 64  # of timing
-FINE_PX = 96  # of the features of weights
 SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
-_MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
 _DETAIL_PX = 512  # if fine detail tells the class
 _SAMPLE = 1000  # images, which are decoded
 _SAMPLE_SHARE = 0.025  # of the minutes, at most, is for decoding the sample
@@ -49,37 +46,12 @@ _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
 _PROBE_SHARE = 0.08  # of the minutes is for features of weights
-_PASS_SHARE = 0.5  # of the minutes, at most, is for the two fits of a pretrained network's head at FINE_PX
-_FETCHED_PASS_SHARE = 0.25  # as much of a network that is fetched
+_SEEN_SHARE = 0.5  # of the minutes, at most, is for `seen_epochs` of a pretrained network
+_FETCHED_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
-_BATCH = 128  # of timing the reference network
-_OWN_BATCH = 8  # of timing the user's network
-UPDATE = 5  # the time of an update, as a multiple of that of a forward pass
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference (a core, bf16).
-
-    runtime: words for the machine with which it trains fastest, if not the usual ones.
-    """
-
-    name: str
-    width: int  # channels of the first stage of a ResNet; each stage doubles them
-    cost: float
-    is_pretrained: bool = False
-    runtime: str = ""
-
-    @property
-    def channels(self) -> list[int]:
-        """The channels of the four stages."""
-        return [self.width * 2**stage for stage in range(4)]
-
-
-REFERENCE = Network("resnet10t", 32, 1.0)
 
 
 @dataclass(frozen=True)
@@ -92,9 +64,9 @@ class Measurements:
     of the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the upper borders of
     images. colours: whether the mean colour tells something of the class. grey: whether no image has a colour. detail:
     whether fine detail of large images tells the class.
-    reference: how many images `REFERENCE` trains on in the minutes. bf16: whether the machine multiplies bf16 fast,
-    which Muon needs. network: the user's network, or the pretrained network whose features tell most of the class, if
-    the features tell clearly more than small pictures.
+    reference: how many images a network of cost 1 trains on in the minutes. bf16: whether the machine multiplies
+    bf16 fast, which Muon needs. network: the user's network, or the pretrained network whose features tell most of the
+    class, if the features tell clearly more than small pictures. machine: its row of networks.yaml.
     """
 
     images: int
@@ -106,6 +78,7 @@ class Measurements:
     grey: bool
     reference: float
     bf16: bool
+    machine: Json
     mirrors: float = 1.0
     colours: bool = True
     network: Network | None = None
@@ -166,37 +139,36 @@ def measure(
     weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
     """
     seconds = 60 * config.loop.minutes
+    machine = MACHINES[runtime.device.type]
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
-    most_px = max(_DETAIL_PX if detail else _MOST_PX, *config.augment.image_size_hw)
+    most_px = max(_DETAIL_PX if detail else machine["most_px"], *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
-    small = sample.small
-    step_sec = time_network(timm_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
+    timed = timm_config(machine["name"], machine["channels"])
+    timed_sec = time_network(timed, machine["px"], machine["images"], runtime)
+    step_sec = timed_sec / machine["cost"] / cost_of_px(machine["px"])
     mirrors = 1.0
     colours = True
     if labels is not None:
-        mirrors = compare_mirrored(small, sample.labels)
-        colours = tells_colour(small, sample.labels)
+        mirrors = compare_mirrored(sample.small, sample.labels)
+        colours = tells_colour(sample.small, sample.labels)
     network = None
     if pretrained is None:
         side = max(config.augment.image_size_hw)
-        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) * (UNIT_PX / side) ** 2
-        network = Network(config.model.name, 0, own_sec / step_sec, config.init_from is not None)
+        own_sec = time_network(config.model, side, machine["own_images"], runtime) / cost_of_px(side)
+        network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
     elif labels is not None and colours and mirrors >= CROPS:
-        passes_sec = 2 * step_sec * min(len(rows), count_head_images(config)) / UPDATE * (FINE_PX / UNIT_PX) ** 2
-        names = list_weights(pretrained, _FETCHED_PASS_SHARE * seconds / passes_sec, _FETCH_SHARE * seconds)
-        name = _most_telling(names, sample, collection, config, runtime)
-        if name is not None:
-            timed = _time_pretrained(name, step_sec, runtime)
-            network = timed if timed.cost * passes_sec <= _PASS_SHARE * seconds else None
+        network = _find_weights(config, collection, sample, runtime, pretrained, len(rows), step_sec)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
-    left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
-    time_of_ranks = left * distributed.planned_world_size()
-    # After the first epoch the memory cache has all images.
+    if runtime.device.type == "cuda":
+        first_sec = step_sec  # its workers read beside it
+    # What is left after what was timed above; after the first epoch the memory cache has all images.
+    time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
-    border = round(small[:, :, 0].median().item())
-    is_grey = bool((small == small[:, :1]).all())
+    border = round(sample.small[:, :, 0].median().item())
+    is_grey = bool((sample.small == sample.small[:, :1]).all())
+    bf16 = has_fast_bf16(runtime.device.type)
     validation = len(collection.rows("val"))
     return Measurements(
         images=len(rows),
@@ -209,22 +181,36 @@ def measure(
         colours=colours,
         grey=is_grey,
         reference=reference,
-        bf16=has_fast_bf16(runtime.device.type),
+        bf16=bf16,
         network=network,
         detail=detail,
+        machine=machine,
     )
 
 
-def _most_telling(
-    names: Iterable[str], sample: Sample, collection: Collection, config: ImageTrainingConfig, runtime: Runtime
-) -> str | None:
-    """Return the network of timm whose features tell most of the class.
+def _find_weights(
+    config: ImageTrainingConfig,
+    collection: Collection,
+    sample: Sample,
+    runtime: Runtime,
+    pretrained: Pretrained,
+    images: int,
+    step_sec: float,
+) -> Network | None:
+    """Return the network of timm whose features tell most of the class. step_sec: of the reference.
 
-    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images.
+    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images, or
+    if its training takes too long.
     """
+    seconds = 60 * config.loop.minutes
+    machine = MACHINES[runtime.device.type]
+    images = min(images, count_head_images(config)) / distributed.planned_world_size()
+    seen_sec = step_sec * machine["seen_epochs"] * images * cost_of_px(machine["fine_px"])
+    most_cost = min(_FETCHED_SHARE * seconds / seen_sec, machine["most_cost"])
+    names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
     best = None
     least = 1.0
-    deadline = time.monotonic() + _PROBE_SHARE * 60 * config.loop.minutes
+    deadline = time.monotonic() + _PROBE_SHARE * seconds
     for name in names:
         try:
             frozen = open_frozen_timm(name, runtime)
@@ -247,7 +233,8 @@ def _most_telling(
         if wrong < min(least, _PROMISE * plain):
             least = wrong
             best = name
-    return best
+    network = None if best is None else _time_pretrained(best, step_sec, runtime)
+    return network if network and network.cost * seen_sec <= _SEEN_SHARE * seconds else None
 
 
 def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
@@ -255,25 +242,18 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    timed = {"": time_network(timm_config(name), FINE_PX, _FINE_BATCH, runtime)}
+    side = MACHINES[runtime.device.type]["fine_px"]
+    timed = {"": time_network(timm_config(name), side, _FINE_BATCH, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(timm_config(name), FINE_PX, _FINE_BATCH, exact)
+        timed[_EXACT] = time_network(timm_config(name), side, _FINE_BATCH, exact)
     words = min(timed, key=timed.__getitem__)
-    return Network(name, 0, timed[words] / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True, runtime=words)
+    row = {"name": name} | NETWORKS["weights"].get(name, {})
+    return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 
-def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:
-    """Return the accuracy of nearest neighbours: how often the most correlated other picture has the same class.
-
-    pictures: float32 [N, ...]. queries: changed pictures, in the same order; None: the pictures themselves.
-    """
-
-    def flatten(pictures: Tensor) -> Tensor:
-        flat = pictures.flatten(1)
-        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
-
-    likeness = flatten(pictures if queries is None else queries) @ flatten(pictures).T
+def _nearest_right(likeness: Tensor, labels: Tensor) -> float:
+    """Return how often the most alike other picture has the same class. likeness: [N, N]."""
     likeness.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
     return (labels[likeness.argmax(1)] == labels).float().mean().item()
 
@@ -285,11 +265,14 @@ def _error(accuracy: float, images: int) -> float:
 def compare_mirrored(small: Tensor, labels: Tensor) -> float:
     """Return the accuracy of nearest neighbours of mirrored images, as a share of the accuracy of plain images.
 
-    small: small pictures, float32 [N, 3, H, W]. One standard error is added to the accuracy of mirrored images, so that
-    few images do not speak against mirroring. The share is at most 1, and 1 if the neighbours are never right.
+    small: small pictures, float32 [N, 3, H, W]; correlated ones are alike. One standard error is added to the accuracy
+    of mirrored images, so that few images do not speak against mirroring. The share is at most 1, and 1 if the
+    neighbours are never right.
     """
-    plain = nearest_right(small, labels)
-    mirrored = nearest_right(small, labels, small.flip(3))
+    centred = small - small.mean((1, 2, 3), keepdim=True)
+    pictures, flipped = (F.normalize(each.flatten(1)) for each in (centred, centred.flip(3)))
+    plain = _nearest_right(pictures @ pictures.T, labels)
+    mirrored = _nearest_right(flipped @ pictures.T, labels)
     return min(1.0, (mirrored + _error(plain, len(small))) / plain) if plain else 1.0
 
 
@@ -298,9 +281,8 @@ def tells_colour(small: Tensor, labels: Tensor) -> bool:
     if len(small) < _LEAST_FOR_COLOUR:
         return True
     means = small.mean((2, 3))
-    distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
-    right = (labels[distance.argmin(1)] == labels).float().mean().item()
-    chance = (torch.bincount(labels).float() / len(labels)).square().sum().item()
+    right = _nearest_right(-torch.cdist(means, means), labels)
+    chance = (torch.bincount(labels) / len(labels)).square().sum().item()
     return right > chance + 3 * _error(chance, len(small))
 
 
@@ -308,6 +290,7 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
     """Return the seconds in which the machine trains a network with an image of this side."""
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
-        network = build_network(config, num_classes=10).to(runtime.device, memory_format=layout)
+        network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
-    return time_update(network, images, runtime) / batch
+    with torch.backends.cudnn.flags(benchmark=False):  # it takes seconds for each shape
+        return time_update(network, images, runtime) / batch

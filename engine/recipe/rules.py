@@ -13,20 +13,16 @@ import numpy as np
 
 from engine.recipe.measurements import (
     CROPS,
-    FINE_PX,
     MIRRORS,
-    REFERENCE,
     SHRINK,
-    UNIT_PX,
-    UPDATE,
     Measurements,
-    Network,
     measure,
 )
 from engine.run.pace import read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
+from models.weights.offers import NETWORKS, UNIT_PX, Network, cost_of_px
 from utils.config.entry_point import recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
@@ -34,22 +30,16 @@ from utils.record.figures import show_lines
 from utils.record.logging import log
 from utils.record.run_folder import default_run_dir
 
-_REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best of _NETWORKS
+_REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best
 _MOST_EPOCHS = 60  # beyond them, a wider network gains more
-_MOST_FOR_FEW = 1.75  # but its cost grows at most by this factor
-_NETWORKS = (
-    Network("resnet10t", 16, 0.7),
-    REFERENCE,
-    Network("resnet10t", 48, 1.5),
-    Network("resnet18d", 48, 2.2),
-    Network("resnet18d", 64, 3.0),
-    Network("resnet34d", 64, 5.5),
-)
+_MOST_FOR_FEW = 1.75  # but its cost grows at most by this factor, and by more where there is time
 _STEP_PX = 32
 _SIZE_SHARE = 2.2
+_ROOT_SHARE = 0.82  # with much time, more of it is for the network
 _LARGER = 2
 _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
-_PASSES_SHARE = 0.3  # of the time is for two fits of a pretrained network's head, and two evaluations
+_BATCH = 64  # from weights
+_OF_RANK = 16  # images, at least
 
 
 class Rule(NamedTuple):
@@ -68,10 +58,6 @@ def cost_of(measurements: Measurements) -> float:
     return math.sqrt(measurements.reference / _REFERENCE_IMAGES)
 
 
-def _cost_of_px(side: int) -> float:
-    return (side / UNIT_PX) ** 2
-
-
 def choose_px(measurements: Measurements) -> int:
     """Return the side of the images: up to their own, if the time allows its cost.
 
@@ -80,17 +66,20 @@ def choose_px(measurements: Measurements) -> int:
     """
     network = measurements.network
     least = UNIT_PX
+    step = _STEP_PX
     most = measurements.side_px
-    fitting = _SIZE_SHARE * cost_of(measurements)  # the most that an image may cost
+    cost = cost_of(measurements)
+    fitting = _SIZE_SHARE * min(cost, max(1.0, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
     if network is not None and network.is_pretrained:
-        least = FINE_PX
+        least = measurements.machine["fine_px"]
+        step = network.row.get("step_px", step)
         most = _LARGER * most
         images = measurements.images + measurements.validation + 1
-        fitting = _PASSES_SHARE / 2 * measurements.reference / network.cost / images * UPDATE
+        fitting = measurements.reference / network.cost / images / measurements.machine["least_epochs"]
     if measurements.detail:
         fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
-    sides = range(least, min(most + _STEP_PX // 2, measurements.most_px) + 1, _STEP_PX)
-    return max((side for side in sides if _cost_of_px(side) <= fitting), default=least)
+    sides = range(least, min(most + step // 2, measurements.most_px) + 1, step)
+    return max((side for side in sides if cost_of_px(side) <= fitting), default=least)
 
 
 def choose_network(measurements: Measurements) -> Network:
@@ -100,15 +89,17 @@ def choose_network(measurements: Measurements) -> Network:
     """
     if measurements.network is not None:
         return measurements.network
-    epochs = measurements.reference / cost_of(measurements) / max(measurements.images, 1)
-    wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW)
-    wanted = wider * cost_of(measurements) / _cost_of_px(choose_px(measurements))
-    return min(_NETWORKS, key=lambda each: abs(math.log(each.cost / wanted)))
+    cost = cost_of(measurements)
+    epochs = measurements.reference / cost / max(measurements.images, 1)
+    wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost, 1.0)))
+    wanted = wider * cost / cost_of_px(choose_px(measurements))
+    row = min(NETWORKS["scratch"], key=lambda row: abs(math.log(row["cost"] / wanted)))
+    return Network(row, row["cost"])
 
 
 def epochs_of(measurements: Measurements) -> float:
     """Return about how many epochs fit into the time."""
-    cost = choose_network(measurements).cost * _cost_of_px(choose_px(measurements))
+    cost = choose_network(measurements).cost * cost_of_px(choose_px(measurements))
     return measurements.reference / cost / max(measurements.images, 1)
 
 
@@ -132,7 +123,7 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     network = choose_network(measurements)
     side = choose_px(measurements)
     epochs = int(epochs_of(measurements))
-    yield _choose_weights(measurements, network)
+    yield _choose_weights(measurements, network, side)
     if measurements.grey and measurements.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model augment.mean augment.std", words, "no image has a colour")
@@ -148,8 +139,12 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     if measurements.has_classes:
         yield from _rules_for_classes(measurements, network, takes_policy)
     if network.is_pretrained:
-        yield Rule("optim", "optim=adamw optim.lr=1e-4", "the network is pretrained")
-        yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
+        batch = max(_BATCH, _OF_RANK * distributed.planned_world_size())
+        words = f"optim=adamw optim.lr={1e-4 * math.sqrt(batch / _BATCH):.2g}"
+        yield Rule("optim", words, "the network is pretrained")
+        yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "few updates fit")
+        if "tuning" in network.row:
+            yield Rule("optim model loop.ema_decay", network.row["tuning"], "a large network keeps its first layers")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
     elif measurements.bf16:
@@ -193,14 +188,15 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
 
 
-def _choose_weights(measurements: Measurements, network: Network) -> Rule:
-    words = f"model=timm model.name={network.name}"
+def _choose_weights(measurements: Measurements, network: Network, side: int) -> Rule:
+    words = f"model=timm model.name={network.row['name']}"
     if network.is_pretrained:
+        words += network.row.get("build", "").format(side)
         why = "features of its weights tell clearly more of the class than small pictures"
         return Rule("model init_from", f"{words} init_from=timm", why)
     why = f"{measurements.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
-    channels = ",".join(map(str, network.channels))
-    return Rule("model", f"{words} model.channels=[{channels}]", why)
+    channels = str(network.row.get("channels")).replace(" ", "")  # none of the user's network, which stays
+    return Rule("model", f"{words} model.channels={channels}", why)
 
 
 def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:

@@ -10,64 +10,81 @@ from threading import Event, Thread
 from time import monotonic
 from typing import NamedTuple
 
+import yaml
+
 from models.config import Pretrained
-from models.weights.timm_hub import WEIGHTS, cached_file, cached_names, find_config
+from models.weights.timm_hub import WEIGHTS, cached_file, cached_names
 from utils.errors import UserError, reason_of
-from utils.io.files import file_lock, sha256_file, write_text
+from utils.io.files import Json, file_lock, sha256_file, write_text
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import log
 from utils.record.progress import Bar
 
 _ANSWER_SEC = 2.0
 _STALLED_SEC = 10.0
-_MOST_SEC = 120.0  # of a download: other ranks wait
+_MOST_SEC = 120.0  # of downloads: other ranks wait
+_LINE = 12.5  # megabytes in a second
+_LIKE = 0.6  # of the multiply-adds: the features of a collection choose from networks of about one size
 
 
-class Offer(NamedTuple):
-    """A network. megabytes: of its file. cost: of training an image, relative to resnet10t of 32 channels."""
+NETWORKS = yaml.safe_load(Path(__file__).with_name("networks.yaml").read_text("utf-8"))  # it explains its columns
+MACHINES = NETWORKS["machines"]
+UNIT_PX = 64  # of costs
 
-    name: str
-    megabytes: int
+
+class Network(NamedTuple):
+    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference.
+
+    row: of networks.yaml, with its name. runtime: words for the machine with which it trains fastest, if not the
+    usual ones.
+    """
+
+    row: Json
     cost: float
+    is_pretrained: bool = False
+    runtime: str = ""
 
 
-# Apache-2.0, of any image size; timm's registry states the preprocessing. By cost: CPU time on one core at 96 px, in
-# the faster of bf16 and float32 (float32 but for the last; the resnet10t takes 3.8 ms).
-OFFERS = (
-    Offer("mobilenetv4_conv_small.e2400_r224_in1k", 15, 2.0),
-    Offer("tf_efficientnet_lite0.in1k", 19, 4.4),
-    Offer("convnext_nano.in12k_ft_in1k", 62, 8.4),
-)
+def cost_of_px(side: int) -> float:
+    """Return the cost of an image of a side, relative to one of `UNIT_PX`."""
+    return (side / UNIT_PX) ** 2
 
 
 def list_weights(pretrained: Pretrained, most_cost: float, seconds: float) -> list[str]:
-    """Return the networks of timm whose weights a command may use, which are in the cache, small files first.
+    """Return the networks of timm whose weights a command may use, which are in the cache: small files, then ViTs.
 
-    "auto" fetches those of the costliest offer up to `most_cost`: the hub has two seconds to answer, and the download
-    `seconds`, two minutes at most. A failure is a line in the log. Only one rank may call it.
+    "auto" fetches those of the costliest network up to `most_cost` whose file a line of 100 Mbit/s brings in time, and
+    of others like it: the hub has two seconds to answer, and the downloads `seconds`, two minutes at most. A failure is
+    a line in the log. Only one rank may call it.
     """
     if pretrained == "never":
         return []
-    fitting = [offer for offer in OFFERS if offer.cost <= most_cost]
-    if pretrained == "auto" and fitting and cached_file(fitting[-1].name) is None:
-        _fetch(fitting[-1], min(seconds, _MOST_SEC))
-    return cached_names()
+    until = monotonic() + min(seconds, _MOST_SEC)
+    fitting = {name: row for name, row in NETWORKS["weights"].items() if row["cost"] <= most_cost}
+    least = 0.0
+    for name, row in reversed(fitting.items()):
+        is_cached = cached_file(name) is not None
+        left = until - monotonic()
+        if row["gmacs"] >= least and (is_cached or row["megabytes"] <= _LINE * left):
+            least = least or _LIKE * row["gmacs"]
+            if pretrained == "auto" and not is_cached:
+                _fetch(name, row, left)
+    return cached_names() + [name for name, row in fitting.items() if "build" in row and cached_file(name)]
 
 
-def _fetch(offer: Offer, seconds: float) -> None:
-    """Fetch the weights of an offer, or say why not."""
+def _fetch(name: str, row: Json, seconds: float) -> None:
+    """Fetch the weights of a network, or say why not."""
     from huggingface_hub import constants
 
-    what = f"the weights of timm's {offer.name} ({offer.megabytes} MB, {find_config(offer.name).license})"
-    what += f" from {constants.ENDPOINT}"
-    download = _Download(f"timm/{offer.name}")
+    what = f"the weights of timm's {name} ({row['megabytes']} MB, {row['licence']}) from {constants.ENDPOINT}"
+    download = _Download(f"timm/{name}")
     download.start()
     if download.answered.wait(_ANSWER_SEC) and download.size:
         log.info(
             "fetching %s, for at most %.0f s; model.pretrained=cached or HF_HUB_OFFLINE=1 fetches none", what, seconds
         )
         until = monotonic() + seconds
-        bar = Bar(f"fetching {offer.name}", download.size)
+        bar = Bar(f"fetching {name}", download.size)
         with bar.opened():
             while download.is_alive() and monotonic() < until:
                 download.join(0.1)

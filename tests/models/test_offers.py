@@ -100,7 +100,8 @@ def weights():
 def hub(monkeypatch, tmp_path, weights):
     """A hub that offers the weights of one small network, and an empty cache."""
     close_session()
-    monkeypatch.setattr(offers, "OFFERS", (offers.Offer(RESNET, 1, 1.0),))
+    row = {"cost": 1.0, "gmacs": 1.0, "megabytes": 1, "licence": LICENCES[0]}
+    monkeypatch.setitem(offers.NETWORKS, "weights", {RESNET: row})
     monkeypatch.setattr(offers, "_ANSWER_SEC", 0.5)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub = Hub(save(weights, metadata={"format": "pt"}))
@@ -201,12 +202,13 @@ def test_a_full_disk_is_left_as_it_was(hub, log, small_disk, monkeypatch):
     assert obtain() == [] and "No space left" in log.text and parts() == []
 
 
-def test_offers_are_free_to_use_and_of_any_image_size():
-    assert [offer.cost for offer in offers.OFFERS] == sorted(offer.cost for offer in offers.OFFERS)
-    for offer in offers.OFFERS:
-        stated = timm.get_pretrained_cfg(offer.name)
-        assert stated.license in LICENCES and not stated.fixed_input_size and stated.hf_hub_id == f"timm/{offer.name}"
+def test_networks_are_free_to_use_and_take_the_sizes_that_a_plan_chooses():
+    rows = offers.NETWORKS["weights"]
+    assert [*rows] == sorted(rows, key=lambda name: rows[name]["cost"])
+    for name, row in rows.items():
+        stated = timm.get_pretrained_cfg(name)
+        assert stated.license == row["licence"].lower() in LICENCES and stated.hf_hub_id == f"timm/{name}"
+        assert stated.fixed_input_size == ("build" in row)
         with torch.device("meta"):
-            tensors = timm.create_model(offer.name).state_dict().values()
-        assert sum(tensor.numel() for tensor in tensors) * 4e-6 == pytest.approx(offer.megabytes, abs=0.6)
-        assert 5 <= offer.megabytes <= 90
+            tensors = timm.create_model(name).state_dict().values()
+        assert sum(tensor.numel() for tensor in tensors) * 4e-6 == pytest.approx(row["megabytes"], abs=0.6)
