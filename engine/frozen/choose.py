@@ -17,7 +17,7 @@ from engine.update.runtime import Runtime, choose_runtime
 from models.config import Pretrained, timm_config
 from models.image_model import ImageModel, torch_predictor
 from models.normalise import Normalise
-from models.weights.offers import MACHINES, list_weights
+from models.weights.offers import NETWORKS, list_weights
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError, about
 from utils.io.memo import OURS, hash_once
@@ -50,9 +50,8 @@ def choose_frozen(
     if weights is not None:
         with about(key):
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
-    for name in (
-        cached_names() or list_weights(pretrained, MACHINES["cpu"]["most_cost"], math.inf) if frozen is None else ()
-    ):
+    most_cost = NETWORKS["machines"]["cpu"]["most_cost"]
+    for name in cached_names() or list_weights(pretrained, most_cost, math.inf) if frozen is None else ():
         try:
             frozen = open_frozen_timm(name, runtime)
             break

@@ -1,6 +1,5 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
-import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,13 +17,14 @@ from data.stream.source import IMAGE, UnreadableImage
 from data.validity.shortcuts import DETAIL
 from engine.frozen.choose import open_frozen_timm
 from engine.frozen.features import read_features
+from engine.likeness import compare_mirrored, tells_colour
 from engine.run.timing import time_update
 from engine.tasks.classification import count_head_images
 from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, Pretrained, timm_config
-from models.weights.offers import MACHINES, NETWORKS, Network, cost_of_px, list_weights
+from models.weights.offers import NETWORKS, list_weights
 from optim.linear import count_right
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
@@ -33,13 +33,13 @@ from utils.ranks import distributed
 from utils.record.logging import log
 from utils.start import STARTED
 
+UNIT_PX = 64  # of costs
 SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 _DETAIL_PX = 512  # if fine detail tells the class
 _SAMPLE = 1000  # images, which are decoded
 _SAMPLE_SHARE = 0.025  # of the minutes, at most, is for decoding the sample
 MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
 CROPS = 0.6  # below it, the place and the size of a figure tell its class, too
-_LEAST_FOR_COLOUR = 200  # images; fewer do not tell whether colours matter
 _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
 _SMALL_PX = 16  # side of small pictures, in which images are compared
 _FINE = 600  # images for features
@@ -52,6 +52,19 @@ _PROMISE = 0.8  # begin from features that leave at most this share of the error
 _FINE_BATCH = 32
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
+
+
+class Network(NamedTuple):
+    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference.
+
+    row: of networks.yaml, with its name. runtime: words for the machine with which it trains fastest, if not the
+    usual ones.
+    """
+
+    row: Json
+    cost: float
+    is_pretrained: bool = False
+    runtime: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,11 @@ class Measurements:
     colours: bool = True
     network: Network | None = None
     detail: bool = False
+
+
+def cost_of_px(side: int) -> float:
+    """Return the cost of an image of a side, relative to one of `UNIT_PX`."""
+    return (side / UNIT_PX) ** 2
 
 
 class Sample(NamedTuple):
@@ -139,7 +157,7 @@ def measure(
     weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
     """
     seconds = 60 * config.loop.minutes
-    machine = MACHINES[runtime.device.type]
+    machine = NETWORKS["machines"][runtime.device.type]
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
     most_px = max(_DETAIL_PX if detail else machine["most_px"], *config.augment.image_size_hw)
@@ -203,7 +221,7 @@ def _find_weights(
     if its training takes too long.
     """
     seconds = 60 * config.loop.minutes
-    machine = MACHINES[runtime.device.type]
+    machine = NETWORKS["machines"][runtime.device.type]
     images = min(images, count_head_images(config)) / distributed.planned_world_size()
     seen_sec = step_sec * machine["seen_epochs"] * images * cost_of_px(machine["fine_px"])
     most_cost = min(_FETCHED_SHARE * seconds / seen_sec, machine["most_cost"])
@@ -242,7 +260,7 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    side = MACHINES[runtime.device.type]["fine_px"]
+    side = NETWORKS["machines"][runtime.device.type]["fine_px"]
     timed = {"": time_network(timm_config(name), side, _FINE_BATCH, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
@@ -250,40 +268,6 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
     words = min(timed, key=timed.__getitem__)
     row = {"name": name} | NETWORKS["weights"].get(name, {})
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
-
-
-def _nearest_right(likeness: Tensor, labels: Tensor) -> float:
-    """Return how often the most alike other picture has the same class. likeness: [N, N]."""
-    likeness.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
-    return (labels[likeness.argmax(1)] == labels).float().mean().item()
-
-
-def _error(accuracy: float, images: int) -> float:
-    return math.sqrt(accuracy * (1 - accuracy) / images)
-
-
-def compare_mirrored(small: Tensor, labels: Tensor) -> float:
-    """Return the accuracy of nearest neighbours of mirrored images, as a share of the accuracy of plain images.
-
-    small: small pictures, float32 [N, 3, H, W]; correlated ones are alike. One standard error is added to the accuracy
-    of mirrored images, so that few images do not speak against mirroring. The share is at most 1, and 1 if the
-    neighbours are never right.
-    """
-    centred = small - small.mean((1, 2, 3), keepdim=True)
-    pictures, flipped = (F.normalize(each.flatten(1)) for each in (centred, centred.flip(3)))
-    plain = _nearest_right(pictures @ pictures.T, labels)
-    mirrored = _nearest_right(flipped @ pictures.T, labels)
-    return min(1.0, (mirrored + _error(plain, len(small))) / plain) if plain else 1.0
-
-
-def tells_colour(small: Tensor, labels: Tensor) -> bool:
-    """Return whether images of the nearest mean colour are of one class more often than by chance, or are too few."""
-    if len(small) < _LEAST_FOR_COLOUR:
-        return True
-    means = small.mean((2, 3))
-    right = _nearest_right(-torch.cdist(means, means), labels)
-    chance = (torch.bincount(labels) / len(labels)).square().sum().item()
-    return right > chance + 3 * _error(chance, len(small))
 
 
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -> float:

@@ -15,14 +15,17 @@ from engine.recipe.measurements import (
     CROPS,
     MIRRORS,
     SHRINK,
+    UNIT_PX,
     Measurements,
+    Network,
+    cost_of_px,
     measure,
 )
 from engine.run.pace import read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
-from models.weights.offers import NETWORKS, UNIT_PX, Network, cost_of_px
+from models.weights.offers import NETWORKS
 from utils.config.entry_point import recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
-from typing import NamedTuple
 
 import yaml
 
@@ -28,26 +27,6 @@ _LIKE = 0.6  # of the multiply-adds: the features of a collection choose from ne
 
 
 NETWORKS = yaml.safe_load(Path(__file__).with_name("networks.yaml").read_text("utf-8"))  # it explains its columns
-MACHINES = NETWORKS["machines"]
-UNIT_PX = 64  # of costs
-
-
-class Network(NamedTuple):
-    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference.
-
-    row: of networks.yaml, with its name. runtime: words for the machine with which it trains fastest, if not the
-    usual ones.
-    """
-
-    row: Json
-    cost: float
-    is_pretrained: bool = False
-    runtime: str = ""
-
-
-def cost_of_px(side: int) -> float:
-    """Return the cost of an image of a side, relative to one of `UNIT_PX`."""
-    return (side / UNIT_PX) ** 2
 
 
 def list_weights(pretrained: Pretrained, most_cost: float, seconds: float) -> list[str]:

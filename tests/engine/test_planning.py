@@ -7,14 +7,14 @@ import timm
 import torch
 from PIL import Image
 
+from engine.likeness import compare_mirrored, tells_colour
 from engine.recipe import measurements
 from engine.recipe import rules as planning
-from engine.recipe.measurements import Measurements, compare_mirrored, tells_colour
+from engine.recipe.measurements import Measurements, Network
 from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import pace
 from engine.run.loop import Run
 from models.weights import offers
-from models.weights.offers import MACHINES, Network
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.hardware import choose_precision
@@ -23,7 +23,7 @@ from utils.record.run_reader import RunReader
 
 FACTS = Measurements(
     images=1000, validation=100, side_px=100, most_px=224, has_classes=True, mirrors=1.0, border=255, colours=True,
-    grey=False, reference=1e5, bf16=True, machine=MACHINES["cpu"],
+    grey=False, reference=1e5, bf16=True, machine=offers.NETWORKS["machines"]["cpu"],
 )  # fmt: skip
 
 
@@ -109,7 +109,9 @@ def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):
 
 def test_a_network_of_the_command_counts_by_its_own_cost():
     own = replace(FACTS, network=Network({"name": "resnet50"}, 10.0))
-    assert choose_network(own).row["name"] == "resnet50" and epochs_of(own) == pytest.approx(10 / (choose_px(own) / 64) ** 2)
+    assert choose_network(own).row["name"] == "resnet50" and epochs_of(own) == pytest.approx(
+        10 / (choose_px(own) / 64) ** 2
+    )
     weights = Network({"name": "resnet50"}, 5.0, is_pretrained=True)
     drawings = [replace(FACTS, network=weights, reference=10.0**power) for power in range(3, 8)]
     sides = [choose_px(each) for each in drawings]
