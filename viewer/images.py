@@ -30,7 +30,7 @@ from utils.io.memo import own_cache
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 
-_LARGEST_PX = 2048  # the side of one
+_LARGEST_PX = 4096  # the side of one
 _QUALITY = 92  # of its JPEG
 # Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
 _UNREADABLE = (

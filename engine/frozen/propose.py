@@ -19,7 +19,7 @@ from engine.frozen.features import read_features
 from engine.frozen.growth import FEWEST, extrapolate
 from engine.frozen.order import order_next, predict_classes, reduce_features
 from optim.ridge import standardise
-from utils.record.figures import show_figure
+from utils.record.figures import interval
 
 _AXES = 256  # of the features; more axes propose no better
 _LEAST_LABELS = 20
@@ -67,8 +67,9 @@ def propose(points: Tensor, labels: Mapping[int, Any]) -> tuple[list[int], list,
     if len(known) < _LEAST_LABELS or len(names) < 2:
         return order, [], [], ""
     probs, best = probs.max(dim=1)
-    says = f"; the others recognise {show_figure('top1', {'top1': share, 'samples': len(known)})} of them"
+    low, high = interval("top1", {"top1": share, "samples": len(known)})
+    says = f"; of the rest about {share:.0%} would be right ({low:.0%} to {high:.0%})"
     if len(known) >= FEWEST:
         _, twice, low, high = (column[1] for column in extrapolate(points[known].double(), given).values())
-        says += f", with twice as many {twice:.2f} ({low:.2f} to {high:.2f})"
+        says += f"; with twice as many {twice:.0%} ({low:.0%} to {high:.0%})"
     return order, names[best].tolist(), probs.tolist(), says

@@ -23,12 +23,12 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.keyboard.press("Escape")
     for number in range(20):
         press(page, "12"[number % 2])
-    sees(page, "the others recognise")
+    sees(page, "of the rest")
     other = page.context.new_page()
     other.goto(page.url)
     for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23)):
         press(page, key)
-        sees(other, f"{count} of 23 labelled; the others recognise")
+        sees(other, f"{count} of 23 labelled; of the rest")
     assert_fits(page)
     assert_accessible(page)
     page.keyboard.press("+")
@@ -39,7 +39,7 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.keyboard.press("Escape"), page.keyboard.press("u")
     other.get_by_role("button", name="1 a").wait_for()
     page.reload()
-    sees(page, "23 of 23 labelled; the others recognise", "All 23 images are decided", "Look for wrong labels")
+    sees(page, "23 of 23 labelled; of the rest", "All 23 images are decided", "Look for wrong labels")
 
 
 def test_tags_are_switched_by_keys(page, address):
