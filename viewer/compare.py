@@ -17,10 +17,10 @@ from utils.io.safe_text import escape_controls
 from utils.record.figures import show_cell
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
-from utils.record.tables import find_image_table
+from utils.record.tables import find_image_table, read_newest
 from viewer.curves import show_curves
 from viewer.parts import Sheet, run_name, show_command, show_heading, show_status
-from viewer.results import describe_prediction, show_images
+from viewer.results import Tables, describe_prediction, show_images
 from viewer.site import Page, Site
 
 _MOST = 20  # runs: each has a colour of its own
@@ -87,9 +87,22 @@ class ComparePage(Page):
 
     addresses = ["/compare"]
 
-    async def show(self, run: Annotated[list[str], Query()] = ()) -> None:
-        """Compare runs, by their names or by the folders that they are in."""
+    async def show(self, run: Annotated[list[str], Query()] = (), taggers: str = "") -> None:
+        """Compare runs, by their names or by the folders that they are in.
+
+        taggers: the folder of a result of evaluate.py job=compare; then show its tables, and images where one errs.
+        """
         index = self.site.index
+        if taggers:
+            folder = index.roots[0] / "evaluate" / Path(taggers).name
+            with self.site.page("Compare taggers"):
+                await Tables(self.site, taggers, folder).show()
+                rows = await asyncio.to_thread(read_newest, folder, "arena_images")
+                for (tag, gain), shown in itertools.groupby(rows, lambda row: (row.pop("tag"), row.pop("gain"))):
+                    show_heading(escape_controls(f"{tag}: AP {float(gain):+.3f}"), 2)
+                    lines = [[row.pop("path"), *map(": ".join, row.items())] for row in shown]
+                    await show_images(folder, self.site.shelf, lines)
+            return
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
         with self.site.page("Compare runs"):
             status = show_status("Reading the runs")

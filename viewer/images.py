@@ -25,9 +25,9 @@ from data.layouts.names import is_remote
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
-from utils.io.files import canonical_json, sha256_text
+from utils.io.files import canonical_json, read_json, sha256_text
 from utils.io.memo import own_cache
-from utils.record.run_index import RunIndex, find_runs, is_inside
+from utils.record.run_index import RunIndex, find_runs, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 
 _LARGEST_PX = 4096  # the side of one
@@ -64,9 +64,10 @@ class Shelf:
         return name
 
     def of_run(self, run: Path) -> str | None:
-        """Return the name of the collection that a run was trained on; None if its settings say none."""
+        """Return the name of the collection of a run, or of compared taggers; None if its settings say none."""
         try:
-            return self.add(DataConfig.model_validate(RunReader(run).config.get("data")))
+            config = RunReader(run).config if is_own_run(run) else read_json(run / "arena.json")
+            return self.add(DataConfig.model_validate(config.get("data")))
         except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
             return None
 

@@ -12,6 +12,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
+from utils.record.run_index import is_own_run
 from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import COLOURS, Cards, Part, Sheet, make_card, show_command
 from viewer.review import find_review
@@ -116,7 +117,7 @@ def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | No
     """Return the addresses of images of the run's collection; None for an image that the collection lacks."""
     with suppress(OSError, ValueError, HTTPException):
         collection = shelf.open(name := shelf.of_run(path))
-        if str(collection.root) == tables.images_about(path, "root"):  # else evaluate.py measured other data
+        if str(collection.root) == tables.images_about(path, "root") or not is_own_run(path):  # else of other data
             rows = rows_of_paths(collection, images).tolist()
             return [image_address(name, collection, row) if row >= 0 else None for row in rows]
     return [None] * len(images)

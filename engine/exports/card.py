@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.exports.config import Format
 from engine.exports.opened_task import OpenedTask
-from engine.exports.results import read_results
+from engine.run.results import read_results
 from models.interop import snippets
 from models.interop.metadata import LICENCES, base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS

@@ -13,6 +13,8 @@ from utils.config.schema import PathList, PathText, Strict, text_or
 from utils.formats.spelling import CATEGORIES
 from utils.formats.thresholds import PER_TAG
 
+Split = Literal["auto", "val", "test", "train", "all"]
+
 
 class _Targets(Strict):
     """The precision and recall that the profiles high_precision and high_recall reach."""
@@ -32,7 +34,7 @@ class Evaluate(WeightsChoice):
 
     name: Literal["evaluate"]
     output: PathText | None
-    split: Literal["auto", "val", "test", "train", "all"]
+    split: Split
     per_image: bool
     folds: Count | None
     calibrate: bool
@@ -40,16 +42,12 @@ class Evaluate(WeightsChoice):
     risk: Inner | None
 
 
-class ArenaConfig(TagRulesConfig):
-    """min_support: a tag is compared if it is on at least this many images."""
-
-    min_support: Count
-
-
-class Compare(ArenaConfig):
-    """Compare taggers, `models`, on the tags that all of them know. output: a folder."""
+class Compare(TagRulesConfig):
+    """Compare taggers, `models`. min_support: a tag is compared if it is on so many images. output: a folder."""
 
     name: Literal["compare"]
+    split: Split
+    min_support: Count
     models: PathList
     output: PathText | None
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from engine.exports.predictors import load_predictor
-from engine.exports.results import read_results
-from engine.judging.arena import Arena
+from engine.judging.arena import compare_taggers
 from engine.judging.config import Compare, Evaluate, EvaluateConfig
 from engine.judging.folds import judge_folds
 from engine.judging.measured import Measured, choose_images, open_measured
 from engine.judging.per_image import ImageRows
+from engine.run.results import read_results
 from engine.task import Report
-from engine.update.runtime import Runtime, start_machine
+from engine.update.runtime import start_machine
 from utils.config.entry_point import Job
 from utils.errors import UserError, about
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds, thresholds_path, write_thresholds
@@ -43,7 +42,7 @@ _DRY_RUN = "dry run: nothing is evaluated"
 # -------------------------------------------------------------------------------------------------- 1. A weight file
 
 
-def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
+def evaluate(job: Evaluate, config: EvaluateConfig) -> str:
     """Measure, and write the results: for the run's own images into the run folder, for other images into another."""
     path = job.find()
     images = choose_images(config.data, job.run_dir, job.split)
@@ -54,7 +53,8 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
         source = {"weights": str(path.resolve()), "data": images.data.model_dump(mode="json"), "split": job.split}
         folder = result_folder(parent / name, source)
     refuse_links_out("output", folder)
-    opened = open_measured(path, job.model, images, job.split, config.runtime, config.batch_size)
+    with about("weights"):
+        opened = open_measured(path, job.model, images, job.split, config.runtime, config.batch_size)
     weights = opened.weights
     metadata = weights.metadata
     collection = opened.data.collection
@@ -77,8 +77,7 @@ def evaluate(job: Evaluate, config: EvaluateConfig, runtime: Runtime) -> str:
     with torch.inference_mode(), opened.runtime.autocast():
         report, thresholds = _measure(job, opened, image_rows)
     seconds = round(time.perf_counter() - started, 3)
-    parts = (job.weights, job.split, job.folds and "folds")
-    other = "".join(f"_{part}" for part in parts if part in _IN_NAMES)
+    other = "".join(f"_{part}" for part in (job.weights, job.split, job.folds and "folds") if part in _IN_NAMES)
     if image_rows is not None:
         root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
         table = folder / f"tables/images{other}.parquet"
@@ -164,27 +163,25 @@ def _show(report: Report) -> str:
 # -------------------------------------------------------------------------------------------- 2. Taggers, compared
 
 
-def compare(job: Compare, config: EvaluateConfig, runtime: Runtime) -> str:
+def compare(job: Compare, config: EvaluateConfig) -> str:
     """Measure the models, and return the line of the best model."""
-    if config.data is None:
-        raise UserError("data: must be given for job=compare; add data.root=PATH")
-    models = {}
-    for name in job.models:
-        with about("models"):
-            models[name] = load_predictor(find_weights(name, "best", onnx_first=True), runtime.device)
-    arena = Arena(models, config.data, job, runtime, config.batch_size)
+    with about("models"):
+        paths = [find_weights(name, "best", onnx_first=True) for name in job.models]
+        images = choose_images(config.data, None, job.split)
+        opened = [open_measured(path, None, images, job.split, config.runtime, config.batch_size) for path in paths]
     if config.dry_run:
         return _DRY_RUN
-    with torch.inference_mode(), runtime.autocast():
-        report = arena.measure()
+    with torch.inference_mode():
+        report = compare_taggers(dict(zip(job.models, opened)), job)
     rows = report.tables["arena"]
     if distributed.is_main():
         source = config.model_dump(mode="json", include={"job", "data"})
         folder = Path(job.output or result_folder(_RESULTS / "arena", source))
         refuse_links_out("output", folder)
         log.info("%s", Lines(show_rows(rows)))
-        figures = {**report.scalars, "models": rows}
-        write_results(folder / "arena.json", f"Arena: {config.data.root}", figures, report)
+        figures = {**report.scalars, "data": images.data.model_dump(mode="json"), "models": rows}
+        write_results(folder / "arena.json", f"Taggers on {images.data.root}", figures, report)
+        log.info("view.py shows images of both answers: /compare?taggers=%s", folder.name)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 
@@ -193,4 +190,5 @@ _JOBS = {"evaluate": evaluate, "compare": compare}
 
 def run(config: EvaluateConfig, job: Job) -> str:
     """Run the job."""
-    return _JOBS[config.job.name](config.job, config, start_machine(config.runtime))
+    start_machine(config.runtime)
+    return _JOBS[config.job.name](config.job, config)

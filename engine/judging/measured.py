@@ -19,7 +19,7 @@ from engine.task import Loaders
 from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained
 from models.predictor import onnx_predictor
-from utils.errors import UserError, about
+from utils.errors import UserError
 from utils.hardware import choose_device
 from utils.record.logging import log
 from utils.record.progress import track
@@ -103,9 +103,8 @@ def open_measured(
     path: Path, base: MovedBase | None, images: EvaluationImages, split: str, machine: MachineConfig, batch_size: int
 ) -> Measured:
     """Open weights and images. split: auto is val; for images of no run it is val, else test, else all."""
-    with about("weights"):
-        graph = onnx_predictor(path, choose_device(machine.device)) if path.suffix == ".onnx" else None
-        weights = open_task(path, "evaluation", base, graph=graph)
+    graph = onnx_predictor(path, choose_device(machine.device)) if path.suffix == ".onnx" else None
+    weights = open_task(path, "evaluation", base, graph=graph)
     runtime = choose_trained(machine, weights.metadata.get("precision"))
     collection = load_collection(images.data)
     source = weights.kind.source(collection, images.data, weights.setup, repeats=False)
