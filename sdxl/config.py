@@ -195,6 +195,19 @@ class LoRAConfig(AdapterConfig):
         return self
 
 
+class PreserveConfig(Strict):
+    """What holds a LoRA to its base: the loss of how far it moves the base's own predictions, times `weight`.
+
+    prompt: words of the subject's class, for which both predict, or several, of which each sample takes one; null: the
+    predictions for captions, outside of masks.
+    Source: kohya-ss/sd-scripts#1710; ostris/ai-toolkit:extensions_built_in/sd_trainer/SDTrainer.py; the issue 505 of
+    Nerogar/OneTrainer.
+    """
+
+    weight: Positive
+    prompt: text_or(Annotated[list[Name], Field(min_length=1)], Name) | None
+
+
 _Size = Annotated[list[Annotated[Side, Field(multiple_of=STRIDE_PX)]], Field(min_length=2, max_length=2)]
 _Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
 
@@ -264,13 +277,6 @@ class DrawConfig(PictureConfig):
         return complete
 
 
-class LatentPerceptualConfig(Strict):
-    """The weight of the loss, and the lowest signal-to-noise ratio at which it counts."""
-
-    weight: Positive
-    min_snr: Positive
-
-
 class NoiseConfig(Strict):
     """The prediction type and the noise schedule.
 
@@ -296,15 +302,11 @@ class NoiseConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level, explained at `loss_weight` in sdxl/step.py.
-
-    perceptual: adds a loss of the VAE's decoder at low noise (sdxl/latent_perceptual.py).
-    """
+    """Weights of the loss by noise level, explained at `loss_weight` in sdxl/step.py."""
 
     weighting: Weighting
     gamma: Positive
     floor: Factor
-    perceptual: LatentPerceptualConfig | None
 
 
 class TimestepsConfig(Strict):
@@ -325,6 +327,7 @@ class DiffusionTaskConfig(TaskConfig):
     chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
     caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
+    preserve: PreserveConfig | None  # null: the base's predictions are not held
     mask: MaskConfig | None  # null: the loss counts everywhere
     tag_weights: TagWeightsConfig | None  # null: all images have the same weight
     lora: LoRAConfig | None  # null: train the whole U-Net
@@ -339,6 +342,12 @@ class DiffusionTaskConfig(TaskConfig):
         """Whether the text encoders change in training."""
         targets = [] if self.lora is None else self.lora.targets
         return self.train_text_encoders or any(pattern.startswith("text_encoder") for pattern in targets)
+
+    @property
+    def class_words(self) -> list[str] | None:
+        """The prompts for which the base's predictions are held."""
+        prompt = self.preserve and self.preserve.prompt
+        return [prompt] if isinstance(prompt, str) else prompt
 
     @property
     def stated_noise(self) -> Json:
@@ -374,6 +383,11 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError("model.frozen_dtype: float8 is for a LoRA's base, but task.lora is null; set bfloat16")
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
+        if self.preserve and not (self.lora and (self.class_words or self.mask)):
+            raise ValueError(
+                "task.preserve: holds a LoRA to its base, for the words of prompt, or outside of masks if it is null; "
+                "set task.lora, and prompt: photo of a dog or task.mask; or task.preserve=null"
+            )
         for number, concept in enumerate(config.data.concepts or ()):
             key = f"data.concepts.{number}"
             if concept.mask and self.mask is None:

@@ -2,8 +2,8 @@
 
 The forward and backward pass of the U-Net runs on tensors without memory, whose bytes are counted while they live.
 Gradients, the copies of autocast and the optimiser's state are added to that peak. The prediction does not count
-fragments, workspaces of kernels, the passes of text encoders, the decoder of `task.loss.perceptual`, and the copy of
-the weights while their averages are evaluated.
+fragments, workspaces of kernels, the passes of text encoders, and the copy of the
+weights while their averages are evaluated.
 """
 
 import math
@@ -148,8 +148,8 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig, compute: torch.dtyp
         with LiveBytes() as live:
             inputs = [torch.empty(size, *shape) for shape in shapes]
             with torch.autocast("cpu", compute, enabled=casts):
-                output = task.predict(*inputs)
-            output.square().mean().backward()
+                passes = [task.predict(*inputs) for _ in range(1 if config.task.class_words is None else 2)]
+            torch.cat(passes).square().mean().backward()
     return live.peak, height * width
 
 

@@ -22,6 +22,7 @@ TIMESTEP_DRAW = 0
 NOISE_DRAW = 1
 OFFSET_DRAW = 2
 LATENT_DRAW = 3
+CLASS_DRAW = 4
 
 # ----------------------------------------------------------------------------------------------------- images and texts
 
@@ -196,16 +197,6 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
         return noise - latents
     alpha, sigma = level.over(latents)
     return alpha * noise - sigma * latents
-
-
-def denoise(prediction_type: PredictionType, noisy: Tensor, pred: Tensor, level: NoiseLevel) -> Tensor:
-    """Return the latents that a prediction implies, [B, C, H, W]; for epsilon, alpha must not be 0."""
-    alpha, sigma = level.over(noisy)
-    if prediction_type == "epsilon":
-        return (noisy - sigma * pred) / alpha
-    if prediction_type == "flow":
-        return noisy - sigma * pred
-    return alpha * noisy - sigma * pred
 
 
 def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, gamma: float, floor: float) -> Tensor:

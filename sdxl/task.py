@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.measures.means import measure_means
 from engine.task import (
@@ -45,7 +46,6 @@ from sdxl.config import Prompt
 from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.tokenizer import LENGTH
-from sdxl.latent_perceptual import perceptual_loss
 from sdxl.lora.files import adapter_state
 from sdxl.lora.lora import ADAPTED, LoRA, adapted_shapes
 from sdxl.networks import Networks, base_files, describe_base, open_networks, unused_layer
@@ -53,13 +53,13 @@ from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
 from sdxl.pictures.texts import texts_of
 from sdxl.step import (
+    CLASS_DRAW,
     LATENT_DRAW,
     NOISE_DRAW,
     OFFSET_DRAW,
     NoiseLevel,
     add_noise,
     build_noise_table,
-    denoise,
     draw_times,
     encode_images,
     encode_text,
@@ -95,7 +95,7 @@ class DiffusionTask(Task):
             raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
-        self.may_be_recorded = config.loss.perceptual is None  # the perceptual loss waits for the GPU
+        self.may_be_recorded = True
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
@@ -114,7 +114,7 @@ class DiffusionTask(Task):
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
-        self.offloaded = ("vae",) if config.loss.perceptual is None else ()
+        self.offloaded = ("vae",)
         if config.text_cache is None and not config.trains_text:
             self.offloaded += ENCODERS
 
@@ -130,6 +130,11 @@ class DiffusionTask(Task):
         self.take(open_networks(self._model, self.helpers, frozen=True))
         for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
             self.register_buffer(name, values, persistent=False)
+        if config.class_words is not None and use == "training":  # as the base encodes them
+            embeds, pooled, *_ = zip(*self._encode([Prompt(text=text) for text in config.class_words]))
+            padded = pad_sequence([text[0] for text in embeds], batch_first=True)
+            self.register_buffer("class_embeds", padded, persistent=False)
+            self.register_buffer("class_pooled", torch.cat(pooled), persistent=False)
         if config.lora is not None:
             self.adapter.attach(networks_of(self, ADAPTED))
 
@@ -188,8 +193,6 @@ class DiffusionTask(Task):
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(figures["error"], batch["weight"] * (bins == number))
-        if "perceptual" in figures:
-            loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
         if "is_prior" in batch:
             logs["prior_loss"] = log_mean(loss, batch["weight"] * batch["is_prior"])
         if "loss_weight" in batch:
@@ -199,13 +202,12 @@ class DiffusionTask(Task):
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
-        error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
-        perceptual loss, if on.
+        error: the mean squared error, weighed by the mask; loss: weighted by noise level; moved: how far the LoRA moves
+        what is to be preserved, weighted so, in training.
         """
         kind = self._config.noise.prediction_type
         loss = self._config.loss
         latents = self._latents(batch)
-        prompts, pooled = self._texts(batch)
         config = self._config.timesteps
         times = draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
         level, timesteps = find_levels(kind, times, NoiseLevel(self.alphas, self.sigmas))
@@ -213,7 +215,8 @@ class DiffusionTask(Task):
         if offset := self._config.noise.offset:  # SDXL's base was trained with 0.0357
             noise = noise + offset * rng.normal(batch["key"], (latents.shape[1], 1, 1), OFFSET_DRAW)
         noisy = add_noise(latents, noise, level)
-        pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
+        inputs = [noisy, timesteps, *self._texts(batch), batch["fit"].float()]
+        pred = self.predict(*inputs)
         squared = (pred - target(kind, latents, noise, level)).square()
         mask = self._config.mask
         if mask is not None:
@@ -223,28 +226,30 @@ class DiffusionTask(Task):
         error = squared.mean(dim=(1, 2, 3))
         weight = loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
-        if loss.perceptual is not None:
-            predicted = denoise(kind, noisy, pred, level)
-            if mask is not None:
-                predicted = torch.lerp(latents, predicted, counts)
-            figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
+        if self.training and (preserve := self._config.preserve) is not None:
+            figures["moved"] = weight * self._find_moved(batch, pred, inputs)
+            figures["loss"] = figures["loss"] + preserve.weight * figures["moved"]
         return figures, timesteps
+
+    def _find_moved(self, batch: Batch, pred: Tensor, inputs: list[Tensor]) -> Tensor:
+        """Return the mean squared distance [B] of predictions from the base's own, as `PreserveConfig` explains.
+
+        inputs: of `predict`, which gave `pred`.
+        """
+        if self._config.class_words is not None:
+            drawn = (rng.uniform(batch["key"], (), CLASS_DRAW) * len(self.class_embeds)).long()
+            inputs[2:4] = self.class_embeds[drawn], self.class_pooled[drawn]
+            pred = self.predict(*inputs)
+        with torch.no_grad(), self.adapter.off():
+            base = self.predict(*inputs)
+        squared = (pred - base).square()
+        if self._config.class_words is None:
+            squared = squared * (1 - batch[MASK].float())
+        return squared.mean(dim=(1, 2, 3))
 
     def _find_counts(self, batch: Batch) -> Tensor:
         """Return the weight of the loss at each place, float32 [B, 1, h, w]."""
         return batch[MASK].float().clamp(min=self._config.mask.floor)
-
-    def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
-        """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
-
-        It waits for the device, so that only the samples below this level pass through the decoder.
-        """
-        losses = torch.zeros_like(snr)
-        low = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0]
-        if len(low) == 0:
-            return losses
-        outputs = (part[low] / self.latent_factor + self.latent_mean for part in (predicted, latents))
-        return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         """Return the U-Net's output, float32 [B, 4, h, w]. On fake tensors, its shapes (sdxl/memory.py).

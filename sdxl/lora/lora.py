@@ -11,7 +11,8 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 """
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,16 @@ class LoRA(nn.Module):
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.layers.get(name, config)))
         self._hooks = []
+        self._is_on = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Leave the networks' outputs as they are inside the context."""
+        self._is_on = False
+        try:
+            yield
+        finally:
+            self._is_on = True
 
     def attach(self, networks: Networks) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
@@ -110,6 +121,8 @@ class LoRA(nn.Module):
 
         Source of the dropouts: kohya-ss/sd-scripts:networks/lora.py, LoRAModule.forward; that of modules is not scaled.
         """
+        if not self._is_on:
+            return output
         added = update(layer, inputs[0], self.config)
         if self.training and (share := self.config.module_dropout):
             added = added * (torch.rand((), device=added.device) >= share)

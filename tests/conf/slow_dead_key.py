@@ -179,7 +179,6 @@ MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.
 ConceptConfig: mask                                 # with task.mask: tests/sdxl/test_masks.py
 BucketConfig: min_px max_px                         # tests/sdxl/test_buckets.py
 PerceptualConfig: path lpips                        # tests/sdxl/slow_perceptual.py
-LatentPerceptualConfig: weight min_snr              # tests/sdxl/test_perceptual.py
 PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project weights                        # tests/utils/record/test_trackers.py
