@@ -43,7 +43,7 @@ UNIT_PX = 32  # of a bucket's side: the VAE reduces by 8, the U-Net by another 4
 PredictionType = Literal["epsilon", "v_prediction", "flow"]  # rows of family.PREDICTIONS
 AdapterKind = Literal["lora", "dora", "dora_out", "loha", "lokr"]  # rows of READERS (sdxl/lora/changes.py)
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
-Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
+Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased", "as_noise"]
 
 _Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
@@ -282,13 +282,15 @@ class NoiseConfig(Strict):
 
     auto: as the base model; to convert a base model, or without one, v_prediction with zero terminal SNR.
     convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
-    offset: strength of a random brightness in the noise; 0 is off.
+    offset: strength of a random brightness in the noise; perturbation: of noise that the target has not
+    (arXiv 2301.11706); 0 is off.
     """
 
     prediction_type: Literal["auto"] | PredictionType
     zero_terminal_snr: Literal["auto"] | bool
     convert: bool
     offset: Fraction
+    perturbation: Fraction
 
     @model_validator(mode="after")
     def _has_a_target_everywhere(self) -> Self:
@@ -302,18 +304,30 @@ class NoiseConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level, explained at `loss_weight` in sdxl/step.py."""
+    """The error, and weights by noise level: see `measure_errors` and `loss_weight` in sdxl/step.py."""
 
+    kind: Literal["l2", "l1", "huber", "smooth_l1"]
+    huber_schedule: Literal["exponential", "snr", "constant"]
+    huber_c: Share
+    huber_scale: Positive
     weighting: Weighting
     gamma: Positive
     floor: Factor
 
 
 class TimestepsConfig(Strict):
-    """How to draw timesteps. shift: see `shift_times` in sdxl/step.py."""
+    """How to draw timesteps, from `least` to below `most`. shift: see `shift_times` in sdxl/step.py."""
 
     sampling: TimestepSampling
     shift: Annotated[float, Field(ge=0.01, le=100)]
+    least: Annotated[int, Field(ge=0, lt=TIMESTEP_COUNT)]
+    most: _Steps
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.least >= self.most:
+            raise ValueError(f"task.timesteps.least: must be below most, {self.most}; set one of them")
+        return self
 
 
 class DiffusionTaskConfig(TaskConfig):

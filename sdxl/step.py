@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdxl.config import TIMESTEP_COUNT, PredictionType, TimestepSampling, Weighting
+from sdxl.config import TIMESTEP_COUNT, LossConfig, PredictionType, TimestepSampling, Weighting
 from sdxl.files.family import SCHEDULE
 from sdxl.files.tokenizer import BOS, EOT, pad_second, tokenize
 from sdxl.vae import latent_scale
@@ -23,6 +23,7 @@ NOISE_DRAW = 1
 OFFSET_DRAW = 2
 LATENT_DRAW = 3
 CLASS_DRAW = 4
+PERTURBATION_DRAW = 5
 
 # ----------------------------------------------------------------------------------------------------- images and texts
 
@@ -199,6 +200,27 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
     return alpha * noise - sigma * latents
 
 
+def measure_errors(loss: LossConfig, pred: Tensor, wanted: Tensor, level: NoiseLevel, timesteps: Tensor) -> Tensor:
+    """Return the error of a prediction at each place, [B, C, H, W].
+
+    huber is 2 c (sqrt(d^2 + c^2) - c) of a difference d, and smooth_l1 the same divided by c. c falls over the
+    timesteps from `huber_scale` to `huber_c` times it (exponential), from 1 to `huber_c` (snr), or is constant.
+    Source: kohya-ss/sd-scripts:library/train_util.py, conditional_loss and get_huber_threshold_if_needed.
+    """
+    difference = pred - wanted
+    if loss.kind in ("l1", "l2"):
+        return difference.abs() if loss.kind == "l1" else difference.square()
+    c = torch.full_like(level.alpha, loss.huber_c)
+    if loss.huber_schedule == "exponential":
+        c = c ** (timesteps / TIMESTEP_COUNT)
+    if loss.huber_schedule == "snr":
+        c = c + (1 - c) * (level.alpha / (level.alpha + level.sigma)).square()
+    else:
+        c = c * loss.huber_scale
+    c = c.view(-1, 1, 1, 1)
+    return 2 * ((difference.square() + c.square()).sqrt() - c) * (c if loss.kind == "huber" else 1)
+
+
 def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, gamma: float, floor: float) -> Tensor:
     """Return the weight [B] of each sample's mean squared error from its SNR [B] (above 0 for epsilon).
 
@@ -210,11 +232,17 @@ def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, g
     debiased: sqrt(SNR). Source: Yu et al. 2023 (arXiv 2310.08442). Differs: kohya weights v by 1 / (SNR + 1), and
     OneTrainer by 1 / sqrt(SNR + 1); neither equals the epsilon loss of the paper.
 
+    as_noise: 1 on the error of the noise that a prediction of v implies, with SNR at most 1000.
+    Source: kohya-ss/sd-scripts:library/custom_train_functions.py, scale_v_prediction_loss_like_noise_prediction.
+
     floor: the least weight of the error in the latents. All kinds vanish with the SNR, so without a floor a last
     timestep with zero SNR trains nothing. Epsilon needs no floor, because its error has weight 1 there.
     """
-    if kind == "none":
+    if kind == "none" or (kind, prediction_type) == ("as_noise", "epsilon"):
         return torch.ones_like(snr)
+    if kind == "as_noise":
+        capped = snr.clamp(max=1000)
+        return capped / (capped + 1)
     if kind == "min_snr":
         weight = snr.clamp(max=gamma)
     elif kind == "soft_min_snr":

@@ -42,7 +42,7 @@ from engine.update.batch_size import naming_memory
 from models.interop.metadata import dict_of
 from models.weights.fit import is_meta, refuse_misfits
 from sdxl.caches.masks import MASK
-from sdxl.config import Prompt
+from sdxl.config import TIMESTEP_COUNT, Prompt
 from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.tokenizer import LENGTH
@@ -57,6 +57,7 @@ from sdxl.step import (
     LATENT_DRAW,
     NOISE_DRAW,
     OFFSET_DRAW,
+    PERTURBATION_DRAW,
     NoiseLevel,
     add_noise,
     build_noise_table,
@@ -65,6 +66,7 @@ from sdxl.step import (
     encode_text,
     find_levels,
     loss_weight,
+    measure_errors,
     target,
 )
 from sdxl.vae import latent_scale
@@ -202,7 +204,7 @@ class DiffusionTask(Task):
     def _measure(self, batch: Batch) -> tuple[State, Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
-        error: the mean squared error, weighed by the mask; loss: weighted by noise level; moved: how far the LoRA moves
+        error: the mean error, weighed by the mask; loss: weighted by noise level; moved: how far the LoRA moves
         what is to be preserved, weighted so, in training.
         """
         kind = self._config.noise.prediction_type
@@ -210,20 +212,24 @@ class DiffusionTask(Task):
         latents = self._latents(batch)
         config = self._config.timesteps
         times = draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
+        times = config.least / TIMESTEP_COUNT + (config.most - config.least) / TIMESTEP_COUNT * times
         level, timesteps = find_levels(kind, times, NoiseLevel(self.alphas, self.sigmas))
         noise = rng.normal(batch["key"], latents.shape[1:], NOISE_DRAW)
         if offset := self._config.noise.offset:  # SDXL's base was trained with 0.0357
             noise = noise + offset * rng.normal(batch["key"], (latents.shape[1], 1, 1), OFFSET_DRAW)
-        noisy = add_noise(latents, noise, level)
+        added = noise
+        if strength := self._config.noise.perturbation:
+            added = noise + strength * rng.normal(batch["key"], latents.shape[1:], PERTURBATION_DRAW)
+        noisy = add_noise(latents, added, level)
         inputs = [noisy, timesteps, *self._texts(batch), batch["fit"].float()]
         pred = self.predict(*inputs)
-        squared = (pred - target(kind, latents, noise, level)).square()
+        errors = measure_errors(loss, pred, target(kind, latents, noise, level), level, timesteps)
         mask = self._config.mask
         if mask is not None:
             counts = self._find_counts(batch)
             mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
-            squared = squared * (counts / mean)
-        error = squared.mean(dim=(1, 2, 3))
+            errors = errors * (counts / mean)
+        error = errors.mean(dim=(1, 2, 3))
         weight = loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
         if self.training and (preserve := self._config.preserve) is not None:

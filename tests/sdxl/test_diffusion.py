@@ -20,7 +20,7 @@ from sdxl.kind import DiffusionKind
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import encode_prompt
 from sdxl.pictures.texts import text_field
-from sdxl.step import NOISE_DRAW, OFFSET_DRAW, TIMESTEP_DRAW, decode_latents
+from sdxl.step import NOISE_DRAW, OFFSET_DRAW, PERTURBATION_DRAW, TIMESTEP_DRAW, decode_latents
 from tests.in_process import check_resumption, configure, run
 from tests.small_sdxl import complete
 from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
@@ -74,17 +74,19 @@ FLOW = ["task.noise.prediction_type=flow", "task.noise.zero_terminal_snr=false",
 
 
 def test_the_loss_of_flow_is_that_of_its_definition():
-    task, batch = build(*FLOW, "task.timesteps.shift=3.0", "task.noise.offset=0.1"), make_batch()
+    words = ["task.timesteps.shift=3.0", "task.noise.offset=0.1", "task.noise.perturbation=0.2", "task.loss.kind=l1"]
+    task, batch = build(*FLOW, *words, "task.timesteps.least=500", "task.timesteps.most=900"), make_batch()
     with torch.no_grad():
         latents, (prompts, pooled) = task._latents(batch), task._texts(batch)
         time = rng.uniform(batch["key"], (), TIMESTEP_DRAW)
-        time = (3 * time / (1 + 2 * time))[:, None, None, None]
+        time = 0.5 + 0.4 * (3 * time / (1 + 2 * time))[:, None, None, None]
         noise = rng.normal(batch["key"], (4, 8, 8), NOISE_DRAW)
         noise += 0.1 * rng.normal(batch["key"], (4, 1, 1), OFFSET_DRAW)
-        added = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
-        noisy, steps = (1 - time) * latents + time * noise, 1000 * time.flatten()
-        found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=added).sample
-        torch.testing.assert_close(losses(task, batch), (found - (noise - latents)).square().mean(dim=(1, 2, 3)))
+        conditions = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
+        added = noise + 0.2 * rng.normal(batch["key"], (4, 8, 8), PERTURBATION_DRAW)
+        noisy, steps = (1 - time) * latents + time * added, 1000 * time.flatten()
+        found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=conditions).sample
+        torch.testing.assert_close(losses(task, batch), (found - (noise - latents)).abs().mean(dim=(1, 2, 3)))
 
 
 def test_flow_has_no_zero_terminal_snr():

@@ -55,6 +55,8 @@ def test_what_is_refused(words, said, place, monkeypatch, capsys):
         (["init_from=x"], "init_from"),
         (["optim.rules=[{match: nothing.*, lr_scale: 0.5}]"], "optim.rules"),
         (["loop.batch_size=5"], "loop.batch_size"),
+        (["task.timesteps.least=500", "task.timesteps.most=500"], "task.timesteps.least"),
+        (["task.preserve={weight: 1.0, prompt: null}"], "task.preserve"),
         (["task.lora.kind=loha", "task.lora.rank_dropout=0.1"], "task.lora.rank_dropout"),
     ],
 )

@@ -1,8 +1,11 @@
 """Noise, targets, weights and timesteps of SDXL. Reference equality (diffusers), closed forms, properties of keys."""
 
+import math
+
 import pytest
 import torch
 
+from sdxl.config import LossConfig
 from sdxl.pictures.sampling import scheduler_config
 from sdxl.step import (
     add_noise,
@@ -10,6 +13,7 @@ from sdxl.step import (
     draw_times,
     find_levels,
     loss_weight,
+    measure_errors,
     shift_times,
     target,
 )
@@ -41,6 +45,8 @@ def test_literal_weights():
         ("min_snr", "epsilon"): [1, 1, 1, 0.05],
         ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
         ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
+        ("as_noise", "epsilon"): [1, 1, 1, 1],
+        ("as_noise", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 100 / 101],
         ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
     }
     for (kind, prediction_type), expected in weights.items():
@@ -48,6 +54,19 @@ def test_literal_weights():
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
     # Without a floor, pure noise is never trained, and black images are never learnt.
     assert [loss_weight("min_snr", "v_prediction", torch.zeros(1), 5.0, each).item() for each in (0.25, 0)] == [0.25, 0]
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "snr", "constant"])
+def test_errors_are_those_of_sd_scripts_at_all_timesteps(schedule):
+    level, steps, d = build_noise_table(False), torch.arange(1000), NOISE.repeat(167, 1, 1, 1)[:1000]
+    c = {"exponential": 0.5 * torch.exp(math.log(0.1) / 1000 * steps), "constant": torch.full((1000,), 0.05)}
+    c = c.get(schedule, 0.9 / (1 + level.sigma / level.alpha) ** 2 + 0.1).view(-1, 1, 1, 1)
+    smooth = 2 * (torch.sqrt(d**2 + c**2) - c)
+    for kind, wanted in {"l1": d.abs(), "l2": d**2, "huber": c * smooth, "smooth_l1": smooth}.items():
+        loss = LossConfig(
+            kind=kind, huber_schedule=schedule, huber_c=0.1, huber_scale=0.5, weighting="none", gamma=5.0, floor=0.0
+        )
+        torch.testing.assert_close(measure_errors(loss, d, torch.zeros(()), level, steps), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_strata_have_a_timestep_each():
