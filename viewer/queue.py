@@ -23,6 +23,7 @@ from utils.io.files import file_lock, is_locked, output_errors, read_json, write
 from utils.record.run_index import is_own_run
 from utils.record.run_reader import RunReader
 
+TRAININGS = ("train.py", "finetune_sdxl.py")
 _STAMP = re.compile(r"-\d{6}-\d{6}\b")  # in the name of a run
 _PATIENCE_SEC = 10.0  # for another process that changes the queue
 # What a command is, its words on lines. READ, WRITTEN: folders; names below them are neither hidden nor odd.
@@ -33,6 +34,11 @@ _COMMAND = (
     r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=test"
     r"|format=(onnx|wd14)))*)?"
 )
+
+
+def folder_of(words: Sequence[str]) -> Path:
+    """Return the folder that a command writes."""
+    return Path(next(word.split("=", 1)[1] for word in words if word.startswith(("run_dir=", "job.report="))))
 
 
 class Queue:
@@ -63,14 +69,21 @@ class Queue:
         log = self._log(name)
         return log.read_text(errors="replace").splitlines() if log.exists() else []
 
-    def state(self, name: str, folder: Path) -> str:
-        """Return `waiting`, `running` or `stopping`; later the state of the run, or `ended` without a run."""
+    def state(self, name: str, words: Sequence[str]) -> str:
+        """Return `waiting`, `running` or `stopping`; later the state of a training, or `ended`."""
+        folder = folder_of(words)
         log = self._log(name)
         if is_locked(log):
             return "stopping" if log.with_suffix(".stop").exists() else "running"
         if not self.lines(name):
             return "waiting"
-        return RunReader(folder).state if is_own_run(folder) else "ended"
+        is_training = words[0] in TRAININGS and is_own_run(folder)
+        return RunReader(folder).state if is_training else "ended"
+
+    def entries(self) -> list[list]:
+        """Return all commands: name (nanoseconds since 1970) and words."""
+        file = self._folder / "queue.json"
+        return read_json(file) if file.exists() else []
 
     def act(self, name: str = "", act: str = "", words: Sequence[str] = ()) -> list[list]:
         """Do what a button says, start the next command, and return all: name (nanoseconds since 1970) and words.
@@ -82,10 +95,9 @@ class Queue:
         if not self.may_start:
             raise UserError("view.start: the page starts nothing; it needs view.start=true and view.host=127.0.0.1")
         self.check(words)
-        file = self._folder / "queue.json"
         refusal = f"runs: another process keeps {self._folder}/lock; end it, or wait"
         with output_errors("runs", self._folder), file_lock(self._folder / "lock", refusal, _PATIENCE_SEC):
-            entries = sorted(read_json(file) if file.exists() else [], key=lambda entry: entry[0] != name)
+            entries = sorted(self.entries(), key=lambda entry: entry[0] != name)
             words = dict(entries).get(name, words)
             if is_locked(self._log(name)):
                 if act == "Stop":
@@ -99,7 +111,7 @@ class Queue:
                     del entries[0]
                 if act == "Start again" or act == "Add" and not self._has(entries, words):
                     entries.append([str(time.time_ns()), words])
-                write_json(file, entries)
+                write_json(self._folder / "queue.json", entries)
             waiting = [entry for entry in entries if not self.lines(entry[0])]
             if waiting and not any(map(is_locked, self._folder.glob("*.log"))):
                 self._start(*waiting[0])

@@ -18,6 +18,7 @@ from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
 from viewer.parts import REFRESH_SEC, STATE_COLOURS, Part, make_columns, run_name
+from viewer.queue import TRAININGS, Queue, folder_of
 from viewer.site import Page
 
 _NAMES = {
@@ -65,6 +66,25 @@ def _fold(index: RunIndex, path: Path, states: list[RunState]) -> Json:
     return first | {"link": "", "jobs": jobs, "ranking": ranking, "share": share, "steps": steps}
 
 
+def add_queued(queue: Queue, rows: list[Json]) -> list[Json]:
+    """Return rows with the runs that the page has started: they wait, read or plan, and have no folder yet."""
+    known = {row["path"]: row for row in rows}
+    new = []
+    for name, words in queue.entries():
+        state = queue.state(name, words)
+        if words[0] not in TRAININGS or state not in ("waiting", "running"):
+            continue
+        folder = folder_of(words)
+        state = "starting" if state == "running" else state
+        if row := known.get(str(folder)):
+            row["state"] = row["state"] if row["state"] == "running" else state
+            continue
+        row = {"name": name, "path": str(folder), "run": folder.name, "link": "/start", "state": state, "share": 0}
+        row |= {"colour": "primary", "steps": "reading the images, planning", "changed": "now", "pinned": False}
+        new.append(row | {"spark": [], "shown": ""})
+    return [*new, *rows]
+
+
 class RunTable(Part, component="vue/runs.vue"):
     """All runs: filtered, sorted, compared, pinned."""
 
@@ -91,6 +111,7 @@ class RunsPage(Page):
             rows = await asyncio.to_thread(make_rows, index, known, ())
             self._table.props.update(rows=rows, status=f"reading {index.total:,} runs; {len(known):,} so far")
         rows = make_rows(index, await reading, app.storage.general.get("pinned", []))
+        rows = await asyncio.to_thread(add_queued, self.site.queue, rows)
         if rows != self._rows or self._table.props["status"]:
             self._rows = rows
             self._table.props.update(rows=rows, status="")

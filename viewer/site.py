@@ -44,6 +44,12 @@ summary { display: list-item; font-weight: 500; cursor: pointer }
 .q-uploader__subtitle { display: none } .nicegui-code { width: 100% }
 .nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
 s, section { width: 100% } s::after { content: "done"; display: inline-block }
+progress { appearance: none; display: block; width: 100%; height: 6px; border: 0; border-radius: 3px; overflow: hidden;
+  background: var(--line) }
+progress::-webkit-progress-bar { background: var(--line) } progress::-webkit-progress-value { background: var(--link) }
+progress::-moz-progress-bar { background: var(--link) }
+progress:indeterminate::-webkit-progress-bar {
+  background: repeating-linear-gradient(135deg, var(--line) 0 8px, transparent 8px 16px) }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 """
 

@@ -2,8 +2,7 @@
 
 import asyncio
 import re
-import shlex
-import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,26 @@ from data.layouts.table import has_value
 from data.tools.config import Check
 from utils.errors import UserError
 from utils.io.files import Json
-from utils.io.safe_text import safe_lines
+from utils.io.safe_text import escape_controls, safe_lines
+from utils.record.figures import show_best
 from utils.record.run_index import is_own_run
+from utils.record.run_reader import RunReader
 from utils.record.tables import LABELS
 from viewer.parts import REFRESH_SEC, Links, Part, run_name, show_fault, show_status
-from viewer.queue import Queue
+from viewer.queue import Queue, folder_of
+from viewer.runs import make_row
 from viewer.site import Page
 
+# Words of a command; vue/plans.vue fills {minutes}, {base}, {trigger} and the time in {run}.
 _COMMANDS = {
-    "Classify": "train.py data.root={root} loop.minutes={minutes} run_dir={run}",
-    "Tag": "train.py task=tagging data.root={root} loop.minutes={minutes} run_dir={run}",
-    "LoRA": "finetune_sdxl.py experiment=sdxl/lora model.path={base} data.root={root} data.trigger={trigger} "
-    "loop.minutes={minutes} run_dir={run}",
+    "Train": "train.py data.root={root} loop.minutes={minutes} run_dir={run}",
+    "Train a tagger": "train.py task=tagging data.root={root} loop.minutes={minutes} run_dir={run}",
     "Find wrong labels": "prepare.py job=labels data.root={root} job.report={care}",
-}
-_FIELDS = {  # by the word of a command that they fill
-    "minutes": ("Minutes", "10"),
-    "base": ("File or folder of SDXL", ""),
-    "trigger": ("Words for what it learns, such as sks dog; or none", ""),
+    "Teach SDXL your pictures": "finetune_sdxl.py experiment=sdxl/lora model.path={base} data.root={root} "
+    "data.trigger={trigger} loop.minutes={minutes} run_dir={run}",
 }
 _LISTED = 500  # folders in one
-_LINES = 4  # of a log
+_LINES = 12  # of a log
 
 
 def keep_queue_going(queue: Queue) -> None:
@@ -53,6 +51,10 @@ class Jobs(Part, component="vue/jobs.vue"):
     """The queue of what was started."""
 
 
+class Plans(Part, component="vue/plans.vue"):
+    """What can be done with a folder."""
+
+
 class StartPage(Page):
     """A folder, what trains on it, and the queue."""
 
@@ -66,15 +68,18 @@ class StartPage(Page):
             self._jobs = Jobs(jobs=[]).on("act", lambda event: self._refresh(*event.args))
             ui.timer(REFRESH_SEC, self._refresh)
             with show_fault(show_status().classes("text-negative")):
-                path = Path(folder or browse or queue.roots[0])
+                path = Path(folder or browse or queue.roots[-1])
                 queue.check(["train.py", f"data.root={path}"])
                 with ui.element("form").props("action=/start").classes("w-full row"):
                     typed = ui.input("Folder with images: type, paste or drop its path", value=str(path))
                     typed.props("name=folder").classes("col")
-                    ui.button("Look into it").props("type=submit")
+                    ui.button("Open").props("type=submit outline")
                 below = await asyncio.to_thread(lambda: sorted(path.glob("[!.]*/"))[:_LISTED])
-                links = (*queue.roots, path.parent, *below)
-                Links(links={"/start?browse=" + quote(bytes(link)): safe_lines(str(link)) for link in links})
+                links = {"other folders": path.parent}
+                if not folder:
+                    links = {safe_lines(str(link)): link for link in (*queue.roots, path.parent)}
+                    links |= {safe_lines(f"{link.name}/"): link for link in below}
+                Links(links={"/start?browse=" + quote(bytes(link)): text for text, link in links.items()})
                 if folder:
                     await self._look_into(path)
 
@@ -88,75 +93,69 @@ class StartPage(Page):
         jobs = []
         queue = self.site.queue
         for name, words in queue.act(*act):
-            folder = Path(words[-1].split("=", 1)[1])
-            link = self._find_page(folder)
-            lines = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
-            jobs.append({"id": name, "state": queue.state(name, folder), "words": words, "lines": lines, "link": link})
+            folder = folder_of(words)
+            job = {
+                "id": name,
+                "state": queue.state(name, words),
+                "words": words,
+                "link": self._find_page(folder, name),
+            }
+            job["lines"] = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
+            if is_own_run(folder):
+                job |= make_row(self.site.index, self.site.index.read(folder)) | {"state": job["state"]}
+                job["best"] = escape_controls(show_best(RunReader(folder).result or {})) or job["shown"]
+            jobs.append(job)
         return jobs
 
-    def _find_page(self, folder: Path) -> str:
+    def _find_page(self, folder: Path, name: str) -> str:
         """Return the address of what a command has written: a run, or the labels that look wrong."""
         index = self.site.index
         if is_own_run(folder):
             return f"/run/{quote(run_name(index, folder))}"
-        runs = [file.parents[1] for file in folder.glob(f"*/{LABELS}")]
-        return f"/review?run={quote(run_name(index, runs[0]))}" if runs else ""
+        files = [file for file in folder.glob(f"*/{LABELS}") if file.stat().st_mtime_ns > int(name)]
+        return f"/review?run={quote(run_name(index, files[0].parents[1]))}" if files else ""
 
     async def _look_into(self, folder: Path) -> None:
-        """Show what a folder has, and what trains on it. Raises UserError for one that cannot be read."""
+        """Show what a folder has, and what can be done with it. Raises UserError for one that cannot be read."""
         shelf = self.site.shelf
         name = shelf.add(self.site.data.changed({"root": str(folder)}))
         status = show_status("Reading the folder").classes("lines")
         await ui.context.client.connected()
         collection = await asyncio.to_thread(shelf.open, name, again=True)
-        status.text = f"{len(collection):,} images; reading every file"
-        with ui.row():
-            ui.link("Label the images", f"/label?collection={name}")
-            ui.link("Look at them", f"/collection/{name}")
-        care = self.site.queue.runs / f"{_slug(folder)}-care-{name}"  # two folders may have equal names
-        kinds = list_kinds(collection)
-        if "Classify" not in kinds:
-            ui.label("It has no labels of two classes yet: label some images, then a network can learn them.")
-        self._show_command(folder, care, kinds)
-        check = Check(name="check", verify=True, report=str(care))
+        status.text = "Reading every file"
+        slug = re.sub(r"\W+", "_", folder.name)[:60]
+        runs = self.site.queue.runs
+        # Two folders may have equal names.
+        values = {"root": str(folder), "care": f"{runs}/{slug}-care-{name}", "run": f"{runs}/{slug}-{{time}}"}
+        plans = list_plans(collection, name, values)
+        Plans(plans=plans).on("start", lambda event: self._refresh("", "Add", event.args))
+        check = Check(name="check", verify=True, report=values["care"])
         report = await asyncio.to_thread(check.run, shelf.config(name))
         findings = [finding.line for finding in sorted(collection.findings, reverse=True)]
         status.text = safe_lines("\n".join([report, *findings, *collection.unused]))
 
-    def _show_command(self, folder: Path, care: Path, kinds: list[str]) -> None:
-        """Show a command of a kind, and what adds it to the queue."""
-        runs = self.site.queue.runs
-        values = {"root": folder, "care": care, **{field: first for field, (_, first) in _FIELDS.items()}}
-        inputs = {}
-        words = []
 
-        def update() -> None:
-            values["run"] = runs / time.strftime(f"{_slug(folder)}-%y%m%d-%H%M%S")
-            filled = [text.format(**values) for text in _COMMANDS[kind.value].split()]
-            words[:] = [word for word in filled if not word.endswith("=")]
-            shown.content = shlex.join(["python", *words])
-            for field, box in inputs.items():
-                box.set_visibility(f"{{{field}}}" in _COMMANDS[kind.value])
-
-        with ui.row():
-            kind = ui.toggle(kinds, value=kinds[-1], on_change=update)
-            for field, (label, _) in _FIELDS.items():
-                inputs[field] = ui.input(label).bind_value(values, field).on_value_change(update)
-        shown = ui.code(language="bash")
-        shown.copy_button.props("aria-label=copy")
-        ui.button("Start", on_click=lambda: self._refresh("", "Add", [*words])).on_click(update)
-        update()
-
-
-def _slug(folder: Path) -> str:
-    return re.sub(r"\W+", "_", folder.name)[:60]
-
-
-def list_kinds(collection: Collection) -> list[str]:
-    """Return what can be trained on a collection (keys of _COMMANDS), the best guess last."""
-    kinds = ["LoRA"]
+def list_plans(collection: Collection, name: str, values: Mapping[str, str]) -> list[Json]:
+    """Return what can be done with a collection, and why something cannot: the rows of vue/plans.vue."""
+    has_label = has_value(collection.table["label"])
+    classes = len(collection.class_names("train"))
+    every = len(has_label)
+    without = int((~has_label).sum())
+    reason = "" if classes > 1 else "It needs labels of two classes: label some images first."
+    says = {
+        "Train": f"{classes:,} classes, {every - without:,} images with a label.",
+        "Find wrong labels": "Judges each label by all other images. Nothing is changed.",
+    }
     if has_value(collection.table["tags"]).any():
-        kinds.append("Tag")
-    if len(collection.class_names("train")) > 1:
-        kinds += ["Find wrong labels", "Classify"]
-    return kinds
+        says["Train a tagger"] = "A probability for each tag of the images."
+    if classes < 2:
+        says["Teach SDXL your pictures"] = (
+            f"{every:,} pictures of one thing or one style, which SDXL then draws (a LoRA)."
+        )
+    label = {"title": "Label", "says": f"{without:,} of {every:,} images have no label yet.", "reason": ""}
+    plans = [label | {"link": f"/label?collection={name}", "look": f"/collection/{name}"}]
+    for title, text in says.items():
+        words = [re.sub(r"\{(root|care|run)\}", lambda key: values[key[1]], word) for word in _COMMANDS[title].split()]
+        plan = {"title": title, "says": text, "words": words}
+        plans.append(plan | {"reason": reason if title in ("Train", "Find wrong labels") else ""})
+    return plans

@@ -51,7 +51,7 @@ def words_of(queue, name):
 
 
 def states(queue):
-    return {words[-1][-1]: queue.state(name, queue.runs / "none") for name, words in queue.act()}
+    return {words[-1][-1]: queue.state(name, words) for name, words in queue.act()}
 
 
 def name_of(queue, letter):
@@ -166,12 +166,15 @@ def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     page.goto(f"{address}/start?browse={runs}/photos")
     page.get_by_label("Folder with images").press("Enter")
     page.get_by_text("an image without a sidecar: 1", exact=False).wait_for(timeout=240_000)
-    page.get_by_role("button", name="Tag").click()
-    page.get_by_label("Minutes").fill("3")
-    shown = page.locator("code", has_text="python train.py task=tagging")
-    shown.filter(has_text="loop.minutes=3 run_dir=").wait_for()
-    told = shown.inner_text()
-    page.get_by_role("button", name="Start", exact=True).dblclick(delay=1_100)  # two names of runs
+    card = page.get_by_label("Train a tagger")
+    card.get_by_label("minutes").fill("2")
+    card.get_by_text("show command").click()
+    told = card.locator("code").filter(has_text="python train.py task=tagging").inner_text()
+    assert "loop.minutes=3 run_dir=" in told
+    card.get_by_role("button", name="Start").dblclick(delay=1_100)  # two names of runs
+    sees(page, "reading the images, planning")
+    page.context.new_page().goto(address)
+    sees(page.context.pages[1], "reading the images, planning")
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Start again").wait_for(timeout=240_000)
     assert told.split("run_dir=")[1].strip() in (runs / ".queue/queue.json").read_text()
