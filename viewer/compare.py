@@ -96,11 +96,13 @@ class ComparePage(Page):
         if taggers:
             folder = index.roots[0] / "evaluate" / Path(taggers).name
             with self.site.page("Compare taggers"):
+                await ui.context.client.connected()
                 await Tables(self.site, taggers, folder).show()
-                rows = await asyncio.to_thread(read_newest, folder, "arena_images")
-                for (tag, gain), shown in itertools.groupby(rows, lambda row: (row.pop("tag"), row.pop("gain"))):
+                for (tag, gain), rows in itertools.groupby(
+                    read_newest(folder, "arena_images"), lambda row: (row.pop("tag"), row.pop("gain"))
+                ):
                     show_heading(escape_controls(f"{tag}: AP {float(gain):+.3f}"), 2)
-                    lines = [[row.pop("path"), *map(": ".join, row.items())] for row in shown]
+                    lines = [[row.pop("path"), *map(": ".join, row.items())] for row in rows]
                     await show_images(folder, self.site.shelf, lines)
             return
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)

@@ -59,7 +59,7 @@ def compare_taggers(models: Mapping[str, Measured], config: Compare) -> Report:
     if not is_shared.any():
         raise UserError(
             f"models: except for ratings, no tag that all know is on job.min_support={config.min_support} of the "
-            f"{len(images):,} images; set a lower value, or name taggers that share tags (a tag of count 0 is none)"
+            f"{len(images):,} images; set a lower value, or name images or taggers that share tags (of a count above 0)"
         )
     rows = []
     groups = []
