@@ -4,6 +4,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,16 +100,9 @@ class TagRules:
         return tags
 
     def resolve(self, tag: Tag) -> Tag:
-        """Replace aliases in a tag; it keeps its category unless an alias has one.
-
-        Raises UserError (`<key>aliases`) for a circle of aliases.
-        """
-        seen = [tag.name]
+        """Replace aliases in a tag; it keeps its category unless an alias has one."""
         while target := self.aliases.get(tag.name):
             tag = Tag(tag.category if target.category is None else target.category, target.name)
-            seen.append(tag.name)
-            if seen.count(tag.name) > 1:
-                raise UserError(f"{self.key}aliases: {' -> '.join(seen)} is a circle; remove one of these aliases")
         return tag
 
     def read_rating(self, text: str) -> str:
@@ -133,15 +127,13 @@ def read_rules(config: TagRulesConfig | TextConfig, key: str) -> TagRules:
     name = "drop_implied" if isinstance(config, TextConfig) else "implications"
     aliases = {alias.name: target for alias, target in _read_pairs(config.aliases, f"{key}aliases")}
     rules = TagRules(getattr(config, "rating_s", None), aliases, {}, key)
-    for alias in aliases:
-        rules.resolve(Tag(None, alias))  # raises for a circle
     for tag, implied in _read_pairs(getattr(config, name), f"{key}{name}"):
         rules.implications.setdefault(rules.resolve(tag).name, []).append(implied)
     return rules
 
 
 def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
-    """Read a CSV file with two columns of tags; [] for None. Raises UserError (`key`)."""
+    """Read a CSV file with two columns of tags; [] for None. Raises UserError (`key`), also for a circle."""
     if path is None:
         return []
     with about(key), readable(Path(path), "CSV"), open(path, encoding="utf-8-sig", newline="") as stream:
@@ -153,4 +145,11 @@ def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
         if len(tags) != 2 or not all(tag.name for tag in tags):
             raise UserError(f"{key}: {path}, line {line}: {row}; write two tags, such as a,b")
         pairs.append(tags)
+    graph = {}
+    for tag, other in pairs:
+        graph.setdefault(other.name, []).append(tag.name)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise UserError(f"{key}: {path}: {' -> '.join(error.args[1])} is a circle; remove one of these lines") from None
     return pairs
