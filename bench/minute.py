@@ -1,12 +1,10 @@
 """Measure how much of a minute is training: `train.py loop.minutes=1`, as a user types it.
 
-python bench/minute.py [quick] [rows] [TEXT OF A SETTING]        (a minute and a half a setting, on a GPU)
+python bench/minute.py [quick] [rows]        (a minute and a half of a GPU, on glyphs)
 
-A setting gives rows in milliseconds over a goal. start: from typing to the first update, at most 8 s. other: all that
-is not training, at most 15 s. to top1: the training until an evaluation has 0.94, at most 30 s; there is no such row
-if none has. updates: the training, at most as long as its updates take alone, on one batch on the device, over 0.9.
-Fashion-MNIST is measured if it is in outputs/bench/collections, where bench/draw_collections.py draws it. `quick`: two
-updates of a few images of noise, whose figures mean nothing.
+Rows are milliseconds over a goal. start: from typing to the first update, at most 8 s. other: all that is not training,
+at most 15 s. updates: the training, at most as long as its updates take alone, on one batch on the device, over 0.9.
+`quick`: two updates of a few images of noise, whose figures mean nothing.
 """
 
 import re
@@ -31,12 +29,8 @@ from utils.config.entry_point import validate
 from utils.config.help import ROOT
 from utils.record.run_reader import RunReader
 
-FASHION = OUT / "collections/fashion"
-COLLECTIONS = {"glyphs": [], "fashion": [f"data.root={FASHION}"]}
 FEW = OUT / "collections/few"
 QUICK = [f"data.root={FEW}", "loop.total_steps=2", "loop.batch_size=8", "augment.image_size_hw=[32,32]"]
-GOAL_MS = {"start": 8e3, "other": 15e3, "top1": 30e3}
-GOAL_TOP1 = 0.94
 GOAL_SHARE = 0.9  # of the updates that a second has without a loop
 UPDATES = 20
 STAGE = re.compile(r" ([\d.]+) s\b")
@@ -63,51 +57,40 @@ def time_updates(words, run_dir):
     """Return the milliseconds that the updates of a finished run take alone."""
     found = []
 
-    def time_phases(run, commands):
-        begin = 0
-        for phase, end in enumerate((*run.plan.phase_ends, run.step)):
-            with closing(run.read(phase, begin)) as batches:
-                update = partial(run.learner.update, next(batches))
-            turn = repeated(update, UPDATES)
-            turn()  # records the update
-            found.append(time_ms(turn, run.learner.runtime.device) / UPDATES * (end - begin))
-            begin = end
+    def time_alone(run, commands):
+        with closing(run.read(0, 0)) as batches:
+            update = partial(run.learner.update, next(batches))
+        turn = repeated(update, UPDATES)
+        turn()  # records the update
+        found.append(time_ms(turn, run.learner.runtime.device) / UPDATES * run.step)
 
     values, job = train.main.compose([*words, f"run_dir={run_dir}"])
-    with chdir(ROOT), mock.patch.object(Run, "fit", time_phases):
+    with chdir(ROOT), mock.patch.object(Run, "fit", time_alone):
         train.main.load()(validate(values, train.main.schema), job)
-    return sum(found)
+    return found[0]
 
 
-def measure(name, quick):
+def measure(quick):
     """Yield the rows of one run."""
-    run = OUT / "minute" / name
-    words = [*COLLECTIONS[name], "loop.minutes=1"]
+    run = OUT / "minute"
+    words = ["loop.minutes=1"]
     if quick:
         draw_few()
         words = QUICK
     whole_ms, start_ms, stages = run_script("train.py", run, words, ROOT)
-    rows = RunReader(run).rows
-    last = {row["kind"]: row for row in rows}
+    last = {row["kind"]: row for row in RunReader(run).rows}
     trained = last["train"]
     trained_ms = 1e3 * trained["seconds"]
-    facts = {"stages": stages, "steps": trained["step"], "images_per_sec": round(trained["images_per_sec"])}
-    facts["top1"] = last["evaluate"]["top1"]
-    yield compare_with_goal(f"{name}, start", start_ms, GOAL_MS["start"], **facts)
-    yield compare_with_goal(f"{name}, other", whole_ms - trained_ms, GOAL_MS["other"], **facts)
-    goal = 0.0 if quick else GOAL_TOP1
-    good = [row["step"] for row in rows if row["kind"] == "evaluate" and row["top1"] >= goal]
-    if good:
-        until = next(row for row in rows if row["kind"] == "train" and row["step"] >= good[0])
-        yield compare_with_goal(f"{name}, to top1 {goal}", 1e3 * until["seconds"], GOAL_MS["top1"], **facts)
+    facts = {"stages": stages, "steps": trained["step"], "top1": last["evaluate"]["top1"]}
+    yield compare_with_goal("glyphs, start", start_ms, 8e3, **facts)
+    yield compare_with_goal("glyphs, other", whole_ms - trained_ms, 15e3, **facts)
     alone_ms = time_updates(words, run)
-    yield compare_with_goal(f"{name}, updates", trained_ms, alone_ms / GOAL_SHARE, **facts)
+    yield compare_with_goal("glyphs, updates", trained_ms, alone_ms / GOAL_SHARE, **facts)
 
 
 def settings(device, quick):
-    """Yield a setting for each collection that is here."""
-    for name in list(COLLECTIONS)[: 1 + FASHION.is_dir()]:
-        yield name, lambda name=name: measure(name, quick)
+    """Yield the setting."""
+    yield "glyphs", lambda: measure(quick)
 
 
 if __name__ == "__main__":

@@ -276,5 +276,8 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
-    with torch.backends.cudnn.flags(benchmark=False):  # it takes seconds for each shape
-        return time_update(network, images, runtime) / batch
+    searches = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # it takes seconds for each shape
+    seconds = time_update(network, images, runtime)
+    torch.backends.cudnn.benchmark = searches
+    return seconds / batch

@@ -38,11 +38,12 @@ _MOST_EPOCHS = 60  # beyond them, a wider network gains more
 _MOST_FOR_FEW = 1.75  # but its cost grows at most by this factor, and by more where there is time
 _STEP_PX = 32
 _SIZE_SHARE = 2.2
-_ROOT_SHARE = 0.82  # with much time, more of it is for the network
+_MUCH = 2.5  # from this cost on, more of the time is for the network
+_ROOT_SHARE = 0.82
 _LARGER = 2
 _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
-_BATCH = 64  # from weights
-_OF_RANK = 16  # images, at least
+_BATCH = {True: 64, False: 128}  # from weights, from scratch; the rates below are theirs
+_OF_RANK = 32  # images, at least: fewer leave a GPU idle
 
 
 class Rule(NamedTuple):
@@ -72,7 +73,7 @@ def choose_px(measurements: Measurements) -> int:
     step = _STEP_PX
     most = measurements.side_px
     cost = cost_of(measurements)
-    fitting = _SIZE_SHARE * min(cost, max(1.0, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
+    fitting = _SIZE_SHARE * min(cost, max(_MUCH, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
     if network is not None and network.is_pretrained:
         least = measurements.machine["fine_px"]
         step = network.row.get("step_px", step)
@@ -94,7 +95,7 @@ def choose_network(measurements: Measurements) -> Network:
         return measurements.network
     cost = cost_of(measurements)
     epochs = measurements.reference / cost / max(measurements.images, 1)
-    wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost, 1.0)))
+    wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost / _MUCH, 1.0)))
     wanted = wider * cost / cost_of_px(choose_px(measurements))
     row = min(NETWORKS["scratch"], key=lambda row: abs(math.log(row["cost"] / wanted)))
     return Network(row, row["cost"])
@@ -141,17 +142,18 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
         yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)
     if measurements.has_classes:
         yield from _rules_for_classes(measurements, network, takes_policy)
+    least = _BATCH[network.is_pretrained]
+    batch = max(least, _OF_RANK * distributed.planned_world_size())
+    yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "so many keep the machine busy")
+    faster = math.sqrt(batch / least)
     if network.is_pretrained:
-        batch = max(_BATCH, _OF_RANK * distributed.planned_world_size())
-        words = f"optim=adamw optim.lr={1e-4 * math.sqrt(batch / _BATCH):.2g}"
-        yield Rule("optim", words, "the network is pretrained")
-        yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "few updates fit")
+        yield Rule("optim", f"optim=adamw optim.lr={1e-4 * faster:.2g}", "the network is pretrained")
         if "tuning" in network.row:
             yield Rule("optim model loop.ema_decay", network.row["tuning"], "a large network keeps its first layers")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
     elif measurements.bf16:
-        words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
+        words = f"optim=muon optim.lr={0.02 * faster:.2g} optim.weight_decay=0.05 +optim.extra.ns_steps=3"
         yield Rule("optim", words, "it beats SGD")
     else:
         yield Rule("optim", "optim=sgd_train optim.lr=0.2", "Muon is slow without bf16")

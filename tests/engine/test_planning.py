@@ -1,12 +1,15 @@
 """The plan of `train.py loop.minutes`: rules over measurements, kept by the run, never against a word of a command."""
 
 from dataclasses import replace
+from itertools import product, starmap
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from bench import plans
 from engine.likeness import compare_mirrored, tells_colour
 from engine.recipe import measurements
 from engine.recipe import rules as planning
@@ -14,11 +17,14 @@ from engine.recipe.measurements import Measurements, Network
 from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import pace
 from engine.run.loop import Run
+from models.config import timm_config
 from models.weights import offers
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
+from utils.config.help import ROOT
 from utils.hardware import choose_precision
 from utils.io.files import read_json
+from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
 FACTS = Measurements(
@@ -118,14 +124,41 @@ def test_a_network_of_the_command_counts_by_its_own_cost():
     assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
 
 
-def test_more_time_gives_larger_images_and_networks():
-    times = [replace(FACTS, reference=10.0**power) for power in range(3, 10)]
-    sides, costs = [choose_px(each) for each in times], [planning.cost_of(each) for each in times]
-    assert sides == sorted(sides) and sides[0] == 64 and sides[-1] == 96  # the images have 100 px
-    assert costs == sorted(costs)
-    names = [choose_network(each).row["name"] for each in times]
-    assert names[0] == "resnet10t" and names[-1] == "resnet101d"
-    assert choose_network(replace(FACTS, images=10**4)).cost < choose_network(replace(FACTS, images=50)).cost
+@pytest.mark.parametrize(
+    "reference, images, side, name, width",
+    [
+        (1e3, 1000, 64, "resnet10t", 16),
+        (1e5, 1000, 64, "resnet10t", 32),
+        (4e5, 50, 64, "resnet10t", 48),
+    ],
+)
+def test_more_time_gives_a_cpu_larger_images_and_networks(reference, images, side, name, width):
+    known = replace(FACTS, reference=reference, images=images)
+    row = choose_network(known).row
+    assert (choose_px(known), row["name"], row["channels"][0]) == (side, name, width)
+
+
+def test_docs_have_the_plans_of_gpus():
+    text = (ROOT / "docs/gpu.md").read_text("utf-8")
+    assert [row for row in starmap(plans.show, product(*plans.CASES)) if row not in text] == []
+
+
+def test_a_large_network_is_tuned_as_published_and_a_vit_is_built_for_its_images(monkeypatch):
+    monkeypatch.setenv(distributed.RANKS_VARIABLE, "8")
+    name = "vit_large_patch14_reg4_dinov2.lvd142m"
+    weights = Network({"name": name} | offers.NETWORKS["weights"][name], 100.0, is_pretrained=True)
+    known = replace(FACTS, most_px=448, side_px=500, reference=4e7, network=weights, machine=plans.GPU)
+    words = " ".join(rule.words for rule in planning.list_rules(known)).split()
+    size = "image_size_hw=[336,336]"  # a multiple of the patch, that twelve epochs can pay for
+    assert {f"model.{size}", f"augment.{size}", "loop.batch_size=256", "optim.lr=0.0002"} < {*words}
+    assert "optim.layer_decay=0.75" in words
+
+
+def test_a_network_is_timed_without_a_search_for_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(measurements, "time_update", lambda *_: torch.backends.cudnn.benchmark)
+    runtime = SimpleNamespace(device="cpu", channels_last=False)
+    assert measurements.time_network(timm_config("test_resnet"), 32, 2, runtime) == 0 < torch.backends.cudnn.benchmark
 
 
 LONG = {"mirrors": 0.3, "reference": 4e5}  # of letters

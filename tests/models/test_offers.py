@@ -135,6 +135,14 @@ def test_weights_are_fetched_once_and_then_load_without_the_hub(hub, weights, lo
     assert offers.list_weights("never", 1.0, 20.0) == []
 
 
+@pytest.mark.parametrize("most_cost, seconds, sizes", [(9, 120, [62]), (99, 6, [62]), (36, 120, [346, 354, 372])])
+def test_the_largest_networks_that_come_in_time_are_fetched_and_those_like_them(monkeypatch, most_cost, seconds, sizes):
+    fetched = []
+    monkeypatch.setattr(offers, "_fetch", lambda name, row, seconds: fetched.append(row["megabytes"]))
+    offers.list_weights("auto", most_cost, seconds)
+    assert sorted(fetched) == sizes
+
+
 WAYS = {  # and a word of the line that the user reads
     "offline": "offline",
     "refused": "refused",
