@@ -45,6 +45,8 @@ AdapterKind = Literal["lora", "dora", "dora_out", "loha", "lokr"]  # rows of REA
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased", "as_noise"]
 
+Sampler = Literal["ddim", "euler", "euler_a", "dpmpp_2m"]
+
 _Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
 _Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
@@ -236,8 +238,9 @@ PromptText = text_or(Prompt)
 
 
 class PictureConfig(Strict):
-    """Settings of pictures."""
+    """Settings of pictures. sampler: auto is DDIM, and Euler's method for flow."""
 
+    sampler: Literal["auto"] | Sampler
     image_size_hw: _Size
     steps: _Steps
     guidance: Factor
@@ -309,24 +312,22 @@ class LossConfig(Strict):
     kind: Literal["l2", "l1", "huber", "smooth_l1"]
     huber_schedule: Literal["exponential", "snr", "constant"]
     huber_c: Share
-    huber_scale: Positive
     weighting: Weighting
     gamma: Positive
     floor: Factor
 
 
 class TimestepsConfig(Strict):
-    """How to draw timesteps, from `least` to below `most`. shift: see `shift_times` in sdxl/step.py."""
+    """How to draw timesteps, from the first to below the second of `range`. shift: see `shift_times` in step.py."""
 
     sampling: TimestepSampling
     shift: Annotated[float, Field(ge=0.01, le=100)]
-    least: Annotated[int, Field(ge=0, lt=TIMESTEP_COUNT)]
-    most: _Steps
+    range: Annotated[list[CountOrZero], Field(min_length=2, max_length=2)]
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
-        if self.least >= self.most:
-            raise ValueError(f"task.timesteps.least: must be below most, {self.most}; set one of them")
+        if not self.range[0] < self.range[1] <= TIMESTEP_COUNT:
+            raise ValueError(f"task.timesteps.range: {self.range}, but [0, 500] means the timesteps 0 to 499 of 1000")
         return self
 
 

@@ -144,7 +144,8 @@ def describe_use(form: Format, metadata: Values, file: str) -> str:
     values = samples.complete(samples.prompts[0] if samples.prompts else "...", 0).model_dump()
     values |= {name: ascii(values[name]) for name in ("text", "negative")}
     values["height"], values["width"] = values["image_size_hw"]
-    scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])
+    stated = noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"]
+    scheduler = scheduler_config(*stated, samples.sampler)
     values["class"] = scheduler.pop("_class_name")
     values["scheduler"] = {name: value for name, value in scheduler.items() if name not in SCHEDULE}
     return _fill("program_sdxl", **values, load=loaded)

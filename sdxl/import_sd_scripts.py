@@ -116,7 +116,8 @@ def read_subsets(job: Import, notes: list[str]) -> list[_Options]:
     file = Path(job.source)
     subsets = []
     with about("job.source"), readable(file, "dataset_config"):
-        read = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        read = yaml.safe_load(text) if file.suffix == ".json" else tomllib.loads(text)
         general = read.pop("general", {})
         for dataset in read.pop("datasets", []):
             for subset in dataset.pop("subsets", []):
@@ -188,6 +189,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> Json:
             "buckets": buckets,
             "captions": common,
             "mask": _ALPHA if has_masks else None,
+            "loss": {"weighting": "none"},  # min_snr_gamma is on its command line
         },
         "loop": {"batch_size": first.batch_size, "micro_batch_size": first.batch_size},
     }

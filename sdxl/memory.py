@@ -148,7 +148,7 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig, compute: torch.dtyp
         with LiveBytes() as live:
             inputs = [torch.empty(size, *shape) for shape in shapes]
             with torch.autocast("cpu", compute, enabled=casts):
-                passes = [task.predict(*inputs) for _ in range(1 if config.task.class_words is None else 2)]
+                passes = [task.predict(*inputs) for _ in range(1 + bool(config.task.class_words))]
             torch.cat(passes).square().mean().backward()
     return live.peak, height * width
 

@@ -203,8 +203,8 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
 def measure_errors(loss: LossConfig, pred: Tensor, wanted: Tensor, level: NoiseLevel, timesteps: Tensor) -> Tensor:
     """Return the error of a prediction at each place, [B, C, H, W].
 
-    huber is 2 c (sqrt(d^2 + c^2) - c) of a difference d, and smooth_l1 the same divided by c. c falls over the
-    timesteps from `huber_scale` to `huber_c` times it (exponential), from 1 to `huber_c` (snr), or is constant.
+    huber is 2 c (sqrt(d^2 + c^2) - c) of a difference d, and smooth_l1 the same divided by c. c falls from 1
+    to `huber_c`, with the timestep (exponential) or the SNR (snr), or is constant. Differs: there is no huber_scale.
     Source: kohya-ss/sd-scripts:library/train_util.py, conditional_loss and get_huber_threshold_if_needed.
     """
     difference = pred - wanted
@@ -215,8 +215,6 @@ def measure_errors(loss: LossConfig, pred: Tensor, wanted: Tensor, level: NoiseL
         c = c ** (timesteps / TIMESTEP_COUNT)
     if loss.huber_schedule == "snr":
         c = c + (1 - c) * (level.alpha / (level.alpha + level.sigma)).square()
-    else:
-        c = c * loss.huber_scale
     c = c.view(-1, 1, 1, 1)
     return 2 * ((difference.square() + c.square()).sqrt() - c) * (c if loss.kind == "huber" else 1)
 

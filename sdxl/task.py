@@ -89,6 +89,7 @@ class DiffusionTask(Task):
     """Own SDXL's networks, trained and frozen, and the LoRA if there is one."""
 
     best_needs = 8  # a tenth of a collection has them from 80 images on
+    may_be_recorded = True
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
@@ -97,7 +98,6 @@ class DiffusionTask(Task):
             raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
-        self.may_be_recorded = True
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         table = build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
@@ -212,7 +212,8 @@ class DiffusionTask(Task):
         latents = self._latents(batch)
         config = self._config.timesteps
         times = draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
-        times = config.least / TIMESTEP_COUNT + (config.most - config.least) / TIMESTEP_COUNT * times
+        least, most = (end / TIMESTEP_COUNT for end in config.range)
+        times = least + (most - least) * times
         level, timesteps = find_levels(kind, times, NoiseLevel(self.alphas, self.sigmas))
         noise = rng.normal(batch["key"], latents.shape[1:], NOISE_DRAW)
         if offset := self._config.noise.offset:  # SDXL's base was trained with 0.0357
@@ -338,7 +339,8 @@ class DiffusionTask(Task):
     def sample(self) -> list[np.ndarray]:
         """Return a picture of each prompt of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
         prompts = self._config.samples.complete_all()
-        scheduler = scheduler_config(**self._config.stated_noise)
+        with about("task.samples.sampler"):
+            scheduler = scheduler_config(**self._config.stated_noise, sampler=self._config.samples.sampler)
         encoded = self._encode(prompts)
         with naming_memory("task.samples.image_size_hw"), visiting(self.alphas.device, self.vae):
             return list(sample_pictures(self.unet, self.vae, scheduler, prompts, encoded))

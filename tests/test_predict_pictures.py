@@ -8,6 +8,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
+import diffusers
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 import sdxl.pictures.painter
@@ -57,6 +58,22 @@ def test_pictures_equal_those_of_diffusers_on_the_exported_folder_and_carry_thei
     assert settings.startswith("3, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 64x96, Model hash: ")
     assert settings.endswith(", Model: lora, CFG Rescale: 0.7, Version: Atelier")
     assert not (prompts / "drawn/.journal").exists()
+
+
+@pytest.mark.parametrize(
+    "sampler, named, kind",
+    [
+        ("euler", "Euler", "EulerDiscrete"),
+        ("euler_a", "Euler a", "EulerAncestralDiscrete"),
+        ("dpmpp_2m", "DPM++ 2M", "DPMSolverMultistep"),
+    ],
+)
+def test_samplers_are_those_of_diffusers(sampler, named, kind, prompts):
+    drawn = draw(prompts, sampler, "weights=base", "prompts=cats.txt", f"pictures.sampler={sampler}")["00000-0.png"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(prompts / "base", local_files_only=True)
+    pipeline.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(pipeline.scheduler.config)
+    assert np.abs(paint(pipeline, "a cat, outdoors") - drawn / 255).max() <= 1e-3 + 0.5 / 255
+    assert f"Sampler: {named}," in Image.open(prompts / sampler / "00000-0.png").text["parameters"]
 
 
 def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, caplog):

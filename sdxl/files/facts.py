@@ -8,11 +8,14 @@ import math
 from datetime import date
 from pathlib import Path
 
+import yaml
+
 from engine.exports.config import ExportConfig
 from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
+from utils.config.recipe import flatten
 
 
 def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
@@ -37,20 +40,20 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
             "trigger_phrase": given["trigger"],
             "prediction_type": task.noise.prediction_type,
             "ss_sd_model_name": source,
-            "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
             "ss_discrete_flow_shift": task.stated_noise.get("shift"),
-        }
-        facts |= {
-            "ss_num_train_images": images,
-            "ss_total_batch_size": trained_on.get("batch_size"),
             "ss_tag_frequency": trained_on.get("tag_frequency"),
-            "ss_learning_rate": metadata.get("lr"),
-            "ss_steps": metadata["step"],
+            "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
         }
+        known = flatten({**(weights.run.config if weights.run else {}), **metadata})
+        names = yaml.safe_load(Path(__file__).with_name("ss_names.yaml").read_text("utf-8"))
+        facts |= {name: known.get(key) for name, key in names.items()}
         if buckets := trained_on.get("buckets"):
+            counted = ({"resolution": [w, h], "count": count} for h, w, count in buckets)
+            facts["ss_bucket_info"] = {"buckets": dict(enumerate(counted))}
             # The bucket of most images; of several, the largest, then the squarest.
             height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))
             facts["resolution"] = f"{width}x{height}"
+            facts["ss_resolution"] = f"({width}, {height})"
     described = f"{what} of {source}, after {metadata['step']} steps"
     if images:
         size = trained_on.get("batch_size")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sdxl.config import TIMESTEP_COUNT
+from sdxl.config import TIMESTEP_COUNT, Sampler
 from utils.io.files import Json, Values
 
 
@@ -56,29 +56,40 @@ class Prediction(NamedTuple):
     """What a U-Net predicts: its names in files, and what samples it. sdxl/step.py has the equations.
 
     names: ModelSpec's first, then those of other programs. schedule: what the scheduler of a base model has.
-    scheduler: diffusers' class and settings for our pictures and exports. sampler: the web UIs' name for it.
+    samplers: those of its pictures; the first is that of exports.
     """
 
     names: tuple[str, ...]
     schedule: Values
-    scheduler: Values
-    sampler: str
+    samplers: dict[Sampler, Values]  # diffusers' class and settings
 
 
 _TABLE = {**SCHEDULE, "trained_betas": None, "use_flow_sigmas": False}
-_DDIM = {
-    "_class_name": "DDIMScheduler", **SCHEDULE, "timestep_spacing": "trailing", "clip_sample": False,
-    "set_alpha_to_one": False,
-}  # fmt: skip
+_SPACED = {**SCHEDULE, "timestep_spacing": "trailing"}
+_DPM = "DPMSolverMultistepScheduler"
+_SAMPLED = {
+    "ddim": {"_class_name": "DDIMScheduler", **_SPACED, "clip_sample": False, "set_alpha_to_one": False},
+    "euler": {"_class_name": "EulerDiscreteScheduler", **_SPACED},
+    "euler_a": {"_class_name": "EulerAncestralDiscreteScheduler", **_SPACED},
+    "dpmpp_2m": {"_class_name": _DPM, **_SPACED},
+}
 _FLOW = {"num_train_timesteps": TIMESTEP_COUNT, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Its first order is Euler's method. diffusers' pipeline of SDXL does not run with FlowMatchEulerDiscreteScheduler.
-_EULER = {"_class_name": "DPMSolverMultistepScheduler", **_FLOW, "solver_order": 1}
-PREDICTIONS = {  # by the names of `task.noise.prediction_type`
-    "epsilon": Prediction(("epsilon", "eps"), _TABLE, _DDIM, "DDIM"),
-    "v_prediction": Prediction(("v", "v_prediction"), _TABLE, _DDIM, "DDIM"),
-    "flow": Prediction(("flow", "flow_prediction", "flow_matching", "rectified_flow"), _FLOW, _EULER, "Euler"),
+_FLOW_SAMPLED = {
+    "euler": {"_class_name": _DPM, **_FLOW, "solver_order": 1},
+    "dpmpp_2m": {"_class_name": _DPM, **_FLOW},
 }
-SAMPLERS = {row.scheduler["_class_name"]: row.sampler for row in PREDICTIONS.values()}
+PREDICTIONS = {  # by the names of `task.noise.prediction_type`
+    "epsilon": Prediction(("epsilon", "eps"), _TABLE, _SAMPLED),
+    "v_prediction": Prediction(("v", "v_prediction"), _TABLE, _SAMPLED),
+    "flow": Prediction(("flow", "flow_prediction", "flow_matching", "rectified_flow"), _FLOW, _FLOW_SAMPLED),
+}
+SAMPLERS = {  # the web UIs' names of classes
+    "DDIMScheduler": "DDIM",
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    _DPM: "DPM++ 2M",
+}
 
 
 def draw_networks(*, tiny: bool = True) -> Networks:

@@ -11,12 +11,14 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 """
 
 import fnmatch
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -222,6 +224,8 @@ def save_lora(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype
         "ss_network_dim": _join("rank", changes),
         "ss_network_alpha": _join("alpha", changes),
     }
+    body = save(tensors)  # the web UIs know a file by the hash of what follows its header
+    metadata["sshs_model_hash"] = hashlib.sha256(body[8 + int.from_bytes(body[:8], "little") :]).hexdigest()
     facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora", "implementation": GENERATIVE_MODELS}
     write_modelspec(path, tensors, facts, metadata)
 

@@ -1,7 +1,7 @@
 """Draw pictures of prompts with SDXL, a run's or a base model: predict.py prompts=FILE.
 
     prompts = config.complete_all(read_prompt_file("prompts.txt", config.image_size_hw))
-    painter = open_painter("outputs/sdxl", moved, ["style.safetensors:0.8"], device)
+    painter = open_painter("outputs/sdxl", moved, ["style.safetensors:0.8"], device, config)
     draw(painter, prompts, Path("pictures"), existing=None)
 
 Source: AUTOMATIC1111/stable-diffusion-webui:modules/processing.py, create_infotext.
@@ -27,7 +27,7 @@ from engine.exports.opened_task import open_task
 from engine.judging.config import PredictConfig
 from engine.task import FILE_HASHES
 from engine.update.batch_size import naming_memory
-from sdxl.config import Prompt, SDXLConfig
+from sdxl.config import DrawConfig, Prompt, SDXLConfig
 from sdxl.exports import whole_networks
 from sdxl.files.family import ENCODERS, SAMPLERS
 from sdxl.lora.files import read_lora
@@ -69,7 +69,7 @@ class Painter:
         height, width = prompt.image_size_hw
         settings = {
             "Steps": prompt.steps,
-            "Sampler": SAMPLERS[self.scheduler["_class_name"]],
+            "Sampler": "Euler" if self.scheduler.get("solver_order") == 1 else SAMPLERS[self.scheduler["_class_name"]],
             "CFG scale": f"{prompt.guidance:g}",
             "Seed": prompt.seed,
             "Size": f"{width}x{height}",
@@ -102,12 +102,12 @@ def _quote(text: str) -> str:
 
 
 def open_painter(
-    weights: str, moved: MovedBase, loras: Sequence[str], device: torch.device, emphasis: bool | None
+    weights: str, moved: MovedBase, loras: Sequence[str], device: torch.device, pictures: DrawConfig
 ) -> Painter:
     """Open a run, a weight file, or a base model (a folder of diffusers or a single file), and merge LoRAs.
 
     moved: where the base model of the run and its VAE are, if they were moved; or another VAE for a base model. loras:
-    FILE or FILE:STRENGTH. On a GPU, all networks but the VAE are in bfloat16. emphasis: see `DrawConfig`.
+    FILE or FILE:STRENGTH. On a GPU, all networks but the VAE are in bfloat16. pictures: has the sampler and `emphasis`.
 
     Raises UserError (`weights`, `model.path`, `lora`).
     """
@@ -122,7 +122,7 @@ def open_painter(
             )
             networks = open_networks(model)
             files = base_files(model)
-            scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]), facts["shift"])
+            noise = {name: facts[name] for name in ("prediction_type", "zero_terminal_snr", "shift")}
             encoding = {"zeros_for_empty_prompt": facts["zeros_for_empty_prompt"], "emphasis": False}
         else:
             opened = open_task(path, base=moved)
@@ -131,10 +131,12 @@ def open_painter(
             networks = whole_networks(opened)
             files = [path]
             task = opened.setup.task
-            scheduler = scheduler_config(**task.stated_noise)
+            noise = task.stated_noise
             encoding = task.encoding
-        if emphasis is not None:
-            encoding["emphasis"] = emphasis
+        if pictures.emphasis is not None:
+            encoding["emphasis"] = pictures.emphasis
+    with about("pictures.sampler"):
+        scheduler = scheduler_config(**noise, sampler=pictures.sampler)
     merged = []
     for text in loras:
         with about("lora"):
@@ -206,7 +208,7 @@ def draw_prompts(config: PredictConfig, job: Job) -> str:
     tiles = []
     for number, weights in enumerate(config.weights):
         place = folder if len(config.weights) == 1 else folder / f"{number}-{Path(weights).stem}"
-        painter = open_painter(weights, config.model, config.lora, device, config.pictures.emphasis)
+        painter = open_painter(weights, config.model, config.lora, device, config.pictures)
         if not config.dry_run:
             files, new = draw(painter, prompts, place, config.existing)
             drawn += new

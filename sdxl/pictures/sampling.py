@@ -16,6 +16,7 @@ from sdxl.files.family import PREDICTIONS
 from sdxl.files.tokenizer import count_chunks
 from sdxl.step import decode_latents, encode_captions
 from utils.contracts import State
+from utils.errors import UserError
 from utils.ranks.signals import check_stop
 
 
@@ -33,9 +34,18 @@ def _stop_if_asked(pipeline: Any, step: int, timestep: Any, tensors: State) -> S
     return tensors
 
 
-def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool, shift: float = 1.0) -> dict[str, object]:
-    """Return the configuration of a diffusers scheduler that matches the training. shift: of the times of flow."""
-    config = PREDICTIONS[prediction_type].scheduler
+def scheduler_config(
+    prediction_type: PredictionType, zero_terminal_snr: bool, shift: float = 1.0, sampler: str = "auto"
+) -> dict[str, object]:
+    """Return the configuration of a diffusers scheduler that matches the training. shift: of the times of flow.
+
+    Raises UserError for a sampler that a flow has not.
+    """
+    samplers = PREDICTIONS[prediction_type].samplers
+    name = next(iter(samplers)) if sampler == "auto" else sampler
+    if name not in samplers:
+        raise UserError(f"{name} does not draw {prediction_type}; set auto, {', '.join(samplers)}")
+    config = samplers[name]
     if prediction_type == "flow":
         return {**config, "flow_shift": shift}
     return {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}

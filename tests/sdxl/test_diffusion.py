@@ -75,7 +75,7 @@ FLOW = ["task.noise.prediction_type=flow", "task.noise.zero_terminal_snr=false",
 
 def test_the_loss_of_flow_is_that_of_its_definition():
     words = ["task.timesteps.shift=3.0", "task.noise.offset=0.1", "task.noise.perturbation=0.2", "task.loss.kind=l1"]
-    task, batch = build(*FLOW, *words, "task.timesteps.least=500", "task.timesteps.most=900"), make_batch()
+    task, batch = build(*FLOW, *words, "task.timesteps.range=[500,900]"), make_batch()
     with torch.no_grad():
         latents, (prompts, pooled) = task._latents(batch), task._texts(batch)
         time = rng.uniform(batch["key"], (), TIMESTEP_DRAW)
@@ -127,11 +127,10 @@ OUTSIDE = "task.preserve={weight: 0.5, prompt: null}", "task.mask={source: alpha
 
 @pytest.mark.parametrize("own, where", [([WORDS], slice(0, 8)), (OUTSIDE, slice(4, 8))])
 def test_a_lora_is_held_to_what_its_base_predicts_for_the_class_or_outside_of_masks(own, where):
-    """A new LoRA changes nothing. `error` is the loss without what is held."""
+    """`error` is the loss without what is held."""
     task, base, passes = build(*own, "task.loss.weighting=none"), build(), []
     batch = make_batch() | {"mask": torch.ones(4, 1, 8, 8)}
     batch["mask"][..., 4:] = 0.0
-    assert task(batch, SimpleNamespace()).logs["moved"][0] == 0
     for parameter in task.adapter.parameters():
         parameter.data += 0.05
     predict = task.predict
@@ -141,7 +140,6 @@ def test_a_lora_is_held_to_what_its_base_predicts_for_the_class_or_outside_of_ma
     torch.testing.assert_close(switched_off, base.predict(*inputs))
     torch.testing.assert_close(inputs[2], base._texts(make_batch(caption="a dog" if own == [WORDS] else "a cat"))[0])
     moved = (switched_on - switched_off).square()[..., where].sum() / 256
-    torch.testing.assert_close(found.logs["moved"][0], moved.detach())
     torch.testing.assert_close(found.loss.sum(), found.logs["error"][0] + 0.5 * moved)
     assert switched_on.requires_grad and not switched_off.requires_grad
 

@@ -89,14 +89,18 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     header = read_header(place / "lora_kohya/lora.safetensors")[1]
     step, base = read_weights(place / "lora/weights/last_weights.safetensors")[1]["step"], place / "base/unet"
     base = hashlib.sha256((base / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    file = (folder / "lora.safetensors").read_bytes()
     wanted = {
         "modelspec.license": "openrail++", "modelspec.title": "lora", "modelspec.resolution": "96x64",
         "modelspec.prediction_type": "v", "modelspec.author": "Ann", "modelspec.trigger_phrase": "sks",
         "modelspec.description": f"lora of rank 16 of base, after {step} steps of 4 samples on 12 images",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_network_dim": "16", "ss_network_alpha": "8.0",
         "ss_num_train_images": "12", "ss_learning_rate": "0.03", "ss_new_sd_model_hash": base, "ss_steps": str(step),
+        "ss_seed": "0", "ss_optimizer": "adamw", "ss_min_snr_gamma": "5.0", "ss_zero_terminal_snr": "True",
+        "sshs_model_hash": hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest(),
     }  # fmt: skip
     assert wanted.items() <= header.items() and str(place) not in str(header)
+    assert '"resolution": [96, 64]' in header["ss_bucket_info"]
     assert json.loads(header["ss_tag_frequency"])["C"]["tag 37"] == 2
     assert not any("None" in text for text in header.values())
     card = (place / "lora_kohya/README.md").read_text()

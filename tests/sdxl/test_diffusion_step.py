@@ -45,7 +45,6 @@ def test_literal_weights():
         ("min_snr", "epsilon"): [1, 1, 1, 0.05],
         ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
         ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
-        ("as_noise", "epsilon"): [1, 1, 1, 1],
         ("as_noise", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 100 / 101],
         ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
     }
@@ -59,13 +58,11 @@ def test_literal_weights():
 @pytest.mark.parametrize("schedule", ["exponential", "snr", "constant"])
 def test_errors_are_those_of_sd_scripts_at_all_timesteps(schedule):
     level, steps, d = build_noise_table(False), torch.arange(1000), NOISE.repeat(167, 1, 1, 1)[:1000]
-    c = {"exponential": 0.5 * torch.exp(math.log(0.1) / 1000 * steps), "constant": torch.full((1000,), 0.05)}
+    c = {"exponential": torch.exp(math.log(0.1) / 1000 * steps), "constant": torch.full((1000,), 0.1)}
     c = c.get(schedule, 0.9 / (1 + level.sigma / level.alpha) ** 2 + 0.1).view(-1, 1, 1, 1)
     smooth = 2 * (torch.sqrt(d**2 + c**2) - c)
     for kind, wanted in {"l1": d.abs(), "l2": d**2, "huber": c * smooth, "smooth_l1": smooth}.items():
-        loss = LossConfig(
-            kind=kind, huber_schedule=schedule, huber_c=0.1, huber_scale=0.5, weighting="none", gamma=5.0, floor=0.0
-        )
+        loss = LossConfig.model_construct(kind=kind, huber_schedule=schedule, huber_c=0.1)
         torch.testing.assert_close(measure_errors(loss, d, torch.zeros(()), level, steps), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -86,9 +83,6 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
     torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
     noisy = add_noise(LATENTS, NOISE, level)
     torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))
-    torch.testing.assert_close(
-        noisy - level.sigma[:, None, None, None] * target("flow", LATENTS, NOISE, level), LATENTS
-    )
 
 
 def test_flow_is_sampled_by_eulers_method():

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from pydantic import ValidationError
 from torch import nn
 
 from sdxl.config import LoRAConfig
@@ -180,5 +179,3 @@ def test_a_file_is_continued_as_it_is_and_written_as_it_was(kind, tmp_path):
 def test_targets_that_match_nothing_are_refused():
     with refuses(r"task.lora.targets.1: .*atn1.to_q' matches no layer"):
         build_lora(build_networks(), targets=["unet.*.to_q", "unet.*.atn1.to_q"])
-    with pytest.raises(ValidationError, match="targets.0"):
-        configure(targets=["*"])
