@@ -37,6 +37,10 @@ from viewer.try_image import MAX_BYTES, TryPage
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"
+_HEADERS = {
+    "content-security-policy": "frame-ancestors 'none'", "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}  # fmt: skip
 _PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried after view.port
 _PAGES = (
@@ -79,7 +83,7 @@ class Guard:
         async def answer(message: dict) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["content-security-policy"] = "frame-ancestors 'none'"
+                headers.update(_HEADERS)
                 if is_new:  # whatever else is given stays out of headers
                     headers.append("set-cookie", f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/")
             await send(message)

@@ -115,12 +115,15 @@ class CollectionPage(Page):
             ui.label(escape_controls(root)).classes("mono muted")
             if address := await asyncio.to_thread(find_review, shelf.runs, root):
                 ui.link("Review its labels", address)
-            ui.link("Label these images", f"/label?collection={collection}")
-            ui.link("Tag them", f"/label?collection={collection}&field=tags")
+            ways = ui.row()
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             with show_fault(show_status().classes("text-negative")):
                 browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
+                with ways:
+                    ui.link("Label these images", f"/label?collection={collection}").classes("main")
+                    ui.link("Tag them", f"/label?collection={collection}&field=tags")
+                    ui.link("Train on them", f"/start?folder={quote(root)}")
                 for finding in sorted(browser.collection.findings, reverse=True):
                     ui.label(escape_controls(f"{finding.line} ({finding.key})"))
                 place = ui.column().classes("w-full")
@@ -222,17 +225,19 @@ class Browser:
             self._box.close()
 
     def _build_bar(self, labels: list[str]) -> None:
-        self._text = ui.input(placeholder="a label, or tags", autocomplete=labels)
-        self._text.props("aria-label='a label, or tags'")
         ui.button("Mark all found", on_click=lambda: self.mark(self.rows))
-        ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
-        for title, change in _CHANGES.items():
-            ui.button(title, on_click=functools.partial(self._decide, *change))
-        ui.button("Group", on_click=self._group)
         ui.button("Undo", on_click=self._undo)
-        ui.button("Save manifest", on_click=self._save)
-        ui.button("Save list", on_click=lambda: ui.download("\n".join(sorted(self.marked)).encode(), "marked.txt"))
         self._marks = show_status()
+        with ui.row().classes("gap-2") as self._acts:
+            self._text = ui.input(placeholder="a label, or tags", autocomplete=labels)
+            self._text.props("aria-label='a label, or tags'")
+            for title, change in _CHANGES.items():
+                ui.button(title, on_click=functools.partial(self._decide, *change))
+            ui.button("Group", on_click=self._group)
+            ui.button("Save manifest", on_click=self._save)
+            ui.button("Save list", on_click=lambda: ui.download("\n".join(sorted(self.marked)).encode(), "marked.txt"))
+            ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
+        self._acts.set_visibility(False)
         ui.label(HINT).classes("muted")
 
     def tile(self, row: int) -> Json:
@@ -261,6 +266,7 @@ class Browser:
 
     def _say(self) -> None:
         self._marks.text = f"{len(self.marked):,} marked"
+        self._acts.set_visibility(bool(self.marked))
         self._tiles.draw()
 
     async def show(self, rows: np.ndarray) -> None:

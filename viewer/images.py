@@ -147,7 +147,7 @@ def add_route(shelf: Shelf) -> None:
     def image(
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=600"}
+        headers = {"Cache-Control": "private, max-age=600"}
         try:
             collection = shelf.find(name, fingerprint)
             if collection.fingerprint != fingerprint or not 0 <= row < len(collection):

@@ -44,6 +44,7 @@ def bind_address(name: str, show: Callable[[str], Any]) -> Callable[[str], None]
     Returns a function that writes what is shown now into the address.
     """
     words = app.storage.client.setdefault("words", dict(ui.context.client.request.query_params))
+    words.pop("token", None)
 
     def follow(event: GenericEventArguments) -> None:
         words[name] = dict(parse_qsl(event.args[1:])).get(name, "")

@@ -324,6 +324,7 @@ class Reviewer:
         for said in event.args:
             if said["number"] > self._heard:
                 self._heard = said["number"]
+                self._review.by = f"{said['by'][:40]} {name_tab()}".strip()
                 lines += self._answer(said)
                 if not said["undo"]:
                     self._review.go(said["here"])

@@ -39,7 +39,7 @@ def add_pictures(index: RunIndex) -> None:
         path = run / file
         with suppress(OSError, ValueError):  # NUL, or too long
             if path.suffix in _PICTURES and is_inside(path, run) and path.is_file():
-                return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+                return FileResponse(path, headers={"Cache-Control": "no-cache"})
         raise HTTPException(404, "no such picture")
 
 

@@ -34,6 +34,8 @@ header a:hover, header a:focus-visible { text-decoration: underline; outline-col
 .muted { color: var(--muted) } .mono { font-family: ui-monospace, monospace; font-size: 13px }
 h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
 .lines { white-space: pre-line; overflow-wrap: anywhere }
+a.main { background: var(--fill); color: #fff; font-weight: 600; text-decoration: none; border-radius: 8px;
+  padding: 6px 14px }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .level-1 { color: var(--warn) } .level-2 { color: var(--error) }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
@@ -58,7 +60,7 @@ def set_looks() -> None:
     """Set how elements look on all pages."""
     app.config.quasar_config["loadingBar"] = {"skipHijack": True}  # it has no name, and says nothing
     looks = {
-        ui.button: "no-caps unelevated",
+        ui.button: "no-caps outline",
         ui.card: "flat bordered",
         ui.image: "fit=contain no-spinner",
         ui.input: "dense outlined clearable",

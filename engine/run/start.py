@@ -216,7 +216,10 @@ def open_run(
             # All ranks wait, because torchrun ends the others after the first.
             distributed.rank_zero_call(lambda: run.saver.remote_copy.copy(last=True))
     if not finished:
-        log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
+        saved = (
+            f"saved in {folder.path}; the same command continues from there" if run.step else "nothing is trained yet"
+        )
+        log.warning("stopped at step %d; %s", run.step, saved)
         raise SystemExit(EXIT_STOPPED)
 
 

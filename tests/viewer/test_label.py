@@ -55,4 +55,3 @@ def test_tags_are_switched_by_keys(page, address):
     page.wait_for_function("document.querySelectorAll('.decided').length == 23")
     page.keyboard.press("u")
     page.wait_for_function("document.querySelectorAll('.decided').length == 1")
-    assert_accessible(page)

@@ -14,7 +14,6 @@ from utils.record.run_index import RunIndex
 from viewer.curves import read_figures
 from viewer.images import Shelf
 from viewer.results import describe_prediction, find_addresses
-from viewer.run import LogReader
 
 DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" + "".join(
     f"{HOSTILE},90,{level / 100},{100 - level},{90 - level if level < 90 else 0},"
@@ -70,12 +69,6 @@ def test_images_of_the_collection_and_what_is_said_of_them(runs):
     }
     assert describe_prediction(tags)[1:] == ["+ b (0.90)", "+ a (0.40)", "− d"]
     assert describe_prediction({"path": "p.png", "loss": 1.0})[:2] == ["p.png"] * 2
-
-
-def test_lines_of_the_log_have_levels(tmp_path):
-    (tmp_path / "log.txt").write_text(LOG + "Traceback\n" + LOG[:20])
-    reader = LogReader(tmp_path / "log.txt")
-    assert [level for level, _ in reader.new_lines()] == [0, 1, 2, 2] and reader.new_lines() == []
 
 
 def test_curves_of_runs(tmp_path):

@@ -8,10 +8,15 @@ import pytest
 
 import viewer.queue
 from tests.support import command, make_collection
+from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import assert_accessible, assert_fits, sees
 from utils.errors import UserError
 from utils.io.files import is_locked, write_json
+from utils.record.run_index import RunIndex
+from utils.record.tables import LABELS
 from viewer.queue import Queue
+from viewer.site import Site
+from viewer.start import StartPage
 
 # It says that it starts, and ends when it is told; Ctrl-C saves.
 SCRIPT = """import pathlib, signal, sys, time
@@ -154,6 +159,14 @@ def test_only_words_of_the_table_are_started(queue):
     assert done.returncode == 2 and "view.start" in done.stderr
 
 
+def test_labels_that_look_wrong_are_reviewed_from_the_queue(queue):
+    run = make_run(queue.runs / "photos-care-0/labels")
+    (run / LABELS).parent.mkdir()
+    (run / LABELS).touch()
+    page = StartPage(Site(RunIndex([queue.runs]), None, None, queue, None, None))
+    assert page._find_page(run.parent, "1") == "/review?run=0/photos-care-0/labels"
+
+
 @pytest.fixture(scope="module")
 def words(runs):
     make_collection(runs / "photos", broken=1)
@@ -166,6 +179,7 @@ def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     page.goto(f"{address}/start?browse={runs}/photos")
     page.get_by_label("Folder with images").press("Enter")
     page.get_by_text("an image without a sidecar: 1", exact=False).wait_for(timeout=240_000)
+    page.locator("code", has_text="/photos-care-").wait_for(state="attached")  # each collection has its own report
     card = page.get_by_label("Train a tagger")
     card.get_by_label("minutes").fill("2")
     card.get_by_text("show command").click()
