@@ -50,6 +50,7 @@ _SEEN_SHARE = 0.5  # of the minutes, at most, is for `seen_epochs` of a pretrain
 _FETCHED_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
+_OWN_BATCH = 8  # of timing the user's network
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
 
@@ -173,7 +174,7 @@ def measure(
     network = None
     if pretrained is None:
         side = max(config.augment.image_size_hw)
-        own_sec = time_network(config.model, side, machine["own_images"], runtime) / cost_of_px(side)
+        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
         network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
     elif labels is not None and colours and mirrors >= CROPS:
         network = _find_weights(config, collection, sample, runtime, pretrained, len(rows), step_sec)
@@ -261,12 +262,13 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
     side = NETWORKS["machines"][runtime.device.type]["fine_px"]
-    timed = {"": time_network(timm_config(name), side, _FINE_BATCH, runtime)}
+    row = {"name": name} | NETWORKS["weights"].get(name, {})
+    images = row.get("at_once", _FINE_BATCH)
+    timed = {"": time_network(timm_config(name), side, images, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(timm_config(name), side, _FINE_BATCH, exact)
+        timed[_EXACT] = time_network(timm_config(name), side, images, exact)
     words = min(timed, key=timed.__getitem__)
-    row = {"name": name} | NETWORKS["weights"].get(name, {})
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 

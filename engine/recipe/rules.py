@@ -245,6 +245,5 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
         else:
             chosen += rule.words.split()
             lines.append((rule.words, f"because {rule.why}"))
-    log.debug("plan: %s", measurements)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen
