@@ -75,8 +75,7 @@ def compare_taggers(models: Mapping[str, Measured], config: Compare) -> Report:
         groups += [{"model": name, **row} for row in tables["tag_groups"]]
         for tag, row in zip(tags, tables["tags"]):
             tag |= {"tag": row["tag"], "category": row["category"], name: row["ap"]}
-        lacks = show_some([*compress(judged.names, np.isnan(scores.ap))])
-        log.info("%s lacks %s", name, lacks or "no tag")
+        log.info("%s lacks %s", name, show_some([*compress(judged.names, np.isnan(scores.ap))]) or "no tag")
     rows.sort(key=lambda row: -row["mAP"])
     changes = _find_changes(tags, errors, opened.data.collection.table["path"])
     return Report(

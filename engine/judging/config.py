@@ -48,7 +48,7 @@ class Compare(TagRulesConfig):
     name: Literal["compare"]
     split: Split
     min_support: Count
-    models: PathList
+    models: Annotated[PathList, Field(min_length=1)]
     output: PathText | None
 
 

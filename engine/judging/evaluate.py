@@ -181,7 +181,8 @@ def compare(job: Compare, config: EvaluateConfig) -> str:
         log.info("%s", Lines(show_rows(rows)))
         figures = {**report.scalars, "data": images.data.model_dump(mode="json"), "models": rows}
         write_results(folder / "arena.json", f"Taggers on {images.data.root}", figures, report)
-        log.info("view.py shows images of both answers: /compare?taggers=%s", folder.name)
+        if job.output is None:
+            log.info("view.py shows images of both answers: /compare?taggers=%s", folder.name)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 

@@ -50,7 +50,7 @@ def choose_images(data: DataConfig | None, run: str | None, split: str) -> Evalu
     """
     saved = None if run is None else RunReader(Path(run)).part(_RunData)
     if saved is None and data is None:
-        raise UserError("data: must be given without run_dir; add run_dir=RUN, or to evaluate.py data.root=PATH")
+        raise UserError("data: must be given without run_dir; add to evaluate.py data.root=PATH, or run_dir=RUN")
     if data is None:
         return EvaluationImages(saved.data, saved.seed, True)
     is_own = saved is not None and Path(data.root).resolve() == Path(saved.data.root).resolve()

@@ -46,7 +46,7 @@ class Group:
     """A group of tags, with curves over the edges."""
 
     num_tags: int  # tags with positives
-    num_empty: int  # tags without positives
+    num_empty: int  # tags without positives, but with known labels
     tp: np.ndarray  # [BINS]
     predicted: np.ndarray  # [BINS]
     macro: np.ndarray  # [3, BINS]: precision, recall, F1, averaged over `num_tags`
@@ -119,14 +119,14 @@ class TagScores:
             best = f1.amax(1, keepdim=True)
             order = (f1 == best).cumsum(1)
             middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)
-            per_tag.append(torch.cat([positives, best, middle], dim=1))
-        support, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
+            per_tag.append(torch.cat([positives, predicted[:, :1], best, middle], dim=1))
+        support, known, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
         self.support = support.astype(np.int64)
         self.best_edge = edges.astype(np.int64)
         has_positives = support > 0
         if not has_positives.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
-        means = member @ np.stack([has_positives, ~has_positives, np.nan_to_num(self.ap)], axis=1)
+        means = member @ np.stack([has_positives, (support == 0) & (known > 0), np.nan_to_num(self.ap)], axis=1)
         self.groups = {}
         for name, (size, empty, ap), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
             counted = curves[:2].astype(np.int64)

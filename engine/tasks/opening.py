@@ -43,7 +43,9 @@ def read_setup(path: Path, moved: Mapping[str, str], graph: Predictor | None = N
     is_foreign = "form" in metadata
     if is_foreign:
         metadata["task"] = read_option("task", "classification" if metadata["output"] == "classes" else "tagging")
-        metadata["task"] |= {"rating_s": "sensitive"} if metadata["output"] == "tags" else {}  # as Danbooru's taggers
+        if metadata["output"] == "tags":
+            metadata["task"]["rating_s"] = "sensitive"  # as Danbooru's taggers
+            metadata["old_tags"] = []  # so that tags that a collection does not speak of are unknown
     if run := run_of(path):
         try:
             metadata = restore_paths(metadata, run.config)

@@ -85,6 +85,7 @@ def test_a_graph_is_described_by_the_tags_beside_it(place, tmp_path):
     np.testing.assert_allclose(predict(place, tmp_path), wanted, atol=1e-4)
     run("evaluate", [f"weights={tmp_path}", "calibrate=true", *DATA, "output=found"], place)
     assert (tmp_path / "model_thresholds.csv").is_file()
+    assert read_json(place / "found/metrics.json")["tags_without_positives"] == 0  # a and b are unknown
 
 
 def test_a_tagger_of_others_is_calibrated_and_gets_new_tags(place):
