@@ -26,11 +26,9 @@ _DEFAULT_EDGE = int(edge_below(DEFAULT_LOGIT))
 _PRIOR_POSITIVES = 50  # the weight of a category's threshold in the threshold of a tag
 _Z = 1.645  # of the normal distribution at 95 %
 _RECALL_MARGIN = 0.1  # `balanced` needs to know a recall of 0.5 to this margin
-_HARDEST_TAGS = 100  # rows of the table
 OLD = "old"  # groups of tags
 NEW = "new"
 _NONE = np.zeros(0, bool)
-_HARDEST_SUPPORT = 10  # the least positives of a tag in it
 
 
 def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
@@ -140,7 +138,7 @@ class TagScores:
         return scores | {f"mAP_{name}": group.mean_ap for name, group in parts.items() if group.num_tags}
 
     def tables(self) -> dict[str, list[Json]]:
-        """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""
+        """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `decisions`."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
@@ -149,14 +147,13 @@ class TagScores:
         for name, category, count, _, support, values in zip(*columns):
             row = {"tag": name, "category": category_name(category), "training_images": count, "support": support}
             tags.append(row | dict(zip(names, values if support else repeat(None))))
-        hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
         decisions = []
         groups = []
         for name, group in self.groups.items():
             if group.num_tags:
                 decisions += decision_rows(name, group.predicted, group.tp, group.support)
                 groups.append({"group": name, **group.row()})
-        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST_TAGS], "decisions": decisions}
+        return {"tag_groups": groups, "tags": tags, "decisions": decisions}
 
 
 def is_fitted(leads: Tensor) -> Tensor:

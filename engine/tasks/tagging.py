@@ -177,7 +177,7 @@ class TaggingTask(MixingTask):
     def evaluate(self, loaders: Loaders, step: int) -> Report:
         """Measure all samples of `val`: mAP, F1 at equal precision and recall, and more (measures/tag_scores.py).
 
-        Tables: `tags`, `tag_groups`, `hardest_tags`, `tag_weights`. Images: `pr_curves`, `mistakes`.
+        Tables: `tags`, `tag_groups`, `tag_weights`. Images: `pr_curves`, `mistakes`.
         """
         report = self._measure(loaders["val"], None)[0]
         if self._tag_rule is not None:

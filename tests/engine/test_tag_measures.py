@@ -114,8 +114,6 @@ def test_tables(scores):
     assert groups["character"]["mAP"] == pytest.approx(np.nanmean(scores.ap[30:]))
     row = tables["tags"][20]
     assert row["best_f1"] == pytest.approx(2 / (1 / row["precision"] + 1 / row["recall"]))
-    ap = [row["ap"] for row in tables["hardest_tags"]]
-    assert ap == sorted(ap) and all(row["support"] >= 10 for row in tables["hardest_tags"])
     (row,) = [row for row in tables["decisions"] if (row["group"], row["threshold"]) == ("all", 0.35)]
     assert row["f1"] == pytest.approx(groups["all"]["micro_f1_at_0.35"])
 
