@@ -68,10 +68,12 @@ class Finish:
     """A function that completes the exported weights on all ranks, after the last update and before its evaluation.
 
     It has completed the initial weights, too; these are then evaluated and may be the best. seconds: about its time.
+    images: that it reads.
     """
 
     complete: Callable[[], None]
     seconds: float
+    images: int
 
 
 @dataclass

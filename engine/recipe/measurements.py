@@ -250,7 +250,7 @@ def _find_weights(
             name, wrong, plain,
         )  # fmt: skip
         if wrong < min(least, _PROMISE * plain):
-            least = wrong
+            least = 0.95 * wrong  # a larger network must leave clearly fewer errors
             best = name
     network = None if best is None else _time_pretrained(best, step_sec, runtime)
     return network if network and network.cost * seen_sec <= _SEEN_SHARE * seconds else None

@@ -84,7 +84,7 @@ class Run:
         """Whether all steps are done or the run stops early."""
         if self.evaluator.is_owed:
             return False
-        is_measured = self.plan.total_steps > 0 or bool(self.evaluator.report)
+        is_measured = self.plan.total_steps > 0 or bool(self.evaluator.report) or not self.streams.evaluation_samples
         return (self.step >= self.plan.total_steps and is_measured) or self.evaluator.has_stalled
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -106,6 +106,8 @@ class Run:
             return
         if self.step == 0 and plan.total_steps > 0 and not only:
             self.evaluator.begin()
+            if self.pace is not None:
+                self.pace.begin()
         if self.step == 0 and plan.range_test_steps:
             from engine.run.lr_finder import find_lr
 
@@ -116,8 +118,9 @@ class Run:
         if only:
             log.info("lr_finder.only: ends after the test; without it, the same command trains")
             return
-        if plan.total_steps == 0:
-            self.evaluator.evaluate()
+        if self.plan.total_steps == 0:
+            if not self.evaluator.report:
+                self.evaluator.evaluate()
             self.save(last=True)
         if self.evaluator.is_owed:
             self.end_step(stops=False, saves=True)

@@ -27,6 +27,8 @@ _FILE = "minutes.json"
 _LAST_SHARE = 0.02  # of the steps follow the last correction
 _LATER = 16  # the first correction after the first epoch comes after a 16th of its steps
 _END_SEC = 4.5  # the last pictures and weights
+_UPDATE = 5  # the time of an image in an update, as a multiple of that of its features
+_LEAST_UPDATES = 8  # fewer gain less than larger images (docs/results.md#from-weights-in-two-minutes)
 _PICTURES_SEC = 2.0  # of an evaluation
 _TOLD = 0.05  # the screen has corrections by more than this share
 _EVALUATED = 1 / 3  # the time of an image in an evaluation, as a multiple of that in training
@@ -103,7 +105,7 @@ class Pace:
         self._since = None
         self._next = -1  # step of the next correction
         self._length = length or Length(minutes=minutes, steps=run.plan.total_steps, words=[*run.folder.job.planned])
-        if not self._length.corrected:
+        if self._length.steps and not self._length.corrected:
             self._next = run.step + 1
             self._write()
         run.use_length(self._length.steps_before(run.step))
@@ -112,6 +114,27 @@ class Pace:
         if distributed.is_main():
             with output_errors("run_dir", self._file):
                 write_json(self._file, self._length.model_dump())
+
+    def begin(self) -> None:
+        """End a run whose fitted head is the result because few updates fit. All ranks call it before the first one."""
+        run = self._run
+        finish = run.evaluator.finish
+        if self._next != 1 or finish is None:
+            return
+        update_sec = _UPDATE * finish.seconds / finish.images * run.plan.batch_size / run.plan.world_size
+        left = self._left() - run.evaluator.seconds
+        if distributed.rank_zero_call(lambda: left < _LEAST_UPDATES * update_sec):
+            what = "loop.minutes=%g: fewer than %d updates fit; the fitted head is the result"
+            log.info(what, self._length.minutes, _LEAST_UPDATES)
+            self._length = self._length.changed({"steps": 0})
+            self._write()
+            run.use_length(0)
+
+    def _left(self) -> float:
+        """Return the seconds that are left for updates and evaluations."""
+        finish = self._run.evaluator.finish
+        end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
+        return 60 * self._length.minutes - (monotonic() - STARTED) - end_sec
 
     def correct(self) -> None:
         """Give the run the number of steps that holds after its updates so far. All ranks call it before an update.
@@ -145,9 +168,7 @@ class Pace:
         speed = self._speed
         images = evaluator.streams.evaluation_samples
         each = evaluator.seconds or _PICTURES_SEC + _EVALUATED * speed.first * images / run.plan.batch_size
-        finish = evaluator.finish
-        end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
-        left = 60 * self._length.minutes - (monotonic() - STARTED) - end_sec
+        left = self._left()
         steps = math.inf
         fewer = speed.count(speed.seconds_to(step) + left)
         while fewer < steps:  # fewer steps may have fewer evaluations

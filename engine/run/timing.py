@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from engine.update.runtime import Runtime
 
-_WARM_UP_UPDATES = 3  # the first ones are slow
-_NETWORK_SEC = {"cpu": 1.0, "cuda": 0.3}  # of a network alone; on an idle GPU the times are equal
+_WARM_UP_UPDATES = {"cpu": 1, "cuda": 3}  # the first ones are slow
+_NETWORK_SEC = {"cpu": 0.5, "cuda": 0.3}  # of a network alone; on an idle GPU the times are equal
 
 
 def wait_for(device: torch.device) -> None:
@@ -30,7 +30,7 @@ def time_update(network: nn.Module, images: Tensor, runtime: Runtime) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(_WARM_UP_UPDATES):
+    for _ in range(_WARM_UP_UPDATES[runtime.device.type]):
         update()
     try:
         repeat, _ = record_graph(update, runtime.device)

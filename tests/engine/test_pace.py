@@ -10,7 +10,7 @@ from engine.run import pace
 from engine.run.clock import Clock, Mark
 from engine.run.pace import Pace
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_equal_runs, refuses
+from tests.support import assert_equal_runs, refuses, rows
 from utils.io.files import read_json
 
 LENGTH = "loop.total_steps=2"  # of TINY
@@ -67,7 +67,7 @@ def test_corrections_follow_the_first_updates_and_the_end_of_the_first_epoch(tmp
         plan_of=plan_of,
         use_length=lambda steps: setattr(plan, "total_steps", steps),
     )  # fmt: skip
-    monkeypatch.setattr(pace, "monotonic", lambda: pace.STARTED + pace._END_SEC * -1 + clock.mark(timed.step).seconds)
+    monkeypatch.setattr(pace, "monotonic", lambda: pace.STARTED - pace._END_SEC + clock.mark(timed.step).seconds)
     corrects = Pace(timed)
     lengths = {}
     while timed.step < plan.total_steps:
@@ -87,6 +87,13 @@ def test_minutes_that_are_too_few_end_no_run(words, tmp_path, capsys):
     run("finetune", [*words, "loop.minutes=0.5"], tmp_path)
     assert "loop.minutes: 0.5 are too few: the run takes about " in capsys.readouterr().err
     assert read_json(tmp_path / "run/minutes.json")["corrected"] == {"2": 3}
+
+
+def test_a_refitted_head_is_the_result_if_few_updates_fit(words, tmp_path):
+    for _ in range(2):  # the second run is complete
+        run("finetune", [*words, "task.head=refitted", "loop.minutes=0.25"], tmp_path)
+    assert read_json(tmp_path / "run/minutes.json")["steps"] == 0
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0]
 
 
 def test_how_sure_the_best_figure_is_and_what_is_easy_are_said(words, tmp_path, capsys):
