@@ -22,6 +22,7 @@ from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import PER_TAG, find_thresholds
 from utils.formats.vocabulary import FILE, Vocabulary, read_facts
 from utils.io.files import Json, Values, readable, sha256_file
+from utils.ranks.processes import map_parts
 from utils.record.logging import log
 
 if TYPE_CHECKING:
@@ -65,8 +66,6 @@ class Predictor:
     run: a function of images and an output name (`probs`, `features` or `embedding`) that returns this output, float32
     [B, ...]. weights_hash: of the weights in training, or None. thresholds: [K], or None.
     """
-
-    embeds: bool = True  # False: an ONNX file without an embedding
 
     def __init__(self, metadata: Values, run: Callable[[Images, str], np.ndarray]) -> None:
         self.metadata = dict(metadata)
@@ -135,6 +134,10 @@ def onnx_predictor(path: Path, device: "torch.device | str") -> Predictor:
     preprocessing = metadata["preprocessing"]
     mean, std = (np.float32(preprocessing[name])[:, None, None] for name in ("mean", "std"))
     first, *others = session.get_inputs()
+    # Of 448 px, or of smaller images side by side: larger maps leave a core's cache (docs/benchmarks.md#taggers).
+    size = max(448 // preprocessing["image_size_hw"][0], 1) if device == "cpu" else None
+    if first.shape[0] == 1:
+        size = 1  # older WD files
     outputs = {value.name: value.shape for value in session.get_outputs()}
     shape = outputs.get(names.get(heads[-1]), [])
     width = len(metadata.get(output.names_key, ()))
@@ -153,13 +156,10 @@ def onnx_predictor(path: Path, device: "torch.device | str") -> Predictor:
         levels = images if isinstance(images, np.ndarray) else images.cpu().numpy()
         batch = levels.astype(np.float32) / 255.0
         batch = form.to_input((batch - mean) / std if form.is_normalised else batch)
-        parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
-        values = np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
+        values = map_parts(lambda part: session.run([names[what]], {form.input: part})[0], batch, size or len(batch))
         return np.tanh(values / 2) / 2 + 0.5 if is_logits and what == "probs" else values
 
-    predictor = Predictor(metadata, run)
-    predictor.embeds = names.get("embedding") in outputs
-    return predictor
+    return Predictor(metadata, run)
 
 
 def open_session(path: Path, device: "torch.device | str") -> Any:
@@ -171,8 +171,10 @@ def open_session(path: Path, device: "torch.device | str") -> Any:
     providers = ["CUDAExecutionProvider"] if str(device).startswith("cuda") else []
     if providers:
         onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # each core computes images of its own
     with readable(path, "ONNX"):
-        session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
     if not set(providers) <= set(session.get_providers()):
         log.warning(
             "ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "

@@ -400,7 +400,6 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
     values |= {
         "dry_run": False,
-        "lora": [],
         "model": {"path": None, "vae": None},
     }
     values |= {"format": form, **settings}

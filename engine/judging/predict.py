@@ -33,10 +33,11 @@ from models.predictor import Predictor
 from utils.config.entry_point import Job
 from utils.errors import UserError, about
 from utils.formats.spelling import CATEGORIES, join_tags
-from utils.hardware import choose_device, choose_workers
+from utils.hardware import choose_device
 from utils.io.files import sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weight_files import find_weights
+from utils.ranks.processes import count_cores
 from utils.record.logging import log
 from utils.record.progress import track
 from utils.start import open_name
@@ -124,10 +125,10 @@ def predict_all(
     Rows have the order of `paths`. If the images of the first batches are removed, the other batches do not change.
     With existing=append, the tags follow those of the image.
     """
-    threads = choose_workers(config.workers, choose_device(config.device, "device"))
-    images = read_images(paths, predictor.preprocessing, config.max_pixels, threads)
-    starts = range(0, len(paths), config.batch_size)
-    for start in track(starts, len(starts), "predicting"):
+    threads = count_cores() if config.workers == "auto" else config.workers
+    read = read_images(paths, predictor.preprocessing, config.max_pixels, threads)
+    images = track(read, len(paths), "predicting")
+    for start in range(0, len(paths), config.batch_size):
         batch = paths[start : start + config.batch_size]
         read = [*islice(images, len(batch))]
         readable = [image for image in read if not isinstance(image, str)]

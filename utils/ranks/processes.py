@@ -6,12 +6,14 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import util
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 from utils.io.files import output_errors
 from utils.ranks.signals import leave_to_parent
@@ -48,6 +50,12 @@ def count_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):  # macOS
         return os.cpu_count() or 1
     return len(os.sched_getaffinity(0))
+
+
+def map_parts(function: Callable, values: np.ndarray, size: int) -> np.ndarray:
+    """Apply a function to parts of `size` rows in a thread for each core; return the joined results."""
+    with ThreadPoolExecutor(count_cores()) as pool:
+        return np.concatenate([*pool.map(function, np.split(values, range(size, len(values), size)))])
 
 
 def map_items(
