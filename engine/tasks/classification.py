@@ -41,7 +41,7 @@ _SHOWN_MISTAKES = 48  # images in a picture
 _UNEQUAL = 1.5  # times an even share of the images: from here on the largest class rules the accuracy
 _MOST_PAIRS = 1000  # in the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
-_HEAD_IMAGES_A_MINUTE = 8000  # with loop.minutes: 3 ms each at 96 px on one core, and the second time where updates fit
+_HEAD_IMAGES_A_MINUTE = 3000  # with loop.minutes: 3 to 6 ms each on one core, and a second time where updates fit
 
 
 def count_head_images(config: TrainingConfig) -> int:
