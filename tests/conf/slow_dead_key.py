@@ -179,7 +179,9 @@ MaskConfig: source floor normalise                  # tests/sdxl/test_diffusion.
 ConceptConfig: mask                                 # with task.mask: tests/sdxl/test_masks.py
 BucketConfig: min_px max_px                         # tests/sdxl/test_buckets.py
 PerceptualConfig: path lpips                        # tests/sdxl/slow_perceptual.py
-PictureConfig: image_size_hw steps guidance         # tests/sdxl/test_diffusion.py
+PictureConfig: image_size_hw steps guidance sampler # tests/sdxl/test_diffusion.py, tests/test_predict_pictures.py
+LossConfig: huber_schedule huber_c                  # tests/sdxl/test_diffusion_step.py
+PreserveConfig: weight prompt                       # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project weights                        # tests/utils/record/test_trackers.py
 SweepConfig: name gpus wandb                        # of the words: tests/utils/config/test_sweep.py
