@@ -163,6 +163,7 @@ def test_a_key_is_for_a_picture_that_is_drawn_and_waits_for_the_server(page, add
 
     before = rows(animals / CORRECTIONS)
     page.route("**px=1280", lambda route: None)
+    page.add_init_script("localStorage.setItem('name', 'Ann')")
     page.route_web_socket("**/socket.io/**", relay)
     page.goto(f"{address}/review?run=0/a&image=cat/2.png")
     page.locator(".card.here").wait_for()
@@ -173,7 +174,11 @@ def test_a_key_is_for_a_picture_that_is_drawn_and_waits_for_the_server(page, add
     assert rows(animals / CORRECTIONS) == before
     away.clear()
     page.get_by_text("waits here").wait_for(state="detached")
-    assert [row["verdict"] for row in rows(animals / CORRECTIONS)[len(before) :]] == ["rejected"]
+    (line,) = rows(animals / CORRECTIONS)[len(before) :]
+    assert line["verdict"] == "rejected" and line["by"].startswith("Ann ")
+    page.locator(".picture").hover()
+    page.mouse.wheel(0, -400)
+    page.locator(".picture.large").wait_for()
 
 
 def test_reasons_and_a_class_by_its_name(page, address, animals, runs):

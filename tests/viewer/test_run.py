@@ -68,7 +68,6 @@ def test_images_of_the_collection_and_what_is_said_of_them(runs):
         "missed": ["d"],
     }
     assert describe_prediction(tags)[1:] == ["+ b (0.90)", "+ a (0.40)", "− d"]
-    assert describe_prediction({"path": "p.png", "loss": 1.0})[:2] == ["p.png"] * 2
 
 
 def test_curves_of_runs(tmp_path):
