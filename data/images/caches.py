@@ -4,6 +4,7 @@ source = keep_in_memory(source, collection, config.cache)    one copy for all pr
 """
 
 import fcntl
+import functools
 import io
 import mmap
 import os
@@ -173,16 +174,17 @@ class Pool:
         with self._locked():  # a barrier for the writes before it, on any processor
             self._lengths[row] = len(content)
 
-    def fits(self, device: torch.device) -> bool:
-        """Return whether a GPU has room for a copy."""
-        return self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    @functools.cached_property  # asking at each step takes time
+    def fits(self) -> bool:
+        """Whether this rank's GPU had room for a copy when this was asked first."""
+        return self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info()[0]
 
     def copy_to(self, device: torch.device, rows: ndarray) -> None:
         """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
         if (
             self.copy is not None
             or (self._lengths[rows[:: 1 + len(rows) // 1000]] > 0).mean() < _ENOUGH  # of a sample: each step asks
-            or not self.fits(device)
+            or not self.fits
         ):
             return
         rows = rows[self._lengths[rows] > 0]

@@ -30,6 +30,7 @@ from utils.contracts import Batch, State, Tensors
 from utils.errors import UserError
 from utils.io.files import Json, Values
 from utils.ranks import distributed
+from utils.record.logging import log
 from utils.start import open_name
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ class Learner:
             return False
         if config.offload or config.memory_gib or config.deterministic or self.runtime.precision == "fp16":
             return False
-        if self.fused is not None or distributed.is_distributed():
+        if distributed.is_distributed():
+            log.info("runtime.cuda_graphs: not with several ranks; a small network may train faster on one GPU")
+            return False
+        if self.fused is not None:
             return False
         groups = self.optimizer.param_groups
         is_bf16 = groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
