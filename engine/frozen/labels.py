@@ -1,7 +1,7 @@
 """Find labels that are probably wrong: compare the label of an image with the prediction from all other images.
 
 Predictions come from the features of a frozen network. The label of an image has no part in the prediction for the
-image, so a wrong label cannot hide. All is in closed form, float64 and without random numbers.
+image, so a wrong label cannot hide. All arithmetic is float64, exact and without random numbers.
 
 right, probs = judge_classes(features, labels)
 right, probs = judge_tags(features, targets)
@@ -9,16 +9,18 @@ wrong = bound_wrong(probs[:, None], labels[:, None])
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import product, starmap
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optim.ridge import Ridge
+from utils.ranks.signals import check_stop
 
-_MOST_LANDMARKS = 1_200  # images that all images are compared with
-_PENALTY = 0.3  # per image: near the most precise one on nine collections (docs/wrong_labels.md)
-_SCALES = torch.arange(17).div(2).exp2().tolist()  # 1 to 256
+_MOST_LANDMARKS = 2_000  # images that all images are compared with
+_PENALTIES = (0.1, 0.3, 1.0, 3.0)
+_SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
 _SHARES = torch.linspace(0, 1, 41).double().square()  # of labels that are drawn at random
 _LIKELY = 1.92  # nats below the likeliest share: 95 %, half a quantile of chi squared
@@ -31,38 +33,43 @@ _MISSING_SHARE = 0.1  # the prior share of missing tags, and of superfluous tags
 _LEAST_GAIN = 0.05  # nats a wrong label: pairs of classes must explain half of the labels better by this
 
 
-def predict_left_out(features: Tensor, targets: Tensor) -> Tensor:
-    """Return the leave-one-out predictions of a kernel ridge regression of targets [N, K] on features [N, D].
+def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """Yield the leave-one-out predictions of a kernel ridge regression, [N, K], for each of `_PENALTIES`.
 
-    The kernel is Gaussian, on the roots of the features at length 1, with the mean distance of images as its width. Of
-    many images some are landmarks (Nystrom), chosen without the targets. Source: Arandjelovic & Zisserman 2012 (roots).
+    features: [N, D]. targets: [N, K] float64. The kernel is Gaussian, on the roots of the features at length 1, with
+    the mean distance of images as its width. Some of many images are landmarks (Nystrom), chosen without the targets.
+    Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
     """
     points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
     marks = torch.linspace(0, len(points) - 1, min(len(points), _MOST_LANDMARKS)).long()
     distances = torch.cdist(points[marks], points).square()
-    near = (-2 * distances / distances.mean().clamp(min=1e-9)).exp()
-    factor = torch.linalg.cholesky(near[:, marks] + 1e-6 * torch.eye(len(marks)))
-    mapped = torch.linalg.solve_triangular(factor, near, upper=False).T
-    return torch.cat([scores for _, scores in Ridge(mapped, targets).left_out(_PENALTY)])
+    near = (-2 * distances / distances.mean().clamp(min=1e-9)).exp() + 1  # 1: the intercept
+    factor = torch.linalg.cholesky(near[:, marks] + 1e-8 * torch.eye(len(marks)))
+    mapped = torch.linalg.solve_triangular(factor, near, upper=False)
+    gram = mapped @ mapped.T
+    for penalty in _PENALTIES:
+        check_stop(alone=True)
+        factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)))
+        halves = torch.linalg.solve_triangular(factor, mapped, upper=False)
+        errors = targets - halves.T @ (halves @ targets)
+        yield targets - errors / (1 - halves.square().sum(dim=0))[:, None]
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities that labels [N] are right, and of the classes by the other images alone [N, K].
 
-    Every class has an image. The scale that turns ridge scores into logits makes the labels most probable, if a share
-    of them is wrong. If labels are exchanged between certain classes, expectation maximisation learns the pairs.
+    Every class has an image. One scale turns ridge scores into probabilities. If labels are exchanged between certain
+    classes, expectation maximisation learns the pairs from all labels. Otherwise discriminants of the scores are added
+    if they make the labels more probable.
     """
-
-    def loss(logits: Tensor) -> float:
-        right = logits.softmax(dim=1).gather(1, labels[:, None])
-        return -((1 - _WRONG_SHARES) * right + _WRONG_SHARES / logits.shape[1]).log().mean(dim=0).max().item()
-
-    scores = predict_left_out(features, F.one_hot(labels))
-    logits = min((scale * scores for scale in _SCALES), key=loss)
+    logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
     half = torch.arange(len(labels))[:, None] % 2  # errors learned from one half predict the other
     by_pairs, by_any = (_explain(logits, labels, prior, half)[1] for prior in (_PAIR_ERRORS, _EQUAL_PAIRS))
     right, _ = _explain(logits, labels, _PAIR_ERRORS)
     if ((by_pairs / by_any).log() * (1 - half)).mean() < _LEAST_GAIN * (1 - right.mean()):
+        right, _ = _explain(logits, labels, _EQUAL_PAIRS)
+        further = _calibrate([_discriminate(logits, labels, right)], labels)
+        logits = _calibrate([logits, further, logits + further], labels)
         right, _ = _explain(logits, labels, _EQUAL_PAIRS)
     return right, logits.softmax(dim=1)
 
@@ -74,7 +81,8 @@ def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     A tag is superfluous if the other images make it less probable than usual. A rare tag is not.
     """
     given = targets.double()
-    odds = predict_left_out(features, targets).logit(eps=1 - _MOST_PROBABLE)
+    predicted = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
+    odds = predicted.logit(eps=1 - _MOST_PROBABLE)
     usual = given.mean(dim=0).logit(eps=1 - _MOST_PROBABLE)
     right = (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()
     return right, torch.stack([-odds, odds], dim=-1).sigmoid()
@@ -94,6 +102,32 @@ def bound_wrong(probs: Tensor, labels: Tensor) -> dict[str, int]:
     likely = torch.stack([right.lerp(rights[0], _SHARES).log().sum(dim=0) for right in rights]).amax(0).sum(0)
     wrong = _SHARES[likely > likely.max() - _LIKELY] * (1 - rights[0]).sum() * step
     return {"wrong, at least": round(wrong[0].item()), "wrong, at most": round(wrong[-1].item())}
+
+
+def _calibrate(candidates: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """Return the scaled scores [N, K] that make the labels most probable, if a share of the labels is wrong."""
+
+    def loss(logits: Tensor) -> float:
+        right = logits.softmax(dim=1).gather(1, labels[:, None])
+        return -((1 - _WRONG_SHARES) * right + _WRONG_SHARES / logits.shape[1]).log().mean(dim=0).max().item()
+
+    return min(starmap(torch.mul, product(candidates, _SCALES)), key=loss)
+
+
+def _discriminate(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the negative squared distances [N, K] of scores [N, K] to the classes, whitened by the scatter in classes.
+
+    weights: of the images [N]. The mean of an image's class leaves the image out.
+    Source: Hastie, Tibshirani & Buja 1994, Flexible discriminant analysis by optimal scoring.
+    """
+    given = F.one_hot(labels) * weights[:, None]
+    counts = given.sum(dim=0)
+    means = given.T @ scores / counts[:, None]
+    apart = (scores - means[labels]) * weights[:, None].sqrt()
+    within = torch.eye(len(means)) * apart.square().mean() * 0.1 * len(apart) + apart.T @ apart
+    whiten = torch.linalg.inv(torch.linalg.cholesky(within)).T
+    distances = torch.cdist(scores @ whiten, means @ whiten) * counts / (counts - given).clamp(min=0.5)
+    return -distances.square()
 
 
 def _explain(logits: Tensor, labels: Tensor, smoothing: float, known: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
