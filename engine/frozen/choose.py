@@ -12,6 +12,7 @@ import torch
 from data.collection.collection import Collection
 from engine.config import MACHINE
 from engine.exports.predictors import load_predictor
+from engine.fold import fold_norms
 from engine.frozen.features import PIXELS, Frozen
 from engine.update.runtime import Runtime, choose_runtime
 from models.config import Pretrained, timm_config
@@ -76,6 +77,7 @@ def open_frozen_timm(name: str, runtime: Runtime) -> Frozen:
     if runtime.channels_last:
         network = network.to(memory_format=torch.channels_last)
     version = hash_tensors(network.state_dict())
+    network = fold_norms(network, torch.zeros(1, 3, *stated["image_size_hw"]))
     model = ImageModel(network, Normalise(stated["mean"], stated["std"], 3), "features").eval()
     metadata = {"output": "features", "weights_hash": version, "preprocessing": {**stated, "channels": 3}}
     says = f"timm's {name} at {stated['image_size_hw'][0]} px, which has never seen these labels"

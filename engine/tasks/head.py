@@ -6,11 +6,12 @@ learns small differences slowly. A layer norm directly before the head therefore
 each feature has mean 0 and standard deviation 1.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
-(arXiv 2111.06377), section A.1. Differs: the probe is a ridge regression, scaled to minimise the cross-entropy of
-held-out images, and the norm is an affine map.
+(arXiv 2111.06377), section A.1. Differs: of classes, the probe is the better of a ridge and a logistic regression, by
+the cross-entropy of held-out images, and the norm is an affine map.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import TagIndex
+from engine.fold import fold_norms
 from engine.measures.probe import gather_features
 from engine.tasks.kind import ImageTask, Setup
 from engine.update.runtime import Runtime
@@ -33,42 +35,46 @@ from utils.record.logging import log
 
 @torch.no_grad()
 def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None:
-    """Standardise the head's input over the loader's images, and fit the head to their labels by ridge regression.
+    """Standardise the head's input over the loader's images, and fit the head to their labels (`task.fit`).
 
     All ranks call it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if
     the network does not end in one linear layer.
     """
-    head = find_head(task.network)
-    norms = [
-        module for module in task.network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None
-    ]
-    activations = {}  # outputs of layer norms, and the input of the head
-    hooks = [norm.register_forward_hook(lambda norm, _, output: activations.update({norm: output})) for norm in norms]
-    hooks.append(head.register_forward_pre_hook(lambda head, inputs: activations.update({head: inputs[0]})))
+    activations = {}  # outputs of layer norms by name, and the input of the head
+    networks = []  # the one that computes features, once there are images
     task.to(runtime.device).eval()
 
+    def see(name: str, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        activations[name] = output
+
     def embed(batch: Batch) -> tuple[Tensor, Batch]:
+        images = task.normalise(batch["images"])
+        if not networks:
+            networks.append(fold_norms(task.network, images[:1]))
+            for name, module in networks[0].named_modules():
+                if isinstance(module, nn.LayerNorm) and module.bias is not None:
+                    module.register_forward_hook(partial(see, name))
+            find_head(networks[0]).register_forward_pre_hook(lambda head, inputs: activations.update({"": inputs[0]}))
         with runtime.autocast():
-            task.predict(batch)
-        return activations[head], batch
+            networks[0](images)
+        return activations[""], batch
 
     features, labels = gather_features(map(embed, loader))
-    for hook in hooks:
-        hook.remove()
     task.train()
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
             f"task.head: {len(features)} images could be read to fit the head, or their features are not finite; "
             "set task.head=random"
         )
+    head = find_head(task.network)
     mean, scale = standardise(features)
     weight, bias, loss, quality = distributed.rank_zero_call(
         lambda: task.fit((features - mean) / scale, labels, head.out_features)
     )
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
-    inputs = activations.pop(head)
-    norm = next((norm for norm, output in activations.items() if output.flatten(1).is_set_to(inputs)), None)
-    if norm is None:
+    inputs = activations.pop("")
+    name = next((name for name, output in activations.items() if output.flatten(1).is_set_to(inputs)), None)
+    if name is None:
         weight = weight / scale
         bias = bias - weight @ mean
     else:
@@ -76,6 +82,7 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
         is_constant = scale.isinf()
         mean[is_constant] = 0.0
         scale[is_constant] = 1.0
+        norm = task.network.get_submodule(name)
         norm.weight.copy_(norm.weight.cpu() / scale)
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
     head.weight.copy_(weight)
