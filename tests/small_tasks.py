@@ -14,7 +14,9 @@ from sdxl.files import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
-NOISE = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "convert": False, "offset": 0.0}
+NOISE = {
+    "prediction_type": "v_prediction", "zero_terminal_snr": True, "convert": False, "offset": 0.0, "perturbation": 0.0
+}  # fmt: skip
 CHANGES = {
     "classification": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
     "fcmae": {"decoder_dim": 16},

@@ -260,8 +260,7 @@ def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> li
     implied = set()
     for tag, *others in map(rules.expand, tags):
         kept.append(tag)
-        if tag.name not in implied:  # of two tags that imply each other, the first stays
-            implied |= {other.name for other in others}
+        implied |= {other.name for other in others}
     kept = [tag for tag in kept if tag.name not in implied]
     first = [parse_tag(text).name for text in config.first_tags]
     order = [CATEGORIES[name] for name in config.category_order]

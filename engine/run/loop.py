@@ -84,7 +84,7 @@ class Run:
         """Whether all steps are done or the run stops early."""
         if self.evaluator.is_owed:
             return False
-        is_measured = self.plan.total_steps > 0 or bool(self.evaluator.report) or not self.streams.evaluation_samples
+        is_measured = self.plan.total_steps > 0 or bool(self.evaluator.report)
         return (self.step >= self.plan.total_steps and is_measured) or self.evaluator.has_stalled
 
     # ------------------------------------------------------------------------------------------------------- the loop

@@ -36,7 +36,6 @@ from engine.tasks.kinds import KINDS
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
-from models.image_model import Graph
 from models.normalise import Normalise
 from utils.contracts import Batch, InitFrom
 from utils.errors import UserError
@@ -78,7 +77,7 @@ class ImageTask(Task):
 
     def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
-        if isinstance(setup.model, Graph):
+        if isinstance(setup.model, torch.nn.Module):
             self.network = setup.model
             self.normalise = torch.nn.Identity()
             return
