@@ -18,7 +18,6 @@ from data.collection.collection import Collection, check_classes
 from data.open import Data
 from data.stream.loader import Fields
 from engine.config import TrainingConfig
-from engine.frozen.softmax import fit_softmax
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
@@ -28,6 +27,7 @@ from engine.task import Finish, Loaders, Report, StepOutput, log_mean
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind, Setup, label_fields
 from engine.tasks.mixing import MixingTask
+from engine.tasks.softmax import fit_softmax
 from engine.update.runtime import Runtime
 from optim.linear import fit_classes
 from utils.contracts import Batch

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import PredefinedSplit
 
-from engine.frozen.softmax import _PENALTIES, fit_softmax
+from engine.tasks.softmax import _PENALTIES, fit_softmax
 
 
 def test_the_fit_is_the_logistic_regression_that_predicts_left_out_images_best():
