@@ -64,7 +64,7 @@ class FCMAE(nn.Module):
     than the stride, and a single initialisation (the published code initialises the encoder twice, finally with std 1).
     """
 
-    # The weights that read the images, and prefixes of what a state may lack: it has no head, and may lack the decoder.
+    # The weights that read the images; then prefixes of names that may be missing: no head, and perhaps no decoder.
     first_convolutions = ("encoder.downsample_layers.0.0.weight",)
     head_prefixes = ()
     norm_prefixes = ("decoder.", "mask_token", "proj.", "pred.")

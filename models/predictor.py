@@ -215,7 +215,7 @@ def _read_metadata(path: Path, session: Any) -> Json:
 
 
 def _describe_graph(path: Path, session: Any) -> Json:
-    """Return the metadata that one of our files would have, from what stands beside a tagger and from its graph."""
+    """Return the metadata of another program's tagger, as our files have them, by the files beside it and its graph."""
     metadata = describe(path, {"weights_hash": sha256_file(path)[:16]})
     if "form" not in metadata:
         raise UserError(f"{path} was not exported by Atelier; use export.py, or put a tagger's {FILE} beside it")

@@ -146,7 +146,7 @@ class Sheet(Part, component="vue/sheet.vue"):
         self.on("choose", lambda event: self.fill(event.args))
 
     async def fill(self, name: str = "") -> None:
-        """Show what a name stands for, or what is chosen as it is now."""
+        """Show the table of a name; without a name, read the shown table again."""
         async with self._lock:  # the last choice stays, also if one before it takes longer
             self.props["chosen"] = name or self.props["chosen"]
             labels, rows = await asyncio.to_thread(self._read, self.props["chosen"])

@@ -5,10 +5,10 @@
     search.count(rows, "tags")                                  {"1girl": 512, ...}, the most frequent first
 
 A term is a word or COLUMN OPERATOR VALUE. A word is a tag (`*` stands for any text). If no image has that tag, the
-search looks for the word in names, labels, tags and captions. A `-` before a term excludes. `:` finds a part of a text,
-`=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. `OR` between terms finds what
-either side accepts. Beside the columns of the manifest there are `aspect` (width / height) and `copies` (how many
-images are equal or similar, itself included).
+search looks for the word in names, labels, tags and captions. A `-` before a term excludes its rows. `:` finds a part
+of a text, `=` the whole text. Numbers also have < <= > >=; a list of tags is compared by its length. `OR` between terms
+finds what either side accepts. Beside the columns of the manifest there are `aspect` (width / height) and `copies` (how
+many images are equal or similar, itself included).
 """
 
 import operator

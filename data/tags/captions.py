@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Vary = Callable[[str, "Generator"], str]  # from a text to a random caption
 _SEPARATOR = ", "  # between tags
-_COMMA = "\ue000"  # stands for a comma within emphasis; Unicode gives it no meaning
+_COMMA = "\ue000"  # replaces a comma inside emphasis; a private character of Unicode
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
 

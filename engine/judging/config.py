@@ -43,7 +43,7 @@ class Evaluate(WeightsChoice):
 
 
 class Compare(TagRulesConfig):
-    """Compare taggers, `models`. min_support: a tag is compared if it is on so many images. output: a folder."""
+    """Compare taggers, `models`. min_support: the fewest images of a tag that is compared. output: a folder."""
 
     name: Literal["compare"]
     split: Split

@@ -209,11 +209,11 @@ class Run:
         yield from stream.steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
     def plan_of(self, steps: int) -> Plan:
-        """Return the plan of so many steps in all."""
+        """Return the plan of a run with a number of steps."""
         return plan_streams(self.config, self.streams, self.plan.world_size, steps)
 
     def use_length(self, steps: int) -> None:
-        """Plan the run anew, with so many steps in all."""
+        """Plan the run anew, with another number of steps."""
         self.learner.use_length(self.plan_of(steps))
         self.recorder.bar.advance(self.step, total=steps)
         if self.found_lr is not None:

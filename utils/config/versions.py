@@ -85,7 +85,7 @@ def read_saved(values: Values) -> Json:
 
 
 def fill(values: Values, rows: Mapping[str, Any]) -> Json:
-    """Return a copy of values with those of `rows` that it lacks."""
+    """Return a copy of values; keys that are missing get the values of `rows`."""
     filled = deepcopy(dict(values))
     for key, value in rows.items():
         group, name = _find(filled, key)
