@@ -7,17 +7,19 @@
 | text_encoder | conditioner.embedders.0.transformer. | |
 | text_encoder_2 | conditioner.embedders.1.model. | q, k, v are one tensor; the projection is transposed |
 
-A table has the module names (or prefixes of them) that differ between the layouts; the longest match in a name is
-replaced. SDXL has one topology: three levels in the U-Net, four in the VAE. Text encoders have the prefix `text_model.`
-here and in published files. transformers' CLIPTextModel dropped it in release 5.6.
-Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Stability-AI/generative-models.
+names.yaml has the names of modules that differ. SDXL has one topology: three levels in the U-Net, four in the VAE.
+Text encoders have the prefix `text_model.` here and in published files. transformers' CLIPTextModel dropped it in
+release 5.6.
 """
 
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable
 from functools import cache
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from sdxl.files.family import PARTS, PREFIXES
@@ -25,87 +27,27 @@ from utils.contracts import State, Tensors
 
 _TEXT = "text_model."
 
-_UNET_LAYERS = (
-    ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
-    ("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"),
-    ("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"),
-    ("mid_block.attentions.0", "middle_block.1"),
-)  # fmt: skip
-_UNET_RESNET = (
-    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
-)  # fmt: skip
-_VAE_ATTENTION = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
-_BIGG_LAYERS = (
-    ("text_model.embeddings.token_embedding", "token_embedding"),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm", "ln_final"), ("text_projection.weight", "text_projection"),
-)  # fmt: skip
-_BIGG_LAYER = (
-    ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-    ("self_attn", "attn"),
-)  # fmt: skip
-_BIGG_DEPTH = 32
 _QKV = tuple(f"{name}_proj" for name in "qkv")
 
 
-def _unet_table() -> Iterator[tuple[str, str]]:
-    yield from _UNET_LAYERS
-    resnets = [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
-    for level in range(3):
-        for layer in range(3):
-            # A level of the down side has one resnet and attention less; its third pair of names is unused.
-            for side, block in (
-                ("down", f"input_blocks.{3 * level + layer + 1}"),
-                ("up", f"output_blocks.{3 * level + layer}"),
-            ):
-                resnets.append((f"{side}_blocks.{level}.resnets.{layer}", f"{block}.0"))
-                yield f"{side}_blocks.{level}.attentions.{layer}", f"{block}.1"
-        yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{3 * level + 3}.0.op"
-        yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{3 * level + 2}.2.conv"
-    for ours, theirs in resnets:
-        yield from ((f"{ours}.{leaf}", f"{theirs}.{other}") for leaf, other in _UNET_RESNET)
-
-
-def _vae_table() -> Iterator[tuple[str, str]]:
-    for side in ("encoder", "decoder"):
-        resnets = [(f"mid_block.resnets.{index}", f"mid.block_{index + 1}") for index in (0, 1)]
-        yield f"{side}.conv_norm_out", f"{side}.norm_out"
-        for leaf, other in _VAE_ATTENTION:
-            yield f"{side}.mid_block.attentions.0.{leaf}", f"{side}.mid.attn_1.{other}"
-        for level in range(4):
-            ours, theirs = ("down_blocks", f"down.{level}") if side == "encoder" else ("up_blocks", f"up.{3 - level}")
-            resnets += [(f"{ours}.{level}.resnets.{layer}", f"{theirs}.block.{layer}") for layer in range(3)]
-            sampler = "downsample" if side == "encoder" else "upsample"
-            yield f"{side}.{ours}.{level}.{sampler}rs.0.conv", f"{side}.{theirs}.{sampler}.conv"
-        for ours, theirs in resnets:
-            yield f"{side}.{ours}", f"{side}.{theirs}"
-            yield f"{side}.{ours}.conv_shortcut", f"{side}.{theirs}.nin_shortcut"
-
-
-def _bigg_table() -> Iterator[tuple[str, str]]:
-    yield from _BIGG_LAYERS
-    for layer in range(_BIGG_DEPTH):
-        for leaf, other in _BIGG_LAYER:
-            yield f"text_model.encoder.layers.{layer}.{leaf}", f"transformer.resblocks.{layer}.{other}"
-
-
 @cache
-def _table(part: str, to_single: bool) -> dict[str, str]:
-    makers = {"unet": _unet_table, "vae": _vae_table, "text_encoder_2": _bigg_table}
-    pairs = list(makers[part]()) if part in makers else []
-    return dict(pairs if to_single else (pair[::-1] for pair in pairs))
+def _read_table(part: str, to_single: bool) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return a pattern of what the layouts name otherwise, and the other layout's names: the rows of names.yaml."""
+    tables = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text("utf-8")).get(part, {})
+    rows = {kind: pairs if to_single else {b: a for a, b in pairs.items()} for kind, pairs in tables.items()}
+    layers, inside = ("|".join(map(re.escape, rows.get(kind, ()))) or "$" for kind in ("layers", "inside"))
+    pattern = rf"^(?P<layer>{layers})(?P<number>\.\d+)?(\.(?P<inside>{inside}))?(?=\.|$)"
+    return re.compile(pattern), {**rows.get("layers", {}), **rows.get("inside", {})}
 
 
 def rename(part: str, name: str, *, to_single: bool) -> str:
     """Return the other layout's name for a tensor or module of a part, without the part's prefix."""
-    table = _table(part, to_single)
-    words = name.split(".")
-    for end in range(len(words), 0, -1):
-        other = table.get(".".join(words[:end]))
-        if other is not None:
-            return ".".join([other, *words[end:]])
-    return name
+    pattern, other = _read_table(part, to_single)
+    if (found := pattern.match(name)) is None:
+        return name
+    inside = found["inside"]
+    renamed = other[found["layer"]] + (found["number"] or "")
+    return renamed + (f".{other[inside]}" if inside else "") + name[found.end() :]
 
 
 def drop_unused(names: Iterable[str], patterns: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdxl.config import AdapterKind
+from sdxl.lora.config import AdapterKind
 from utils.contracts import State, Tensors
 from utils.io.files import Json
 

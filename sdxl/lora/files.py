@@ -13,10 +13,10 @@ from torch import Tensor
 
 from data.layouts.table import show_some
 from models.interop.metadata import dict_of
-from sdxl.config import LoRAConfig
 from sdxl.files.family import PARTS, Networks
 from sdxl.files.names import rename
 from sdxl.lora.changes import LayerChange
+from sdxl.lora.config import LoRAConfig
 from sdxl.lora.lora import find_layers
 from sdxl.networks import unused_layer
 from utils.contracts import State

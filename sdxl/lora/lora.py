@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sdxl.config import AdapterConfig, LoRAConfig, SDXLConfig
+from sdxl.config import SDXLConfig
 from sdxl.files.checkpoints import GENERATIVE_MODELS, write_modelspec
 from sdxl.files.family import ENCODERS, PARTS
 from sdxl.files.names import rename, text_prefix
 from sdxl.lora.changes import LayerChange, draw_tensors, norm_like
+from sdxl.lora.config import AdapterConfig, LoRAConfig
 from sdxl.networks import Networks, open_networks, unused_layer
 from utils.errors import UserError, close_names
 

@@ -11,9 +11,9 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from sdxl.config import LoRAConfig
 from sdxl.files.family import draw_networks
 from sdxl.lora.changes import LayerChange
+from sdxl.lora.config import LoRAConfig
 from sdxl.lora.files import adapter_state, describe_lora, read_lora
 from sdxl.lora.lora import LoRA, LoRALayer, add_changes, save_lora
 from tests.support import refuses
