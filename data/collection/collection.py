@@ -145,13 +145,6 @@ class Collection:
             faults = self._columns[FAULT] if rows is None else self._columns[FAULT].take(rows)
             refuse_faults(faults.drop_null().to_pylist(), *fields)
 
-    def stated_sizes(self) -> ndarray | None:
-        """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
-        if not {"width", "height"} <= self._columns.keys():
-            return None
-        sizes = np.stack([self.column(name) for name in ("height", "width")], axis=1)
-        return np.nan_to_num(sizes).astype(np.int64)
-
 
 def _as_read(name: str) -> str:
     """Return a class name of an earlier run as a reader returns that label today."""

@@ -169,7 +169,11 @@ def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str
     tables = []
     for number, (concept, part) in enumerate(zip(concepts, parts)):
         with _naming(number):
-            table = _add_trigger(part.read(fraction, concept.is_prior), concept.trigger)
+            table = part.read(fraction, concept.is_prior)
+        if concept.trigger is not None:  # the caption of rows without a caption and tags
+            has_text = has_value(table["caption"]) | has_value(table["tags"])
+            captions = pc.if_else(pa.array(has_text), table["caption"], concept.trigger)
+            table = replace_column(table, "caption", captions)
         inner = [each.folder for each in parts if each.folder.startswith(os.path.join(part.folder, ""))]
         tables.append(_place(table, number, base, part.folder, inner))
     packed = [is_packed(table) for table in tables]
@@ -182,14 +186,6 @@ def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str
     except pa.ArrowException as error:
         raise UserError(f"data.concepts: the manifests have a column of several types ({error})") from error
     return build_table(joined)
-
-
-def _add_trigger(table: Table, trigger: str | None) -> Table:
-    """Return a table with the trigger of a concept as the caption of rows without a caption and tags."""
-    if trigger is None:
-        return table
-    has_text = has_value(table["caption"]) | has_value(table["tags"])
-    return replace_column(table, "caption", pc.if_else(pa.array(has_text), table["caption"], trigger))
 
 
 def _place(table: Table, number: int, base: str, folder: str, inner: Sequence[str]) -> Table:

@@ -98,8 +98,10 @@ class Search:
         if sign == ":" and name in {*TAG_LISTS} & {*self.columns}:
             return self._has_tag(name, value)
         if name not in self.columns:
-            if not sign:
-                return self._has_word(value)
+            if not sign:  # a word: a tag, or if no row has it, a part of a text
+                has = self._has_tag("tags", value)
+                texts = [self._has_tag("tags", f"*{value}*"), *(self._accepts(each, ":", value) for each in _WORDS)]
+                return has if has.any() else np.logical_or.reduce(texts)
             if sign == ":" and name in PREFIXES:
                 return self._has_tag("tags", f"{name}{sign}{value}")
             raise UserError(
@@ -116,15 +118,6 @@ class Search:
         column = self._table[name]
         matches = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
         return matches.fill_null(False).to_numpy()
-
-    def _has_word(self, word: str) -> ndarray:
-        """Return whether each row has a tag, or if no row has it, whether a text of the row contains the word."""
-        has = self._has_tag("tags", word)
-        if not has.any():
-            has = self._has_tag("tags", f"*{word}*")
-            for name in _WORDS:
-                has |= self._accepts(name, ":", word)
-        return has
 
     def _has_tag(self, name: str, value: str) -> ndarray:
         tags = self._lists(name)

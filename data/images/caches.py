@@ -58,8 +58,7 @@ class Cached(Source):
         self.key_of = key_of
         self._name = name
         # Each process, loader workers included, has its own row, so no lock is needed.
-        self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_()
-        self._counted = self._counts.numpy()
+        self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_().numpy()
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the image of a row; hits and misses have equal pixels and strides. Raises UnreadableImage."""
@@ -88,11 +87,11 @@ class Cached(Source):
         self.inner.prefetch(row for row in rows if not self.has(row))
 
     def _count(self, name: str) -> None:
-        self._counted[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
+        self._counts[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts over all processes."""
-        return dict(zip(_COUNTED, self._counts.sum(dim=0).tolist()))
+        return dict(zip(_COUNTED, self._counts.sum(axis=0).tolist()))
 
     def readings(self) -> dict[str, float]:
         """Return the hit rate and the size in GiB, and the metrics of the inner source."""

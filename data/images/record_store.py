@@ -8,10 +8,9 @@ it was writing. A record is a checksum and the content; a record with a wrong ch
 """
 
 import fcntl
-import hashlib
 import os
 import re
-import weakref
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy import ndarray
 
 from data.stream.source import Record
 from utils.errors import UserError
-from utils.io.files import canonical_json, is_locked, output_errors, sha256_text, write_atomically
+from utils.io.files import canonical_json, output_errors, sha256_text, write_atomically
 from utils.io.memo import own_cache
 from utils.ranks import distributed
 
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
-_USES = "uses"
-_KEY = "S32"
+USED = "used"  # a file that marks the folder of a store, and holds the total size of a limited one
+DAY_SEC = 86_400
 _is_record = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp").fullmatch  # or a temporary file of a killed process
 _FULL = 0.9  # eviction removes the oldest records down to this share of the limit
 
@@ -61,48 +60,33 @@ class Store:
         return self._file(key).exists()
 
     def get(self, key: str) -> ndarray | None:
-        """Return the content of a record, uint8 [N], or None. A damaged record is removed."""
+        """Return the content of a record, uint8 [N], or None; note the day of its use. A damaged record is removed."""
+        file = self._file(key)
         try:
-            record = np.fromfile(self._file(key), np.uint8)
+            record = np.fromfile(file, np.uint8)
         except OSError:
             return None
         content = record[_SUM_BYTES:]
-        if _checksum(content) == record[:_SUM_BYTES].tobytes():
-            return content
-        with suppress(OSError):
-            self._file(key).unlink()
-        return None
+        is_whole = _checksum(content) == record[:_SUM_BYTES].tobytes()
+        with suppress(OSError):  # a read-only disk
+            if not is_whole:
+                file.unlink()
+            elif time.time() - file.stat().st_mtime > DAY_SEC:
+                os.utime(file)
+        return content if is_whole else None
 
     def put(self, key: str, content: bytes) -> None:
         """Write a record. Raises OSError."""
         record = _checksum(np.frombuffer(content, np.uint8)) + content
         write_atomically(self.own / key[:2] / key, lambda temporary: temporary.write_bytes(record), flush=False)
 
-    def note_use(self, keys: ndarray) -> None:
-        """Note in the folder `uses` which records a run reads.
-
-        A shared lock on the file lasts as long as this store, also in loader workers.
-        """
-        content = np.unique(keys.astype(_KEY)).tobytes()
-        with suppress(OSError):  # a read-only disk
-            file = self.own / _USES / hashlib.sha256(content).hexdigest()[:32]
-            if not file.exists():  # another run may hold its lock
-                write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
-            os.utime(file)
-            descriptor = os.open(file, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-
     def unused(self, since: float) -> list[Path]:
-        """Return the old records and notes that no run has read since then; none in a folder without notes of use.
+        """Return the old records that nothing has read since then; none in a folder without the mark of a store.
 
         A folder of a user may have names of two digits, too.
         """
-        notes = list(self.folder.glob(f"{_USES}/[!.]*"))
-        old = [note for note in notes if note.stat().st_mtime < since and not is_locked(note, is_shared=True)]
-        used = {key for note in set(notes).difference(old) for key in np.fromfile(note, _KEY).tolist()}
-        records = [file for file in self.folder.glob("[0-9a-f][0-9a-f]/*") if notes and _is_record(file.name)]
-        return old + [file for file in records if file.name.encode() not in used and file.stat().st_mtime < since]
+        records = self.folder.glob("[0-9a-f][0-9a-f]/*") if (self.folder / USED).exists() else ()
+        return [file for file in records if _is_record(file.name) and file.stat().st_mtime < since]
 
 
 def _checksum(content: ndarray) -> bytes:
@@ -122,7 +106,7 @@ class LimitedStore(Store):
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         super().__init__(own_cache(folder))
         self._limit = limit_bytes
-        self._used = self.folder / "used"  # a file that holds the total size
+        self._used = self.folder / USED
         with output_errors("data.cache.folder", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a read-only disk; a record that must be written raises it again
@@ -174,7 +158,6 @@ class TensorStore:
         """Return which keys have no record, bool, in the shape of `keys`; the same on all ranks."""
 
         def find() -> ndarray:
-            self._store.note_use(keys.ravel())
             existing = np.array([file.name for file in self._store.files()], np.bytes_)
             return ~np.isin(keys.astype(np.bytes_), existing)
 
@@ -201,6 +184,8 @@ class TensorStore:
             self._store.put(key, save(record))
 
     def finish(self) -> None:
-        """Flush to disk and wait for all ranks."""
+        """Mark the folder as a store's, flush to disk and wait for all ranks."""
+        with suppress(OSError):  # no record, or a read-only disk
+            (self._store.own / USED).touch()
         os.sync()
         distributed.barrier()

@@ -53,11 +53,12 @@ def image_sizes(collection: Collection, rows: ndarray, cache: Path) -> ndarray:
     0 for unreadable images. cache: a file in which rank 0 keeps measured sizes.
     Raises UserError (`data.root`) if the index of shards has no sizes; shards are not read.
     """
-    from_manifest = collection.stated_sizes()
-    sizes = np.zeros((len(rows), 2), dtype=np.int64) if from_manifest is None else from_manifest[rows]
-
-    is_final = from_manifest is not None and collection.is_packed
-    unknown = np.flatnonzero((sizes == 0).any(axis=1) & (not is_final))
+    names = ("height", "width")
+    is_stated = {*names} <= {*collection.table.column_names}
+    sizes = np.zeros((len(rows), 2), dtype=np.int64)
+    for axis, name in enumerate(names if is_stated else ()):
+        sizes[:, axis] = np.nan_to_num(collection.column(name)[rows])
+    unknown = np.flatnonzero((sizes == 0).any(axis=1) & (not is_stated or not collection.is_packed))
     measured = _measure(collection, rows[unknown], cache, read_upright_size, "image sizes")
     for index, size in zip(unknown, measured):
         sizes[index] = size or 0

@@ -102,46 +102,6 @@ class Sampler:
         return Draw(position, row, rng.sample_key(self.seed, position), group)
 
 
-class _BalancedSampler(Sampler):
-    """Every class equally often; the samples of a class take turns, in another order each lap.
-
-    An epoch has as many positions as there are samples. So samples of small classes occur several times in it (with
-    different augmentation), and some samples of large classes do not occur.
-    """
-
-    def __init__(self, rows: Sequence[int], class_ids: ndarray, seed: int) -> None:
-        super().__init__(rows, seed)
-        order = np.argsort(class_ids, kind="stable")
-        self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Return (row, 0)."""
-        number, turn = self._class_at(position)
-        members = self._members[number]
-        lap, index = divmod(turn, len(members))
-        order = _order(self.seed, rng.hash_counters(number, lap, 2), len(members))
-        return int(self.rows[members[order(index)]]), 0
-
-    def _class_at(self, position: int) -> tuple[int, int]:
-        """Return the class of a position, and how often that class occurred before.
-
-        An epoch has full rounds of all classes, each in a random order. The remaining positions go to the next classes
-        in turn, so that every class occurs equally often over the epochs.
-        """
-        classes = len(self._members)
-        rounds, extra = divmod(self.epoch_length, classes)
-        epoch, offset = divmod(position, self.epoch_length)
-        turn, index = divmod(offset, classes)
-        key = rng.hash_counters(epoch, turn, 1)
-        extra_before = epoch * extra  # positions beyond full rounds, in earlier epochs
-        if turn < rounds:
-            number = _order(self.seed, key, classes)(index)
-        else:
-            number = (extra_before + _order(self.seed, key, extra)(index)) % classes
-        extra_of_class = (extra_before + classes - 1 - number) // classes
-        return number, epoch * rounds + extra_of_class + turn
-
-
 class GroupedSampler(Sampler):
     """Samples in chunks of fixed size with one group (one shape) each; the chunks of an epoch are shuffled.
 
@@ -188,25 +148,25 @@ def build_sampler(
 ) -> Sampler:
     """Return the sampler for `loop.sampling`, which alone decides how often a position names a row.
 
-    name: shuffled, or balanced over the classes of the training split; with groups, and of concepts, shuffled.
-    groups, chunk: as in `GroupedSampler`. Balanced sampling raises UserError if an image has no label.
+    name: shuffled, or balanced: the classes of the training split take equal shares of an epoch, as concepts without
+    repeats do; concepts go first. groups, chunk: as in `GroupedSampler`. Balanced sampling raises UserError if an image
+    has no label.
     """
-    turns = None
+    ids = np.zeros(0, int)
     if collection.concepts:
         ids = collection.concept_ids()[rows]
         positions = count_positions(collection.concepts, np.bincount(ids, minlength=len(collection.concepts)))
-        turns = Turns(ids, np.zeros(len(ids), int) if groups is None else groups, positions, seed)
-    if groups is not None:
-        return GroupedSampler(rows, groups, chunk, seed, turns)
-    if name == "shuffled" or turns is not None:
-        return Sampler(rows, seed, turns)
-    class_ids = collection.class_ids(collection.class_names("train"))[rows]
-    if without := np.count_nonzero(class_ids < 0):
-        raise UserError(
-            f"loop.sampling: balanced needs the class of every training image, and {without:,} of {len(rows):,} have "
-            "none; set loop.sampling=shuffled"
-        )
-    return _BalancedSampler(np.asarray(rows), class_ids, seed)
+    elif name == "balanced":
+        class_ids = collection.class_ids(collection.class_names("train"))[rows]
+        if without := np.count_nonzero(class_ids < 0):
+            raise UserError(
+                f"loop.sampling: balanced needs the class of every training image, and {without:,} of {len(rows):,} "
+                "have none; set loop.sampling=shuffled"
+            )
+        names, ids = np.unique(class_ids, return_inverse=True)
+        positions = np.full(len(names), max(1, round(len(rows) / max(1, len(names)))))
+    turns = Turns(ids, np.zeros(len(ids), int) if groups is None else groups, positions, seed) if len(ids) else None
+    return Sampler(rows, seed, turns) if groups is None else GroupedSampler(rows, groups, chunk, seed, turns)
 
 
 def train_batches(

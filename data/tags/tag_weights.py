@@ -40,16 +40,7 @@ class TagWeightsConfig(Strict):
         return np.clip((median / np.maximum(counts, 1)) ** self.power, self.low, self.high) * factors
 
 
-class ImageTags(NamedTags):
-    """The tags of all rows."""
-
-    def factors(self, config: TagWeightsConfig) -> ndarray:
-        """Return the factor for the category of each tag, float64 [T]; 1 by default."""
-        categories = (category_name(parse_tag(name).category or 0) for name in self.names)
-        return np.array([config.factors.get(category, 1.0) for category in categories])
-
-
-def read_tags(collection: Collection, captions: Captions) -> ImageTags:
+def read_tags(collection: Collection, captions: Captions) -> NamedTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
     parse = functools.cache(parse_tag)
     first = {}
@@ -60,7 +51,7 @@ def read_tags(collection: Collection, captions: Captions) -> ImageTags:
         joined = (own.keep_tokens_separator or "\0").join(row.tags or _find_tags(own.read(row), own))
         parts = filter(str.strip, joined.split(own.keep_tokens_separator or "\0"))
         tags.append(list(dict.fromkeys(first.setdefault(parse(part), part) for part in parts)))
-    return ImageTags.of(pa.chunked_array([tags], pa.list_(pa.string())))
+    return NamedTags.of(pa.chunked_array([tags], pa.list_(pa.string())))
 
 
 def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
@@ -74,7 +65,9 @@ def weigh_images(collection: Collection, rows: ndarray, config: TagWeightsConfig
     Tags are counted in `rows`, whose images weigh 1 on average.
     """
     tags = read_tags(collection, captions)
-    weights = config.weigh(tags.count(rows, len(tags.names)), tags.factors(config))
+    categories = (category_name(parse_tag(name).category or 0) for name in tags.names)
+    factors = np.array([config.factors.get(category, 1.0) for category in categories])
+    weights = config.weigh(tags.count(rows, len(tags.names)), factors)
     owners = tags.owners()
     values = weights[tags.ids]
     sizes = np.bincount(owners, values > 0, minlength=len(collection))

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 from safetensors import deserialize
 
-from data.collection.choose import spread
 from data.config import DataConfig
 from data.images.caches import GIB
-from data.images.record_store import Store
+from data.images.record_store import DAY_SEC, USED, Store
 from data.load import load_collection
 from data.open import open_images
-from data.stream.source import IMAGE, UnreadableImage
+from data.stream.source import UnreadableImage
 from data.tools.config import Cache
 from utils.errors import UserError
 from utils.io.files import output_errors
@@ -24,24 +23,21 @@ from utils.record.logging import log
 from utils.record.progress import track
 from utils.record.report import TableRow
 
-_COMPARED = 32  # images
 _CACHES = Path("outputs/cache")
-_DAY_SEC = 86_400
 
 
 def manage_caches(job: Cache, data: DataConfig) -> str:
     """Fill, or list and remove. Raises UserError (`job.apply`, `data.cache.disk_gib`)."""
-    images = _describe_images(job, data) if job.fill or data.cache.disk_gib else ""
     if job.fill:
-        return images
+        return _fill(job, data)
     caches = {*_CACHES.glob("*"), Path(data.cache.folder)}
     unused = []
     rows = []
     for path in sorted(path for path in caches if path.exists()):
-        records = Store(path).unused(time.time() - job.unused_days * _DAY_SEC)
+        records = Store(path).unused(time.time() - job.unused_days * DAY_SEC)
         rows.append(_describe(path, len(records)))
         unused += records
-    log.info("%s\n%s", Lines(show_rows(rows)), images)
+    log.info("%s", Lines(show_rows(rows)))
     size = sum(file.stat().st_size for file in unused) / GIB
     with output_errors("job.apply", _CACHES):
         for file in unused if job.apply else ():
@@ -50,30 +46,23 @@ def manage_caches(job: Cache, data: DataConfig) -> str:
     return f"{len(unused):,} files ({size:.3g} GiB) not used for {job.unused_days:g} days: {done}"
 
 
-def _describe_images(job: Cache, data: DataConfig) -> str:
-    """Return how many images the cache has, and how far they are from decoded ones; `job.fill`: after filling it."""
+def _fill(job: Cache, data: DataConfig) -> str:
+    """Keep all images in the cache on disk; return how many it has."""
     if not data.cache.disk_gib:
         raise UserError("data.cache.disk_gib: 0 keeps no image; set the GiB that the cache may take, as for training")
     collection = load_collection(data)
     channels = 1 if job.fill == "grey" else 3
     source = open_images(collection, data, {"channels": channels, "shortest_px": job.shortest_px})
 
-    def keep(row: int) -> None:
+    def keep(row: int) -> bool:
         with suppress(UnreadableImage):  # training names it
             source.read(row)
+        return source.has(row)
 
-    rows = np.flatnonzero(collection.weights() > 0)
-    for _ in track(in_threads(keep, rows.tolist()), len(rows), "filling the cache") if job.fill else ():
-        pass
-    kept = np.array([row for row in rows.tolist() if source.has(row)])
-    errors = [
-        (source.read(row)[IMAGE].int() - source.inner.read(row)[IMAGE]).abs().max()
-        for row in spread(kept, _COMPARED).tolist()
-    ]
+    rows = np.flatnonzero(collection.weights() > 0).tolist()
+    kept = sum(track(in_threads(keep, rows), len(rows), "filling the cache"))
     place = f"{data.cache.folder}, which data.cache.disk_gib={data.cache.disk_gib:g} limits"
-    compared = f"{len(errors)} of them differ by at most {max(errors, default=0)} of 255 from images decoded now"
-    recipe = source.inner.decoder.identity()
-    return f"{len(kept):,} of {len(rows):,} images are raw uint8 pixels in {place}; {compared} ({recipe})"
+    return f"{kept:,} of {len(rows):,} images are raw uint8 pixels in {place} ({source.inner.decoder.identity()})"
 
 
 def _describe(path: Path, unused: int) -> TableRow:
@@ -84,7 +73,8 @@ def _describe(path: Path, unused: int) -> TableRow:
 
 
 def _describe_record(path: Path) -> str:
-    """Return the dtypes and shapes of a record of tensors, or nothing; a user's folder may look like a cache."""
-    files = Store(path).files() if (path / "uses").exists() else ()
+    """Return the dtypes and shapes of a record of tensors, or nothing for images; a user's folder may look so, too."""
+    mark = path / USED
+    files = Store(path).files() if mark.exists() and not mark.read_text() else ()
     tensors = [part for file in files[:1] for part in deserialize(Store(path).get(file.name).tobytes())]
     return ", ".join(f"{name} {facts['dtype']} {facts['shape']}" for name, facts in tensors)

@@ -67,7 +67,10 @@ def check(job: Check, data: DataConfig) -> str:
     tables["findings"] = [finding._asdict() for finding in sorted(collection.findings, reverse=True)]
     for finding in tables["findings"]:
         log.warning("%s (%s)", finding["line"], finding["key"])
-    pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
+    readable = [fact for fact in facts if fact.kind is None]
+    values = {name: np.array([getattr(fact, name) for fact in readable], float) for name in _DRAWN}
+    values["aspect"] = values["width"] / values["height"]
+    pictures = {name: _draw_histogram(name, each) for name, each in values.items() if readable}
     summary = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.items())
     summary += f" ({Path(job.report, job.name)}.jsonl)" if kinds else "no fault"
     page = save_report(Path(job.report) / job.name, data.root, _summarise(collection), tables, pictures)
@@ -152,13 +155,6 @@ def _summarise(collection: Collection) -> dict[str, float]:
     figures["tags per image"] = round(float(lengths.mean()), 2)
     figures["GiB"] = round(pc.sum(collection.table["size"]).as_py() / 2**30, 3)
     return figures
-
-
-def _measurements(facts: list[FileFacts]) -> dict[str, ndarray]:
-    """Return the measured values of each kind, if images were measured."""
-    readable = [fact for fact in facts if fact.kind is None]
-    values = {name: np.array([getattr(fact, name) for fact in readable], float) for name in _DRAWN}
-    return values | {"aspect": values["width"] / values["height"]} if readable else {}
 
 
 def _draw_histogram(title: str, values: ndarray) -> ndarray:

@@ -146,8 +146,8 @@ class ApplyCorrections(Tool):
 class Cache(Tool):
     """List the caches and what their records hold; with `apply`, remove the records unused for `unused_days`.
 
-    With `data.cache.disk_gib`, as for training, cached images are compared with decoded ones.
-    fill: decode all images into `data.cache.folder`, as training with this `shortest_px` reads them; grey: one channel.
+    fill: decode all images into `data.cache.folder`, as training with this `shortest_px` reads them, and with
+    `data.cache.disk_gib` as for training; grey: one channel.
     """
 
     name: Literal["cache"]

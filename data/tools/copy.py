@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +44,12 @@ def copy_images(job: Copy, data: DataConfig) -> str:
         copied = in_threads(functools.partial(_copy_file, root, target), files)
         new = sum(track(copied, len(files), "copying files"))
         if manifest := find_manifest(root):
-            _copy_rows(manifest, target, images)
+            is_ours = manifest.name == PARQUET
+            table = read_parquet(manifest) if is_ours else read_table(manifest, Unused(), TableChoice())
+            table = table.filter(pc.is_in(table["path"], pa.array(images, pa.string())))
+            save_manifest(target, table, read_sources(manifest))
     found = f"{len(images):,} of {len(collection):,} images are in {target}"
     return f"{found}; copied {new:,} of {len(files):,} files"
-
-
-def _copy_rows(manifest: Path, target: Path, images: Sequence[str]) -> None:
-    """Write the rows of the copied images."""
-    table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused(), TableChoice())
-    table = table.filter(pc.is_in(table["path"], pa.array(images, pa.string())))
-    save_manifest(target, table, read_sources(manifest))
 
 
 def _copy_file(root: Path, target: Path, path: str) -> bool:

@@ -5,7 +5,6 @@ the user wrote.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,24 +25,22 @@ from utils.io.journal import open_journal
 
 
 def exclude_found(job: Finder, data: DataConfig, reasons: Mapping[str, str]) -> str:
-    """List images, and exclude them if `apply` is true. reasons: by path."""
+    """List images, and exclude them if `apply` is true. reasons: by path.
+
+    Raises UserError (`data.root`) if the manifest of job=manifest is absent or foreign.
+    """
     root = check_root(data.root)
     listing = list_files(job.report, job.name, reasons)
     if not job.apply:
         return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
     with open_journal("data.root", root / PARQUET):
-        table, count = exclude(read_own_manifest(root), job.name, reasons)
+        file = find_manifest(root)
+        if file is None:
+            raise UserError(f"data.root: '{root}' has no {PARQUET}; run prepare.py job=manifest first")
+        refuse_foreign(file)
+        table, count = exclude(read_parquet(file), job.name, reasons)
         save_manifest(root, table)
     return f"{count:,} images excluded ({listing})"
-
-
-def read_own_manifest(root: Path) -> Table:
-    """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
-    file = find_manifest(root)
-    if file is None:
-        raise UserError(f"data.root: '{root}' has no {PARQUET}; run prepare.py job=manifest first")
-    refuse_foreign(file)
-    return read_parquet(file)
 
 
 def read_reasons(table: Table) -> list[str | None]:

@@ -112,7 +112,7 @@ _SMALL_CHANGES = (
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}"
 )
 _WHOLE = "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] augment.pad=square"
-_ANY_COLOUR = "augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"
+_ANY_COLOUR = "augment.color_jitter={strength:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY = "rand-m9-mstd0.5-inc1"
 _POLICY_EPOCHS = range(50, 500)

@@ -19,7 +19,7 @@ from engine.run import pace
 from engine.run.loop import Run
 from models.config import timm_config
 from models.weights import offers
-from tests.in_process import make_images, run
+from tests.in_process import configure, make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.config.help import ROOT
 from utils.hardware import choose_precision
@@ -186,6 +186,12 @@ def test_the_rules_for_facts(changes, keys):
     known = replace(FACTS, **changes)
     assert {key for key in KEYS if chosen(known, key)} == {*keys.split()}
     assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)
+
+
+@pytest.mark.parametrize("changes", [{"colours": False}, {"detail": True, "side_px": 600}, LONG])
+def test_the_words_of_rules_are_a_configuration(changes):
+    words = [word for rule in planning.list_rules(replace(FACTS, **changes)) for word in rule.words.split()]
+    configure("train", ["data.root=x", *words])
 
 
 def test_fine_detail_takes_the_time_of_many_epochs():

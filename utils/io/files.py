@@ -167,12 +167,11 @@ def file_lock(path: Path, refusal: str, patience_sec: float = 0.0) -> Iterator[N
             _held.discard(stream)
 
 
-def is_locked(path: Path, *, is_shared: bool = False) -> bool:
-    """Return whether a process holds the lock file; is_shared: several may, and this one may write the file."""
-    mode, lock = ("r+b", fcntl.LOCK_EX) if is_shared else ("rb", fcntl.LOCK_SH)
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock file."""
     try:
-        with open(path, mode) as stream:
-            fcntl.flock(stream, lock | fcntl.LOCK_NB)
+        with open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # no file, or no locks

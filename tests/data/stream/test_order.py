@@ -13,7 +13,6 @@ from data.stream.order import (
     GroupedSampler,
     Sampler,
     Turns,
-    _BalancedSampler,
     build_sampler,
     evaluation_batches,
     plan_batches,
@@ -25,19 +24,25 @@ from utils import rng
 # Rows of a collection are no 0..n-1: the other split lies in between.
 ROWS = np.arange(3, 3 + 2 * 37, 2)
 CLASS_SIZES = [1, 3, 20, 13]
-CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES)), CLASS_SIZES))
+IDS = np.repeat(-1, ROWS[-1] + 1)  # of other splits
+IDS[ROWS] = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES)), CLASS_SIZES))
 GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
 CHUNK = 4
 CONCEPTS, POSITIONS = np.repeat([0, 1, 3], [5, 30, 2]), np.array([15, 12, 0, 3])  # three times, a share, none, a share
 SAMPLERS = {
     "shuffled": lambda seed: Sampler(ROWS, seed),
-    "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
+    "balanced": lambda seed: build_sampler("balanced", ROWS, labelled("ABCD", IDS), seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
     "concepts": lambda seed: Sampler(ROWS, seed, Turns(CONCEPTS, GROUPS * 0, POSITIONS, seed)),
     "concepts in groups": lambda seed: GroupedSampler(
         ROWS, GROUPS, CHUNK, seed, Turns(CONCEPTS, GROUPS, POSITIONS, seed)
     ),
 }
+
+
+def labelled(names, ids):
+    """What `build_sampler` reads of a collection."""
+    return SimpleNamespace(class_names=lambda split: names, class_ids=lambda names: np.array(ids), concepts=[])
 
 
 def epoch_rows(sampler, epoch):
@@ -116,42 +121,20 @@ def test_concepts_have_their_positions_and_their_samples_take_turns(name):
 # --- balanced
 
 
-def balanced_cases():
-    """(class ids, name): epochs that are whole rounds and that are not, classes of one sample, one class."""
-    draws = np.random.default_rng(2)
-    return {
-        "mixed": CLASS_IDS,
-        "whole_rounds": draws.permutation(np.repeat([0, 1, 2], [1, 5, 6])),  # 12 = 4 rounds of 3
-        "remainder": draws.permutation(np.repeat([0, 1, 2], [2, 5, 7])),  # 14 = 4 rounds of 3 and 2 more
-        "one_class": np.zeros(9, dtype=np.int64),
-        "all_single": np.arange(6),
-        "numbers_with_gaps": draws.permutation(np.repeat([7, -1, 100], [4, 3, 4])),
-    }
-
-
-@pytest.mark.parametrize("name", balanced_cases())
-def test_classes_occur_equally_often_and_show_all_their_samples_before_they_repeat_one(name):
-    """Which classes come once more takes turns. The draws of a class are whole laps, over the ends of epochs too."""
-    ids = balanced_cases()[name]
-    sampler = _BalancedSampler(np.arange(len(ids)), ids, 0)
-    epochs = [epoch_rows(sampler, epoch) for epoch in range(20)]
-    assert sampler.epoch_length == len(ids)
-    for number, rows in enumerate(epochs):
-        for of in (Counter(ids[rows].tolist()), Counter(ids[sum(epochs[: number + 1], [])].tolist())):
-            assert set(of) == set(ids.tolist()) and max(of.values()) - min(of.values()) <= 1, number
-    for number in set(ids.tolist()):
-        members = np.flatnonzero(ids == number).tolist()
-        drawn = [row for rows in epochs for row in rows if ids[row] == number]
-        laps = [drawn[start : start + len(members)] for start in range(0, len(drawn), len(members))]
-        assert all(sorted(lap) == members for lap in laps[:-1]) and len(set(laps[-1])) == len(laps[-1])
-        assert len(members) < 5 or laps[0] != laps[1]  # each lap has an order of its own
-
-
-def test_a_known_balanced_order():
-    """An epoch is two rounds of three classes and one more sample."""
-    sampler = _BalancedSampler(np.arange(7), np.array([0, 0, 0, 0, 1, 1, 2]), 0)
-    found = [sampler.at(position)[0] for position in range(14)]
-    assert found == [5, 0, 6, 4, 6, 2, 1, 3, 5, 6, 4, 0, 6, 4]
+@pytest.mark.parametrize("sizes", [CLASS_SIZES, [2, 5, 7], [9], [1] * 6, [1, 1, 40]])
+def test_classes_occur_equally_often_and_their_samples_take_turns(sizes):
+    """An epoch has about as many positions as there are samples, and as many of each class."""
+    ids = np.random.default_rng(2).permutation(np.repeat(range(len(sizes)), sizes))
+    sampler = build_sampler("balanced", range(len(ids)), labelled([*"ABCDEF"[: len(sizes)]], ids), 0)
+    assert abs(sampler.epoch_length - len(ids)) <= len(sizes) / 2
+    total = Counter()
+    for epoch in range(20):
+        rows = epoch_rows(sampler, epoch)
+        assert {*Counter(ids[rows].tolist()).values()} == {sampler.epoch_length // len(sizes)}
+        total.update(rows)
+    for number in range(len(sizes)):
+        shown = [total[row] for row in np.flatnonzero(ids == number).tolist()]
+        assert max(shown) - min(shown) <= 1
 
 
 # --- grouped
@@ -212,18 +195,10 @@ def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(
         assert steps_over_ranks(name, world, micro) == alone
 
 
-def labelled(labels):
-    """What `build_sampler` reads of a collection."""
-    names = sorted({label for label in labels if label is not None})
-    ids = np.array([-1 if label is None else names.index(label) for label in labels])
-    return SimpleNamespace(class_names=lambda split: names, class_ids=lambda names: ids, concepts=[])
-
-
 def test_balanced_needs_labels():
     """Those without would be one class."""
-    collection = labelled(["A", None, "B", None])
     with refuses(r"^loop.sampling: balanced needs the class of every training image, and 2 of"):
-        build_sampler("balanced", np.arange(4), collection, 0)
+        build_sampler("balanced", np.arange(4), labelled(["A", "B"], [0, -1, 1, -1]), 0)
 
 
 # --- evaluation

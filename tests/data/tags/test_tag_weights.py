@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.tags.captions import Captions
-from data.tags.tag_weights import ImageTags, TagWeightsConfig, read_tags, weigh_images
+from data.tags.tag_weights import TagWeightsConfig, read_tags, weigh_images
 from tests.data.tags.test_captions import collection_of, config
 
 
@@ -12,19 +12,10 @@ def rule(**changes):
     return TagWeightsConfig(**{"power": 0.5, "low": 0.1, "high": 3.0, "factors": {}, **changes})
 
 
-def tags_of(rows, names):
-    return ImageTags(np.concatenate([np.array(row, np.int32) for row in rows]), np.cumsum([0, *map(len, rows)]), names)
-
-
-def test_a_tag_weighs_by_its_rarity_within_limits_and_by_its_category():
+def test_a_tag_weighs_by_its_rarity_within_limits():
     counts = np.array([100, 400, 25, 1, 10**6, 0])  # of the tags that occur, 100 is the median
     assert rule().weigh(counts, np.ones(6)) == pytest.approx([1.0, 0.5, 2.0, 3.0, 0.1, 3.0])
     assert rule(power=0.0).weigh(counts, np.ones(6)).tolist() == [1.0] * 6
-    tags = tags_of([[0, 1, 2, 3]], ["hat", "character:miku", "rating:e", "Character:rin"])
-    factors = tags.factors(rule(factors={"character": 1.5, "rating": 0.0}))
-    assert (
-        factors.tolist() == [1.0, 1.5, 0.0, 1.5] and rule().weigh(np.full(4, 4), factors).tolist() == factors.tolist()
-    )
 
 
 def test_an_image_weighs_the_mean_of_its_tags_and_the_images_one_on_average(tmp_path):
