@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from models.build import timm_arguments
-from models.config import TimmConfig
+from models.config import ConvNeXtV2Config, TimmConfig
 from models.interop.foreign import CONFIG, OURS
 from models.interop.metadata import label_names, licence_entry
 from models.interop.parity import refuse_difference, vary_weights
-from models.weights.layouts import Geometry, read_geometry, recognise_state
 from models.weights.timm_hub import filter_state
-from utils.contracts import State
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.io.files import Json, Values, write_json
@@ -41,19 +39,21 @@ def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> Non
         state = network.state_dict()
         arguments = timm_arguments(TimmConfig.model_validate(metadata["model"]))
     else:
-        official, geometry = _read_official(network)
-        stages = len(geometry.depths)
-        if (geometry.stem_stride, stages) != (4, 4):  # with patch_size=2, timm's first stage halves the map again
+        shape = ConvNeXtV2Config.model_validate(metadata["model"])
+        stages = len(shape.dims)
+        if (shape.stem_stride, stages) != (4, 4):  # with patch_size=2, timm's first stage halves the map again
             raise UserError(
-                f"format: timm has no ConvNeXt V2 with {stages} stages and a stem of stride {geometry.stem_stride}; "
+                f"format: timm has no ConvNeXt V2 with {stages} stages and a stem of stride {shape.stem_stride}; "
                 "set format=onnx or safetensors"
             )
-        arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
-        name = f"convnextv2_{geometry.size or 'tiny'}"  # sizes of our own have their depths and dims as arguments
-        sizes = {"num_classes": geometry.num_classes, "in_chans": geometry.in_channels}
+        name = shape.name if shape.name in timm.list_models("convnextv2_*") else "convnextv2_tiny"
+        arguments = shape.model_dump(include={"depths", "dims"})
+        sizes = {"num_classes": network.num_classes, "in_chans": shape.in_channels}
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             target = timm.create_model(name, **sizes, **arguments)
-        state = filter_state(target, official)
+        width = shape.dims[-1]  # of the final norm, which an encoder lacks
+        norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+        state = filter_state(target, {**norm, **network.state_dict()})
     own = target.pretrained_cfg
     classes = target.num_classes
     config = {"architecture": own["architecture"], "num_features": target.num_features, "num_classes": classes}
@@ -87,20 +87,6 @@ def open_timm_folder(folder: Path) -> Outputs:
     with torch.random.fork_rng(devices=[]):
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return network if network.num_classes else network.forward_features
-
-
-def _read_official(network: nn.Module) -> tuple[State, Geometry]:
-    """Return the tensors of a ConvNeXt V2, ours or timm's, under official names, and its geometry.
-
-    If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks.
-    """
-    layout, state = recognise_state(network.state_dict())
-    if layout not in ("official", "timm") or not any(".grn." in name for name in state):
-        name = type(network).__name__
-        raise UserError(f"format: timm takes ConvNeXt V2, not {name}; set format=onnx or safetensors")
-    geometry = read_geometry(state)
-    width = geometry.dims[-1]
-    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
 def _state_images(metadata: Values) -> Preprocessing:

@@ -48,10 +48,6 @@ def _widen(values: Any) -> Any:
     return tree_map_only(Tensor, lambda each: each.float() if each.dtype == torch.float16 else each, values)
 
 
-def _widen_inputs(module: nn.Module, inputs: Any) -> Any:
-    return _widen(inputs)
-
-
 def _narrow_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.half()
 
@@ -64,7 +60,7 @@ def to_fp16(model: ImageModel) -> ImageModel:
     for module in narrow.network.modules():
         if module not in kept and (isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES):
             kept.update(module.modules())
-            module.register_forward_pre_hook(_widen_inputs)
+            module.register_forward_pre_hook(lambda module, inputs: _widen(inputs))
             module.register_forward_hook(_narrow_output)
     for module in set(narrow.network.modules()) - kept:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

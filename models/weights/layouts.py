@@ -1,4 +1,4 @@
-"""The layouts of a ConvNeXt V2's tensors: recognise them by name, translate them, and read depths and widths.
+"""The layouts of a ConvNeXt V2's tensors: recognise them by name, and translate them to the official one.
 
 | layout | written by |
 |---|---|
@@ -6,7 +6,7 @@
 | timm, transformers | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
 
-Each layout has its own names for stem, blocks and head. The table has templates that translate in both directions:
+Each layout has its own names for stem, blocks and head. The table has templates of these names:
 `{s}` is the number of a stage, `{b}` the number of a block. Only GRN and pointwise layers differ in shape.
 
 Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py, huggingface/pytorch-image-models:timm/models/convnext.py,
@@ -16,9 +16,8 @@ huggingface/transformers:models/convnextv2.
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -71,9 +70,9 @@ def recognise_state(state: Tensors) -> tuple[str, State]:
         state = dict(itertools.starmap(from_sparse, state.items()))
     for layout in get_args(Layout):
         if is_in_layout(state, layout):
-            return layout, translate(state, layout, "official")
+            return layout, translate(state, layout)
     if is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official"):
-        return "official", {name: _reshape_for(name, tensor, "official") for name, tensor in state.items()}
+        return "official", translate(state, "official")
     return "other", state
 
 
@@ -98,21 +97,18 @@ def strip_wrappers(state: Tensors) -> State:
     return dict(state)
 
 
-def translate_name(name: str, source: Layout, target: Layout) -> str | None:
-    """Return a tensor's name in another layout, or None if the source layout has no such name."""
-    for pattern, template in zip(_PATTERNS[source], _TEMPLATES[target]):
+def official_name(name: str, layout: Layout) -> str:
+    """Return the official name of a tensor, or the same name if the layout has no such name."""
+    for pattern, template in zip(_PATTERNS[layout], _TEMPLATES["official"]):
         if match := pattern.fullmatch(name):
             return template.format(**match.groupdict())
-    return None
+    return name
 
 
-def translate(state: Tensors, source: Layout, target: Layout) -> State:
-    """Return a state with the names and shapes of another layout; unknown names stay unchanged."""
-    translated = {}
-    for name, tensor in state.items():
-        new = translate_name(name, source, target)
-        translated[new or name] = tensor if new is None else _reshape_for(new, tensor, target)
-    return translated
+def translate(state: Tensors, layout: Layout) -> State:
+    """Return a state with official names and shapes; unknown names stay unchanged."""
+    names = {name: official_name(name, layout) for name in state}
+    return {names[name]: _reshape(names[name], tensor) for name, tensor in state.items()}
 
 
 def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
@@ -120,50 +116,10 @@ def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
     return any(_PATTERNS[layout][_DWCONV].fullmatch(name) for name in names)
 
 
-def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    """Return a tensor in a layout's shape: GRN, and pointwise layers saved as convolutions, are reshaped."""
-    if ".grn." in name:
-        flat = tensor.numel() == tensor.shape[-1]
-        return tensor.reshape(-1 if layout == "timm" else (1, 1, 1, -1)) if flat else tensor
-    pointwise = translate_name(name, layout, "official")
-    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and pointwise is not None and ".pwconv" in pointwise:
+def _reshape(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor in the official shape: GRN, and pointwise layers saved as convolutions, are reshaped."""
+    if ".grn." in name and tensor.numel() == tensor.shape[-1]:
+        return tensor.reshape(1, 1, 1, -1)
+    if ".pwconv" in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor
-
-
-# The published sizes: depths and dims.
-SIZES = {
-    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
-    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
-    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
-    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
-}
-_DEPTHWISE = re.compile(r"stages\.(\d+)\.\d+\.dwconv\.weight")
-
-
-class Geometry(NamedTuple):
-    """Depths and dims of the stages, the stem's stride, input channels, and classes (0: no head)."""
-
-    depths: tuple[int, ...]
-    dims: tuple[int, ...]
-    stem_stride: int
-    in_channels: int
-    num_classes: int
-
-    @property
-    def size(self) -> str | None:
-        """Return the name of the published size, or None for other sizes."""
-        return next((name for name, shape in SIZES.items() if shape == (self.depths, self.dims)), None)
-
-
-def read_geometry(state: Tensors) -> Geometry:
-    """Return the geometry of a state under official names."""
-    depths = Counter(match[1] for name in state if (match := _DEPTHWISE.fullmatch(name)))
-    dims = tuple(len(state[f"stages.{stage}.0.dwconv.weight"]) for stage in range(len(depths)))
-    stem = state["downsample_layers.0.0.weight"]
-    classes = len(state.get("head.weight", ()))
-    return Geometry(tuple(depths[stage] for stage in sorted(depths)), dims, stem.shape[-1], stem.shape[1], classes)

@@ -29,7 +29,6 @@ from models.interop.parity import vary_weights
 from models.layers import GRN
 from models.normalise import Normalise
 from models.predictor import open_session
-from models.weights.layouts import SIZES
 from tests import support
 from tests.support import refuses
 from utils.io.files import read_json
@@ -47,10 +46,10 @@ def no_network(monkeypatch):
 
 
 def geometry(size="small", stem_stride=4, stages=4, in_channels=3):
-    depths, dims = SIZES.get(size, ((1, 1, 2, 1), (8, 12, 16, 20)))
+    depths, dims = ([2, 2, 6, 2], [40, 80, 160, 320]) if size == "atto" else ([1, 1, 2, 1], [8, 12, 16, 20])
     return ConvNeXtV2Config(
-        family="convnextv2", name=f"convnextv2_{size}", in_channels=in_channels, depths=list(depths[:stages]),
-        dims=list(dims[:stages]), stem_stride=stem_stride, drop_path_rate=0.1, head_init_scale=1.0,
+        family="convnextv2", name=f"convnextv2_{size}", in_channels=in_channels, depths=depths[:stages],
+        dims=dims[:stages], stem_stride=stem_stride, drop_path_rate=0.1, head_init_scale=1.0,
     )  # fmt: skip
 
 

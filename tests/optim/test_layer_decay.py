@@ -11,7 +11,7 @@ from models.build import build_network
 from models.config import timm_config
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.layouts import translate_name
+from models.weights.layouts import official_name
 from optim.groups import layer_scales
 from tests.support import refuses
 
@@ -76,7 +76,7 @@ def test_timm_kind_equals_timms_own_groups():
     with torch.device("meta"):
         network = timm.create_model("convnextv2_atto", pretrained=False)
     ours = layer_scales(make_network(ATTO), "timm", 0.8)
-    theirs = {translate_name(name, "timm", "official"): scale for name, scale in timms_scales(network).items()}
+    theirs = {official_name(name, "timm"): scale for name, scale in timms_scales(network).items()}
     assert theirs == pytest.approx(ours, rel=1e-12)
 
 
