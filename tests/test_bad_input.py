@@ -40,10 +40,12 @@ def state_of(place):
 # A message begins with the key, and names what follows ` ... `.
 WRONG = {
     "finetune augment.mean=[0.5] augment.std=[0.5]": "augment.mean: ",
-    "finetune model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: ",
+    "finetune augment.std=[0.5]": "augment.std: 1 numbers",
+    "finetune model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: single ... =timm",
     "finetune init_from=broken.safetensors": "init_from: broken.safetensors",
     "finetune init_from=foreign.pth": "init_from: ... stages.0.0.grn.gamma",
     "pretrain_fcmae task.patch_px=3": "task.patch_px: ",
+    "pretrain_fcmae task.patch_px=16 augment.image_size_hw=[32,40]": "augment.image_size_hw: ",
     "finetune init_from=nowhere dry_run=true": "init_from: nowhere does not exist",
     "finetune init_from=pretrained model.dims=[8,24]": "init_from: ... (16, 8, 2, 2) ... (24, 8, 2, 2) ... model.dims",
     "finetune run_dir=tuned resume=damaged": "resume: damaged ... weights.safetensors",

@@ -1,18 +1,10 @@
 """The normalisation of bytes and of floats, in both memory formats."""
 
-import pytest
 import torch
 
 from models.normalise import Normalise
-from tests.support import refuses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.mark.parametrize("given", [("mean", MEAN[:2], STD), ("std", MEAN, STD[:2])])
-def test_one_number_per_channel(given):
-    with refuses(f"augment.{given[0]}: 2 numbers"):
-        Normalise(*given[1:], 3)
 
 
 def test_bytes_and_floats_are_normalised_alike_in_both_memory_formats():

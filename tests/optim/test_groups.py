@@ -10,7 +10,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
-from optim.groups import is_vector, set_group_values
+from optim.groups import set_group_values
 from optim.schedules import GroupValues
 from tests.support import refuses
 
@@ -75,12 +75,6 @@ def test_groups_partition_the_trainable_parameters(make, decay):
         assert all(named[name] is parameter for name, parameter in zip(group["names"], group["params"]))
     keys = [(group["lr_scale"], group["fixed_decay"] is None) for group in groups]
     assert keys == sorted(set(keys)) and keys[-1] == (1.0, True)
-
-
-@pytest.mark.parametrize("shape, spared", [((8,), True), ((1, 1, 1, 32), True), ((1, 8, 1, 1), True), ((5, 8), False)])
-def test_vectors_by_logical_shape_are_spared_decay(shape, spared):
-    """Biases and norms, and GRN's gamma and beta and the mask token, which published code decayed for being 4-D."""
-    assert is_vector(nn.Parameter(torch.zeros(shape))) == spared
 
 
 def test_rules_set_what_they_state_and_nothing_else():

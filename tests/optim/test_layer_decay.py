@@ -13,7 +13,6 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import official_name
 from optim.groups import layer_scales
-from tests.support import refuses
 
 
 @functools.cache
@@ -87,11 +86,3 @@ def test_networks_of_timm_are_numbered_by_timms_matcher():
     found = layer_scales(network, "timm", 0.8)
     assert len(set(found.values())) > 3
     assert found == pytest.approx(timms_scales(network), rel=1e-12)
-
-
-# --- off, and refusals
-
-
-def test_kinds_of_convnextv2_are_refused_for_a_network_of_timm():
-    with refuses(r"^optim\.layer_decay_kind: group .* set optim\.layer_decay_kind=timm"):
-        layer_scales(timm.create_model("test_resnet"), "group", 0.75)

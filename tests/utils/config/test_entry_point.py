@@ -132,8 +132,10 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
     plain = folder_of()
     assert plain.startswith("outputs/finetune/convnextv2_atto-glyphs-") and len(plain.rpartition("-")[2]) == 8
     assert folder_of() == plain
-    assert folder_of("loop.total_steps=7", "resume=x", "runtime.workers=3", "dry_run=true") == plain
-    assert len({plain, folder_of("seed=1"), folder_of("optim.lr=0.1"), folder_of("runtime.precision=bf16")}) == 4
+    free = ("loop.total_steps=7", "loop.micro_batch_size=1", "resume=x", "runtime.workers=3", "tracking.samples=true")
+    assert folder_of(*free) == plain
+    bound = ("seed=1", "optim.lr=0.1", "runtime.precision=bf16", "loop.batch_size=4", "init_from=x")
+    assert len({plain, *map(folder_of, bound)}) == 6
     assert folder_of("model=convnextv2_tiny").startswith("outputs/finetune/convnextv2_tiny-glyphs-")
     assert folder_of("run_dir=a/b") == "a/b"
 

@@ -4,7 +4,7 @@ import fnmatch
 
 from tests.in_process import TRAINING, load_command
 from tests.support import refuses
-from utils.config.recipe import FREE_KEYS, check_resumable, is_free, recipe_hash
+from utils.config.recipe import FREE_KEYS, check_resumable, recipe_hash
 from utils.config.schema import walk_keys
 
 CONFIG = {
@@ -15,21 +15,6 @@ CONFIG = {
     "runtime": {"precision": "fp32", "workers": 0, "deterministic": False},
     "tracking": {"samples": False},
 }
-
-
-def test_what_is_free():
-    free = [
-        "loop.total_steps",
-        "loop.micro_batch_size",
-        "runtime.workers",
-        "tracking.samples",
-        "run_dir",
-        "task.probe.k",
-    ]
-    bound = ["loop.batch_size", "seed", "runtime.precision", "init_from", "optim.lr", "loop", "data.root"]
-    assert all(map(is_free, free)) and not any(map(is_free, bound))
-    assert is_free("optim.base_lr", ["optim.*"]) and not is_free("optim.base_lr", ["optim.lr"])
-    assert is_free("runtime.precision", ["runtime.precision"])
 
 
 def test_the_hash_is_the_same_on_every_machine():

@@ -13,8 +13,6 @@ from tests.in_process import run as run_script
 from utils.io.files import read_json
 from utils.io.safe_text import HIDDEN, code_span, escape_controls, hide_secrets, hide_secrets_in, safe_lines, safe_row
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.mark.parametrize(
     "text, shown",
@@ -28,15 +26,6 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 def test_control_characters_are_escaped_and_scripts_are_not(text, shown):
     assert escape_controls(text) == shown
     assert escape_controls("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
-
-
-def test_secrets_are_known_by_their_looks():
-    text = f"""https://me:pass1@host/x?y=1 https://host:80/a s3://bucket/a@b
-key {KEY}. {KEY + KEY[:24]} is a SHA-256
-+wandb.api_key=abc data.root=x sorted(x, key=len)
-db.password='a1',x=2"""
-    shown = text.replace("me:pass1", HIDDEN).replace(KEY + ".", f"{HIDDEN}.").replace("=abc", f"={HIDDEN}")
-    assert hide_secrets(text) == shown.replace("'a1'", HIDDEN)
 
 
 _BASE64, _HEX, _TOKEN = "abcXYZ0189+/=", "abcdef0189%", "abcXYZ0189-_.~"
@@ -99,8 +88,11 @@ def test_no_form_shows_a_secret(form):
 
 # Source: the rules of Yelp/detect-secrets:detect_secrets/plugins. @N: so many characters.
 TOKENS = """npm_@36 pypi-AgEIcHlwaS5vcmc@70 sk_live_@24 rk_live_@24 glrt-@20 gloas-@20 SG.@22.@43 sq0csp-@43
-12345678:@35 AKC@10 M@23.@6.@27 ghp_@36 wandb_v1_@24 github_pat_@40 hf_@34 eyJ@9.eyJ@9.@9 AIza@35"""
-ORDINARY = """monkey=3 pass=3 bypass=all session=2
+12345678:@35 AKC@10 M@23.@6.@27 ghp_@36 wandb_v1_@24 github_pat_@40 hf_@34 eyJ@9.eyJ@9.@9 AIza@35
+0123456789abcdef0123456789abcdef01234567"""
+ORDINARY = """https://host:80/a s3://bucket/a@b data.root=x sorted(x, key=len)
+0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef is a SHA-256
+monkey=3 pass=3 bypass=all session=2
 pass: 12 images
 key_(object), password_(object), :@ ;@, token_embedding: 3
 data/pass/a:b@c/1.png npm_folder/pypi-my-own-folder sk_live_show
