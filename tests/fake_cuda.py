@@ -1,11 +1,13 @@
 """Training steps on CUDA tensors that do not exist: finds, without a GPU, what a GPU would refuse.
 
     python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
+    python tests/fake_cuda.py images                            the changes of images on the device
     python tests/fake_cuda.py faults                            planted faults that must be found
 
 Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
 operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry
-point, an evaluation of weights and averages, the writer's copies to the host, a reload, and more steps.
+point, an evaluation of weights and averages, the writer's copies to the host, a reload, and more steps. Neither
+the steps nor the measures of an evaluation, while batches are added, may read on the host.
 
 Three things replace the machine. A shim (C, compiled by cc, loaded before torch) answers that no device has a context:
 without a driver, a CUDA build of torch cannot run a backward pass over fake tensors otherwise. `Device`, a dispatch
@@ -62,17 +64,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.measure import build_bench_run
+from data.augment.steps import AUGMENT
 from engine.measures import probe as probe_module
+from engine.measures.confusion import ConfusionCounts
+from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores
+from engine.measures.tags import TagHistograms
+from engine.measures.top_samples import TopSamples
 from engine.run.checkpoint import copy_to_host
 from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.update import runtime as runtime_module
 from tests.small_tasks import BATCH, make_batch, make_setup, patch_configs
+from utils.cut import cut_images
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda", 0)
 STEPS = 1  # before and after a reload
+ADDS = {measure: measure.add for measure in (ConfusionCounts, Means, TagHistograms, TopSamples)}
 IDLE = "manual_seed", "reset_peak_memory_stats", "synchronize", "empty_cache"  # of torch.cuda
 _VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
 _FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
@@ -246,11 +255,24 @@ def run_steps(run, batches):
             raise
 
 
+def watched(add, device):
+    """Return a measure's `add` within which host reads are reported."""
+
+    def strictly(*arguments):
+        device.strict = True
+        add(*arguments)
+        device.strict = False
+
+    return strictly
+
+
 def run_case(task, optim, precision):
-    """Run steps, evaluations, copies, a reload and more steps; returns the host reads within the steps, and how often
-    they copied a map.
+    """Run steps, evaluations, copies, a reload and more steps; returns the host reads within the steps and measures,
+    and how often the steps copied a map.
     """
     with fake_gpu() as device:
+        for measure, add in ADDS.items():
+            measure.add = watched(add, device)
         kind, setup = make_setup(task)
         torch.manual_seed(0)
         network = kind.build(setup)
@@ -285,6 +307,20 @@ def run_case(task, optim, precision):
         device.strict = True
         run_steps(run, batches)
         return device.waits, device.map_copies
+
+
+def change_images():
+    """Augment images and cut windows out of them; returns the host reads."""
+    from tests.data.augment.test_on_device import ALL, SIZE, config_of, draw_batch
+
+    augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
+    with fake_gpu() as device:
+        batch = {"images": images.to(DEVICE), "key": keys.to(DEVICE), AUGMENT: parameters.to(DEVICE)}
+        windows = zeros(4, 5).long() + 1
+        device.strict = True
+        augment.on_device(batch)
+        cut_images(batch["images"].flatten(), windows, [2, 3, 3], SIZE, "bicubic")
+        return device.waits
 
 
 def score_tags(counts, vocabulary, old=()):
@@ -337,6 +373,8 @@ def main():
         try:
             if case == "faults":
                 row["waits"] = [name for name, fault in FAULTS.items() if not find_fault(*fault)]  # those missed
+            elif case == "images":
+                row["waits"] = change_images()
             else:
                 row["waits"], row["map_copies"] = run_case(*case.split(":"))
         except Exception as error:

@@ -1,5 +1,5 @@
 """Real steps on CUDA tensors that do not exist (tests/fake_cuda.py): no wrong device or dtype, and no host read within
-a step. Planted faults are found. Other tasks, optimisers and precisions: slow_fake_cuda.py.
+a step, a measure or a change of images. Planted faults are found. Other cases: slow_fake_cuda.py.
 """
 
 import json
@@ -27,7 +27,7 @@ def check(rows):
 
 
 def test_planted_faults_are_found_and_tasks_run():
-    rows = run_cases("faults", *[f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")])
+    rows = run_cases("faults", "images", *[f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")])
     check(rows)
     # A classifier copies no map to another dtype or layout. FCMAE does, so the copies are counted.
-    assert rows[1]["map_copies"] == 0 < rows[2]["map_copies"]
+    assert rows[2]["map_copies"] == 0 < rows[3]["map_copies"]

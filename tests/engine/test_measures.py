@@ -1,4 +1,6 @@
-"""Measures. Equal to a plain computation over all samples for any split into batches; `add` never waits for the device.
+"""Measures. Equal to a plain computation over all samples for any split into batches.
+
+That `add` never waits for the device: test_fake_cuda.py.
 
 Their equality over ranks is tested with whole runs: test_exactness.py, test_classification_report.py, test_probe.py.
 """
@@ -9,7 +11,6 @@ import torch
 
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
-from tests.engine.test_no_host_sync import count
 from tests.support import refuses
 
 SAMPLES, CLASSES = 60, 5
@@ -63,11 +64,6 @@ def test_top_samples_are_the_first_of_a_sort_by_score_then_id(split):
     order = sorted(torch.nonzero(VALID).flatten().tolist(), key=lambda row: (-SCORES[row], IDS[row]))[:6]
     assert found["sample_id"].tolist() == IDS[order].tolist()
     assert np.array_equal(found["images"], FEATURES[order].numpy())
-
-
-@pytest.mark.parametrize("fill", [fill_means, fill_top])
-def test_adding_never_waits_for_the_device(fill):
-    assert count(lambda: fill([20, 20, 20])) == []
 
 
 def test_top_samples_of_several_sizes_get_white_edges():

@@ -1,4 +1,4 @@
-"""The figures of a tagger: equal to scikit-learn's for any split into batches and two ranks; no `add` waits."""
+"""The figures of a tagger: equal to scikit-learn's for any split into batches and two ranks."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from sklearn import metrics
 from engine.measures import tags
 from engine.measures.tag_scores import PROBS, TagScores, calibrate, is_fitted, lower_bound
 from engine.measures.tags import BINS, TagHistograms
-from tests.engine.test_no_host_sync import count
 from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
 from utils.formats.vocabulary import Vocabulary
 from utils.ranks import distributed
@@ -130,10 +129,6 @@ def test_two_ranks_and_two_joined_parts_equal_the_whole(is_rank, monkeypatch):
         both = first.reduce().join(second.reduce())
     assert torch.equal(both.histograms, whole.histograms) and torch.equal(both.scores, whole.scores)
     assert np.array_equal(both.average_precision(), whole.average_precision(), equal_nan=True)
-
-
-def test_adding_never_waits_for_the_device():
-    assert count(lambda: fill([300] * 3)) == []
 
 
 def test_what_is_not_finite_or_not_valid():

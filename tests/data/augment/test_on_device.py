@@ -1,5 +1,6 @@
 """Augmentation on the device. Reference equality: torchvision's functions, one image at a time with the same draws.
-Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
+Properties: splits and workers change nothing, the draws cover their ranges. That nothing waits for the device:
+engine/test_fake_cuda.py."""
 
 import functools
 from unittest import mock
@@ -14,8 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 from data.augment import on_device
 from data.augment.config import AugmentConfig
 from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, inverse_matrix, noise_of
-from data.augment.steps import AUGMENT, DeviceAugment
-from tests.engine.test_no_host_sync import count
+from data.augment.steps import DeviceAugment
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
 from utils.config.help import CONF
@@ -145,13 +145,6 @@ def test_a_batch_of_large_images_is_cut_in_parts(monkeypatch):
     whole = cut()
     monkeypatch.setattr("utils.cut._PART_BYTES", 2 * 30 * 40 * 3)
     assert torch.equal(cut(), whole)
-
-
-def test_nothing_waits_for_the_device():
-    augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
-    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters})) == []
-    cut = images.flatten(), torch.ones(4, 5, dtype=torch.int64), [2, 3, 3], SIZE, "bicubic"
-    assert count(lambda: cut_images(*cut)) == []
 
 
 @pytest.mark.gpu
