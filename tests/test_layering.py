@@ -11,6 +11,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pkgutil import resolve_name
 
+from engine.exports.config import FORMATS
 from utils.config.help import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
@@ -124,6 +125,7 @@ def test_every_name_in_a_table_exists():
     trees = [ast.parse((ROOT / file).read_text("utf-8")) for file in files]
     texts = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     names = {text for text in texts if isinstance(text, str) and re.fullmatch(r"(\w+\.)+\w+:\w+", text)}
+    names |= {name for row in FORMATS.values() for name in (row.write, row.use) if name}
     assert len(names) > 30 and all(map(resolve_name, names))
 
 

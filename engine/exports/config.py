@@ -1,9 +1,10 @@
-"""The keys of export.py and of all commands that read a weight file, and the table of the formats of export.py."""
+"""The keys of export.py and of all commands that read a weight file, and the formats of export.py (formats.yaml)."""
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
+import yaml
 from pydantic import model_validator
 
 from utils.config.bounds import Positive
@@ -50,7 +51,7 @@ class Format(NamedTuple):
 
     file: str
     write: str
-    of: tuple[str, ...] = ("classes", "tags", "number", "features")
+    of: Sequence[str] = ("classes", "tags", "number", "features")
     library: str | None = None
     template: str | None = None
     use: str | None = None
@@ -60,34 +61,8 @@ class Format(NamedTuple):
     is_adapter: bool = False  # holds a change of the base model, and needs it
 
 
-_FILE = 'from_single_file("$file", config=$base)'
-_VAE_FILE = 'from_single_file("$file", config=$base, subfolder="vae")'
-_FOLDER = 'from_pretrained(".")'
-_ON_BASE = 'from_pretrained($base)\npipeline.load_lora_weights(".", weight_name="$file")'
-_OPEN = "Open page.html in a browser. It needs neither a server nor the network, and sends nothing."
-_tagger = partial(Format, of=("tags",), template="wd14", fp16=True)
-_sdxl = partial(Format, of=("diffusion",), library="diffusers", use="sdxl.exports:describe_use", fp16=True)
-_vae = partial(Format, of=("autoencoder",), library="diffusers", use="sdxl.exports:describe_use", fp16=True)
-
-FORMATS = {
-    "onnx": Format("model.onnx", "engine.exports.formats:export_onnx", template="onnx", fp16=True, int8=True),
-    "timm": Format(
-        "model.safetensors",
-        "engine.exports.formats:export_timm",
-        of=("classes", "tags", "features"),
-        library="timm",
-        template="timm",
-    ),
-    "safetensors": Format("model.safetensors", "engine.exports.formats:export_safetensors"),
-    "page": Format("page.html", "engine.exports.formats:export_page", of=("classes", "tags"), int8=True, load=_OPEN),
-    "wd14": _tagger("model.onnx", "engine.exports.formats:export_wd14"),
-    "wd_repository": _tagger("model.onnx", "engine.exports.formats:export_repository", library="timm"),
-    "kohya": _sdxl("lora.safetensors", "sdxl.exports:write_kohya", load=_ON_BASE, is_adapter=True),
-    "single_file": _sdxl("model.safetensors", "sdxl.exports:write_single_file", load=_FILE),
-    "diffusers": _sdxl("model_index.json", "sdxl.exports:write_diffusers", load=_FOLDER),
-    "vae": _vae("vae.safetensors", "sdxl.exports:write_vae", load=_VAE_FILE),
-    "vae_diffusers": _vae("config.json", "sdxl.exports:write_vae_diffusers", load=_FOLDER),
-}
+_ROWS = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text("utf-8"))
+FORMATS = {name: Format(**row) for name, row in _ROWS.items()}
 
 
 class ExportConfig(WeightsChoice):

@@ -6,8 +6,8 @@
 | timm, transformers | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
 
-Each layout has its own names for stem, blocks and head. The table has templates of these names:
-`{s}` is the number of a stage, `{b}` the number of a block. Only GRN and pointwise layers differ in shape.
+Each layout has its own names for stem, blocks and head. layouts.yaml has templates of these names. Only GRN and
+pointwise layers differ in shape.
 
 Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py, huggingface/pytorch-image-models:timm/models/convnext.py,
 huggingface/transformers:models/convnextv2.
@@ -17,31 +17,17 @@ import itertools
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, get_args
 
+import yaml
 from torch import Tensor
 
 from utils.contracts import State, Tensors
 
 Layout = Literal["official", "timm", "transformers"]
 
-_STAGE = "convnextv2.encoder.stages.{s}"
-_BLOCK = f"{_STAGE}.layers.{{b}}"
-# The names of a layer (for GRN, of a tensor) in each layout.
-_NAMES = [
-    ("downsample_layers.0.0", "stem.0", "convnextv2.embeddings.patch_embeddings"),
-    ("downsample_layers.0.1", "stem.1", "convnextv2.embeddings.layernorm"),
-    ("downsample_layers.{s}.0", "stages.{s}.downsample.0", f"{_STAGE}.downsampling_layer.0"),
-    ("downsample_layers.{s}.1", "stages.{s}.downsample.1", f"{_STAGE}.downsampling_layer.1"),
-    ("stages.{s}.{b}.dwconv", "stages.{s}.blocks.{b}.conv_dw", f"{_BLOCK}.dwconv"),
-    ("stages.{s}.{b}.norm", "stages.{s}.blocks.{b}.norm", f"{_BLOCK}.layernorm"),
-    ("stages.{s}.{b}.pwconv1", "stages.{s}.blocks.{b}.mlp.fc1", f"{_BLOCK}.pwconv1"),
-    ("stages.{s}.{b}.grn.gamma", "stages.{s}.blocks.{b}.mlp.grn.weight", f"{_BLOCK}.grn.weight"),
-    ("stages.{s}.{b}.grn.beta", "stages.{s}.blocks.{b}.mlp.grn.bias", f"{_BLOCK}.grn.bias"),
-    ("stages.{s}.{b}.pwconv2", "stages.{s}.blocks.{b}.mlp.fc2", f"{_BLOCK}.pwconv2"),
-    ("norm", "head.norm", "convnextv2.layernorm"),
-    ("head", "head.fc", "classifier"),
-]
+_NAMES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _LEAVES = ["" if ".grn." in names[0] else ".{leaf}" for names in _NAMES]  # weight or bias
 
 

@@ -1,74 +1,23 @@
 """Keys that came after the first release, and keys that were cut since: what saved values of any release mean today.
 
 The configuration of a run and the metadata of a weight file reach the schemas, which have no defaults, through
-`read_saved`. A new key of conf/ needs a row in NEWER, a key that goes one in CUT (tests/conf/test_versions.py).
+`read_saved`. A new key of conf/ needs a row in `newer` of versions.yaml, a key that goes one in `cut`
+(tests/conf/test_versions.py).
 """
 
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from utils.io.files import Json, Values
 
-# By key, the value that held before. At this value a key is not in a recipe's hash, so that older runs are found.
-NEWER = {
-    "data.splits": True,
-    "loop.ema_start_steps": 0,
-    "lr_finder.only": False,
-    "task[diffusion].buckets.fit": None,
-    "task[autoencoder].buckets.fit": None,
-    "tracking[wandb].weights": False,
-    "sweep.wandb": None,
-    "task[tagging].tag_weights": None,
-    "task[diffusion].samples.sampler": "auto",
-    "task[diffusion].preserve": None,
-    "task[diffusion].loss.kind": "l2",
-    "task[diffusion].loss.huber_schedule": "snr",
-    "task[diffusion].loss.huber_c": 0.1,
-    "task[diffusion].noise.perturbation": 0.0,
-    "task[diffusion].timesteps.range": [0, 1000],
-    "task[diffusion].lora.network_dropout": 0.0,
-    "task[diffusion].lora.rank_dropout": 0.0,
-    "task[diffusion].lora.module_dropout": 0.0,
-    "task[diffusion].lora.scale_weight_norms": None,
-    # Both matter after a tagger alone: an unfinished run of an earlier release has other facts.
-    "task[tagging].known": [],
-    "task[tagging].keep_old": 0.3,
-    "model[timm].arguments": {},
-}
-# The same, with the keys that are in the hash at any value. task[tagging]: of a task of that name, model[timm]: of a
-# model of that family.
-LATER = {
-    "data.concepts": None,
-    "data.trigger": None,
-    "data.corrections": True,  # there was no such file
-    "data.table": "none",
-    "data.columns": None,
-    "data.group": "none",
-    "data.exclude_copies": False,
-    "loop.early_stop_least": 0.0,
-    "loop.checkpoint_mirror": None,
-    "model[timm].pretrained": "auto",
-    "task[tagging].loss.gamma": 2.0,  # there was no focal loss
-    "task[tagging].loss.alpha": 0.25,
-    "task[diffusion].lora.layers": {},
-    "task[regression].name": "regression",  # a new task
-    **NEWER,
-}
-# By key, the value that means off.
-CUT = {
-    "loop.audit_every": None,
-    "runtime.parallel": "ddp",
-    "sweep.trials": None,
-    "task[diffusion].judge": None,
-    "task[diffusion].loss.perceptual": None,
-    "task[diffusion].captions.order": None,
-    "task[diffusion].captions.dropout": None,
-    "task[diffusion].preference_beta": None,
-    "task[classification].allow_missing_classes": False,
-}
-# Keys of CUT that changed no weights: they go, whatever their value.
-_WITHOUT_WEIGHTS = {"sweep.trials", "task[diffusion].judge", "task[classification].allow_missing_classes"}
+_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+NEWER = _ROWS["newer"]
+LATER = {**_ROWS["hashed"], **NEWER}
+CUT = _ROWS["cut"]
 
 
 def read_saved(values: Values) -> Json:
@@ -78,7 +27,7 @@ def read_saved(values: Values) -> Json:
     resumption, refuses it.
     """
     saved = without(fill(values, LATER), CUT)
-    for key in _WITHOUT_WEIGHTS:
+    for key in _ROWS["without_weights"]:
         group, name = _find(saved, key)
         group.pop(name, None)
     return saved
