@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from models.weights.fit import refuse_misfits
-from sdxl.config import CHANNELS, TIMESTEP_COUNT, SDXLConfig, VAEValues
+from sdxl.config import CHANNELS, SDXLConfig, VAEValues
 from sdxl.files import family
 from sdxl.files.family import PARTS, PREFIXES, Networks
 from sdxl.files.folders import local_base, read_config, unusable, weight_files
@@ -37,27 +37,8 @@ _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
 _FREE = (*SDXLS, "shift_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
-# Defaults of a scheduler's file. It must state the betas of SCHEDULE: diffusers has other defaults.
-_SCHEDULE_DEFAULTS = {
-    "num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,
-    "prediction_type": "epsilon",
-}  # fmt: skip
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
 _PREDICTIONS = {name: prediction for prediction, row in family.PREDICTIONS.items() for name in row.names}
-# Tensors that identify other kinds of checkpoints.
-_SCALED = "quantised weights, whose scales are not read (its fp16 or bf16 file is)"
-_OTHERS = {
-    "cond_stage_model.*": "Stable Diffusion 1 or 2",
-    "conditioner.embedders.0.model.*": "SDXL's refiner",
-    "*joint_blocks.*": "Stable Diffusion 3",
-    "*double_blocks.*": "FLUX",
-    "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
-    "edm_mean": "Playground 2.5",
-    "lora_*": "a LoRA (which init_from and predict.py lora=[FILE] take)",
-    "scaled_fp8": _SCALED,
-    "*.weight_scale": _SCALED,
-    "*.absmax": _SCALED,
-}
 
 
 def settle_model(model: SDXLConfig) -> SDXLConfig:
@@ -262,7 +243,7 @@ def _describe_file(path: Path) -> Json:
             "save it as one first; GGUF has quantised weights, which are not read"
         )
     names, texts = read_header(path)
-    for mark, kind in _OTHERS.items():
+    for mark, kind in family.OTHERS.items():
         if fnmatch.filter(names, mark):
             raise unusable(f"{path} is a checkpoint of {kind}")
     if missing := [prefix for prefix in PREFIXES.values() if not fnmatch.filter(names, f"{prefix}*")]:
@@ -312,7 +293,7 @@ def _describe_folder(path: Path) -> Json:
     if not kind.startswith("StableDiffusionXL") or index.get("requires_aesthetics_score"):
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline of SDXL's base, or it is of its refiner")
     own = read_config(path / "scheduler/scheduler_config.json")
-    scheduler = _SCHEDULE_DEFAULTS | own
+    scheduler = family.SCHEDULER_DEFAULTS | own
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):
         scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     prediction = _PREDICTIONS.get(str(scheduler["prediction_type"]))

@@ -29,7 +29,7 @@ MAINS = {  # the name `module:function` of what runs a job
     "cache": "data.tools.cache:manage_caches",
     "machine": "data.tools.machine:describe_machine",
     "labels": "engine.frozen.labels_job:rank_labels",
-    "import": "sdxl.import_sd_scripts:convert_config",
+    "import": "sdxl.imports.convert:convert_config",
 }
 
 
@@ -179,7 +179,7 @@ class Labels(Tool):
 
 
 class Import(Tool):
-    """Read `source`, a dataset_config of sd-scripts in TOML, and write `output`, a file for experiment=FILE."""
+    """Read `source`, the settings of another program, and write `output`, a file for experiment=FILE."""
 
     name: Literal["import"]
     source: PathText
@@ -187,7 +187,7 @@ class Import(Tool):
 
     def check(self, data: DataConfig) -> str:
         """Read the source alone."""
-        resolve_name("sdxl.import_sd_scripts:read_subsets")(self, [])
+        resolve_name("sdxl.imports.convert:read_experiment")(self.source)
         return NOTHING
 
 

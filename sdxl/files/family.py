@@ -40,8 +40,10 @@ class Prediction(NamedTuple):
 _TABLE = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text("utf-8"))
 PARTS = {name: NetworkFiles(**row) for name, row in _TABLE["parts"].items()}
 PREDICTIONS = {name: Prediction(**row) for name, row in _TABLE["predictions"].items()}
+OTHERS = _TABLE["others"]
 SAMPLERS = _TABLE["samplers"]
 SCHEDULE = _TABLE["schedule"]
+SCHEDULER_DEFAULTS = _TABLE["scheduler_defaults"]
 UNUSED = _TABLE["unused"]
 VAE_SCALING_FACTOR = _TABLE["published"]["vae"]["scaling_factor"]  # single files do not state it
 ENCODERS = ("text_encoder", "text_encoder_2")

@@ -1,6 +1,6 @@
 """Read LoRAs of all kinds: files of kohya and LyCORIS (sd-scripts, ComfyUI, the web UIs), diffusers', and our runs'.
 
-The names of a layer's tensors are a row of _SPELLINGS and an ending. Source: comfyanonymous/ComfyUI:comfy/lora.py;
+The names of a layer's tensors are a row and an ending of spellings.yaml. Source: comfyanonymous/ComfyUI:comfy/lora.py;
 huggingface/diffusers:src/diffusers/loaders/lora_conversion_utils.py; Nerogar/OneTrainer:modules/util/convert/lora.
 """
 
@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 
+import yaml
 from torch import Tensor
 
 from data.layouts.table import show_some
@@ -25,32 +26,12 @@ from utils.io.files import Json, Values, read_json, readable
 from utils.io.weights import read_header, read_weights
 from utils.record.logging import log
 
-# The names of layers in files, with underscores for dots. inside: the name in diffusers; original: in a single file.
-_SPELLINGS = (
-    "{network}.{inside}",  # diffusers, PEFT
-    "{lora}_{original}",  # sd-scripts
-    "{lora}_{inside}",  # OneTrainer
-    "{comfy}.{original}",  # OneTrainer, for ComfyUI
-    "text_encoders.{comfy}.transformer.{inside}",  # ComfyUI
-)
-_OF_UNET = (
-    "{inside}",  # PEFT and diffusers, of the U-Net alone
-    "lycoris_{inside}",  # LyCORIS' own
-    "diffusion_model.{original}",  # ComfyUI
-)
-_COMFY = {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_TABLE = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text("utf-8"))
 _FIRST_ENCODER = ("lora_te1_", "text_encoder_text_model_", "clip_l_", "text_encoders_clip_l_")
 _WRAPPERS = re.compile(r"^base_model\.model\.|\bprocessor\.")  # PEFT's, and that of old files of diffusers
 OF_FILES = ("kind", "factor", "rank", "alpha", "targets", "layers")
 _EMBEDDING = "bundle_emb."  # textual inversion beside a LoRA
-_MATRICES = (".lora_{}.weight", ".lora.{}.weight", "_lora.{}.weight", ".lora_linear_layer.{}.weight")
-_ENDINGS = {
-    **{each.format(end): f"lora_{side}.weight" for each in _MATRICES for end, side in (("down", "A"), ("up", "B"))},
-    **{f".lora_{side}.{name}": f"lora_{side}.weight" for name in ("weight", "default.weight") for side in "AB"},
-    **{f".{name}": name for name in ("alpha", "dora_scale", "lokr_w1", "lokr_w2")},
-    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "dora_scale"),  # PEFT's
-    **{f".{name}_{end}": f"{name}_{end}" for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2") for end in "ab"},
-}
+_ENDINGS = _TABLE["endings"]
 
 
 def read_lora(path: Path, networks: Networks) -> dict[str, LayerChange]:
@@ -112,8 +93,8 @@ def read_lora(path: Path, networks: Networks) -> dict[str, LayerChange]:
 def _spell(name: str) -> list[str]:
     """Return the spellings of a layer."""
     network, _, inside = name.partition(".")
-    rows = _SPELLINGS + _OF_UNET if network == "unet" else _SPELLINGS
-    names = {"network": network, "lora": PARTS[network].lora, "comfy": _COMFY[network]}
+    rows = _TABLE["all"] + _TABLE.get(network, [])
+    names = {"network": network, "lora": PARTS[network].lora, "comfy": _TABLE["comfy"][network]}
     names["original"] = rename("unet", inside, to_single=True) if network == "unet" else inside
     # Old files of diffusers have to_out for to_out.0.
     return [_flat(row.format(**names, inside=each)) for row in rows for each in (inside, inside.removesuffix(".0"))]
