@@ -17,15 +17,17 @@ from nicegui import events, ui
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
 from data.layouts.corrections import Decision, desk_of
-from data.layouts.table import TAG_LISTS, count_values
+from data.layouts.table import TAG_LISTS, count_values, has_value
+from data.stream.source import UnreadableImage
 from utils.formats.spelling import split_tags
 from utils.io.files import Json
 from utils.io.names import to_nfc
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.map import MOST, map_images
+from viewer.map import MOST, find_like, map_images
 from viewer.parts import (
     COLOURS,
+    Chooser,
     Part,
     Sheet,
     bind_address,
@@ -38,25 +40,19 @@ from viewer.parts import (
     show_status,
 )
 from viewer.review import find_review
-from viewer.select import HINT, decide_all, describe_image, take_images
+from viewer.select import decide_all, describe_image, take_images
 from viewer.site import Page
 
 _SHOWN = 60  # tiles, until the browser says how many it has room for
 search_of = functools.lru_cache(maxsize=4)(Search)  # shared by all tabs
 _COUNTED = 500  # values in the table
-_CHANGES = {  # by the title of a button: a field, and the new value from the old one and the typed text
+_CHANGES = {  # by the title of a button: a field, and its new value from the old value and the typed text
     "Relabel": ("label", lambda was, text: to_nfc(text.strip()) or was),
     "Add tags": ("tags", lambda had, text: [*dict.fromkeys([*had, *split_tags(text)])]),
     "Take tags away": ("tags", lambda had, text: [tag for tag in had if tag not in split_tags(text)]),
     "Leave out": ("weight", lambda was, text: 0.0),
     "Take in": ("weight", lambda was, text: was or 1.0),
 }
-_STYLE = """
-.browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 380px }
-@media (min-width: 900px) { .actions { position: sticky; top: 58px; z-index: 1; padding: 8px 0;
-  backdrop-filter: blur(16px) brightness(1.02) } }
-@media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
-"""
 
 
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
@@ -112,26 +108,30 @@ class CollectionPage(Page):
         shelf = self.site.shelf
         root = shelf.config(collection).root
         with self.site.page(show_folder(root)):
-            ui.label(escape_controls(root)).classes("mono muted")
-            if address := await asyncio.to_thread(find_review, shelf.runs, root):
-                ui.link("Review its labels", address)
-            ways = ui.row()
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             with show_fault(show_status().classes("text-negative")):
                 browser = Browser(shelf, collection, await asyncio.to_thread(shelf.open, collection, again=True))
-                with ways:
-                    ui.link("Label these images", f"/label?collection={collection}").classes("main")
-                    ui.link("Tag them", f"/label?collection={collection}&field=tags")
-                    ui.link("Train on them", f"/start?folder={quote(root)}")
+                labels = browser.collection.table["label"]
+                without = int((~has_value(labels)).sum())
+                review = await asyncio.to_thread(find_review, shelf.runs, root)
+                Ways(name=collection, root=root, images=len(labels), without=without, review=review)
                 for finding in sorted(browser.collection.findings, reverse=True):
-                    ui.label(escape_controls(f"{finding.line} ({finding.key})"))
+                    ui.label(escape_controls(finding.line))
                 place = ui.column().classes("w-full")
                 await browser.build()
                 if ui.context.client.page.path == "/map":
                     with place:
                         await show_map(browser)
             wait.delete()
+
+
+class Ways(Part, component="vue/ways.vue"):
+    """What a collection has, and where it leads."""
+
+
+class Finder(Part, component="vue/finder.vue"):
+    """A search, by words or by a picture, with the searches that are kept; and what can be done with marked images."""
 
 
 class FactList(Part, component="vue/facts.vue"):
@@ -187,34 +187,32 @@ class Browser:
 
     async def build(self) -> None:
         """Build the page for the terms in its address."""
-        ui.add_css(_STYLE)
-        with ui.row(wrap=False):
-            self._terms = ui.input(placeholder='1girl -hat character:* split=val caption:"red house" copies>1')
-            self._terms.props("aria-label=find").classes("col")
-            self._terms.on("keydown.enter", self._find)
-            ui.button("Find", on_click=self._find)
-            ui.link("Map", f"/map?collection={self.name}")
-        self._status = show_status()
+        column = self.collection.table["label"]
         names = ["tags", "label", "split", "rating"]
-        labels = count_values(self.collection.table["label"])
+        labels = count_values(column)
         if labels:
             names.sort(key="label".__ne__)  # it comes first
+        self._finder = Finder(name=self.name, text="", marked=0, done=0, labels=[*map(escape_controls, labels)])
+        self._finder.on("find", lambda event: self._go(event.args)).on("act", self._act)
+        with self._finder:
+            upload = ui.upload(auto_upload=True, on_upload=self._find_like).props("flat accept=image/*")
+        upload.on("uploaded", upload.reset, args=[])
+        with upload.add_slot("header"):
+            Chooser(label="Find by a picture")
+        with self._finder.add_slot("says"):
+            self._status = show_status()
         self._box = ui.dialog().props("full-width aria-label='an image'")
         self._tell = bind_address("find", self._go)
         self._tell_image = bind_address("image", self._go_to)
         self._box.on_value_change(lambda event: event.value or self._tell_image(""))
         with ui.element("div").classes("browse"):
-            with ui.element("div"):
-                with ui.row().classes("gap-2 actions"):
-                    self._build_bar([*labels])
-                self._tiles = Tiles(self, self.rows)
-            with ui.element("div"):
-                self._counts = Sheet("count", names, "term", self._count)
-                self._counts.on("pick", lambda event: self._go(f"{self._terms.value or ''} {event.args}".strip()))
+            self._tiles = Tiles(self, self.rows)
+            self._counts = Sheet("count", names, "term", self._count)
+            self._counts.on("pick", lambda event: self._go(f"{self._finder.props['text']} {event.args}".strip()))
         await self._find()
 
     def _go(self, text: str) -> None:
-        self._terms.value = text
+        self._finder.props["text"] = text
         ui.timer(0, self._find, once=True)
 
     def _go_to(self, text: str) -> None:
@@ -224,21 +222,13 @@ class Browser:
         else:
             self._box.close()
 
-    def _build_bar(self, labels: list[str]) -> None:
-        ui.button("Mark all found", on_click=lambda: self.mark(self.rows))
-        ui.button("Undo", on_click=self._undo)
-        self._marks = show_status()
-        with ui.row().classes("gap-2") as self._acts:
-            self._text = ui.input(placeholder="a label, or tags", autocomplete=labels)
-            self._text.props("aria-label='a label, or tags'")
-            for title, change in _CHANGES.items():
-                ui.button(title, on_click=functools.partial(self._decide, *change))
-            ui.button("Group", on_click=self._group)
-            ui.button("Save manifest", on_click=self._save)
-            ui.button("Save list", on_click=lambda: ui.download("\n".join(sorted(self.marked)).encode(), "marked.txt"))
-            ui.button("Unmark all", on_click=lambda: self.marked.clear() or self._say())
-        self._acts.set_visibility(False)
-        ui.label(HINT).classes("muted")
+    async def _act(self, event: events.GenericEventArguments) -> None:
+        """Do what a button says."""
+        title, text = event.args
+        if title in _CHANGES:
+            await self._decide(*_CHANGES[title], text)
+        elif (done := _ACTS[title](self)) is not None:
+            await done
 
     def tile(self, row: int) -> Json:
         """Return what a small image shows."""
@@ -265,9 +255,12 @@ class Browser:
             self._say()
 
     def _say(self) -> None:
-        self._marks.text = f"{len(self.marked):,} marked"
-        self._acts.set_visibility(bool(self.marked))
+        self._finder.props["marked"] = len(self.marked)
         self._tiles.draw()
+
+    def _unmark(self) -> None:
+        self.marked.clear()
+        self._say()
 
     async def show(self, rows: np.ndarray) -> None:
         """Show rows, from the first one on, and what is counted in them."""
@@ -279,7 +272,7 @@ class Browser:
 
     async def _find(self) -> None:
         async with self._lock:  # the last search stays, also if one before it takes longer
-            text = self._terms.value or ""
+            text = self._finder.props["text"]
             with show_fault(self._status):
                 rows = await asyncio.to_thread(search_of(self.collection).find, text)
                 self._tell(text)
@@ -290,10 +283,20 @@ class Browser:
 
     def _count(self, column: str) -> tuple[Json, list[Json]]:
         rows = value_rows(search_of(self.collection), self.rows, column)
-        return {"shown": column, "images": "count", "share": "share", "lift": "x usual"}, rows
+        return {"shown": column, "images": "images", "share": "share", "lift": "× usual"}, rows
 
-    async def _decide(self, field: str, make: Callable[[Any, str], Any]) -> None:
-        change = functools.partial(make, text=self._text.value or "")
+    async def _find_like(self, event: events.UploadEventArguments) -> None:
+        """Show the images most like a picture."""
+        content = await event.file.read()
+        name = escape_controls(event.file.name)
+        with show_fault(self._status, UnreadableImage), show_share(self._status) as tell:
+            config = self.shelf.config(self.name)
+            rows, says = await asyncio.to_thread(find_like, self.collection, config, (content, name), tell)
+            await self.show(rows)
+            self._status.text = f"The {len(rows)} images most like {name}, the most similar first, by {says}"
+
+    async def _decide(self, field: str, make: Callable[[Any, str], Any], text: str) -> None:
+        change = functools.partial(make, text=text)
         lines = await asyncio.to_thread(decide_all, self.collection, self.marked, field, change, name_tab())
         if lines:
             self._done.append(lines)
@@ -301,7 +304,7 @@ class Browser:
 
     async def _group(self) -> None:
         number = zlib.crc32(min(self.marked, default="").encode())
-        await self._decide("group", lambda was, text: number)
+        await self._decide("group", lambda was, text: number, "")
 
     async def _undo(self) -> None:
         lines = self._done.pop() if self._done else []
@@ -316,20 +319,28 @@ class Browser:
             _, fault = await asyncio.to_thread(desk_of(root).sync, lines)
             message = fault or f"{len(lines):,} decisions are in corrections.jsonl"
             self.collection = await asyncio.to_thread(self.shelf.open, self.name, again=True)
+        self._finder.props["done"] = len(self._done)
         ui.notify(escape_controls(message, keep="\n"))
         await (self.show(self.rows) if self._is_chosen else self._find())
 
     async def _save(self) -> None:
-        """Let the browser save a manifest of the marked images; `data.table=FILE` takes it."""
+        """Let the browser save a manifest of images; `data.table=FILE` takes it."""
         file = io.BytesIO()
-        pq.write_table(take_images(self.collection, self.marked), file)
-        ui.download.content(file.getvalue(), "marked.parquet")
+        pq.write_table(take_images(self.collection, self._chosen()), file)
+        ui.download.content(file.getvalue(), "images.parquet")
+
+    def _list(self) -> None:
+        ui.download("\n".join(sorted(self._chosen())).encode(), "images.txt")
+
+    def _chosen(self) -> set[str] | list[str]:
+        """Return the paths of the marked images, or of all that are found."""
+        return self.marked or self.collection.table["path"].take(self.rows).to_pylist()
 
     async def open(self, row: int) -> None:
         """Show an image in a dialog."""
         facts = await asyncio.to_thread(describe_image, self.shelf, self.name, self.collection, row)
         self._box.clear()
-        with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
+        with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("look"):
             shown = ui.image(image_address(self.name, self.collection, row, 1024))
             shown.style("height: min(60vh, 90vw)").props["alt"] = escape_controls(facts["path"])
             FactList(facts={escape_controls(key): escape_controls(value) for key, value in facts.items()})
@@ -341,6 +352,13 @@ class Browser:
             with card:
                 ui.label(f"{len(copies):,} equal or similar images").classes("text-weight-medium")
                 Tiles(self, copies)
+
+
+_ACTS = {  # by the title of a button of vue/finder.vue
+    "Mark all found": lambda browser: browser.mark(browser.rows),
+    "Unmark all": Browser._unmark, "Undo": Browser._undo, "Group": Browser._group, "Save manifest": Browser._save,
+    "Save list": Browser._list,
+}  # fmt: skip
 
 
 class Atlas(Part, component="vue/atlas.vue"):

@@ -19,7 +19,7 @@ from data.collection.concepts import find_folders
 from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.bytes import open_contents
-from data.images.convert import convert, load_upright
+from data.images.convert import convert, is_transparent, load_upright
 from data.images.open import open_image
 from data.layouts.names import is_remote
 from data.stream.source import UnreadableImage
@@ -117,27 +117,26 @@ def image_address(name: str, collection: Collection, row: int, px: int = 256) ->
     return f"/image/{name}/{collection.fingerprint}/{row}?px={px}"
 
 
-def find_copies(shelf: Shelf, name: str, collection: Collection, content: bytes) -> list[int]:
-    """Return the rows of a collection whose file is equal to `content`."""
-    rows = np.flatnonzero(pc.equal(collection.table["size"], len(content)))
-    return [row for row in rows.tolist() if shelf.read(name, collection, row) == content]
-
-
 def rows_of_paths(collection: Collection, paths: Sequence[str]) -> np.ndarray:
     """Return the row of each path, int64 [n]; -1 for others."""
     rows = pc.index_in(pa.array(paths, pa.string()), value_set=collection.table["path"].combine_chunks())
     return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:
-    """Return an image as a JPEG with a longer side of at most `px`. Raises UnreadableImage."""
+def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> tuple[bytes, str]:
+    """Return an image with a longer side of at most `px`, and its format: a JPEG, or WebP where it is transparent.
+
+    Raises UnreadableImage.
+    """
     with open_image(content, name, max_pixels) as image:
         image.draft(None, (px, px))  # a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices
-        picture = Image.fromarray(convert(load_upright(image), 3, background_rgb(DEFAULT)))
+        picture = load_upright(image)
+        keeps = is_transparent(picture) and not picture.mode.startswith("I")
+        picture = picture.convert("RGBA") if keeps else Image.fromarray(convert(picture, 3, background_rgb(DEFAULT)))
         picture.thumbnail((px, px))
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
-        return file.getvalue()
+        kind = "webp" if keeps else "jpeg"
+        picture.save(file := io.BytesIO(), kind, quality=_QUALITY, subsampling=0)
+        return file.getvalue(), kind
 
 
 def add_route(shelf: Shelf) -> None:
@@ -153,9 +152,9 @@ def add_route(shelf: Shelf) -> None:
             if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
                 raise HTTPException(404, "no such image; the collection may have changed: load the page again")
             content = shelf.read(name, collection, row)
-            picture = reduce_image(content, collection.row(row).path, shelf.config(name).max_pixels, px)
+            picture, kind = reduce_image(content, collection.row(row).path, shelf.config(name).max_pixels, px)
         except UnreadableImage:
             return Response(_UNREADABLE, media_type="image/svg+xml", headers=headers)
         except UserError as error:  # a collection that cannot be read
             raise HTTPException(503, str(error)) from None
-        return Response(picture, media_type="image/jpeg", headers=headers)
+        return Response(picture, media_type=f"image/{kind}", headers=headers)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.collection.collection import Collection
-from data.config import DataConfig
 from data.tags.rules import TextConfig, read_rules
 from data.tools import predictions
 from utils.errors import UserError, about
@@ -27,7 +25,6 @@ if TYPE_CHECKING:  # torch is imported when the first network is asked
 _MAX_PIXELS = 100_000_000
 _KEPT = 2  # networks in memory
 _SHOWN = 30  # classes or tags
-_NEAREST = 24  # images
 
 
 class Score(NamedTuple):
@@ -92,7 +89,7 @@ class Networks:
         predictor, _ = self.get(path)
         output = predictor.output
         with self._lock:  # one image is decoded at a time
-            images = _prepare(predictor, content, file)
+            images = prepare_image(predictor, content, file)
             values = predictor.predict(images)[0]
         least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
         text = self._text
@@ -120,36 +117,9 @@ class Networks:
         facts = f"{file}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         return Answer(bars, escape_controls(caption), Image.fromarray(images[0].transpose(1, 2, 0).squeeze()), facts)
 
-    def nearest(
-        self,
-        weights: str,
-        collection: Collection,
-        config: DataConfig,
-        image: tuple[bytes, str],
-        tell: Callable[[float], None],
-    ) -> dict[int, float]:
-        """Return the rows of a collection's images that are most like an image, with their similarities.
 
-        image: encoded, and its name. tell: called with the share of new images that is read; it may raise. Features are
-        kept by the state of each image's file. Raises UnreadableImage, UserError.
-        """
-        import torch
-
-        from engine.frozen.choose import choose_cpu
-        from engine.frozen.features import Frozen, read_features
-        from engine.measures.neighbours import find_nearest
-
-        predictor, version = self.get(self.find(weights))
-        with self._lock:
-            query = predictor.embed(_prepare(predictor, *image))[0]
-        frozen = Frozen(predictor, version, weights)
-        rows = np.flatnonzero(collection.weights())
-        features, rows = read_features(frozen, collection, config, rows, choose_cpu(), tell=tell)
-        near, best = find_nearest(torch.from_numpy(query)[None], features, min(_NEAREST, len(rows)))
-        return dict(zip(rows[best[0]].tolist(), near[0].tolist()))
-
-
-def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
+def prepare_image(predictor: "Predictor", content: bytes, name: str) -> Any:
+    """Return an encoded image as a network takes it, [1, C, H, W]. Raises UnreadableImage."""
     from data.images.prepare import preparer
 
     return preparer(predictor.preprocessing, _MAX_PIXELS)(content, name)[None]

@@ -6,17 +6,19 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
 
+import numpy as np
 from nicegui import ui
+from nicegui.events import GenericEventArguments
 
+from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record import tables
-from utils.record.figures import show_best
+from utils.record.figures import BALANCED, ONE_CLASS, interval, show_name
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, show_command, show_heading
+from viewer.parts import REFRESH_SEC, Part, show_folder, show_heading
 from viewer.queue import Queue
 from viewer.results import describe_prediction, show_images
 from viewer.runs import make_row
@@ -34,12 +36,20 @@ _NOTHING = "No figures yet: the first are written at the first log step."
 _LOG_BYTES = 200_000  # from the start of the log, with the plan, and from the end
 
 
-def summarise_run(index: RunIndex, path: Path) -> str:
-    """Return lines: a run's state, steps and time left, its best figure with its interval, and its task."""
-    row = make_row(index, index.read(path))
-    shown = escape_controls(show_best(RunReader(path).result or {}))
-    best = row["shown"] and f"best {shown or row['shown']}"
-    return f"{row['state']}, step {row['steps']}\n{row['task']}, {row['model']}\n{best}"
+def summarise_run(index: RunIndex, path: Path) -> Json:
+    """Return what vue/front.vue shows of a run while it goes on: its row of the table, and its figures so far."""
+    state = index.read(path)
+    result = RunReader(path).result or {}
+    figures = result.get("figures", {})
+    names = dict.fromkeys([result.get("metric"), "top1", BALANCED])
+    shown = [
+        {"name": show_name(name), "value": figures[name], "interval": interval(name, figures)}
+        for name in names
+        if name in figures
+    ]
+    row = {"figures": shown, "easy": figures.get(ONE_CLASS), "images": figures.get("samples")}
+    row["findings"] = [escape_controls(finding["line"]) for finding in result.get("findings", ())]
+    return make_row(index, state) | row | {"minutes": index.curves(path).minutes(np.array([state.step]))[0].item()}
 
 
 def read_advice(path: Path) -> tuple[str, list[list[str]]]:
@@ -54,19 +64,12 @@ def read_advice(path: Path) -> tuple[str, list[list[str]]]:
     ]
 
 
-def show_next(queue: Queue, path: Path, words: Sequence[str]) -> None:
-    """Show a command about a run, struck out if it is done, and a button that starts it."""
+def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
+    """Return a command about a run, whether it is done, and whether the page may start it."""
     patterns = [*filter(None, map(_LEAVES.get, words))]
-    is_done = patterns and all(any(path.glob(pattern)) for pattern in patterns)
-
-    async def start() -> None:
-        await asyncio.to_thread(queue.act, "", "Add", words[1:])
-        ui.navigate.to("/start")
-
-    with ui.element("s" if is_done else "section"):
-        show_command(words)
-    if queue.may_start and queue.takes(words[1:]):
-        ui.button("Start", on_click=start)
+    is_done = bool(patterns) and all(any(path.glob(pattern)) for pattern in patterns)
+    command = escape_controls(shlex.join(words))
+    return {"words": words, "command": command, "done": is_done, "may": queue.may_start and queue.takes(words[1:])}
 
 
 def command_of(path: Path) -> list[str]:
@@ -75,32 +78,36 @@ def command_of(path: Path) -> list[str]:
     return ["python", f"{reader.config.get('script', 'finetune')}.py", *sorted(reader.settings), f"run_dir={path}"]
 
 
+class Front(Part, component="vue/front.vue"):
+    """A run's figures, what comes next, and its plan."""
+
+
 class Overview(RunTab):
-    """The front of a run; its first lines and its curves follow the run."""
+    """The front of a run; its figures and its curves follow the run."""
 
     async def show(self) -> None:
         """Show the front."""
         index = self.site.index
-        self._state = ui.label().classes("lines")
+        plan, commands = await asyncio.to_thread(read_advice, self.path)
+        if RunReader(self.path).state in ("stopped", "dead", "failed"):
+            commands = [command_of(self.path)]
+        nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
+        self._front = Front(plan=escape_controls(plan, keep="\n"), nexts=nexts, run=None, collection=None)
+        self._front.on("start", self._start)
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)
         if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):
-            root = self.site.shelf.config(collection).root
-            ui.link(f"collection {escape_controls(root)}", f"/collection/{collection}").classes("lines")
-        plan, commands = await asyncio.to_thread(read_advice, self.path)
-        ui.label(escape_controls(plan, keep="\n")).classes("lines")
-        if RunReader(self.path).state in ("stopped", "dead", "failed"):
-            commands = [command_of(self.path)]
-        if commands:
-            show_heading("Next", 2)
-        for command in commands:
-            show_next(self.site.queue, self.path, command)
+            folder = show_folder(self.site.shelf.config(collection).root)
+            self._front.props["collection"] = {"name": folder, "link": f"/collection/{collection}"}
         if images := await asyncio.to_thread(tables.worst_images, self.path, _WORST, (), describe_prediction):
-            show_heading("The worst images", 2)
-            ui.link("all mistakes", f"/run/{quote(self.name)}?tab=Mistakes")
+            show_heading("The worst mistakes", 2)
             await show_images(self.path, self.site.shelf, images)
         await show_curves(lambda: {"": [index.curves(self.path)]}, _NOTHING)
 
     async def _refresh(self) -> None:
         with suppress(OSError, ValueError):  # deleted meanwhile, which the page says
-            self._state.text = await asyncio.to_thread(summarise_run, self.site.index, self.path)
+            self._front.props["run"] = await asyncio.to_thread(summarise_run, self.site.index, self.path)
+
+    async def _start(self, event: GenericEventArguments) -> None:
+        await asyncio.to_thread(self.site.queue.act, "", "Add", event.args[1:])
+        ui.navigate.to("/start")

@@ -18,7 +18,6 @@ from utils.errors import UserError
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
-from utils.record.run_reader import STATES
 
 REFRESH_SEC = 2.0
 ACCENT = "#1c6dd0"
@@ -27,7 +26,6 @@ COLOURS = (
     ACCENT, "#ff780f", "#00b400", "#ff3cb4", "#5a5a4b", "#00b4c3", "#a5a5b4", "#9600d2", "#ff0f3c", "#008769",
     "#c39600", "#b4005a", "#695a78", "#874b00", "#a578ff", "#96a587", "#1ea5ff", "#a57869", "#697800", "#0f6978",
 )  # fmt: skip
-STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", "warning", "positive")))
 
 
 def show_heading(text: str, level: int) -> ui.label:
@@ -117,6 +115,10 @@ class Part(ui.element):
     def __init__(self, **properties: Any) -> None:
         super().__init__()
         self.props.update(properties)
+
+
+class Chooser(Part, component="vue/chooser.vue"):
+    """The head of an uploader."""
 
 
 class Cards(Part, component="vue/cards.vue"):

@@ -18,7 +18,6 @@ from viewer.parts import COLOURS, Cards, Part, Sheet, make_card, show_command
 from viewer.review import find_review
 from viewer.site import RunTab
 
-_CLASSES = 40  # in a matrix
 _IMAGES = 48  # shown at once
 _TAGS = 4  # under an image
 
@@ -80,19 +79,11 @@ class Mistakes(RunTab):
         self._pair = ui.select(choices, value=(), with_input=True, on_change=self._draw).classes("w-full")
         self._pair.props("aria-label=mistakes").style("max-width: 480px")
         if rows:
-            self._show_matrix(rows)
+            cells = [[row["true"], row["predicted"], row["share"]] for row in rows]
+            matrix = Matrix(cells=[[*map(escape_controls, cell)] for cell in cells])
+            matrix.on("choose", lambda event: self._pair.set_value((*cells[event.args][:2],)))
         self._part = ui.column().classes("w-full")
         await self._draw()
-
-    def _show_matrix(self, rows: list[dict[str, str]]) -> None:
-        names = list(dict.fromkeys(name for row in rows for name in (row["true"], row["predicted"])))[:_CLASSES]
-        ui.label(f"Per cent of a label's images (row); the {len(names)} most confused classes").classes("muted")
-
-        at = {name: number for number, name in enumerate(names)}
-        places = [(at.get(row["predicted"]), at.get(row["true"]), float(row["share"])) for row in rows]
-        cells = [[column, line, round(100 * share, 1)] for column, line, share in places if None not in (column, line)]
-        matrix = Matrix(names=[*map(escape_controls, names)], cells=cells)
-        matrix.on("choose", lambda event: self._pair.set_value((names[event.args[1]], names[event.args[0]])))
 
     async def _draw(self) -> None:
         images = await asyncio.to_thread(tables.worst_images, self.path, _IMAGES, self._pair.value, describe_prediction)

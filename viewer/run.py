@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
@@ -15,10 +15,10 @@ from utils.config.recipe import flatten
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.report import STEPS
-from utils.record.run_index import RunIndex, find_runs, is_inside, is_own_run
+from utils.record.run_index import RunIndex, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 from viewer.overview import Overview, command_of
-from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, run_name, show_command
+from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, show_command
 from viewer.results import Mistakes, Tables, Thresholds
 from viewer.site import Page, RunTab
 
@@ -122,16 +122,10 @@ class Pictures(RunTab):
 
 
 class Settings(RunTab):
-    """A run's settings, and the way to those of another run."""
+    """A run's settings."""
 
     async def show(self) -> None:
         """Show the settings."""
-        index = self.site.index
-        others = [run_name(index, path) for path in find_runs(index.roots) if path != self.path]
-        compare = ui.select({name: escape_controls(name) for name in others}, label="compare with").classes("w-64")
-        compare.on_value_change(
-            lambda event: ui.navigate.to(f"/compare?{urlencode([('run', self.name), ('run', event.value)])}")
-        )
         settings = flatten(RunReader(self.path).config).items()
         rows = [{"key": escape_controls(key), "value": escape_controls(str(value))} for key, value in settings]
         await Sheet("settings", ["settings"], "key", lambda _: ({"key": "Key", "value": "Value"}, rows)).fill()

@@ -16,8 +16,6 @@ from data.stream.source import UnreadableImage
 from utils.formats.spelling import category_name, parse_tag
 from viewer.images import Shelf, rows_of_paths
 
-HINT = "Marking: the box of an image, Ctrl and a click, or X; Shift marks all from the last one to this one."
-
 
 def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) -> dict[str, str]:
     """Return what the collection and the file say of an image: columns, tags by category, EXIF, or why not."""

@@ -20,40 +20,6 @@ from viewer.queue import Queue
 
 _PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
-_STYLE = """
-body { font-size: 15px; font-variant-numeric: tabular-nums;
-  --link: #1c6dd0; --warn: #a35200; --error: #c92a2a; --muted: #555; --line: #dcd8d0; --card: #fff; --fill: #1c6dd0 }
-.body--dark { --link: #74b0f5; --warn: #ffa94d; --error: #ff8787; --muted: #b5b5b5; --line: #4a4a4a; --card: #262626 }
-.body--dark .text-primary { --q-primary: var(--link) } .body--dark .text-negative { --q-negative: var(--error) }
-a { color: var(--link) } h1 { font-size: 20px; font-weight: 600; line-height: 1.3; margin: 0; overflow-wrap: anywhere }
-.nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
-header.q-header { padding: 4px 16px; background: #212529 }
-header a { color: #fff; white-space: nowrap; text-decoration: none; padding: 8px 0 }
-header [aria-current] { box-shadow: inset 0 -2px }
-header a:hover, header a:focus-visible { text-decoration: underline; outline-color: #fff }
-.muted { color: var(--muted) } .mono { font-family: ui-monospace, monospace; font-size: 13px }
-h2 { font-size: 17px; font-weight: 600; line-height: 1.3; margin: 8px 0 0 }
-.lines { white-space: pre-line; overflow-wrap: anywhere }
-a.main { background: var(--fill); color: #fff; font-weight: 600; text-decoration: none; border-radius: 8px;
-  padding: 6px 14px }
-.charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
-.level-1 { color: var(--warn) } .level-2 { color: var(--error) }
-.from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
-.q-table td:last-child { overflow-wrap: anywhere; min-width: 100px }
-.nicegui-log { white-space: pre-wrap; overflow-wrap: anywhere }
-.q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap }
-summary { display: list-item; font-weight: 500; cursor: pointer }
-.q-uploader__subtitle { display: none } .nicegui-code { width: 100% }
-.nicegui-code code { white-space: pre-wrap; overflow-wrap: anywhere }
-s, section { width: 100% } s::after { content: "done"; display: inline-block }
-progress { appearance: none; display: block; width: 100%; height: 6px; border: 0; border-radius: 3px; overflow: hidden;
-  background: var(--line) }
-progress::-webkit-progress-bar { background: var(--line) } progress::-webkit-progress-value { background: var(--link) }
-progress::-moz-progress-bar { background: var(--link) }
-progress:indeterminate::-webkit-progress-bar {
-  background: repeating-linear-gradient(135deg, var(--line) 0 8px, transparent 8px 16px) }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
-"""
 
 
 def set_looks() -> None:
@@ -85,9 +51,8 @@ class Site:
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
-        """Frame a page: links to the other pages, the heading, and the style."""
+        """Frame a page: links to the other pages, and the heading. vue/frame.vue has the style."""
         ui.colors(**_COLOURS)
-        ui.add_css(_STYLE)
         ui.page_title(f"{title} - Atelier")
         with ui.header(wrap=False).classes("items-center gap-3"):
             ui.label("Atelier").classes("text-weight-bold text-subtitle1 gt-xs")

@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import io
+import itertools
 
-import numpy as np
-from fastapi import HTTPException
 from nicegui import events, ui
 
 from data.stream.source import UnreadableImage
@@ -13,34 +12,29 @@ from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, PER_TAG
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from viewer.collection import Browser, list_collections
-from viewer.images import Shelf, find_copies
-from viewer.parts import Part, show_share, show_status
+from utils.record.run_index import find_runs
+from viewer.images import Shelf
+from viewer.parts import Chooser, Part, show_status
 from viewer.site import Page
 
 _ADVICE = (
-    "Is the image in a collection? It is marked among its nearest images, where labels and tags can be changed. To add "
-    "a new image, save it in the collection's folder, with a label like the other images."
+    "The page of a collection finds the images most like a picture. To add a new image, save it in the collection's "
+    "folder, with a label like the other images."
 )
 MAX_BYTES = 64 * 2**20  # of an upload
 
 
-def list_choices(shelf: Shelf) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Return runs and their weight files, each with the name of its collection, and titles of collections by name."""
-    own = dict[str, str | None]()
-    for run, collection in shelf.of_runs().items():
-        for file in (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")):
-            if str(file) == escape_controls(str(file)):
-                own[str(file)] = collection
-    return own, {row["name"]: f"{row['folder']}: {row['about']}" for row in list_collections(shelf)}
+def list_choices(shelf: Shelf) -> list[str]:
+    """Return runs and their weight files."""
+    runs = find_runs(shelf.runs.roots)
+    files = itertools.chain.from_iterable(
+        (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")) for run in runs
+    )
+    return [str(file) for file in files if str(file) == escape_controls(str(file))]
 
 
 class Answers(Part, component="vue/answers.vue"):
     """What networks say of images, side by side."""
-
-
-class Chooser(Part, component="vue/chooser.vue"):
-    """The head of an uploader."""
 
 
 class TryPage(Page):
@@ -50,19 +44,14 @@ class TryPage(Page):
 
     async def show(self) -> None:
         """Show the page: weight files of runs and collections to choose from."""
-        own, collections = await asyncio.to_thread(list_choices, self.site.shelf)
+        own = await asyncio.to_thread(list_choices, self.site.shelf)
         self._images = []
         self._newest = 0  # the number of the last question
         with self.site.page("Try an image"):
-            self._build_choices([*own])
+            self._build_choices(own)
             self._message = show_status("No image yet." if own else "No run yet: type the path of a weight file.")
             self._message.classes("muted").style("min-height: 24px")
             self._result = Answers(answers=[]).on("copy", lambda event: ui.clipboard.write(event.args))
-            with ui.row():
-                self._collection = ui.select(collections, label="Collection", value=next(iter(own.values()), None))
-                self._collection.classes("col")
-                self._search = ui.button("Find its nearest images", on_click=self._find)
-            self._alike = ui.column().classes("w-full")
 
     def _build_choices(self, own: list[str]) -> None:
         with ui.row():
@@ -80,7 +69,7 @@ class TryPage(Page):
         for choice in (self._weights, self._profile):
             choice.on_value_change(self._ask)
         upload = ui.upload(multiple=True, auto_upload=True, on_multi_upload=self._take)
-        with upload.add_slot("header"), Chooser():
+        with upload.add_slot("header"), Chooser(label="Drop, paste or choose images"):
             ui.label(_ADVICE)
         upload.on_rejected(self._refuse).on("failed", self._refuse, args=[]).on("uploaded", upload.reset, args=[])
         upload.props(f"flat bordered max-total-size={MAX_BYTES}").classes("w-full")
@@ -96,7 +85,6 @@ class TryPage(Page):
         """Ask each network about each image; stop when another question is asked, or the tab is closed."""
         self._newest += 1
         number = self._newest
-        self._alike.clear()
         rows = []
         for content, name in self._images:
             for weights in self._weights.value:
@@ -118,35 +106,3 @@ class TryPage(Page):
         seen = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         bars = {kind: [bar._asdict() for bar in shown] for kind, shown in answer.bars.items()}
         return {**answer._asdict(), "weights": weights, "seen": seen, "bars": bars}
-
-    async def _find(self) -> None:
-        if not (self._images and self._weights.value and self._collection.value):
-            ui.notify("choose a network, an image and a collection")
-            return
-        shelf = self.site.shelf
-        name = self._collection.value
-        image = self._images[0]
-        nearest = self.site.networks.nearest
-        self._alike.clear()
-        self._search.disable()
-        try:
-            collection = await asyncio.to_thread(shelf.open, name, again=True)
-            copies = await asyncio.to_thread(find_copies, shelf, name, collection, image[0])
-            with show_share(self._message) as tell:
-                alike = await asyncio.to_thread(
-                    nearest, self._weights.value[0], collection, shelf.config(name), image, tell
-                )
-        except (UserError, UnreadableImage, HTTPException) as error:
-            self._message.text = escape_controls(str(error))
-            return
-        finally:
-            self._search.enable()
-        if self._images[0] is not image or self._alike.is_deleted:
-            return
-        best = max(alike.values())
-        self._message.text = f"Equal files: {len(copies)}, marked. The images most like it have up to {best:.3f}."
-        browser = Browser(shelf, name, collection)
-        with self._alike:
-            await browser.build()
-        await browser.show(np.array([*dict.fromkeys([*copies, *alike])]))
-        browser.mark(np.array(copies, int))

@@ -5,12 +5,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support import ROOT, command
+from tests.support import ROOT, command, data_config, make_collection
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data, save_grey
 from utils.record.run_index import RunIndex
 from viewer import images
 from viewer.collection import list_collections
+from viewer.map import find_like
 
 
 @pytest.fixture
@@ -57,6 +58,16 @@ def test_a_changed_collection_has_another_address(shelf, tmp_path):
     before = shelf.open(name)
     (tmp_path / "photos/a.png").unlink()
     assert shelf.open(name) is before and shelf.open(name, again=True).fingerprint != before.fingerprint
+
+
+def test_the_images_most_like_a_picture_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = make_collection(tmp_path / "images", per_class=4, classes="AB")
+    shelf = images.Shelf(RunIndex([]), data_config(root=str(root)))
+    ((name, config),) = shelf.configs.items()
+    content = sorted(root.rglob("*.png"))[3].read_bytes()
+    rows, _ = find_like(shelf.open(name), config, (content, "x.png"), lambda share: None)
+    assert rows[0] == 3 and len({*rows}) == len(shelf.open(name))
 
 
 WITHOUT_TORCH = """

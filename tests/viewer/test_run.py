@@ -31,7 +31,7 @@ def runs(folder):
     """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
     figures = {"mean_class_accuracy": 0.25, "top1": 0.5, "samples": 96, "always_one_class": 0.5}
     best = {"metric": "top1", "value": 0.5, "step": 2, "is_lowest_best": False, "figures": figures}
-    result = json.dumps({**best, "findings": [{"mark": "by pictures"}]})
+    result = json.dumps({**best, "findings": [{"line": "by pictures"}]})
     files = {"metrics_jsonl": line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2), "result_json": result}
     for name in ("a", "b"):
         corrected = "2026-01-01 00:00:00,000 INFO data.corrections: x decides on 19 labels\n" * (name == "b")
@@ -89,13 +89,14 @@ def test_curves_of_runs(tmp_path):
 def test_one_visit(page, address, runs):
     page.goto(f"{address}/run/0/sweep/a")
     sees(page, "Learning rate and steps")
-    said = page.locator(".lines").all_inner_texts()
-    best = "top-1 0.5 (95 % interval: 0.4019 to 0.5981), always one class 0.5, by pictures"
-    assert f"best balanced accuracy 0.25, {best}" in said[0] and said[0].startswith("finished, step 2")
-    assert "optim=sgd because it is good\n" in said[2] and "cat 1 of 2 right" in said[2]
+    said = page.locator(".front").inner_text()
+    assert all(text in said for text in ("finished", "50 %", "(40 % to 60 %)", "by pictures", "By class: cat 1"))
+    page.get_by_text("The plan", exact=True).click()
+    sees(page, "optim=sgd because it is good")
     assert page.locator(".cards img").count() == 2
-    assert page.get_by_text("python export.py").count() == 1
-    assert page.locator("s", has_text="evaluate.py per_image=true").count() == 1
+    page.get_by_text("show commands").click()
+    assert page.locator(".front-command.done").inner_text().startswith("python evaluate.py per_image=true")
+    assert page.get_by_role("button", name="Export").count() == 0  # it has no format
     page.get_by_role("tab", name="Thresholds").click()
     said = page.get_by_text("Threshold 0.50")
     assert "precision 0.800" in said.inner_text()
@@ -121,7 +122,7 @@ def test_one_visit(page, address, runs):
     page.get_by_text("about INFO").wait_for(state="hidden")
     assert page.get_by_text("about ERROR").is_visible() and page.locator("img[onerror]").count() == 0
     page.goto(f"{address}/run/0/sweep/b")
-    sees(page, "finished, step 2")
+    sees(page, "step 2")
     (runs / "sweep/b").rename(runs / ".b")
     sees(page, "This run is deleted")
     (runs / ".b").rename(runs / "sweep/b")

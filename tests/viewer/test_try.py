@@ -12,19 +12,16 @@ from data.stream.source import UnreadableImage
 from engine.exports.predictors import load_predictor
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind
-from models.predictor import Predictor
 from tests.data.images.test_corpora import PNG_END, png_header
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
-from tests.support import data_config, encoded, make_collection, refuses, thresholds_of, turned
+from tests.support import encoded, make_collection, refuses, thresholds_of, turned
 from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, sees
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import read_json
 from utils.io.weights import hash_tensors, write_weights
-from utils.record.run_index import RunIndex
 from viewer.app import Guard
-from viewer.images import Shelf
 from viewer.networks import Networks
 from viewer.try_image import MAX_BYTES
 
@@ -153,47 +150,12 @@ def test_a_request_without_a_bound_is_refused(kind, header):
     assert sent[0]["status"] == 403
 
 
-# --- the nearest images
-
-
-def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root = make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2)
-    shelf = Shelf(RunIndex([]), data_config(root=str(root)))
-    (name,) = shelf.configs
-    files = sorted(root.rglob("*.png"))
-    embed, used = Predictor.embed, []
-    monkeypatch.setattr(Predictor, "embed", lambda self, images: used.extend(images) or embed(self, images))
-    image = files[3].read_bytes(), "x.png"
-    networks = open_networks(runs)
-
-    def find():
-        used.clear()
-        collection = shelf.open(name, again=True)
-        return networks.nearest(str(runs / "tagger"), collection, shelf.config(name), image, lambda share: None)
-
-    found = find()
-    assert len(used) == 13 and len(found) == 12
-    assert [*found.items()][0] == (3, 1.0)
-    assert find() == found and len(used) == 1  # the query alone
-    Image.new("RGB", (9, 9)).save(files[5])
-    files[6].write_bytes(b"no image")
-    assert len(find()) == 11 and len(used) == 3  # a blank one, too
-    for record in tmp_path.glob("outputs/cache/features/*/*"):
-        record.write_bytes(b"cut")
-    assert len(find()) == 11 and len(used) == 13
-    os.utime(runs / "tagger/weights/best_weights.safetensors", (1, 1))  # others
-    assert len(find()) == 11 and len(used) == 13
-
-
 # --- the page
 
 
 def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(f"{address}/try")
-    page.get_by_role("button", name="Find its nearest images").click()
-    sees(page, "choose a network, an image and a collection")
     drop = page.locator("input[type=file]")
     drop.set_input_files({"name": f"{HOSTILE}.png", "mimeType": "image/png", "buffer": b"no image"})
     page.get_by_text("known format").wait_for(timeout=240_000)
@@ -215,16 +177,7 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.get_by_role("button", name="Copy caption").first.click()
     page.wait_for_function("async () => await navigator.clipboard.readText() != ''")  # the server writes it
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").first.inner_text()
-    page.get_by_role("button", name="Find its nearest images").click()
-    sees(page, "1 marked")
     assert_accessible(page)
-    page.get_by_label("a label, or tags").fill("B")
-    page.get_by_role("button", name="Relabel").click()
-    sees(page, "1 decisions are in corrections.jsonl")
-    assert (
-        '"path":"train/A/000.png","field":"label","was":"A","now":"B"'
-        in (runs / "images/corrections.jsonl").read_text()
-    )
     box = page.get_by_label("weights")
     box.fill("/etc/passwd"), box.press("Enter")
     sees(page, "file below")
