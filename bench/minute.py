@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 import train
-from bench.draw_collections import save
 from bench.measure import OUT, compare_with_goal, repeated, run_bench, time_ms
 from engine.run.loop import Run
 from utils.config.entry_point import validate
@@ -39,8 +38,9 @@ STAGE = re.compile(r" ([\d.]+) s\b")
 def draw_few():
     """Draw images of noise of two classes."""
     for number in range(16):
-        image = Image.effect_noise((32, 32), 64)
-        save(image, FEW, "train" if number < 12 else "val", f"class_{number % 2}", str(number))
+        folder = FEW / ("train" if number < 12 else "val") / f"class_{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 64).save(folder / f"{number}.png")
 
 
 def run_script(script, run, words, folder):
