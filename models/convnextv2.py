@@ -38,7 +38,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, drop_path_rate: float) -> None:
         super().__init__()
-        self.dwconv = DepthwiseConv2d(dim, kernel_size=7)
+        self.dwconv = DepthwiseConv2d(dim)
         self.norm = LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim)

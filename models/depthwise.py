@@ -54,10 +54,10 @@ class _DepthwiseOnCPU(torch.autograd.Function):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution with an odd square kernel, stride 1 and an output of the input's size."""
+    """A depthwise 7x7 convolution with stride 1 and an output of the input's size."""
 
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, H, W], on a CPU in the channels_last memory format, which is fastest there."""

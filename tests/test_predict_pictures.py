@@ -144,7 +144,6 @@ def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
     "text, words, said",
     [
         ("- a\n- {text: b, sede: 1}", [], "prompts.1.sede: unknown key; close: "),
-        ("- a\n- {text: b, steps: many}", [], "prompts.1.steps: must be a valid integer"),
         ("- {negative: b}", [], "prompts.0.text: "),
         ("[]", [], "prompts: "),
         ("[", [], "prompts: wrong.yaml is not a readable"),

@@ -5,9 +5,7 @@ import torch
 from torch import nn
 
 from models.convnextv2 import ConvNeXtV2
-from models.fcmae import FCMAE
 from models.weights import fit, initialise
-from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
 from utils.contracts import InitFrom
 from utils.io.files import write_json
@@ -21,13 +19,6 @@ def build(num_classes=5, dims=(8, 12), depths=(1, 2)):
         in_channels=3, depths=depths, dims=dims, stem_stride=2, drop_path_rate=0.0, head_init_scale=1.0,
         num_classes=num_classes,
     )  # fmt: skip
-    for parameter in network.parameters():
-        nn.init.normal_(parameter)
-    return network
-
-
-def build_fcmae():
-    network = FCMAE(encoder=build(0), **{**SETTINGS, "patch_px": 4})
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     return network
@@ -112,9 +103,3 @@ def test_a_kept_head_of_other_classes_is_refused(tmp_path):
         initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
     assert loaded_names(target, before) == set(before)
     initialise_from(target, path, keep_head=False, class_names=["a", "b", "c"])  # a head that is drawn anew
-
-
-def test_a_kept_head_that_the_file_has_not_is_refused(tmp_path):
-    with refuses(r"^task\.head: kept, but .* has no head of these 3 classes"):
-        path = save(tmp_path / "w.safetensors", build_fcmae())
-        initialise_from(build(num_classes=3), path, keep_head=True, class_names=["a", "b", "c"])

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.record.figures import INK
-
 RIGHT = "#08519c"
 WRONG = "#be181d"
 Line = tuple[str, str]  # a caption's line: text and colour
@@ -93,32 +91,4 @@ def image_grid(
             for number, (text, color) in enumerate(lines):
                 axis.text(middle, bottom + (number + 0.5) * _LINE_PX, text, color=color, ha="center", va="center")
         axis.imshow(grid, interpolation="nearest")
-        return figure_to_image(figure)
-
-
-def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
-    """Draw a confusion matrix in per cent of each true class, as scikit-learn does, whose import takes over a second.
-
-    counts: [N, N], row true, column predicted. samples: [N], the images of each class, including predictions of other
-    classes than these N.
-    """
-    from matplotlib.figure import Figure
-
-    from utils.record.plots import figure_to_image, style
-
-    percent = 100 * counts / np.maximum(samples, 1)[:, None]
-    columns = [shorten(legible(name), 24) for name in names]
-    rows = [f"{name}  ({images:,})" for name, images in zip(columns, samples)]
-    side = 1 + 0.5 * len(names)  # inches
-    with style():
-        figure = Figure(figsize=(side, side))
-        axis = figure.add_subplot(title=title, xlabel="predicted", ylabel="true (images)")
-        axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-        axis.grid(False)
-        axis.set_xticks(range(len(names)), columns, rotation=90)
-        axis.set_yticks(range(len(names)), rows)
-        for row, column in np.argwhere(counts):
-            value = percent[row, column]
-            color = "white" if value > 50 else INK
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
         return figure_to_image(figure)

@@ -9,7 +9,6 @@ from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
 from tests.support import data_config, placed, refuses
 
-ARCHIVES = ("b/more.tar.gz", "photos.zip")
 pytestmark = pytest.mark.usefixtures("without_formats")
 SAID = (
     "120 images whose package is not installed (make install-formats reads them): .heic 80 (pillow-heif), .nef 40 (raw",

@@ -4,13 +4,12 @@ import os
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from tests.in_process import run, run_command
 from tests.support import placed, refuses
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 @pytest.fixture
