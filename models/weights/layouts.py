@@ -18,17 +18,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
 
 import yaml
 from torch import Tensor
 
 from utils.contracts import State, Tensors
 
-Layout = Literal["official", "timm", "transformers"]
-
-_NAMES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-_LEAVES = ["" if ".grn." in names[0] else ".{leaf}" for names in _NAMES]  # weight or bias
+_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+LAYOUTS = tuple(_ROWS[0])
 
 
 def _compile(template: str) -> re.Pattern[str]:
@@ -37,10 +34,7 @@ def _compile(template: str) -> re.Pattern[str]:
     return re.compile(text.replace(r"convnextv2\.", r"(?:convnextv2\.)?"))
 
 
-_COLUMNS = dict(zip(get_args(Layout), zip(*_NAMES)))
-_TEMPLATES = {layout: [name + leaf for name, leaf in zip(names, _LEAVES)] for layout, names in _COLUMNS.items()}
-_PATTERNS = {layout: [_compile(template) for template in templates] for layout, templates in _TEMPLATES.items()}
-_DWCONV = _TEMPLATES["official"].index("stages.{s}.{b}.dwconv.{leaf}")
+_PATTERNS = {layout: [_compile(row[layout]) for row in _ROWS] for layout in LAYOUTS}
 # From DDP, torch.compile, and wrappers that hold a network as `model` or `network`.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
@@ -54,7 +48,7 @@ def recognise_state(state: Tensors) -> tuple[str, State]:
     state = strip_wrappers(state)
     if any(name.endswith(".dwconv.kernel") for name in state):
         state = dict(itertools.starmap(from_sparse, state.items()))
-    for layout in get_args(Layout):
+    for layout in LAYOUTS:
         if is_in_layout(state, layout):
             return layout, translate(state, layout)
     if is_in_layout([name.removeprefix(_ENCODER) for name in state if name.startswith(_ENCODER)], "official"):
@@ -83,23 +77,23 @@ def strip_wrappers(state: Tensors) -> State:
     return dict(state)
 
 
-def official_name(name: str, layout: Layout) -> str:
+def official_name(name: str, layout: str) -> str:
     """Return the official name of a tensor, or the same name if the layout has no such name."""
-    for pattern, template in zip(_PATTERNS[layout], _TEMPLATES["official"]):
+    for pattern, row in zip(_PATTERNS[layout], _ROWS):
         if match := pattern.fullmatch(name):
-            return template.format(**match.groupdict())
+            return row["official"].format(**match.groupdict())
     return name
 
 
-def translate(state: Tensors, layout: Layout) -> State:
+def translate(state: Tensors, layout: str) -> State:
     """Return a state with official names and shapes; unknown names stay unchanged."""
     names = {name: official_name(name, layout) for name in state}
     return {names[name]: _reshape(names[name], tensor) for name, tensor in state.items()}
 
 
-def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
+def is_in_layout(names: Iterable[str], layout: str) -> bool:
     """Return whether a layout's depthwise convolution is among the names."""
-    return any(_PATTERNS[layout][_DWCONV].fullmatch(name) for name in names)
+    return any(_PATTERNS[layout][0].fullmatch(name) for name in names)
 
 
 def _reshape(name: str, tensor: Tensor) -> Tensor:

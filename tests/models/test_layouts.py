@@ -6,7 +6,6 @@ Norm scales are near 1 and GRN is not the identity, so that logits vary between 
 import argparse
 import functools
 import re
-from typing import get_args
 
 import pytest
 import timm
@@ -18,7 +17,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.interop.parity import vary_weights
 from models.weights.initialise import initialise_from
-from models.weights.layouts import Layout, recognise_state
+from models.weights.layouts import LAYOUTS, recognise_state
 from tests.models.test_fcmae import SETTINGS
 from tests.support import refuses
 from utils.contracts import InitFrom
@@ -100,7 +99,7 @@ def start(network, path, which="model", keep_head=True):
 
 @pytest.mark.parametrize(
     "layout, target, prefix",
-    [*((layout, "ours", "") for layout in (*get_args(Layout), "fcmae")),
+    [*((layout, "ours", "") for layout in (*LAYOUTS, "fcmae")),
      ("transformers", "timm", "_orig_mod.module."), ("fcmae", "timm", "")],
 )  # fmt: skip
 def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tmp_path):
