@@ -32,7 +32,7 @@ UNET = [
     "runtime.offload=true", "loop.clip_grad_norm=null",
 ]  # fmt: skip
 SETTINGS = {
-    "LoRA, 8 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true", "model.frozen_dtype=float8"],
+    "LoRA, 8 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true", "model.frozen_dtype=int8"],
     "LoRA, 12 GB": [*LORA, "loop.micro_batch_size=1", "runtime.offload=true"],
     "LoRA, 16 GB": [*LORA, "loop.micro_batch_size=4"],
     "whole U-Net, 24 GB": [*UNET, "optim=adamw"],

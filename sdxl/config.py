@@ -72,7 +72,7 @@ class SDXLConfig(Strict):
     path: PathText | None
     vae: PathText | None
     vae_values: VAEValues
-    frozen_dtype: Literal["float32", "bfloat16", "float8"]  # of the networks that are not trained
+    frozen_dtype: Literal["float32", "bfloat16", "int8"]  # of the networks that are not trained
     in_channels: Literal[3]  # of the images
 
 
@@ -346,8 +346,8 @@ class DiffusionTaskConfig(TaskConfig):
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; add "
                 "'text_encoder*_proj' to task.lora.targets to train them by LoRA, or set task.lora=null"
             )
-        if config.model.frozen_dtype == "float8" and self.lora is None:
-            raise ValueError("model.frozen_dtype: float8 is for a LoRA's base, but task.lora is null; set bfloat16")
+        if config.model.frozen_dtype == "int8" and self.lora is None:
+            raise ValueError("model.frozen_dtype: int8 is for a LoRA's base, but task.lora is null; set bfloat16")
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
         if self.preserve and not (self.lora and (self.class_words or self.mask)):

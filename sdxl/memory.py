@@ -46,7 +46,7 @@ _LADDER = {
     "runtime.grad_checkpointing": True,
     "runtime.offload": True,
     "optim.fused_backward": True,
-    "model.frozen_dtype": "float8",
+    "model.frozen_dtype": "int8",
     "optim.bf16_weights": True,
 }
 

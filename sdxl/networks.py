@@ -56,7 +56,7 @@ def settle_model(model: SDXLConfig) -> SDXLConfig:
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:
-    """Return the networks `only` of a config; frozen: without gradients, in `frozen_dtype`, float8 for the U-Net alone.
+    """Return the networks `only` of a config; frozen: without gradients, in `frozen_dtype`, int8 for the U-Net alone.
 
     A frozen VAE takes a batch image by image: four of 1024 px at once need 10 GiB, and one keeps a GPU busy.
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
@@ -79,36 +79,33 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
         network.requires_grad_(False)
     if "vae" in networks:
         networks["vae"].enable_slicing()
-    if model.frozen_dtype == "float8" and "unet" in networks:
+    if model.frozen_dtype == "int8" and "unet" in networks:
         for name, layer in list(networks["unet"].named_modules()):
             if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
-                register_parametrization(layer, "weight", _Float8())
+                register_parametrization(layer, "weight", _Int8())
     return networks
 
 
-class _Float8(nn.Module):
-    """Store a weight as float8 and a scale for each row, which brings its largest number to float8's largest.
-
-    The bytes are uint8, which any backend can broadcast.
-    """
+class _Int8(nn.Module):
+    """Store a weight as int8 and a scale for each row, which brings its largest number to 127."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the stored tensors of a weight."""
         rows = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12)
-        scale = (rows / torch.finfo(torch.float8_e4m3fn).max).to(weight.dtype)
-        return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+        scale = (rows / 127).to(weight.dtype)
+        return (weight.float() / scale.float()).round().to(torch.int8), scale
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the weight, in the scale's dtype."""
-        return values.view(torch.float8_e4m3fn).to(scale.dtype) * scale
+        return values.to(scale.dtype) * scale
 
 
 def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
-    """Return the dtype of a part that is not trained; weights in float8 are cast to bfloat16.
+    """Return the dtype of a part that is not trained; weights in int8 are cast to bfloat16.
 
     The VAE is always in float32: bfloat16 changes latents 20 times as much as the cache's rounding, for all epochs.
     """
-    return torch.float32 if part == "vae" else getattr(torch, model.frozen_dtype.replace("float8", "bfloat16"))
+    return torch.float32 if part == "vae" else getattr(torch, model.frozen_dtype.replace("int8", "bfloat16"))
 
 
 @about("model.path")

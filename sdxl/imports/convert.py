@@ -8,6 +8,7 @@ does not hold sets nothing.
 import math
 import os
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,11 @@ def _read_table(name: str) -> Json:
 
 def _find_unread(source: Source, table: Json, recipe: Json) -> list[str]:
     """Return a line for each setting that no formula reads, and why, unless it is off or the program's default."""
-    formulas = [table["formulas"], recipe["concepts"], recipe["run"]]
-    read = {name for rows in formulas for formula in rows.values() for name in _NAME.findall(str(formula))}
+    read = {*_NAME.findall(str([table["formulas"], recipe]))}
     lines = []
-    for name, value in (row for values in (source.run, *source.concepts) for row in values.items()):
-        if name in read or not value or value == table["defaults"].get(name):
-            continue
-        if (why := table["without"].get(name, "has no counterpart")) is not None:
+    for name, value in chain(*(values.items() for values in (source.run, *source.concepts))):
+        why = table["without"].get(name, "has no counterpart")
+        if why and value and name not in read and value != table["defaults"].get(name):
             lines.append(f"{name.replace('__', '.')}={value!r}: {why}")
     return lines
 

@@ -23,11 +23,7 @@ from utils.formats.emphasis import MARK, escape, read_emphasis
 from utils.io.files import Json, readable
 from utils.record.logging import log
 
-_FIELDS = {  # by option of sd-scripts' lines, of the web UIs, and of sd-scripts' .toml and .json
-    "n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps", "prompt": "text",
-    "negative_prompt": "negative", "width": "width", "height": "height", "seed": "seed", "cfg_scale": "guidance",
-    "steps": "steps", "scale": "guidance", "sample_steps": "steps",
-}  # fmt: skip
+_FIELDS = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text("utf-8"))
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 _WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # the web UIs read them as commands; CLIP ignores capitals
 _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts

@@ -309,15 +309,15 @@ def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
     assert build(learns).offloaded == ("vae",)
 
 
-@pytest.mark.parametrize("kind", ["float8", "bfloat16"])
-def test_a_lora_learns_on_a_base_in_float8_near_the_float32_one(kind):
-    """The error of the tiny U-Net's output is 6 % in float8 and 1 % in bfloat16; its weights take half the bytes."""
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_a_lora_learns_on_a_base_in_int8_near_the_float32_one(kind):
+    """The error of the tiny U-Net's output is 1.6 % in int8 and 1.2 % in bfloat16; its weights take half the bytes."""
     base, task, batch = build(), build(f"model.frozen_dtype={kind}"), make_batch()
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     inputs = (latents, torch.tensor([10, 300, 600, 999]), *base._texts(batch), batch["fit"].float())
     found, wanted = (each.predict(*inputs).detach() for each in (task, base))
-    assert ((found - wanted).norm() / wanted.norm()).item() < (0.1 if kind == "float8" else 0.02)
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.02
     sizes = [sum(parameter.nbytes for parameter in each.unet.parameters()) for each in (task, base)]
-    assert sizes[0] / sizes[1] < (0.28 if kind == "float8" else 0.51)
+    assert sizes[0] / sizes[1] < (0.28 if kind == "int8" else 0.51)
     found, wanted = (torch.cat([one.flatten() for one in gradients(each, batch).values()]) for each in (task, base))
     assert torch.cosine_similarity(found, wanted, dim=0) > 0.97
