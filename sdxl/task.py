@@ -15,6 +15,7 @@ Source: Podell et al. 2023 (arXiv 2307.01952); sdxl/step.py has the other parts 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.tokenizer import LENGTH
 from sdxl.lora.files import adapter_state
-from sdxl.lora.lora import ADAPTED, LoRA, adapted_shapes
+from sdxl.lora.lora import ADAPTED, LoRA, adapted_shapes, save_lora
 from sdxl.networks import Networks, base_files, describe_base, open_networks, unused_layer
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import EncodedPrompt, encode_prompt, sample_pictures, scheduler_config
@@ -73,7 +74,7 @@ from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
-from utils.io.files import readable
+from utils.io.files import readable, write_atomically
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_initial
@@ -184,6 +185,13 @@ class DiffusionTask(Task):
         joined = " and ".join(sorted({own, base.get("license")} - {None})) or None
         self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
+
+    def write_beside(self, path: Path) -> None:
+        """Write NAME_lora.safetensors, which ComfyUI and the web UIs read, beside weights of a LoRA."""
+        if self._config.lora is not None:
+            file = path.with_name(f"{path.stem}_lora.safetensors")
+            save = partial(save_lora, changes=self.adapter.changes(), dtype=torch.float32, facts={"title": path.stem})
+            write_atomically(file, save)
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -8,7 +8,7 @@ from tests.in_process import TINY, make_images, run, run_command, run_until_kill
 from tests.support import TINY as TINY_TASKS
 from tests.support import refuses
 from utils.io.weight_files import choose_weights, find_weights
-from utils.io.weights import read_weights
+from utils.io.weights import read_header, read_weights
 
 RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
 RUN += ["loop.evaluate_every_epochs=50"]  # at the end
@@ -62,13 +62,21 @@ def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, cap
 
 def test_best_weights_of_few_validation_images_and_pictures_by_a_step(place):
     pytest.importorskip("diffusers", reason="make install-sdxl")
+    from sdxl.files.family import draw_networks
+    from sdxl.lora.files import read_lora
+
     sizes = ["loop.batch_size=2", "loop.micro_batch_size=2", "task.chunk=2", "loop.total_steps=2"]
     words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images", "optim.lr=0.1"]
     run("finetune_sdxl", [*words, "task.lora=null", "loop.best=loss", "run_dir=whole_sdxl"], place)
     run("finetune_sdxl", [*words, "run_dir=sdxl"], place)
     assert (place / "whole_sdxl/weights/best_weights.safetensors").exists()
     assert not (place / "sdxl/weights/best_weights.safetensors").exists()  # four validation images
-    lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]
+    files = [place / f"sdxl/weights/step_000001{end}.safetensors" for end in ("", "_lora")]  # ours, and ComfyUI's
+    ours, theirs = (read_lora(file, draw_networks()) for file in files)
+    assert all(torch.equal(ours[name].matrix(), theirs[name].matrix()) for name in ours.keys() | theirs.keys())
+    shapes, header = read_header(files[1])
+    assert all(name.startswith("lora_unet_") for name in shapes) and header["ss_network_dim"] == "16"
+    lora = ["weights=sdxl/checkpoints/step_00000002", f"lora=[{files[1]}]", "prompts=p.txt"]
     (place / "p.txt").write_text("red")
     assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)
 
