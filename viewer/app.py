@@ -4,10 +4,11 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nicegui import app, native, ui
+from nicegui import app, ui
 from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartParser
 from starlette.requests import HTTPConnection
@@ -20,7 +21,7 @@ from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.record.logging import log
 from utils.record.run_index import RunIndex
-from viewer.collection import CollectionPage, CollectionsPage
+from viewer.collection import CollectionPage
 from viewer.compare import ComparePage
 from viewer.config import PageConfig
 from viewer.images import Shelf, add_route
@@ -32,7 +33,7 @@ from viewer.run import RunPage, add_pictures
 from viewer.runs import RunsPage
 from viewer.samples import SamplesPage
 from viewer.site import Site, add_missing_page, set_looks
-from viewer.start import StartPage, keep_queue_going
+from viewer.start import StartPage, add_drops, keep_queue_going
 from viewer.try_image import MAX_BYTES, TryPage
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -44,8 +45,7 @@ _HEADERS = {
 _PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried after view.port
 _PAGES = (
-    RunsPage, RunPage, ComparePage, SamplesPage, StartPage, CollectionsPage, CollectionPage, LabelPage, ReviewPage,
-    TryPage,
+    RunsPage, RunPage, ComparePage, SamplesPage, StartPage, CollectionPage, LabelPage, ReviewPage, TryPage,
 )  # fmt: skip
 
 
@@ -99,15 +99,11 @@ def choose_port(host: str, port: int) -> int:
 
     NiceGUI's finder takes a port for used that a server left a moment ago: the tabs of that server would lose it.
     """
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-        return port
-    except OSError:
-        last = port + _PORTS
-    try:
-        return native.find_open_port(port + 1, last)
-    except OSError:
-        raise UserError(f"view.port: {port} to {last} are in use or refused; set another of 1024 or more") from None
+    for wanted in range(port, port + _PORTS):
+        with suppress(OSError, OverflowError):
+            socket.create_server((host, wanted), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+            return wanted
+    raise UserError(f"view.port: {port} to {wanted} are in use or refused; set another of 1024 or more")
 
 
 def serve(
@@ -125,18 +121,19 @@ def serve(
             f"view.host: {host} lets other machines in; set view.token to a long random text and remove "
             "view.start=true, since other people could start trainings here; or set view.host=127.0.0.1"
         )
-    readable = [Path.cwd(), Path.home()]
+    index = RunIndex([Path(root) for root in roots])
+    readable = [*index.roots[:1], Path.cwd(), Path.home()]
     if data.root and not is_remote(data.root):
         readable.append(check_root(data.root).resolve())
     for root in roots:
         if not Path(root).is_dir() and not data.root and root != "outputs":  # a fresh clone has none yet
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     port = choose_port(host, view.port)
-    index = RunIndex([Path(root) for root in roots])
     queue = Queue(readable, index.roots[0], may_start=view.start is not False and host in _LOOPBACK)
     site = Site(index, Shelf(index, data if data.root else None), networks, queue, data, list_prompts)
     add_route(site.shelf)
     add_pictures(index)
+    add_drops(queue, data.max_pixels)
     keep_queue_going(queue)
     set_looks()
     add_missing_page(site)

@@ -5,7 +5,7 @@ import functools
 import io
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,7 +33,6 @@ from viewer.parts import (
     bind_address,
     bind_choice,
     name_tab,
-    run_name,
     show_fault,
     show_folder,
     show_share,
@@ -67,35 +66,6 @@ def value_rows(search: Search, rows: np.ndarray, column: str) -> list[Json]:
         row = {"term": sign + quote_value(value), "shown": escape_controls(value), "images": images}
         lines.append(row | {"share": f"{share:.1%}", "lift": lift})
     return lines
-
-
-def list_collections(shelf: Shelf) -> Iterator[Json]:
-    """Yield rows about collections: `name`, `folder`, `about` (root and settings), and the addresses of `runs`."""
-    runs = shelf.of_runs()
-    for name, config in dict(shelf.configs).items():
-        settings = [f"{key}={value}" for key, value in config.index_settings().items() if value]
-        about = escape_controls("  ".join([config.root, *settings]))
-        trained = [run_name(shelf.runs, run) for run, collection in runs.items() if collection == name]
-        links = {f"/run/{quote(run)}": escape_controls(run.partition("/")[2]) for run in trained}
-        yield {"name": name, "folder": show_folder(config.root), "about": about, "runs": links}
-
-
-class Collections(Part, component="vue/collections.vue"):
-    """A list of collections."""
-
-
-class CollectionsPage(Page):
-    """All collections."""
-
-    addresses = ["/collection"]
-
-    async def show(self) -> None:
-        """Show the list."""
-        with self.site.page("Collections"):
-            rows = await asyncio.to_thread(lambda: list(list_collections(self.site.shelf)))
-            Collections(collections=rows)
-            if not rows:
-                ui.label("No collection yet: python view.py data.root=PATH shows one, and so does a run.")
 
 
 class CollectionPage(Page):

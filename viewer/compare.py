@@ -19,7 +19,8 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_image_table, read_newest
 from viewer.curves import show_curves
-from viewer.parts import Sheet, run_name, show_command, show_heading, show_status
+from viewer.overview import Next
+from viewer.parts import Sheet, run_name, show_heading, show_status
 from viewer.results import Tables, describe_prediction, show_images
 from viewer.site import Page, Site
 
@@ -146,10 +147,9 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
             "The newest tables have no image in common, or are of different splits. These commands write equal ones:"
         )
         for run in runs:
-            ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).style(
-                "overflow-wrap: anywhere"
-            )
-            show_command(["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"])
+            ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).classes("lines")
+        words = ["split=val", "per_image=true"]
+        Next(site.queue, [(run, ["python", "evaluate.py", f"run_dir={run}", *words]) for run in runs])
         return
     groups = {title.format(*names): [] for title in _TITLES["missed" in pairs[0][0]]}
     for pair in pairs:

@@ -18,10 +18,11 @@ from data.layouts.table import count_values
 from utils.io.files import Json
 from utils.record.run_index import RunIndex
 from viewer.images import Shelf, image_address
-from viewer.parts import show_fault, show_share, show_status
+from viewer.parts import show_fault, show_status
 from viewer.review import KEYS, Question, Review, Reviewer, find_review, open_desk, switch_tags
 from viewer.site import Page
 
+_DISPUTED = "\n"  # in place of a class whose proposals are shown: the images about which people disagree
 _NO_IMAGE = -1  # in place of an image's number: a class
 _KEPT = {"label": len(KEYS), "tags": 12}  # keys for what the collection has; the others are for new tags
 _FOLLOW_SEC = 0.3  # between two looks for new labels
@@ -30,8 +31,8 @@ _FOLLOW_SEC = 0.3  # between two looks for new labels
 class Labelling(Review):
     """The images of a collection as one tab labels them.
 
-    field: label, or tags; show: a class or a tag whose proposals are shown; else what to label next. is_read: whether
-    others can be proposed. Raises UserError (`data.root`).
+    field: label, or tags; show: a class or a tag whose proposals are shown, or _DISPUTED; else what to label next.
+    points: of the images that are read, else None. Raises UserError (`data.root`).
     """
 
     hint = "1-9 and letters give a class · Enter accept · R as it was · + a new class"
@@ -50,15 +51,10 @@ class Labelling(Review):
         self.decisions, _ = open_desk(collection).sync()
         self._first = sorted([*count_values(given)][: _KEPT[field]])
         self._show = show
-        self._points = None
+        self.points = None
         self.quality = ""
         self.order = []
         self._every = np.random.default_rng(0).permutation(len(rows)).tolist()
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the images are read."""
-        return self._points is not None
 
     def read(self, config: DataConfig, tell: Callable[[float], None]) -> None:
         """Read the images. tell: called with the share of new images that is read."""
@@ -66,7 +62,9 @@ class Labelling(Review):
 
         points, says = read_points(self.collection, config, self._rows, tell)
         self.about = f"Proposals are by {says}."
-        self._points = turn(points)
+        if self._show:
+            self.order = [self.here]
+        self.points = turn(points)
 
     def names(self) -> Sequence[str]:
         """Return what has a key: names of the collection, then new names. A joined class has two keys."""
@@ -109,12 +107,15 @@ class Labelling(Review):
     def follow(self) -> None:
         """Propose and order by the current labels. The screen stays. Call this in a thread: it takes up to a second."""
         labels = self._find_labels()
-        order = self._every if self._points is None else self._propose(labels)
+        is_disputed = self._show == _DISPUTED
+        order = self._every if self.points is None or is_disputed else self._propose(labels)
         if self.field == "tags" and not self._show:
             order = [*order, *self._every]
-        new = [number for number in order if self.last(number) is None]
+        new = [number for number in order if (self.votes(number) if is_disputed else self.last(number) is None)]
         if self.field == "label" and not self._show:
             new = [number for number in new if number not in labels]
+        if is_disputed:
+            self.quality = f"; people disagree about {len(new):,}"
         shown = self.order[: self.order.index(self.window()[-1]) + 1] if self.order else []
         order = [*dict.fromkeys([*shown, *new])] or self._every
         self.here = self.here if shown else order[0]
@@ -126,7 +127,7 @@ class Labelling(Review):
 
         if self.field == "tags":
             labels = {number: self._show in tags for number, tags in labels.items()}
-        order, classes, probs, self.quality = propose(self._points, labels)
+        order, classes, probs, self.quality = propose(self.points, labels)
         offers = zip(self.questions, classes, probs)
         offered = [question._replace(by=1 - by, says=self._say(question.had, name)) for question, name, by in offers]
         self.questions = offered or self.questions
@@ -157,14 +158,10 @@ class LabelPage(Page):
             await ui.context.client.connected()
             with show_fault(note):
                 labelling = await asyncio.to_thread(Labelling, shelf, collection, field, show)
-                if show:
-                    with show_share(note) as tell:
-                        await asyncio.to_thread(labelling.read, config, tell)
                 await asyncio.to_thread(labelling.follow)
                 labeller = Labeller(labelling, shelf.runs, f"/label?collection={collection}&field={field}&show=", show)
                 note.text = ""
-                if not show:  # the first images are shown meanwhile
-                    await asyncio.to_thread(labelling.read, config, labeller.tell)
+                await asyncio.to_thread(labelling.read, config, labeller.tell)  # the first images are shown meanwhile
 
 
 class Labeller(Reviewer):
@@ -188,8 +185,8 @@ class Labeller(Reviewer):
         return super()._answer(said)
 
     async def _follow(self) -> None:
-        seen = sum(map(len, self._review.decisions.values())), self._review.is_read
-        self._screen.props["reading"] = 1 if self._review.is_read else self._share
+        seen = sum(map(len, self._review.decisions.values())), self._review.points is not None
+        self._screen.props["reading"] = 1 if self._review.points is not None else self._share
         if seen != self._seen:
             self._seen = seen
             await asyncio.to_thread(self._review.follow)

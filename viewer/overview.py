@@ -69,7 +69,9 @@ def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
     patterns = [*filter(None, map(_LEAVES.get, words))]
     is_done = bool(patterns) and all(any(path.glob(pattern)) for pattern in patterns)
     command = escape_controls(shlex.join(words))
-    return {"words": words, "command": command, "done": is_done, "may": queue.may_start and queue.takes(words[1:])}
+    files = sorted(path.glob("export/**/*.*")) if is_done and "export.py" in words else []
+    step = {"words": words, "command": command, "done": is_done, "files": [str(file.relative_to(path)) for file in files]}
+    return step | {"may": queue.may_start and queue.takes(words[1:])}
 
 
 def command_of(path: Path) -> list[str]:
@@ -80,6 +82,19 @@ def command_of(path: Path) -> list[str]:
 
 class Front(Part, component="vue/front.vue"):
     """A run's figures, what comes next, and its plan."""
+
+
+class Next(Part, component="vue/next.vue"):
+    """Commands about runs, with a button that starts each."""
+
+    def __init__(self, queue: Queue, commands: Sequence[tuple[Path, Sequence[str]]]) -> None:
+        super().__init__(nexts=[describe_next(queue, path, words) for path, words in commands])
+        self._queue = queue
+        self.on("start", self._start)
+
+    async def _start(self, event: GenericEventArguments) -> None:
+        await asyncio.to_thread(self._queue.act, "", "Add", event.args[1:])
+        ui.navigate.to("/")
 
 
 class Overview(RunTab):
@@ -110,4 +125,4 @@ class Overview(RunTab):
 
     async def _start(self, event: GenericEventArguments) -> None:
         await asyncio.to_thread(self.site.queue.act, "", "Add", event.args[1:])
-        ui.navigate.to("/start")
+        ui.navigate.to("/")

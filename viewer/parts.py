@@ -88,8 +88,8 @@ def show_fault(status: ui.label, *errors: type[Exception]) -> Iterator[None]:
 
 
 def name_tab() -> str:
-    """Return a short name of the browser's tab, for decisions."""
-    return (ui.context.client.tab_id or "")[:8]
+    """Return who decides: the person's name, if it is known, and a short name of the browser's tab."""
+    return f"{app.storage.client.get('name', '')} {(ui.context.client.tab_id or '')[:8]}".strip()
 
 
 @contextmanager
@@ -128,10 +128,6 @@ class Cards(Part, component="vue/cards.vue"):
 def make_card(address: str | None, alt: str, *lines: str) -> Json:
     """Return a card. address: of the image; alt: the text in its place."""
     return {"src": address, "alt": escape_controls(alt), "lines": [*map(escape_controls, lines)]}
-
-
-class Links(Part, component="vue/links.vue"):
-    """Links in a row."""
 
 
 class Sheet(Part, component="vue/sheet.vue"):

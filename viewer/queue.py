@@ -29,9 +29,9 @@ _PATIENCE_SEC = 10.0  # for another process that changes the queue
 # What a command is, its words on lines. READ, WRITTEN: folders; names below them are neither hidden nor odd.
 _COMMAND = (
     r"((train|finetune_sdxl|prepare)\.py(\n((data\.root|model\.path)=(READ)(/[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*"
-    r"|(run_dir|job\.report)=WRITTEN/\w[\w.-]*|task=tagging|experiment=sdxl/lora|job=labels"
+    r"|(run_dir|job\.report)=WRITTEN(/\w[\w.-]*)+|task=tagging|experiment=sdxl/lora|job=labels"
     r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=[A-Za-z][A-Za-z0-9_ -]*))*"
-    r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=test"
+    r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=(test|val)"
     r"|format=(onnx|wd14)))*)?"
 )
 

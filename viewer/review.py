@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +13,15 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from data.collection.collection import Collection
-from data.layouts.corrections import Decision, Decisions, Desk, decide, desk_of, settle
+from data.layouts.corrections import Decision, Decisions, Desk, decide, desk_of, list_kept, settle
 from data.layouts.table import count_values
+from data.tools.config import report_folder
 from utils.errors import UserError
 from utils.formats.spelling import RATINGS, Tag, parse_tag, write_tag
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
-from utils.record.tables import LABELS, find_image_table, images_about
+from utils.record.tables import find_image_table, images_about
 from viewer.differences import Difference, find_differences
 from viewer.images import Shelf, image_address, rows_of_paths
 from viewer.parts import (
@@ -43,6 +43,7 @@ _SCREEN = 24  # images that are shown together
 _AHEAD = 12  # of the next screen: the browser shows them while the server is asked
 KEYS = "123456789bcdefghijklmnopqstvwyz"  # of classes or tags; a, r, u and x do something else
 _CHOICES = 9  # keys of a review
+_ADVICE = "Find wrong labels, a card of Start, judges each image by all others."
 _LARGE_PX = 1280
 _NEAR_PX = 128
 
@@ -147,7 +148,15 @@ class Review:
         question = self.questions[number]._asdict()
         last = self.last(number)
         near = [make_card(address, label, label) for address, label in question["near"]]
-        return question | {"near": near, "now": last and last.now, "verdict": last and f"{last.verdict} by {last.by}"}
+        said = {"now": last.now, "verdict": last.verdict, "who": last.by} if last else {"verdict": None}
+        return question | {"near": near, "votes": self.votes(number)} | said
+
+    def votes(self, number: int) -> dict[str, Any]:
+        """Return what each person with a name says of an image, if they differ."""
+        lines = self.decisions.get((self.questions[number].path, self.field), ())
+        last = {line.by.rpartition(" ")[0]: line.now for line in reversed([*list_kept(lines)])}
+        last.pop("", None)
+        return last if len({*map(str, last.values())}) > 1 else {}
 
     def decide(self, values: Mapping[str, Any]) -> list[Decision]:
         """Decide on the values of images, by path; return the decisions to save."""
@@ -184,12 +193,10 @@ class Review:
 def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Collection]:
     """Return the differences of a run in images of its collection, their addresses by number and px, and that.
 
-    Raises UserError if there is no difference, with the command that finds
-    them, or if the collection is no folder.
+    Raises UserError if there is no difference, or if the collection is no folder.
     """
     name = shelf.of_run(run)
-    command = judge_command("PATH" if name is None else shelf.config(name).root)
-    nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
+    nothing = UserError(f"No image is known where network and label differ. {_ADVICE}")
     differences = find_differences(run, _MOST)
     if name is None or not differences:
         raise nothing
@@ -197,7 +204,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     root = images_about(run, "root")
     desk = open_desk(collection)
     if root != str(collection.root):
-        raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
+        raise UserError(f"The run's images are in {root or 'an unknown folder'}, not {collection.root}. {_ADVICE}")
     field = "label" if isinstance(differences[0].says, str) else "tags"
     decisions, _ = desk.sync()
     values = collection.table[field]
@@ -235,30 +242,21 @@ def _explain(question: Question, difference: Difference, near: Mapping[str, tupl
 
 
 def describe_basis(run: Path, collection: Collection) -> str:
-    """Return what orders the images of a review, and how many images the review leaves out."""
+    """Return what orders the images of a review."""
     if says := images_about(run, "says"):
         return f"All other images judge each one, by the features of {says}."
     rows = rows_of_paths(collection, pq.read_table(find_image_table(run))["path"].to_pylist())
     trained = np.isin(rows, collection.rows("train")).sum()
-    others = np.count_nonzero(collection.weights()) - len(rows)
     return (
         f"{run.name} judges {len(rows):,} images and has trained on {trained:,} of them, so it agrees with their wrong "
-        f"labels. {others:,} further images are not judged. This command judges each image by all others: "
-        + judge_command(collection.root)
+        f"labels. {_ADVICE}"
     )
-
-
-def judge_command(root: Path | str) -> str:
-    """Return the command that judges each image of a collection by all other images."""
-    return shlex.join(["python", "prepare.py", "job=labels", f"data.root={root}"])
 
 
 def find_review(index: RunIndex, root: str) -> str | None:
     """Return the address of the review of a folder by job=labels, if that has looked at it."""
-    files = itertools.chain.from_iterable(parent.glob(f"*/labels/{LABELS}") for parent in index.roots)
-    runs = [file.parents[1] for file in files]
-    names = [run_name(index, run) for run in runs if is_own_run(run) and images_about(run, "root") == root]
-    return f"/review?run={quote(names[0])}" if names else None
+    found = [Path(report_folder(str(parent), root), "labels") for parent in index.roots]
+    return next((f"/review?run={quote(run_name(index, run))}" for run in found if is_own_run(run)), None)
 
 
 class ReviewPage(Page):
@@ -286,7 +284,6 @@ class Reviewer:
     """
 
     def __init__(self, review: Review, address: Callable[[int, int], str], collection: Collection) -> None:
-        review.by = name_tab()
         self._review = review
         self._address = address
         self._desk = open_desk(collection)
@@ -324,7 +321,7 @@ class Reviewer:
         for said in event.args:
             if said["number"] > self._heard:
                 self._heard = said["number"]
-                self._review.by = f"{said['by'][:40]} {name_tab()}".strip()
+                self._review.by = name_tab()
                 lines += self._answer(said)
                 if not said["undo"]:
                     self._review.go(said["here"])

@@ -31,15 +31,16 @@ _SEEN = "plots/samples_seen.png"
 
 
 def add_pictures(index: RunIndex) -> None:
-    """Add the route of the pictures of runs."""
+    """Add the route of the pictures and exports of runs."""
 
     @app.get("/picture/{name:path}")
     def picture(name: str, file: str) -> FileResponse:
         run = find_run(index, name)
         path = run / file
         with suppress(OSError, ValueError):  # NUL, or too long
-            if path.suffix in _PICTURES and is_inside(path, run) and path.is_file():
-                return FileResponse(path, headers={"Cache-Control": "no-cache"})
+            is_shown = path.suffix in _PICTURES and is_inside(path, run) or is_inside(path, run / "export")
+            if is_shown and path.is_file():  # an attachment: a page among a stranger's exports is not opened here
+                return FileResponse(path, filename=path.name, headers={"Cache-Control": "no-cache"})
         raise HTTPException(404, "no such picture")
 
 

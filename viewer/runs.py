@@ -1,4 +1,4 @@
-"""`/`: every run below the given folders, live."""
+"""`/runs`: every run below the given folders, live."""
 
 import asyncio
 import functools
@@ -94,7 +94,7 @@ def add_queued(queue: Queue, rows: list[Json]) -> list[Json]:
         if row := known.get(str(folder)):
             row["state"] = row["state"] if row["state"] == "running" else state
             continue
-        row = {"name": name, "path": str(folder), "run": folder.name, "link": "/start", "state": state, "share": 0}
+        row = {"name": name, "path": str(folder), "run": folder.name, "link": "/", "state": state, "share": 0}
         row |= {"steps": "reading the images, planning", "changed": 0, "settings": {}}
         new.append(row | {"spark": [], "shown": ""})
     return [*new, *rows]
@@ -107,7 +107,7 @@ class RunTable(Part, component="vue/runs.vue"):
 class RunsPage(Page):
     """All runs, live."""
 
-    addresses = ["/"]
+    addresses = ["/runs"]
 
     async def show(self) -> None:
         """Show the table."""

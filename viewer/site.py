@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from nicegui import Client, app, ui
-from nicegui.events import GenericEventArguments
 
 from data.config import DataConfig
 from utils.record.run_index import RunIndex
@@ -18,7 +17,6 @@ from viewer.networks import Networks
 from viewer.parts import ACCENT, Part, show_heading
 from viewer.queue import Queue
 
-_PAGES = {"/": "Runs", "/start": "Start", "/collection": "Collections", "/try": "Try"}
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
 
 
@@ -55,13 +53,7 @@ class Site:
         ui.colors(**_COLOURS)
         ui.page_title(f"{title} - Atelier")
         with ui.header(wrap=False).classes("items-center gap-3"):
-            ui.label("Atelier").classes("text-weight-bold text-subtitle1 gt-xs")
-            with ui.element("nav").props("aria-label=pages").classes("row no-wrap gap-3 col"):
-                for address, name in _PAGES.items():
-                    link = ui.link(name, address)
-                    if address == ui.context.client.page.path:
-                        link.props("aria-current=page")
-            _show_look()
+            Frame().on("sign", lambda event: app.storage.client.update(name=event.args[:40]))
         ui.skip_link(target=ui.context.client.content)
         show_heading(title, 1)
         yield
@@ -99,17 +91,7 @@ class RunTab:
 
 
 class Frame(Part, component="vue/frame.vue"):
-    """The switch between dark and light, and what the browser tells the page about itself."""
-
-
-def _show_look() -> None:
-    """Show the switch between dark and light; until it is used, the browser's wish counts."""
-    look = ui.dark_mode(app.storage.general.get("dark"))
-
-    def choose(event: GenericEventArguments) -> None:
-        app.storage.general["dark"] = look.value = event.args
-
-    Frame().on("dark", choose)
+    """Links to the pages, the person's name, dark or light, and what the browser tells the page about itself."""
 
 
 def add_missing_page(site: Site) -> None:

@@ -1,40 +1,40 @@
-"""`/start`: choose a folder, see what it has, train on it; and the queue of what was started."""
+"""`/`, `/start`: choose a folder or drop pictures, see what is there, train on it; and the queue."""
 
 import asyncio
-import re
-from collections.abc import Mapping
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+from fastapi import Request
 from nicegui import app, ui
+from nicegui.events import GenericEventArguments
 
-from data.collection.collection import Collection
+from data.collection.choose import spread
 from data.layouts.table import has_value
-from data.tools.config import Check
+from data.stream.source import UnreadableImage
+from data.tools.config import Check, report_folder
+from utils.config.help import ROOT
 from utils.errors import UserError
-from utils.io.files import Json
+from utils.io.files import Json, output_errors
 from utils.io.safe_text import escape_controls, safe_lines
 from utils.record.figures import show_best
 from utils.record.run_index import is_own_run
 from utils.record.run_reader import RunReader
 from utils.record.tables import LABELS
-from viewer.parts import REFRESH_SEC, Links, Part, run_name, show_fault, show_status
+from viewer.images import Shelf, image_address, reduce_image
+from viewer.parts import REFRESH_SEC, Part, run_name, show_fault, show_folder, show_status
 from viewer.queue import Queue, folder_of
 from viewer.runs import make_row
 from viewer.site import Page
 
-# Words of a command; vue/plans.vue fills {minutes}, {base}, {trigger} and the time in {run}.
-_COMMANDS = {
-    "Train": "train.py data.root={root} loop.minutes={minutes} run_dir={run}",
-    "Train a tagger": "train.py task=tagging data.root={root} loop.minutes={minutes} run_dir={run}",
-    "Find wrong labels": "prepare.py job=labels data.root={root} job.report={care}",
-    "Teach SDXL your pictures": "finetune_sdxl.py experiment=sdxl/lora model.path={base} data.root={root} "
-    "data.trigger={trigger} loop.minutes={minutes} run_dir={run}",
-}
 _LISTED = 500  # folders in one
 _LINES = 12  # of a log
+_RECENT = 12  # collections, and runs
+_THUMBNAILS = 6
+_THUMBNAIL_PX = 160
 
 
 def keep_queue_going(queue: Queue) -> None:
@@ -47,6 +47,25 @@ def keep_queue_going(queue: Queue) -> None:
     app.timer(REFRESH_SEC, go_on)
 
 
+def add_drops(queue: Queue, max_pixels: int) -> None:
+    """Add the route that takes a picture of a new collection, which is below the folder that the page writes."""
+
+    @app.post("/drop")
+    async def drop(request: Request, folder: str, path: str) -> Json:
+        place = f"{queue.runs}/pictures/{folder}"
+        content = await request.body()
+        if not (queue.may_start and queue.takes(["train.py", f"data.root={place}/{path}"])):
+            return {"fault": f"{escape_controls(path)}: its name or folder is not taken; rename it"}
+        try:
+            await asyncio.to_thread(reduce_image, content, path, max_pixels, _THUMBNAIL_PX)
+        except UnreadableImage as error:
+            return {"fault": escape_controls(str(error))}
+        with output_errors("runs", place):
+            os.makedirs(os.path.dirname(f"{place}/{path}"), exist_ok=True)
+            Path(place, path).write_bytes(content)
+        return {"folder": place}
+
+
 class Jobs(Part, component="vue/jobs.vue"):
     """The queue of what was started."""
 
@@ -55,33 +74,55 @@ class Plans(Part, component="vue/plans.vue"):
     """What can be done with a folder."""
 
 
+class Home(Part, component="vue/home.vue"):
+    """A box for a folder, the folders of the computer, a place for pictures to drop, and what was last worked on."""
+
+
 class StartPage(Page):
-    """A folder, what trains on it, and the queue."""
+    """The first page, and what can be done with a folder; both with the queue of what was started."""
 
-    addresses = ["/start"]
+    addresses = ["/", "/start"]
 
-    async def show(self, folder: str = "", browse: str = "") -> None:
-        """Show the queue; and a folder, or the folders below `browse`."""
+    async def show(self, folder: str = "") -> None:
+        """Show what was last worked on; or what can be done with a folder."""
         queue = self.site.queue
-        with self.site.page("Start"):
+        with self.site.page(safe_lines(Path(folder).name) or "Your pictures"):
             self._fault = show_status().classes("text-negative")
-            self._jobs = Jobs(jobs=[]).on("act", lambda event: self._refresh(*event.args))
-            ui.timer(REFRESH_SEC, self._refresh)
+            places = [str(root) for root in queue.roots if root != ROOT]  # its folders are the program's
+            self._home = Home(places=places, folder=folder, below=[], collections=[], runs=[], drops=queue.may_start)
+            with self._home.on("browse", self._browse):
+                self._jobs = Jobs(jobs=[]).on("act", lambda event: self._refresh(*event.args))
+            if queue.may_start:
+                ui.timer(REFRESH_SEC, self._refresh)
+            await ui.context.client.connected()
             with show_fault(show_status().classes("text-negative")):
-                path = Path(folder or browse or queue.roots[-1])
-                queue.check(["train.py", f"data.root={path}"])
-                with ui.element("form").props("action=/start").classes("w-full row"):
-                    typed = ui.input("Folder with images: type, paste or drop its path", value=str(path))
-                    typed.props("name=folder").classes("col")
-                    ui.button("Open").props("type=submit outline")
-                below = await asyncio.to_thread(lambda: sorted(path.glob("[!.]*/"))[:_LISTED])
-                links = {"other folders": path.parent}
-                if not folder:
-                    links = {safe_lines(str(link)): link for link in (*queue.roots, path.parent)}
-                    links |= {safe_lines(f"{link.name}/"): link for link in below}
-                Links(links={"/start?browse=" + quote(bytes(link)): text for text, link in links.items()})
-                if folder:
-                    await self._look_into(path)
+                await (self._look_into(folder) if folder else self._list_recent())
+
+    async def _browse(self, event: GenericEventArguments) -> None:
+        """Let the page list the folders in a folder."""
+        with show_fault(self._fault, OSError):
+            path = Path(event.args)
+            self.site.queue.check(["train.py", f"data.root={path}"])
+            below = await asyncio.to_thread(lambda: sorted(path.glob("[!.]*/"))[:_LISTED])
+            shown = [link.name for link in below if link.name.isprintable()]
+            self._home.props.update(folder=str(path), below=shown)
+            self._fault.text = ""
+
+    async def _list_recent(self) -> None:
+        """Show the collections and the runs that were last worked on."""
+        shelf = self.site.shelf
+        opened = [shelf.add(self.site.data.changed({"root": root})) for root in list_opened()]
+        await asyncio.to_thread(shelf.of_runs)
+        names = {}
+        for name in [*opened, *shelf.configs]:
+            names.setdefault(shelf.configs[name].root, name)
+        for name in [*names.values()][:_RECENT]:
+            with suppress(UserError):  # it is gone
+                card = await asyncio.to_thread(describe, shelf, name)
+                self._home.props["collections"] = [*self._home.props["collections"], card]
+        index = self.site.index
+        states = await asyncio.to_thread(index.states)
+        self._home.props["runs"] = [make_row(index, state) for state in states[:_RECENT]]
 
     async def _refresh(self, *act: Any) -> None:
         """Show the queue, when `Queue.act` has done what a button says."""
@@ -94,68 +135,55 @@ class StartPage(Page):
         queue = self.site.queue
         for name, words in queue.act(*act):
             folder = folder_of(words)
-            job = {
-                "id": name,
-                "state": queue.state(name, words),
-                "words": words,
-                "link": self._find_page(folder, name),
-            }
-            job["lines"] = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
+            lines = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
+            job = {"id": name, "state": queue.state(name, words), "words": words, "lines": lines}
+            job["link"] = self._find_review(folder, int(name))
             if is_own_run(folder):
                 job |= make_row(self.site.index, self.site.index.read(folder)) | {"state": job["state"]}
                 job["best"] = escape_controls(show_best(RunReader(folder).result or {})) or job["shown"]
             jobs.append(job)
         return jobs
 
-    def _find_page(self, folder: Path, name: str) -> str:
-        """Return the address of what a command has written: a run, or the labels that look wrong."""
-        index = self.site.index
-        if is_own_run(folder):
-            return f"/run/{quote(run_name(index, folder))}"
-        files = [file for file in folder.glob(f"*/{LABELS}") if file.stat().st_mtime_ns > int(name)]
-        return f"/review?run={quote(run_name(index, files[0].parents[1]))}" if files else ""
+    def _find_review(self, folder: Path, since: int) -> str:
+        """Return the address of the labels that look wrong, if they are in a folder since a time."""
+        files = [file for file in folder.glob(f"*/{LABELS}") if file.stat().st_mtime_ns > since]
+        return f"/review?run={quote(run_name(self.site.index, files[0].parents[1]))}" if files else ""
 
-    async def _look_into(self, folder: Path) -> None:
+    async def _look_into(self, root: str) -> None:
         """Show what a folder has, and what can be done with it. Raises UserError for one that cannot be read."""
         shelf = self.site.shelf
-        name = shelf.add(self.site.data.changed({"root": str(folder)}))
+        self.site.queue.check(["train.py", f"data.root={root}"])
+        name = shelf.add(self.site.data.changed({"root": root}))
         status = show_status("Reading the folder").classes("lines")
-        await ui.context.client.connected()
         collection = await asyncio.to_thread(shelf.open, name, again=True)
         status.text = "Reading every file"
-        slug = re.sub(r"\W+", "_", folder.name)[:60]
-        runs = self.site.queue.runs
-        # Two folders may have equal names.
-        values = {"root": str(folder), "care": f"{runs}/{slug}-care-{name}", "run": f"{runs}/{slug}-{{time}}"}
-        plans = list_plans(collection, name, values)
-        Plans(plans=plans).on("start", lambda event: self._refresh("", "Add", event.args))
-        check = Check(name="check", verify=True, report=values["care"])
+        app.storage.general["folders"] = [*dict.fromkeys([root, *list_opened()])][:_RECENT]
+        care = report_folder(str(self.site.queue.runs), root)
+        about = describe(shelf, name) | {"care": care, "run": care.replace("/care/", "/")}
+        Plans(about=about).on("start", lambda event: self._refresh("", "Add", event.args))
+        check = Check(name="check", verify=True, report=care)
         report = await asyncio.to_thread(check.run, shelf.config(name))
-        findings = [finding.line for finding in sorted(collection.findings, reverse=True)]
-        status.text = safe_lines("\n".join([report, *findings, *collection.unused]))
+        status.text = safe_lines("\n".join([report, *collection.unused]))
 
 
-def list_plans(collection: Collection, name: str, values: Mapping[str, str]) -> list[Json]:
-    """Return what can be done with a collection, and why something cannot: the rows of vue/plans.vue."""
-    has_label = has_value(collection.table["label"])
-    classes = len(collection.class_names("train"))
-    every = len(has_label)
-    without = int((~has_label).sum())
-    reason = "" if classes > 1 else "It needs labels of two classes: label some images first."
-    says = {
-        "Train": f"{classes:,} classes, {every - without:,} images with a label.",
-        "Find wrong labels": "Judges each label by all other images. Nothing is changed.",
+def list_opened() -> list[str]:
+    """Return the folders that were opened on this page, the last one first."""
+    return app.storage.general.get("folders", [])
+
+
+def describe(shelf: Shelf, name: str) -> Json:
+    """Return what is said of a collection: its numbers and some images. Raises UserError for one that is not read."""
+    root = shelf.config(name).root
+    collection = shelf.open(name)
+    rows = spread(np.arange(len(collection)), _THUMBNAILS).tolist()
+    return {
+        "name": name,
+        "title": show_folder(root),
+        "folder": root,
+        "thumbs": [image_address(name, collection, row, _THUMBNAIL_PX) for row in rows],
+        "images": len(collection),
+        "without": int((~has_value(collection.table["label"])).sum()),
+        "classes": len(collection.class_names("train")),
+        "tagged": int(has_value(collection.table["tags"]).sum()),
+        "findings": [finding.line for finding in sorted(collection.findings, reverse=True)],
     }
-    if has_value(collection.table["tags"]).any():
-        says["Train a tagger"] = "A probability for each tag of the images."
-    if classes < 2:
-        says["Teach SDXL your pictures"] = (
-            f"{every:,} pictures of one thing or one style, which SDXL then draws (a LoRA)."
-        )
-    label = {"title": "Label", "says": f"{without:,} of {every:,} images have no label yet.", "reason": ""}
-    plans = [label | {"link": f"/label?collection={name}", "look": f"/collection/{name}"}]
-    for title, text in says.items():
-        words = [re.sub(r"\{(root|care|run)\}", lambda key: values[key[1]], word) for word in _COMMANDS[title].split()]
-        plan = {"title": title, "says": text, "words": words}
-        plans.append(plan | {"reason": reason if title in ("Train", "Find wrong labels") else ""})
-    return plans

@@ -236,4 +236,5 @@ def _explain_header(head: bytes) -> tuple[str, str]:
         if Image.OPEN[name][1](head):
             return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
     shown = next(filter(head.startswith, _NO_IMAGES), head[:4])  # a link may lead to a secret
-    return UNKNOWN, f"it begins with {shown!r}; allowed are {', '.join(allowed)}"
+    formats = ", ".join(allowed).replace("HEIF", "HEIC")  # as cameras name it
+    return UNKNOWN, f"it begins with {shown.decode('latin1')!r}; allowed are {formats}"

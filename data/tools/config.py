@@ -3,6 +3,9 @@
 A job reads files and writes new ones. It never moves, changes or deletes an image.
 """
 
+import os
+import re
+import zlib
 from pkgutil import resolve_name
 from typing import Annotated, Literal
 
@@ -49,15 +52,32 @@ class Tool(Strict):
         return open_name(MAINS[self.name])(self, data)
 
 
-class Check(Tool):
-    """Count the values of a collection, list the faults, and write both as an HTML page into the folder `report`.
+class Reporting(Tool):
+    """A job that writes reports into the folder `report`; null: the collection's own folder, `report_folder`."""
+
+    report: PathText | None
+
+    def run(self, data: DataConfig) -> str:
+        """Run the job; return a line for the log. Raises UserError."""
+        job = self.changed({"report": self.report or report_folder("outputs", data.root)})
+        return super(Reporting, job).run(data)
+
+
+def report_folder(runs: str, root: str) -> str:
+    """Return the folder below `runs` for reports about a collection. Two collections may have equal names."""
+    whole = os.path.realpath(root)
+    name = re.sub(r"\W+", "_", os.path.basename(whole))[:60]
+    return f"{runs}/care/{name}-{zlib.crc32(whole.encode()):08x}"
+
+
+class Check(Reporting):
+    """Count the values of a collection, list the faults, and write both as an HTML page.
 
     verify: decode every image, to find unreadable images and to measure formats, brightness and sharpness.
     """
 
     name: Literal["check"]
     verify: bool
-    report: PathText
 
 
 class Manifest(Tool):
@@ -91,10 +111,9 @@ class Pack(Tool):
     shard_mib: Annotated[int, Field(ge=1, le=2**20)]
 
 
-class Finder(Tool):
-    """A job that finds images to exclude from training. report: the folder for reports. apply: exclude them."""
+class Finder(Reporting):
+    """A job that finds images to exclude from training. apply: exclude them."""
 
-    report: PathText
     apply: bool
 
 
@@ -167,14 +186,13 @@ class Machine(Tool):
     run_dir: PathText
 
 
-class Labels(Tool):
+class Labels(Reporting):
     """Rank labels and tags by how probably they are wrong, and images without a label by what one would teach.
 
     weights: a run or a file that gives the features; null: a network that has not seen the labels.
     """
 
     name: Literal["labels"]
-    report: PathText
     weights: PathText | None
 
 

@@ -123,7 +123,8 @@ def browser():
 
 
 # Colours and dialogs change at once.
-STILL = """addEventListener("DOMContentLoaded", () => {
+STILL = """localStorage.name ??= "Eve"
+addEventListener("DOMContentLoaded", () => {
   const style = document.createElement("style")
   style.textContent = "* { transition-duration: 0s !important; animation-duration: 0s !important }"
   document.head.append(style)

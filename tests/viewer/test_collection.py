@@ -41,7 +41,7 @@ def find(page, text, count):
 
 
 def test_a_collection_is_searched_and_shown(page, address, words):
-    page.goto(f"{address}/collection")
+    page.goto(address)
     assert_accessible(page)
     page.locator("a[href^='/collection/']").first.click()
     find(page, "", 400)
@@ -92,7 +92,7 @@ def test_a_collection_is_searched_and_shown(page, address, words):
 
 
 def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
-    page.goto(f"{address}/collection")
+    page.goto(address)
     page.locator("a[href^='/collection/']").first.click()
     sees(page, "400 of 400 images")
     root = Path(words[1].removeprefix("data.root="))
@@ -134,6 +134,6 @@ def test_what_is_decided_on_marked_images(page, address, words, tmp_path):
 
 
 def test_a_collection_that_is_gone_says_so(page, address):
-    page.goto(f"{address}/collection")
+    page.goto(f"{address}/run/0/run")
     page.get_by_role("link", name="gone").click()
     sees(page, "does not exist")

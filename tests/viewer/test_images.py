@@ -10,7 +10,6 @@ from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data, save_grey
 from utils.record.run_index import RunIndex
 from viewer import images
-from viewer.collection import list_collections
 from viewer.map import find_like
 
 
@@ -44,13 +43,6 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
     ):
         assert client.get(path).status_code == 404
     assert images.rows_of_paths(collection, ["c.jpg", "x"]).tolist() == [2, -1]
-
-
-def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
-    add_data(make_run(tmp_path / "runs/b"), root="photos", validation_fraction=0.25)
-    for row, fraction, run in zip(list_collections(shelf), ("auto", 0.25), "ab", strict=True):
-        assert row["folder"] == "photos" and row["runs"] == {f"/run/0/{run}": run}
-        assert row["about"].startswith(f"{tmp_path}/photos  validation_fraction={fraction} ")
 
 
 def test_a_changed_collection_has_another_address(shelf, tmp_path):

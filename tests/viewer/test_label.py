@@ -13,7 +13,7 @@ def words(folder):
 
 
 def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
-    page.goto(f"{address}/collection")
+    page.goto(address)
     page.locator("a[href^='/collection/']").click()
     page.get_by_role("link", name="Label these images").click()
     for number, name in enumerate(("a", HOSTILE), 1):
@@ -43,7 +43,7 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
 
 
 def test_tags_are_switched_by_keys(page, address):
-    page.goto(f"{address}/collection")
+    page.goto(address)
     page.locator("a[href^='/collection/']").click()
     page.get_by_role("link", name="Tag them").click()
     press(page, "+")

@@ -16,7 +16,7 @@ TABS = ("Overview", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", 
 
 
 def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
-    page.goto(address)
+    page.goto(f"{address}/runs")
     sees(page, "dead")
     assert page.locator("tbody tr").count() == 3 and page.get_by_text("29 of 20").count() == 3
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x", exact=False).count() >= 1
@@ -40,7 +40,7 @@ def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
 
 
 def test_every_tab_of_a_hostile_run(page, address):
-    page.goto(address)
+    page.goto(f"{address}/runs")
     page.locator("td a", has_text="<img").click()
     page.locator("canvas").first.wait_for()
     for tab in TABS:
@@ -69,7 +69,7 @@ def test_curves_and_the_log_move_while_the_run_goes_on(page, address, runs):
     sees(page, "a line that is new")
 
 
-@pytest.mark.parametrize("path", ["/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare", "/try"])
+@pytest.mark.parametrize("path", ["/", "/runs", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare", "/try"])
 def test_nothing_overflows(page, address, path):
     page.goto(address + path)
     page.wait_for_timeout(1_200)
@@ -133,7 +133,7 @@ def test_a_tab_may_close_at_any_time(browser, address):
 
 def test_a_run_that_is_deleted_leaves_the_table(page, address, runs):
     extra = make_run(runs / "short", metrics_jsonl=json.dumps({"step": 1, "kind": "train", "loss": None}) + "\n")
-    page.goto(address)
+    page.goto(f"{address}/runs")
     page.get_by_role("link", name="short").wait_for()
     for file in (extra / "config.json", extra / "log.txt"):
         file.unlink()

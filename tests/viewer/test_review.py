@@ -1,11 +1,14 @@
 """The review of labels: keys and what they save, two tabs, a file that cannot be written, a restart, and training."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data.layouts.names import CORRECTIONS
+from data.tools.config import report_folder
 from tests.data.collection.test_collection import load
 from tests.support import rows
 from tests.utils.record.test_run_index import make_run
@@ -95,9 +98,9 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
         return [(row["path"].split("/")[-1], row["now"], row["verdict"]) for row in rows(animals / CORRECTIONS)]
 
     page.goto(f"{address}/review?run=0/bare")
-    wait("python prepare.py job=labels")
+    wait("No image is known")
     page.goto(f"{address}/review?run=0/other")
-    wait("is about /elsewhere, not")
+    wait("are in /elsewhere, not")
     page.goto(f"{address}/run/0/a")
     page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("link", name="Review").click()
@@ -147,7 +150,7 @@ def test_a_key_is_for_what_has_the_focus(page, address, animals):
     page.get_by_role("button", name="Reject").focus()
     page.keyboard.press("Enter"), wait_for("rejected")
     page.keyboard.press("1"), wait_for()  # the button has the focus
-    page.get_by_role("link", name="Collections").focus()
+    page.get_by_role("link", name="Runs").focus()
     page.keyboard.press("r"), wait_for()
     page.evaluate("document.activeElement.blur()")
     page.get_by_role("button", name="Undo").click(), wait_for("undone")
@@ -187,7 +190,9 @@ def test_reasons_and_a_class_by_its_name(page, address, animals, runs):
     columns = {"path": ["dog/1.png", "dog/2.png"], "given": ["dog"] * 2, "proposed": ["cat"] * 2, "rank": [1, 2]}
     columns |= {"probability": [0.25, 0.5], "guesses": [["cat", "dog"]] * 2, "probabilities": [[0.75, 0.125]] * 2}
     columns["neighbours"] = [["cat/2.png"], []]
-    folder = add_data(make_run(runs / "care/labels"), root=str(animals), validation_fraction=0.34)
+    folder = add_data(
+        make_run(Path(report_folder(str(runs), str(animals)), "labels")), root=str(animals), validation_fraction=0.34
+    )
     (folder / "tables").mkdir()
     pq.write_table(pa.table(columns, metadata={"root": str(animals), "says": "a network"}), folder / LABELS)
     page.goto(f"{address}/run/0/a?tab=Mistakes")

@@ -20,7 +20,7 @@ def runs(folder):
 
 
 def test_a_sweep_opens_and_pins_stay_first(page, address):
-    page.goto(address)
+    page.goto(f"{address}/runs")
     sees(page, "3 of 3 runs")
     assert page.locator("tbody tr").count() == 3 and not page.get_by_role("link", name="lr=2").is_visible()
     page.get_by_text("rates", exact=True).click()

@@ -131,7 +131,7 @@ def test_a_kill_of_view_loses_nothing_and_starts_nothing_twice(queue, tmp_path, 
 GOOD = [
     "train.py data.root=P/--x task=tagging run_dir=R/a", "train.py data.root=P/a=b loop.minutes=2.5 run_dir=R/a",
     "finetune_sdxl.py experiment=sdxl/lora model.path=P/$(x) data.trigger=sks data.root=P/;rm run_dir=R/a",
-    "prepare.py job=labels data.root=P/é job.report=R/care", "export.py run_dir=R/a format=wd14",
+    "prepare.py job=labels data.root=P/é job.report=R/care/é-1", "export.py run_dir=R/a format=wd14",
     "evaluate.py run_dir=R/sweep/a calibrate=true per_image=true",
 ]  # fmt: skip
 BAD = [
@@ -160,11 +160,11 @@ def test_only_words_of_the_table_are_started(queue):
 
 
 def test_labels_that_look_wrong_are_reviewed_from_the_queue(queue):
-    run = make_run(queue.runs / "photos-care-0/labels")
+    run = make_run(queue.runs / "care/photos-0/labels")
     (run / LABELS).parent.mkdir()
     (run / LABELS).touch()
     page = StartPage(Site(RunIndex([queue.runs]), None, None, queue, None, None))
-    assert page._find_page(run.parent, "1") == "/review?run=0/photos-care-0/labels"
+    assert page._find_review(run.parent, 1) == "/review?run=0/care/photos-0/labels"
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +176,11 @@ def words(runs):
 def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     page.goto(f"{address}/start?folder=/etc")
     sees(page, "the page does not take")
-    page.goto(f"{address}/start?browse={runs}/photos")
-    page.get_by_label("Folder with images").press("Enter")
+    page.goto(address)
+    page.get_by_role("button", name="Browse").click()
+    page.get_by_role("link", name="Open this folder").click()
     page.get_by_text("an image without a sidecar: 1", exact=False).wait_for(timeout=240_000)
-    page.locator("code", has_text="/photos-care-").wait_for(state="attached")  # each collection has its own report
+    page.locator("code", has_text="/care/photos-").wait_for(state="attached")  # each collection has its own report
     card = page.get_by_label("Train a tagger")
     card.get_by_label("minutes").fill("2")
     card.get_by_text("show command").click()

@@ -76,8 +76,8 @@ def test_every_damaged_png_is_refused_with_a_reason(path):
 
 
 FOREIGN = {
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "it begins with b'version https://git-lfs",
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "it begins with b'%!PS-Adobe",  # no Ghostscript is run
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "it begins with 'version https://git-lfs",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "it begins with '%!PS-Adobe",  # no Ghostscript is run
     b"GIF89a": "the file is damaged (it begins as GIF",
     b"\xff\xd8\xff\xe0\0\x10JFIF": "the file is cut off (OSError: Truncated File Read)",
     b"RIFF\x24\0\0\0WEBPVP8 ": "the file is damaged (",

@@ -43,7 +43,7 @@ def prepare(tmp_path):
 
 
 def listed(tmp_path, job):
-    return {row["path"]: row["reason"] for row in rows(tmp_path / f"outputs/care/{job}.jsonl")}
+    return {row["path"]: row["reason"] for row in rows(next(tmp_path.glob(f"outputs/care/*/{job}.jsonl")))}
 
 
 def reasons(root):
@@ -100,14 +100,15 @@ def test_brightness_and_sharpness_and_pictures_that_show_nothing(tmp_path):
 
 def test_a_page_counts_the_values_and_shows_sizes(root, tmp_path, prepare):
     assert "6 training and 0 validation images of 2 classes" in prepare("check")
-    found = read_json(tmp_path / "outputs/care/check/check.json")
+    (folder,) = tmp_path.glob("outputs/care/images-*/check")
+    found = read_json(folder / "check.json")
     figures, tables = found["figures"], found["tables"]
     assert (figures["images"], figures["images of train"], figures["images without a tag"]) == (6, 6, 3)
     assert tables["label"] == [{"label": "dog", "images": 4}, {"label": "cat", "images": 2}]
     assert tables["format"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
     assert {"faults": CUT_OFF, "images": 1} in tables["faults"]
     assert tables["tags"][0] == {"tags": "red", "images": 3}
-    page = (tmp_path / "outputs/care/check/report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
 
 

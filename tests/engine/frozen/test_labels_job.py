@@ -17,7 +17,7 @@ from viewer.differences import find_differences
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 190, 40), "blue": (40, 50, 210)}
 WRONG = ("07.png", "16.png", "25.png", "34.png")  # green ones, which are called blue
-COMMAND = ["job=labels", "data=image_folder", "data.root=pictures"]
+COMMAND = ["job=labels", "data=image_folder", "data.root=pictures", "job.report=outputs/care"]
 
 
 @pytest.fixture
