@@ -114,8 +114,6 @@ class Labelling(Review):
         new = [number for number in order if (self.votes(number) if is_disputed else self.last(number) is None)]
         if self.field == "label" and not self._show:
             new = [number for number in new if number not in labels]
-        if is_disputed:
-            self.quality = f"; people disagree about {len(new):,}"
         shown = self.order[: self.order.index(self.window()[-1]) + 1] if self.order else []
         order = [*dict.fromkeys([*shown, *new])] or self._every
         self.here = self.here if shown else order[0]

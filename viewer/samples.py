@@ -6,11 +6,10 @@ from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import Query
-from nicegui import ui
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from viewer.parts import Part, find_run, show_status
+from viewer.parts import Part, find_run
 from viewer.run import find_pictures
 from viewer.site import Page
 
@@ -28,12 +27,7 @@ class SamplesPage(Page):
         """Show the pictures of runs; the browser reads from the address which two are over each other."""
         paths = {name: find_run(self.site.index, name) for name in run}
         with self.site.page("Samples"):
-            status = show_status("Looking for pictures")
-            await ui.context.client.connected()
-            runs = [await asyncio.to_thread(self._read, name, path) for name, path in paths.items()]
-            status.text = "" if any(run["strips"] for run in runs) else "No pictures of task.samples.prompts yet."
-            if not status.text:
-                Samples(runs=runs)
+            Samples(runs=[await asyncio.to_thread(self._read, name, path) for name, path in paths.items()])
 
     def _read(self, name: str, path: Path) -> Json:
         """Return a run's prompts, the widths of their pictures, and its strips in the order of its steps."""

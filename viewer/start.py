@@ -104,9 +104,8 @@ class StartPage(Page):
             path = Path(event.args)
             self.site.queue.check(["train.py", f"data.root={path}"])
             below = await asyncio.to_thread(lambda: sorted(path.glob("[!.]*/"))[:_LISTED])
-            shown = [link.name for link in below if link.name.isprintable()]
-            self._home.props.update(folder=str(path), below=shown)
-            self._fault.text = ""
+            names = [link.name for link in below if link.name.isprintable()]
+            self._home.props.update(folder=str(path), below=names)
 
     async def _list_recent(self) -> None:
         """Show the collections and the runs that were last worked on."""
@@ -176,14 +175,8 @@ def describe(shelf: Shelf, name: str) -> Json:
     root = shelf.config(name).root
     collection = shelf.open(name)
     rows = spread(np.arange(len(collection)), _THUMBNAILS).tolist()
-    return {
-        "name": name,
-        "title": show_folder(root),
-        "folder": root,
-        "thumbs": [image_address(name, collection, row, _THUMBNAIL_PX) for row in rows],
-        "images": len(collection),
-        "without": int((~has_value(collection.table["label"])).sum()),
-        "classes": len(collection.class_names("train")),
-        "tagged": int(has_value(collection.table["tags"]).sum()),
-        "findings": [finding.line for finding in sorted(collection.findings, reverse=True)],
-    }
+    labelled, tagged = (int(has_value(collection.table[column]).sum()) for column in ("label", "tags"))
+    card = {"name": name, "title": show_folder(root), "folder": root, "images": len(collection), "tagged": tagged}
+    card |= {"without": len(collection) - labelled, "classes": len(collection.class_names("train"))}
+    card["thumbs"] = [image_address(name, collection, row, _THUMBNAIL_PX) for row in rows]
+    return card | {"findings": [finding.line for finding in sorted(collection.findings, reverse=True)]}
