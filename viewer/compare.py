@@ -19,7 +19,7 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_image_table, read_newest
 from viewer.curves import show_curves
-from viewer.overview import Next
+from viewer.overview import Next, describe_next, starter
 from viewer.parts import Sheet, run_name, show_heading, show_status
 from viewer.results import Tables, describe_prediction, show_images
 from viewer.site import Page, Site
@@ -148,8 +148,9 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
         )
         for run in runs:
             ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).classes("lines")
-        words = ["split=val", "per_image=true"]
-        Next(site.queue, [(run, ["python", "evaluate.py", f"run_dir={run}", *words]) for run in runs])
+        commands = [["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"] for run in runs]
+        nexts = [describe_next(site.queue, run, command) for run, command in zip(runs, commands)]
+        Next(nexts=nexts).on("start", starter(site.queue))
         return
     groups = {title.format(*names): [] for title in _TITLES["missed" in pairs[0][0]]}
     for pair in pairs:

@@ -3,9 +3,10 @@
 import asyncio
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nicegui import ui
@@ -70,8 +71,8 @@ def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
     is_done = bool(patterns) and all(any(path.glob(pattern)) for pattern in patterns)
     command = escape_controls(shlex.join(words))
     files = sorted(path.glob("export/**/*.*")) if is_done and "export.py" in words else []
-    step = {"words": words, "command": command, "done": is_done, "files": [str(file.relative_to(path)) for file in files]}
-    return step | {"may": queue.may_start and queue.takes(words[1:])}
+    step = {"words": words, "command": command, "done": is_done, "may": queue.may_start and queue.takes(words[1:])}
+    return step | {"files": [str(file.relative_to(path)) for file in files]}
 
 
 def command_of(path: Path) -> list[str]:
@@ -87,14 +88,15 @@ class Front(Part, component="vue/front.vue"):
 class Next(Part, component="vue/next.vue"):
     """Commands about runs, with a button that starts each."""
 
-    def __init__(self, queue: Queue, commands: Sequence[tuple[Path, Sequence[str]]]) -> None:
-        super().__init__(nexts=[describe_next(queue, path, words) for path, words in commands])
-        self._queue = queue
-        self.on("start", self._start)
 
-    async def _start(self, event: GenericEventArguments) -> None:
-        await asyncio.to_thread(self._queue.act, "", "Add", event.args[1:])
+def starter(queue: Queue) -> Callable[[GenericEventArguments], Any]:
+    """Return what puts the words of a button's command into the queue, and shows that."""
+
+    async def start(event: GenericEventArguments) -> None:
+        await asyncio.to_thread(queue.act, "", "Add", event.args[1:])
         ui.navigate.to("/")
+
+    return start
 
 
 class Overview(RunTab):
@@ -108,7 +110,7 @@ class Overview(RunTab):
             commands = [command_of(self.path)]
         nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
         self._front = Front(plan=escape_controls(plan, keep="\n"), nexts=nexts, run=None, collection=None)
-        self._front.on("start", self._start)
+        self._front.on("start", starter(self.site.queue))
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)
         if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):
@@ -122,7 +124,3 @@ class Overview(RunTab):
     async def _refresh(self) -> None:
         with suppress(OSError, ValueError):  # deleted meanwhile, which the page says
             self._front.props["run"] = await asyncio.to_thread(summarise_run, self.site.index, self.path)
-
-    async def _start(self, event: GenericEventArguments) -> None:
-        await asyncio.to_thread(self.site.queue.act, "", "Add", event.args[1:])
-        ui.navigate.to("/")
