@@ -9,14 +9,13 @@
 Without view.host the page answers this machine alone.
 """
 
+from utils.config.bounds import Some
 from utils.start import begin
 
 begin(__doc__)
 
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from data.config import DataConfig
 from data.tags.rules import TextConfig
@@ -35,7 +34,7 @@ class ShownData(DataConfig):
 class ViewConfig(Strict):
     """The page, the folders whose runs it shows, and one more collection."""
 
-    runs: PathText | Annotated[list[PathText], Field(min_length=1)]
+    runs: PathText | Some[PathText]
     view: PageConfig
     data: ShownData
     text: TextConfig

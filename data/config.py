@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from data.collection.concepts import ConceptConfig
 from data.layouts.scan import TableChoice
 from data.layouts.table import TARGET
-from utils.config.bounds import BelowOne, Pair, Pixels
+from utils.config.bounds import BelowOne, Pixels, Side, Two, between
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
 from utils.io.files import Json
@@ -19,9 +19,9 @@ class CacheConfig(Strict):
     memory_gib: shared memory of a node while training; 0: off. disk_gib: maximum size of the files in `folder`; 0: off.
     """
 
-    memory_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)]
+    memory_gib: Literal["auto"] | between(float, 0, 1e6)
     folder: PathText
-    disk_gib: Annotated[float, Field(ge=0, le=65_536)]
+    disk_gib: between(float, 0, 65_536)
 
 
 _Text = Annotated[str, BeforeValidator(str)]  # of a number, too
@@ -47,7 +47,7 @@ class DataConfig(Strict):
 
     name: Literal["image_folder", "glyphs"]
     root: PathText
-    validation_fraction: Literal["auto"] | BelowOne | Pair
+    validation_fraction: Literal["auto"] | BelowOne | Two[Side]
     on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None

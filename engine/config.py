@@ -17,6 +17,8 @@ from utils.config.bounds import (
     Seed,
     Share,
     SizeHW,
+    Some,
+    between,
 )
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
@@ -53,7 +55,7 @@ class PhaseConfig(Strict):
 
     fraction: Share
     image_size_hw: SizeHW | None = None
-    areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
+    areas_px: Some[Pixels] | None = None
 
 
 class AutoLengthConfig(Strict):
@@ -90,7 +92,7 @@ class _LoopConfig(Strict):
     checkpoint_every_minutes: Duration | None
     keep_weights_every: Count | None
     checkpoint_mirror: PathText | None
-    phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
+    phases: Some[PhaseConfig] | None
 
     @property
     def at_once(self) -> int:
@@ -149,7 +151,7 @@ class _LRFinderConfig(Strict):
     """
 
     enabled: Literal["auto"] | bool
-    steps: Annotated[int, Field(ge=100, le=10**6)]
+    steps: between(int, 100, 10**6)
     only: bool
 
 

@@ -7,14 +7,15 @@ Both have names and preprocessing in their metadata, so nothing else is needed. 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from models.interop.foreign import describe
 from models.onnx_form import OnnxForm
 from models.outputs import OUTPUTS, RowOptions
+from utils.config.bounds import Fraction, Some
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import GENERAL, RATING
@@ -40,8 +41,8 @@ class _Metadata(BaseModel):
     output: str | None = None
     preprocessing: Preprocessing
     form: OnnxForm | None = None
-    class_names: Annotated[list[str], Field(min_length=1)] | None = None
-    thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
+    class_names: Some[str] | None = None
+    thresholds: list[Fraction] | None = None
 
 
 def check_metadata(path: Path, metadata: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Name, Share
+from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Name, Share, Two
 from utils.config.schema import Strict
 
 _JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradients or steps together, or not tried
@@ -36,7 +36,7 @@ class _Optim(Strict):
 
 
 class _AdamW(_Optim):
-    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
+    betas: Two[BelowOne]
 
 
 class AdamWConfig(_AdamW):

@@ -29,6 +29,9 @@ from utils.config.bounds import (
     Seed,
     Share,
     Side,
+    Some,
+    Two,
+    between,
 )
 from utils.config.schema import PathText, Strict, text_or
 from utils.io.files import Json
@@ -45,7 +48,7 @@ Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased", "as_noise"]
 
 Sampler = Literal["ddim", "euler", "euler_a", "dpmpp_2m"]
 
-_Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Number = between(float, -1e6, 1e6)
 _Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
 _Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
 
@@ -77,7 +80,7 @@ class SDXLConfig(Strict):
 
 
 _UnitSide = Annotated[Side, Field(multiple_of=UNIT_PX)]
-_Sizes = Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+_Sizes = Some[Two[_UnitSide]]
 
 
 class BucketConfig(Strict):
@@ -95,16 +98,16 @@ class BucketConfig(Strict):
     Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
     """
 
-    areas_px: Annotated[list[Pixels], Field(min_length=1)]
+    areas_px: Some[Pixels]
     step_px: _UnitSide
     min_px: _UnitSide
     max_px: _UnitSide
-    sizes_hw: Annotated[list[_Sizes], Field(min_length=1)] | None
+    sizes_hw: Some[_Sizes] | None
     fit: Count | None
     assign: Literal["no_upscale", "nearest", "all"]
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
-    max_upscale: Annotated[float, Field(ge=1, le=1000)]
+    max_upscale: between(float, 1, 1000)
     max_crop: Share
     flip: Fraction
 
@@ -162,8 +165,8 @@ class MaskConfig(Strict):
     normalise: bool
 
 
-_Size = Annotated[list[Annotated[Side, Field(multiple_of=STRIDE_PX)]], Field(min_length=2, max_length=2)]
-_Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
+_Size = Two[Annotated[Side, Field(multiple_of=STRIDE_PX)]]
+_Steps = between(int, 1, TIMESTEP_COUNT)
 
 
 class Prompt(Strict):
@@ -221,7 +224,7 @@ class DrawConfig(PictureConfig):
 
     negative: str
     emphasis: bool | None
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Some[Seed]
 
     def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
         """Return a complete prompt for each picture."""
@@ -273,8 +276,8 @@ class TimestepsConfig(Strict):
     """How to draw timesteps, from the first to below the second of `range`. shift: see `shift_times` in step.py."""
 
     sampling: TimestepSampling
-    shift: Annotated[float, Field(ge=0.01, le=100)]
-    range: Annotated[list[CountOrZero], Field(min_length=2, max_length=2)]
+    shift: between(float, 0.01, 100)
+    range: Two[CountOrZero]
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
@@ -293,7 +296,7 @@ class DiffusionTaskConfig(TaskConfig):
     buckets: BucketConfig
     chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
-    caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
+    caption_chunks: between(int, 1, 32)  # of 75 tokens; a longer caption is cut
     preserve: PreserveConfig | None  # null: the base's predictions are not held
     mask: MaskConfig | None  # null: the loss counts everywhere
     tag_weights: TagWeightsConfig | None  # null: all images have the same weight

@@ -1,10 +1,10 @@
 """The shape of `launch`: a SLURM job. Values are in conf/launch/slurm.yaml."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from utils.config.bounds import Count, CountOrZero
+from utils.config.bounds import Count, CountOrZero, Some, between
 from utils.config.help import CONF, ROOT
 from utils.config.schema import PathText, Strict
 
@@ -23,11 +23,11 @@ class LaunchConfig(Strict):
     ranks_per_node: Count | None  # null: one for each GPU, 1 without GPUs
     cpus_per_rank: Count | None
     time_min: Count
-    stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]  # before the job's time ends, it is asked to save
+    stop_before_end_sec: between(int, 1, 65535)  # before the job's time ends, it is asked to save
     max_requeues: CountOrZero  # how often a stopped job continues
     max_lost_ranks: CountOrZero  # how often a job continues that has lost a rank or a node
     python: PathText | None
-    command: Annotated[list[str], Field(min_length=1)] | None  # runs the script in place of python, e.g. a container
+    command: Some[str] | None  # runs the script in place of python, e.g. a container
     setup: list[str]
     sbatch: dict[str, bool | int | str] | None  # further options by name
     dry_run: bool

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from utils.config.bounds import Name
+from utils.config.bounds import Name, between
 from utils.config.schema import Strict
 
 
@@ -15,7 +15,7 @@ class PageConfig(Strict):
     """
 
     host: Name
-    port: Annotated[int, Field(ge=1, le=65_535)]
+    port: between(int, 1, 65_535)
     open: bool
     start: bool | None
     token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None

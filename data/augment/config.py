@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from utils.config.bounds import Fraction, Share, SizeHW
+from utils.config.bounds import Fraction, Share, SizeHW, Two, between
 from utils.config.schema import Strict
 from utils.io.files import Json
 
-_Zoom = Annotated[float, Field(ge=0.01, le=100)]
+_Zoom = between(float, 0.01, 100)
 _POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
 
 
@@ -19,17 +19,16 @@ def _rises(bounds: list[float]) -> list[float]:
     return bounds
 
 
-_Pair = Field(min_length=2, max_length=2)
-_Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
+_Zooms = Annotated[Two[_Zoom], AfterValidator(_rises)]
 
 
 class AffineConfig(Strict):
     """A random rotation by up to `degrees`, shift by up to `translate` of the sides, zoom within `scale`, and shear."""
 
-    degrees: Annotated[float, Field(ge=0, le=180)]
+    degrees: between(float, 0, 180)
     translate: Fraction
     scale: _Zooms
-    shear_degrees: Annotated[float, Field(ge=0, le=85)]
+    shear_degrees: between(float, 0, 85)
 
 
 class ColorJitterConfig(Strict):
@@ -41,7 +40,7 @@ class ColorJitterConfig(Strict):
     """
 
     strength: Fraction
-    hue: Annotated[float, Field(ge=0, le=0.5)]
+    hue: between(float, 0, 0.5)
 
 
 class AugmentConfig(Strict):
@@ -56,8 +55,8 @@ class AugmentConfig(Strict):
     image_size_hw: SizeHW
     pad: Literal["none", "square"]  # square, also in evaluation: the whole image, centred on a square of the background
     affine: AffineConfig | None  # acts on the decoded image; its cost grows with the image size
-    fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers
-    crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # share of the area
+    fill: between(int, 0, 255)  # the grey level of the area that the affine map uncovers
+    crop_scale: Annotated[Two[Share], AfterValidator(_rises)]  # share of the area
     crop_ratio: _Zooms  # width / height
     interpolation: Literal["bilinear", "bicubic"]  # the resize filter
     horizontal_flip: Fraction
@@ -69,9 +68,9 @@ class AugmentConfig(Strict):
     shrink: bool  # reduce large images to the size that crops need when decoding (`shortest_px`)
     # crop: resize the shorter side to image size / `eval_crop`, then take the centre. squash: resize both sides.
     eval_resize: Literal["crop", "squash"]
-    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
+    eval_crop: between(float, 0.1, 1)
     mean: list[Fraction]  # for values in [0, 1], one per channel; applied on the device
-    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
+    std: list[between(float, 1e-6, 1e6)]
 
     def preprocessing(self, channels: int) -> Json:
         """Return the preprocessing of evaluation, as weight files store it."""

@@ -30,6 +30,7 @@ from data.layouts.table import TYPES, replace_column, take_rows
 from data.layouts.unused import Unused, say_unused
 from data.layouts.values import read_label, read_tags
 from data.layouts.walk import COPY
+from utils.config.bounds import between
 from utils.config.schema import Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags, split_tags
@@ -40,7 +41,7 @@ from utils.record.logging import log
 
 _PATIENCE_SEC = 10  # for another process that appends a line
 _KINDS = {"label": (str, type(None)), "tags": (list,), "weight": (int, float), "group": (int, type(None))}
-_Number = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[float, Field(ge=0)]
+_Number = between(int, 0, 2**63 - 1) | Annotated[float, Field(ge=0)]
 _Tags = Annotated[list[str], AfterValidator(lambda tags: [*read_tags(tags)])]
 _Value = Annotated[str, AfterValidator(read_label)] | _Tags | _Number | None
 

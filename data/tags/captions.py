@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from numpy import ndarray
-from pydantic import Field
 
 from data.collection.collection import Collection, Row
 from data.layouts.table import has_value, show_some
-from utils.config.bounds import CountOrZero, Fraction
+from utils.config.bounds import CountOrZero, Fraction, Name
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError
@@ -58,7 +57,7 @@ class CaptionConfig(Strict):
     keep_first: CountOrZero
     shuffle: bool
     tag_dropout: Fraction
-    keep_tokens_separator: Annotated[str, Field(min_length=1)] | None
+    keep_tokens_separator: Name | None
     caption_dropout: Fraction
     dropout_to: Literal["empty", "zeros"]
     prefix: str

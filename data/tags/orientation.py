@@ -14,14 +14,13 @@ The maps for booru tags and for the embedded glyphs are in this folder.
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import yaml
-from pydantic import Field
 from torch import Tensor, nn
 
 from utils import rng
+from utils.config.bounds import Name, Two
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError, about
@@ -34,14 +33,12 @@ MAPS = ("booru", "glyphs")
 _MIRRORED = (GENERAL, CATEGORIES["meta"])
 _COIN_DRAW = 0xF11B  # draw number for utils/rng.py; tasks use small numbers
 
-_Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
-
 
 class Pattern(Strict):
     """A regular expression, and the two words that are exchanged in its matches."""
 
     match: re.Pattern[str]
-    swap: _Two
+    swap: Two[Name]
 
     def apply(self, name: str) -> str:
         """Return the mirror image of a name."""
@@ -53,7 +50,7 @@ class Pattern(Strict):
 class OrientationMap(Strict):
     """The map; the module docstring explains its keys."""
 
-    pairs: list[_Two] = []
+    pairs: list[Two[Name]] = []
     patterns: list[Pattern] = []
     symmetric: list[str] = []
     never_flip: list[str] = []

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from utils.config.bounds import Count
+from utils.config.bounds import Count, Name
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
@@ -65,7 +63,7 @@ class TextConfig(Strict):
     rating: Literal["first", "last"] | None
     spaces: bool
     escape: bool
-    separator: Annotated[str, Field(min_length=1)]
+    separator: Name
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ weights = weigh_images(collection, rows, config, captions)
 """
 
 import functools
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy import ndarray
-from pydantic import Field
 
 from data.collection.collection import Collection
 from data.collection.tag_rows import NamedTags
 from data.tags.captions import CaptionConfig, Captions
-from utils.config.bounds import Factor, Positive
+from utils.config.bounds import Factor, Positive, between
 from utils.config.schema import Strict
 from utils.formats.spelling import category_name, is_sentence, parse_tag
 
@@ -25,7 +24,7 @@ class TagWeightsConfig(Strict):
     The weight of an image is the mean over its tags, scaled to 1 on average.
     """
 
-    power: Annotated[float, Field(ge=0, le=4)]
+    power: between(float, 0, 4)
     low: Factor
     high: Positive
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]

@@ -15,7 +15,7 @@ from data.config import DataConfig
 from data.layouts.names import is_remote
 from data.layouts.walk import check_root
 from data.tags.rules import VocabularyConfig
-from utils.config.bounds import Count, DurationOrZero, Share, Side
+from utils.config.bounds import Count, DurationOrZero, Share, Side, between
 from utils.config.schema import PathText, Strict, TermsText
 from utils.start import open_name
 
@@ -108,7 +108,7 @@ class Pack(Tool):
 
     name: Literal["pack"]
     output: PathText
-    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
+    shard_mib: between(int, 1, 2**20)
 
 
 class Finder(Reporting):

@@ -8,7 +8,7 @@ from data.config import DataConfig
 from data.tags.rules import TagRulesConfig, TextConfig
 from engine.config import MachineConfig
 from engine.exports.config import MovedBase, WeightsChoice
-from utils.config.bounds import Count, CountOrZero, Fraction, Inner, Pixels
+from utils.config.bounds import Count, CountOrZero, Fraction, Inner, Pixels, Some
 from utils.config.schema import PathList, PathText, Strict, text_or
 from utils.formats.spelling import CATEGORIES
 from utils.formats.thresholds import PER_TAG
@@ -71,7 +71,7 @@ class PredictConfig(Strict):
     """conf/predict.yaml, checked."""
 
     weights: Annotated[PathList, Field(min_length=1)]  # a run folder or a file; for prompts, several
-    input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
+    input: PathText | Some[PathText] | None
     prompts: PathText | None
     output: PathText | None  # a file, FOLDER/ or `beside`; None: a table in `sort`
     sort: PathText | None  # a folder for copies of the images, by class

@@ -9,7 +9,7 @@ from data.config import WholeData
 from data.tags.rules import TagRulesConfig
 from engine.config import TrainingConfig
 from models.config import ModelConfig
-from utils.config.bounds import BelowOne, Count, Duration, Factor, Fraction, Side, Width
+from utils.config.bounds import BelowOne, Count, Duration, Factor, Fraction, Side, Width, between
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 
@@ -82,16 +82,16 @@ class TagLossConfig(Strict):
     """The loss. gamma_neg, clip: of the asymmetric loss; gamma, alpha: of the focal loss."""
 
     name: Literal["bce", "asl", "focal"]  # binary cross-entropy, asymmetric or focal loss
-    gamma_neg: Annotated[float, Field(ge=0, le=100)]
+    gamma_neg: between(float, 0, 100)
     clip: BelowOne
-    gamma: Annotated[float, Field(ge=1, le=100)]
+    gamma: between(float, 1, 100)
     alpha: BelowOne
 
 
 class LossWeightsConfig(Strict):
     """Weights of tags by their loss in about `window_steps` updates (`TaggingTask.tag_weights`)."""
 
-    power: Annotated[float, Field(ge=0, le=4)]
+    power: between(float, 0, 4)
     window_steps: Count
 
 

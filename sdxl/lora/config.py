@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from utils.config.bounds import BelowOne, Name, Positive, Width
+from utils.config.bounds import BelowOne, Name, Positive, Some, Width
 from utils.config.schema import Strict, text_or
 
 AdapterKind = Literal["lora", "dora", "dora_out", "loha", "lokr"]  # rows of READERS (sdxl/lora/changes.py)
@@ -53,4 +53,4 @@ class PreserveConfig(Strict):
     """
 
     weight: Positive
-    prompt: text_or(Annotated[list[Name], Field(min_length=1)], Name) | None
+    prompt: text_or(Some[Name], Name) | None

@@ -10,12 +10,11 @@ import re
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import yaml
-from pydantic import Field
 
 from sdxl.config import Prompt, PromptText
+from utils.config.bounds import Some
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import about
@@ -30,7 +29,7 @@ _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts
 
 
 class _Prompts(Strict):
-    prompts: Annotated[list[PromptText], Field(min_length=1)]
+    prompts: Some[PromptText]
 
 
 def read_prompt_file(file: str, size_hw: Sequence[int], key: str = "prompts") -> list[str | Prompt]:

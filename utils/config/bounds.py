@@ -1,25 +1,34 @@
-"""Bounded numbers for schemas: wide enough for every run, tight enough that nothing overflows."""
+"""Bounded values for schemas: wide enough for every run, tight enough that nothing overflows."""
 
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, le=10**9)]  # steps, images, jobs
-CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Side = Annotated[int, Field(ge=1, le=16_384)]  # pixels
-Pair = Annotated[list[Side], Field(min_length=2, max_length=2)]
-SizeHW = Pair  # of an image
-Width = Annotated[int, Field(ge=1, le=65_536)]
-Pixels = Annotated[int, Field(ge=1, le=10**12)]
+T = TypeVar("T")
+Some = Annotated[list[T], Field(min_length=1)]
+Two = Annotated[list[T], Field(min_length=2, max_length=2)]
+
+
+def between(kind: type, least: float, most: float) -> Any:
+    """Return the type of an int or a float within both bounds."""
+    return Annotated[kind, Field(ge=least, le=most)]
+
+
+Seed = between(int, 0, 2**63 - 1)
+Count = between(int, 1, 10**9)  # steps, images, jobs
+CountOrZero = between(int, 0, 10**9)
+Side = between(int, 1, 16_384)  # pixels
+SizeHW = Two[Side]  # of an image
+Width = between(int, 1, 65_536)
+Pixels = between(int, 1, 10**12)
 
 Name = Annotated[str, Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(ge=1e-6, le=1)]
+Fraction = between(float, 0, 1)
+Share = between(float, 1e-6, 1)
 Inner = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Factor = Annotated[float, Field(ge=0, le=1e6)]
-Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float32
-Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # in epochs or minutes
-DurationOrZero = Annotated[float, Field(ge=0, le=1e9)]
-Patience = Annotated[float, Field(ge=1, le=1e8)]  # in seconds
+Factor = between(float, 0, 1e6)
+Positive = between(float, 1e-30, 1e30)  # representable in float32
+Duration = between(float, 1e-6, 1e9)  # in epochs or minutes
+DurationOrZero = between(float, 0, 1e9)
+Patience = between(float, 1, 1e8)  # in seconds

@@ -1,10 +1,6 @@
 """The schema of `sweep`, and the flags of a --multirun."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from utils.config.bounds import CountOrZero
+from utils.config.bounds import CountOrZero, Some
 from utils.config.schema import PathText, Strict
 
 FLAGS = {"--multirun", "-m"}
@@ -14,5 +10,5 @@ class SweepConfig(Strict):
     """A sweep, with its run folders in outputs/sweeps/<name>/."""
 
     name: PathText
-    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # a job at a time for each
+    gpus: Some[CountOrZero] | None  # a job at a time for each
     wandb: PathText | None  # a file for `wandb sweep`, written in place of the jobs

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from PIL import ImageColor
 from pydantic import Field
 
-_Level = Annotated[int, Field(ge=0, le=255)]
+from utils.config.bounds import between
+
+_Level = between(int, 0, 255)
 # `drop` discards alpha, as Pillow's convert("RGB") does: the colours of transparent pixels become visible.
 Background = Literal["white", "black", "drop"] | _Level | Annotated[list[_Level], Field(min_length=3, max_length=3)]
 DEFAULT = "white"

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import Field, TypeAdapter
 
+from utils.config.bounds import between
 from utils.formats.spelling import GENERAL, PREFIXES, RATING, RATINGS, Tag, category_name, parse_tag
 from utils.io.files import Json, Values, readable, sha256_text
 from utils.io.names import to_nfc
@@ -37,7 +38,7 @@ _FORMS = (
     "job=vocabulary"
 )
 _Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
-_Number = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = between(int, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
