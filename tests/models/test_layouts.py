@@ -163,11 +163,7 @@ def test_the_weights_or_their_average_are_taken_as_asked(tmp_path):
     with refuses(r"^init_weights: ema"):
         start(ours(), path, "ema")
     write_weights(path, content["state_dict_ema"], {"task": {}, "average": True})
-    for file, which in (
-        ("checkpoint-best-ema.pth.tar", "model"),
-        ("checkpoint-best-ema.pth.tar", "ema"),
-        (path, "ema"),
-    ):
+    for file, which in ((both, "model"), (both, "ema"), (path, "ema")):
         start(target := ours(), tmp_path / file, which)
         assert torch.equal(target.head.weight, networks[which].head.weight)
 
@@ -188,15 +184,3 @@ def test_a_stem_adapts_to_other_channels_by_the_stated_rule(old, new, make, tmp_
     if new == 1:  # a grey picture gives what its equal channels gave
         grey = torch.randn(2, 1, 64, 64)
         assert torch.allclose(logits(target, grey), logits(source, grey.expand(-1, old, -1, -1)), atol=1e-4)
-
-
-# --- licence
-
-
-def test_the_licence_of_released_files_is_presumed(tmp_path, log):
-    torch.save({"model": ours(0).state_dict()}, tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
-    origin = start(ours(), tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
-    assert origin["license"] == "cc-by-nc-4.0" and "presumed" in log.text
-    # The same network, trained by the user with the official code, has other entries.
-    torch.save({"model": ours(0).state_dict(), "optimizer": {}, "epoch": 1}, tmp_path / "mine.pt")
-    assert start(ours(), tmp_path / "mine.pt")["license"] is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.errors import UserError, about, find_lack, lost_worker
+from utils.errors import find_lack, lost_worker
 
 DEAD = {
     "DataLoader worker (pid 12) is killed by signal: Killed. ": "worker 12 of this rank has ended (is killed by",
@@ -18,16 +18,6 @@ def test_a_dead_worker_becomes_advice_also_where_another_error_follows(said, nam
     following = AttributeError("what was being read")
     following.__context__ = RuntimeError(said)
     assert lost_worker(following) == message
-
-
-def test_an_error_gets_the_key_of_its_file_unless_it_names_one():
-    for message, expected in (
-        ("w.pt is damaged", "init_from: w.pt is damaged"),
-        ("task.head: kept", "task.head: kept"),
-    ):
-        with pytest.raises(UserError) as refused, about("weights"), about("init_from"):
-            raise UserError(message)
-        assert str(refused.value) == expected
 
 
 def test_a_limit_of_the_shell_is_named():

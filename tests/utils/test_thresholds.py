@@ -47,11 +47,6 @@ def test_a_table_is_read_as_it_was_written(path):
     assert find_thresholds(str(path), WEIGHTS, "0123") == TABLE
 
 
-def test_each_tag_has_a_threshold_of_each_profile():
-    assert TABLE.of_tags(VOCABULARY, PER_TAG) == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert TABLE.of_tags(VOCABULARY, "balanced") == pytest.approx([0.35, 0.3, 0.3, 0.3 - 0.05 / 9])
-
-
 def test_tags_that_are_not_labelled_keep_their_rows_with_their_categories(path):
     rows = [replace(row, threshold=0.9) for row in TABLE.rows]
     rows[:9] = [replace(row, category=4 if row.category == 9 else row.category) for row in rows[:9]]
@@ -71,10 +66,9 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
     assert {number: first[number] for number in (0, 9)} == pytest.approx({0: 0.3, 9: 0.35})
 
 
-@pytest.mark.parametrize("weights_hash", ["4567", None])
-def test_a_table_of_other_weights_is_refused_with_the_command(path, weights_hash):
+def test_a_table_for_weights_without_a_checksum_is_refused_with_the_command(path):
     with refuses(r"^thresholds: .*thresholds.csv .*evaluate.py calibrate=true"):
-        find_thresholds(str(path), WEIGHTS, weights_hash)
+        find_thresholds(str(path), WEIGHTS, None)
 
 
 @pytest.mark.parametrize(

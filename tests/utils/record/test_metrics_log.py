@@ -25,7 +25,6 @@ def test_rows_come_one_by_one_and_what_is_no_number_becomes_null(tmp_path):
     row = {"step": 1, "kind": "train", "loss": None, "norm": None, "count": 3, "note": "a", "low": 0.5}
     # Before the log is closed: a kill loses no row.
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == row
-    log.add(2, "evaluate", {"top1": 0.5, "samples": 4})
     log.close()
 
 

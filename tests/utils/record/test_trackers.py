@@ -68,9 +68,10 @@ def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(image
     monkeypatch.setattr(wandb.Run, "log", note)
     monkeypatch.setattr("sys.argv", ["finetune.py", f"data.token={KEY}"])
     monkeypatch.setenv("WANDB_TAGS", "small,glyphs")
-    fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", *WANDB)
+    fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", "tracking.weights=true", *WANDB)
     run_dir = tmp_path / "run"
     (first,) = logged
+    assert "tracking: " not in (run_dir / "log.txt").read_text()
     assert (first.name, first.project, first.tags) == ("run", "tests", ("small", "glyphs"))
     assert first.id == (run_dir / "wandb_run_id.txt").read_text().strip()
     git = read_json(run_dir / "environment.json")["git"]
@@ -109,15 +110,9 @@ def test_wandb_has_the_objective_of_a_sweep_and_the_weights_if_asked(images, tmp
     assert sent == [(files[0], "weights-fromagent", ["best"]), (files[1], "weights-fromagent", ["latest"])]
 
 
-@pytest.mark.parametrize("is_lowest_best, value", [(True, -0.5), (False, 0.5)])
-def test_the_objective_is_highest_where_the_run_is_best(tmp_path, is_lowest_best, value):
-    write_json(tmp_path / "result.json", {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})
-    assert RunReader(tmp_path).objective == value
-
-
-def test_wandb_offline_keeps_the_weights(images, tmp_path):
-    fine_tune(images, tmp_path, "loop.total_steps=2", "tracking.weights=true", *WANDB)
-    assert "tracking: " not in (tmp_path / "run/log.txt").read_text()
+def test_the_objective_is_highest_where_the_run_is_best(tmp_path):
+    write_json(tmp_path / "result.json", {"metric": "m", "value": 0.5, "is_lowest_best": True})
+    assert RunReader(tmp_path).objective == -0.5
 
 
 def test_a_server_that_never_answers_ends_no_run(images, tmp_path, monkeypatch):
