@@ -37,7 +37,7 @@ def convert_config(job: Import, data: DataConfig) -> str:
         write_text(Path(job.output), text)
     for note in notes:
         log.warning("job.source: other than in %s: %s", program, note)
-    return f"wrote {job.output}; next: python finetune_sdxl.py experiment={job.output} model.path=BASE"
+    return f"wrote {job.output}; next: python finetune_sdxl.py experiment={job.output}"
 
 
 def read_experiment(file: str) -> tuple[Json, str, list[str]]:
