@@ -59,8 +59,7 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities that labels [N] are right, and of the classes by the other images alone [N, K].
 
     Every class has an image. One scale turns ridge scores into probabilities. If labels are exchanged between certain
-    classes, expectation maximisation learns the pairs from all labels. Otherwise discriminants of the scores are added
-    if they make the labels more probable.
+    classes, expectation maximisation learns the pairs from all labels. Otherwise discriminants of the scores are added.
     """
     logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
     half = torch.arange(len(labels))[:, None] % 2  # errors learned from one half predict the other
@@ -69,7 +68,7 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if ((by_pairs / by_any).log() * (1 - half)).mean() < _LEAST_GAIN * (1 - right.mean()):
         right, _ = _explain(logits, labels, _EQUAL_PAIRS)
         further = _calibrate([_discriminate(logits, labels, right)], labels)
-        logits = _calibrate([logits, further, logits + further], labels)
+        logits = _calibrate([logits + further], labels)
         right, _ = _explain(logits, labels, _EQUAL_PAIRS)
     return right, logits.softmax(dim=1)
 

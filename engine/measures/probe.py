@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.measures.neighbours import find_nearest
-from optim.linear import count_hits
-from optim.ridge import Ridge, standardise
+from optim.linear import fit_classes
+from optim.ridge import standardise
 from utils.contracts import Batch, Figures
 from utils.ranks import distributed
 from utils.record.logging import log
@@ -51,12 +51,11 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
         log.warning("probe: skipped: features are not finite, or no image of the training or validation set was read")
         return {}
     classes, labels = torch.unique(train_labels, return_inverse=True)
-    targets = F.one_hot(labels).double()
-    ridge = Ridge(train, targets)
-    qualities = ridge.compare(count_hits)
-    weight, bias = ridge.solve(max(qualities, key=lambda penalty: qualities[penalty].tolist()))
     mean, scale = standardise(train)
-    similarities, rows = find_nearest((val - mean) / scale, (train - mean) / scale, min(k, len(train)))
-    votes = (targets[rows] * (similarities / TEMPERATURE).exp()[:, :, None]).sum(dim=1)
+    train = (train - mean) / scale
+    val = (val - mean) / scale
+    weight, bias, *_ = fit_classes(train, labels, len(classes))
+    similarities, rows = find_nearest(val, train, min(k, len(train)))
+    votes = (F.one_hot(labels)[rows] * (similarities / TEMPERATURE).exp()[:, :, None]).sum(dim=1)
     scores = {"probe/knn": votes, "probe/linear": val @ weight.T + bias}
     return {name: (classes[score.argmax(dim=1)] == val_labels).double().mean().item() for name, score in scores.items()}

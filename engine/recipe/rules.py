@@ -147,7 +147,8 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "so many keep the machine busy")
     faster = math.sqrt(batch / least)
     if network.is_pretrained:
-        yield Rule("optim", f"optim=adamw optim.lr={1e-4 * faster:.2g}", "the network is pretrained")
+        rate = 1e-4 if "tuning" in network.row else 2e-4
+        yield Rule("optim", f"optim=adamw optim.lr={rate * faster:.2g}", "the network is pretrained")
         if "tuning" in network.row:
             yield Rule("optim model loop.ema_decay", network.row["tuning"], "a large network keeps its first layers")
         if network.runtime:

@@ -1,10 +1,9 @@
-"""Questions about the figures of a run that need features of a frozen network, or decoded images.
+"""A question about the figures of a run that needs features of a frozen network.
 
-Questions that files and tables alone answer are in data/validity/. Each answer is kept by the index of the collection
+Questions that files and tables alone answer are in data/validity/. The answer is kept by the index of the collection
 and the configuration that it depends on, so that a second start does not ask again.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
@@ -21,8 +20,6 @@ from utils.ranks import distributed
 from utils.record.figures import show_figure
 
 _ENOUGH = 100  # images: the interval of an accuracy is at most 0.2 wide
-
-Question = Callable[[TrainingConfig, Collection, Runtime], Finding | None]
 
 
 def judge_few(config: TrainingConfig, collection: Collection, runtime: Runtime) -> Finding | None:
@@ -50,11 +47,8 @@ def judge_few(config: TrainingConfig, collection: Collection, runtime: Runtime) 
     return Finding(0.3, "folds", line, "few validation images")
 
 
-# A question decides by `config.task.name` and the collection whether it applies.
-QUESTIONS: tuple[Question, ...] = (judge_few,)
-
 _FOLDER = OURS / "findings"
-_VERSION = 1  # increment it when a question changes
+_VERSION = 2  # increment it when the question changes
 
 
 def list_findings(config: TrainingConfig, collection: Collection, runtime: Runtime) -> list[Json]:
@@ -64,12 +58,12 @@ def list_findings(config: TrainingConfig, collection: Collection, runtime: Runti
 
 
 def ask(config: TrainingConfig, collection: Collection, runtime: Runtime) -> list[Finding]:
-    """Return the findings of the questions, which are asked once."""
+    """Return the finding of the question, if it has one; it is asked once."""
     stated = [config.task.model_dump(mode="json"), config.data.model_dump(mode="json"), config.init_from]
-    file = own_cache(_FOLDER) / f"{files_key([collection.arrow], _VERSION, len(QUESTIONS), *stated)}.json"
+    file = own_cache(_FOLDER) / f"{files_key([collection.arrow], _VERSION, *stated)}.json"
     with suppress(OSError, ValueError, TypeError):
         return [Finding(*values) for values in read_json(file)]
-    findings = [finding for question in QUESTIONS if (finding := question(config, collection, runtime)) is not None]
+    findings = [*filter(None, [judge_few(config, collection, runtime)])]
     with ignore_write_errors(file):
         write_json(file, findings)
     return findings

@@ -27,7 +27,7 @@ _FILE = "minutes.json"
 _LAST_SHARE = 0.02  # of the steps follow the last correction
 _LATER = 16  # the first correction after the first epoch comes after a 16th of its steps
 _END_SEC = 4.5  # the last pictures and weights
-_UPDATE = 8  # the time of an image in an update, as a multiple of that of its features
+_UPDATE = 3  # the time of an image in an update, as a multiple of that in the fit of a head: 1.1 to 2.9
 _LEAST_UPDATES = 8  # fewer gain less than larger images (docs/results.md#from-weights-in-two-minutes)
 _PICTURES_SEC = 2.0  # of an evaluation
 _TOLD = 0.05  # the screen has corrections by more than this share
@@ -133,7 +133,10 @@ class Pace:
     def _left(self) -> float:
         """Return the seconds that are left for updates and evaluations."""
         finish = self._run.evaluator.finish
-        end_sec = _END_SEC + (0.0 if finish is None else finish.seconds)
+        plan = self._run.plan
+        end_sec = _END_SEC
+        if finish is not None and finish.is_due(plan.epoch_at(plan.total_steps)):
+            end_sec += finish.seconds
         return 60 * self._length.minutes - (monotonic() - STARTED) - end_sec
 
     def correct(self) -> None:

@@ -1,13 +1,13 @@
 """Fit heads to frozen features in seconds: of a new classifier (`task.head=fitted`), or of new tags (`task.append_to`).
 
-A new classifier gets the head of a linear probe, in closed form. A random head sends random gradients into a trained
+A new classifier gets the head of a linear probe. A random head sends random gradients into a trained
 network for hundreds of steps. After training without labels, features also differ little between images, and a head
 learns small differences slowly. A layer norm directly before the head therefore gets the scale and shift with which
 each feature has mean 0 and standard deviation 1.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
-(arXiv 2111.06377), section A.1. Differs: of classes, the probe is the better of a ridge and a logistic regression, by
-the cross-entropy of held-out images, and the norm is an affine map.
+(arXiv 2111.06377), section A.1. Differs: the probe is a regression whose penalty predicts left-out images best, and the
+norm is an affine map.
 """
 
 from collections.abc import Iterable

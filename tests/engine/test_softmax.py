@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import PredefinedSplit
 
-from engine.tasks.softmax import _PENALTIES, fit_softmax
+from optim.linear import PENALTIES, fit_softmax
 
 
 def test_the_fit_is_the_logistic_regression_that_predicts_left_out_images_best():
@@ -13,7 +13,7 @@ def test_the_fit_is_the_logistic_regression_that_predicts_left_out_images_best()
     features = torch.randn(3, 60, generator=draw)[labels] / 4 + torch.randn(240, 60, generator=draw)
     features = (features - features.mean(dim=0)).double()
     weight, bias, loss, _ = fit_softmax(features, labels, 3)
-    strengths = [1 / penalty / 240 / features.square().mean().item() for penalty in _PENALTIES]
+    strengths = [1 / penalty / 240 / features.square().mean().item() for penalty in PENALTIES]
     fifths = PredefinedSplit(labels.argsort(stable=True).argsort() % 5)
     rival = LogisticRegressionCV(
         Cs=strengths, cv=fifths, scoring="neg_log_loss", l1_ratios=(0,), use_legacy_attributes=True

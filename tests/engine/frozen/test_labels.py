@@ -27,7 +27,6 @@ def test_labels_that_are_wrong_by_chance_come_first():
     assert precision(right, given != labels) > 0.97
     assert (probs.argmax(dim=1) == labels).double().mean() > 0.97
     assert abs((1 - right).sum() - 60) < 9
-    assert torch.equal(judge_classes(features, given)[0], right)
 
 
 def test_that_certain_classes_are_mistaken_for_certain_others_is_learnt(monkeypatch):
