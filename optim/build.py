@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
+from optim.groups import parameters_of
 from utils.errors import UserError, close_names
 from utils.start import open_name
 
@@ -19,18 +20,45 @@ def skips_on_device(optimizer: Optimizer) -> bool:
 def step_by_gradients(optimizer: Optimizer, applied: Tensor, step: int) -> None:
     """Make update number `step` of all parameters, unless `applied`, a device scalar, is 0.
 
-    This waits for the device only if the optimiser cannot skip a step there.
+    This waits for the device only if the optimiser counts its steps on the host.
     """
     skip = 1.0 - applied
-    skips = skips_on_device(optimizer)
-    if not skips and skip:
+    if skips_on_device(optimizer):
+        optimizer.found_inf = skip
+    elif optimizer.param_groups[0].get("capturable"):
+        _step_or_stay(optimizer, applied)
+        return
+    elif skip:
         return
     if optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16:
         open_name("optim.alone:step_each")(optimizer, skip, step)
-        return
-    if skips:
-        optimizer.found_inf = skip
+    else:
+        optimizer.step()
+
+
+@torch.no_grad()
+def _step_or_stay(optimizer: Optimizer, applied: Tensor) -> None:
+    """Make a step of an optimiser whose state is on the device, such as Muon; it changes nothing if `applied` is 0.
+
+    Then gradients, which may not be finite, and rates become 0, so weights stay, and a momentum of 1 keeps its average.
+    Other state is small and is put back. A float32 is selected by its bits, times 1 or 0, because NaN times 0 is NaN.
+    """
+    groups = optimizer.param_groups
+    one = applied.int()
+    gradients = [each.grad for each in parameters_of(optimizer) if each.grad is not None]
+    torch._foreach_mul_([each.view(torch.int32) for each in gradients], one)
+    tensors, _ = open_name("optim.state:optimizer_state")(optimizer)
+    small = [value for name, value in tensors.items() if not name.endswith("momentum_buffer")]
+    state = [each.view(torch.int32) for each in (one.clone(), *small)]  # never none
+    before = torch._foreach_mul(state, 1 - one)
+    optimizer.param_groups = [
+        {**group, "lr": group["lr"] * applied, "momentum": torch.where(applied > 0, group.get("momentum", 0.0), 1.0)}
+        for group in groups
+    ]
     optimizer.step()
+    optimizer.param_groups = groups
+    torch._foreach_mul_(state, one)
+    torch._foreach_add_(state, before)
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:

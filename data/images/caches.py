@@ -4,7 +4,6 @@ source = keep_in_memory(source, collection, config.cache)    one copy for all pr
 """
 
 import fcntl
-import functools
 import io
 import mmap
 import os
@@ -36,10 +35,7 @@ _ESTIMATE_IMAGES = 32
 _ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
-_DEVICE_SHARE = 0.25  # of the free memory of a GPU for a copy of the decoded images
-_DEVICE_SIDE = 1536  # the longest of an image that a device cuts, which reads the largest height and width of all
-_BEHIND = 2**23  # bytes after the last record, because every window is read as the largest: its rows and one more
-_ENOUGH = 0.999  # share of the images that a copy needs; workers make a batch that lacks one
+BEHIND = 2**13  # bytes after the last record, because every row of a window is read as the longest
 _WORD_BYTES = 8
 HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channels; the pixels follow
 
@@ -119,26 +115,22 @@ class Pool:
     last process. The length of a row is written after its record is complete, so a killed process leaves unused space
     but no broken record.
 
-    path: lets another process open the file. address: of the content. copy: on a device, uint8 [N]. has_copy: of each
-    row, whether it is there. most: the largest height and width there, and the channels.
+    path: lets another process open the file. content: uint8 [N], the records and some bytes behind them.
     """
 
     def __init__(self, file: io.FileIO, rows: int) -> None:
         self.path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         self._file = file
         content = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
-        numbers, self._content = np.split(content, [_WORD_BYTES * (2 + 2 * rows)])
+        numbers, self.content = np.split(content, [_WORD_BYTES * (2 + 2 * rows)])
         self._room, self._lengths, self._starts = np.split(numbers.view(np.int64), (2, 2 + rows))
         self._reserve = int(_LEFT_SHARE * free_memory())
-        self.address = self._content.ctypes.data
-        self.copy: torch.Tensor | None = None
-        self.has_copy = torch.zeros(rows, dtype=torch.bool).share_memory_().numpy()  # for loader workers
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
         """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
         file = io.FileIO(os.memfd_create("atelier-images"), "r+")
-        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget + _BEHIND)
+        file.truncate(_WORD_BYTES * (2 + 2 * rows) + budget + BEHIND)
         pool = cls(file, rows)
         pool._room[1] = budget
         return pool
@@ -147,14 +139,18 @@ class Pool:
         """Return the bytes used by records."""
         return int(self._room[0])
 
-    def has(self, row: int) -> bool:
-        """Return whether a row has a record."""
+    def has(self, row: int | ndarray) -> bool | ndarray:
+        """Return whether a row, or each of several, has a record."""
         return self._lengths[row] != 0
+
+    def shapes(self, rows: ndarray) -> ndarray:
+        """Return the height, width and channels of the records of rows, uint32 [N, 3]."""
+        return self.content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
 
     def get(self, row: int) -> ndarray | None:
         """Return the record of a row, uint8 [N], which must not be modified; or None."""
         length = self._lengths[row]
-        return self._content[self._starts[row] :][:length] if length else None
+        return self.content[self._starts[row] :][:length] if length else None
 
     def add(self, row: int, content: bytes) -> None:
         """Store the record of a row if there is room and no other process has stored it."""
@@ -168,33 +164,10 @@ class Pool:
             if end > self._room[1] or self.has(row):
                 return
             self._room[0] = end
-        self._content[start:end] = np.frombuffer(content, np.uint8)
+        self.content[start:end] = np.frombuffer(content, np.uint8)
         self._starts[row] = start
         with self._locked():  # a barrier for the writes before it, on any processor
             self._lengths[row] = len(content)
-
-    @functools.cached_property  # asking at each step takes time
-    def fits(self) -> bool:
-        """Whether this rank's GPU had room for a copy when this was asked first."""
-        return self.used_bytes() < _DEVICE_SHARE * torch.cuda.mem_get_info()[0]
-
-    def copy_to(self, device: torch.device, rows: ndarray) -> None:
-        """Copy all records to a device as soon as enough of these rows have one, if it fits. Later ones stay here."""
-        if (
-            self.copy is not None
-            or (self._lengths[rows[:: 1 + len(rows) // 1000]] > 0).mean() < _ENOUGH  # of a sample: each step asks
-            or not self.fits
-        ):
-            return
-        rows = rows[self._lengths[rows] > 0]
-        shapes = self._content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
-        chosen = shapes.max(axis=1) <= _DEVICE_SIDE
-        chosen &= chosen.mean() >= _ENOUGH
-        content = self._content[: self.used_bytes() * chosen.any() + _BEHIND]
-        self.copy = torch.from_numpy(content).to(device)
-        self.most = shapes[chosen].max(axis=0, initial=1).tolist()
-        self.has_copy[rows[chosen]] = True
-        log.debug("data.cache.memory_gib: the device cuts %d images", chosen.sum())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -248,6 +248,10 @@ class TrainStream:
         """Return the metrics of this rank's caches."""
         return self.loader.source.readings()
 
+    def drop_copy(self) -> bool:
+        """Free the copy of the images on the device. Return whether there was one."""
+        return self.loader.windows is not None and self.loader.windows.drop()
+
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample, for messages."""
         return self.loader.collection.row(sample_id).path

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from timeit import timeit
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.augment.config import AugmentConfig
+from data.augment.steps import IMAGES, training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
@@ -51,6 +54,8 @@ _FETCHED_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
 _FINE_BATCH = 32
 _OWN_BATCH = 8  # of timing the user's network
+POLICY = "rand-m9-mstd0.5-inc1"  # of RandAugment
+_CHANGED = 32  # images, of timing it
 _EXACT = "runtime.precision=fp32 runtime.channels_last=true"
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
 
@@ -80,7 +85,8 @@ class Measurements:
     whether fine detail of large images tells the class.
     reference: how many images a network of cost 1 trains on in the minutes. bf16: whether the machine multiplies
     bf16 fast, which Muon needs. network: the user's network, or the pretrained network whose features tell most of the
-    class, if the features tell clearly more than small pictures. machine: its row of networks.yaml.
+    class, if the features tell clearly more than small pictures. machine: its row of networks.yaml. policy: the cost
+    of an image with `POLICY` for all loader workers, as that of a network; 0 without them.
     """
 
     images: int
@@ -97,6 +103,7 @@ class Measurements:
     colours: bool = True
     network: Network | None = None
     detail: bool = False
+    policy: float = 0.0
 
 
 def cost_of_px(side: int) -> float:
@@ -179,8 +186,6 @@ def measure(
     elif labels is not None and colours and mirrors >= CROPS:
         network = _find_weights(config, collection, sample, runtime, pretrained, len(rows), step_sec)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
-    if runtime.device.type == "cuda":
-        first_sec = step_sec  # its workers read beside it
     # What is left after what was timed above; after the first epoch the memory cache has all images.
     time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
@@ -189,7 +194,7 @@ def measure(
     is_grey = bool((sample.small == sample.small[:, :1]).all())
     bf16 = has_fast_bf16(runtime.device.type)
     validation = len(collection.rows("val"))
-    return Measurements(
+    found = Measurements(
         images=len(rows),
         validation=validation,
         side_px=sample.side_px,
@@ -205,6 +210,18 @@ def measure(
         detail=detail,
         machine=machine,
     )
+    return replace(found, policy=time_policy(config.augment, sample.side_px, runtime.workers) / step_sec)
+
+
+def time_policy(augment: AugmentConfig, side: int, workers: int) -> float:
+    """Return the seconds in which all workers make an image of 64 px from one of a side, with `POLICY`; 0 without."""
+    if workers == 0:
+        return 0.0
+    changed = augment.changed({"image_size_hw": [UNIT_PX] * 2, "rand_augment": POLICY, "on_device": False})
+    view = training_views(changed)[IMAGES]
+    with torch.random.fork_rng(devices=[]):
+        image = torch.randint(256, (len(augment.mean), side, side), dtype=torch.uint8)
+        return timeit(lambda: view(image, None), number=_CHANGED) / _CHANGED / workers
 
 
 def _find_weights(

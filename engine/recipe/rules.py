@@ -14,6 +14,7 @@ import numpy as np
 from engine.recipe.measurements import (
     CROPS,
     MIRRORS,
+    POLICY,
     SHRINK,
     UNIT_PX,
     Measurements,
@@ -114,7 +115,6 @@ _SMALL_CHANGES = (
 _WHOLE = "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] augment.pad=square"
 _ANY_COLOUR = "augment.color_jitter={strength:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
-_POLICY = "rand-m9-mstd0.5-inc1"
 _POLICY_EPOCHS = range(50, 500)
 _MIX_EPOCHS = 150
 # Longer runs learn letters by heart without mixup and erasing.
@@ -135,11 +135,13 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("augment.image_size_hw", words, "no larger than the images, and the time allows it")
     if measurements.side_px > SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
-    # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs.
-    takes_policy = measurements.colours and measurements.mirrors >= MIRRORS and epochs in _POLICY_EPOCHS
+    # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs. A GPU must not
+    # wait for it: without it, the GPU cuts the images, too.
+    shows_things = measurements.colours and measurements.mirrors >= MIRRORS
+    takes_policy = shows_things and epochs in _POLICY_EPOCHS and measurements.policy <= network.cost
     if takes_policy:
         why = f"the images show things, in about {epochs} epochs"
-        yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)
+        yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={POLICY}", why)
     if measurements.has_classes:
         yield from _rules_for_classes(measurements, network, takes_policy)
     least = _BATCH[network.is_pretrained]

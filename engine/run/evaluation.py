@@ -142,12 +142,14 @@ class Evaluator:
     def measure(self, *, only_draws: bool) -> Report:
         """Return the task's report on the due loaders, or only its pictures of prompts.
 
-        If the device runs out of memory, recorded updates are dropped, and the evaluation begins again.
+        If the device runs out of memory, the copy of the images and recorded updates are dropped, and the evaluation
+        begins again.
         """
         try:
             return self._measure(only_draws)
         except torch.OutOfMemoryError:
-            if not self.learner.drop_recordings():
+            dropped = [stream.drop_copy() for stream in self.streams.in_order]
+            if not any([*dropped, self.learner.drop_recordings()]):
                 raise
         return self._measure(only_draws)
 

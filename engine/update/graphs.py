@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.update.step import StepResult
-from optim.build import skips_on_device
 from optim.groups import is_frozen
 from optim.schedules import GroupValues
 from utils.contracts import Batch
@@ -35,8 +34,7 @@ class _Recorded:
     batch: Batch
     values: Tensor
     results: list[StepResult]
-    replay_gradients: Callable[[], None]
-    replay_step: Callable[[], None] | None  # None: it is part of the gradients' graph
+    replay: Callable[[], None]
 
 
 @dataclass
@@ -86,13 +84,8 @@ class UpdateGraphs:
         for name, tensor in batch.items():
             recorded.batch[name].copy_(tensor, non_blocking=True)
         self.seed()
-        recorded.replay_gradients()
-        result = recorded.results[-1].clone()
-        if recorded.replay_step is not None:
-            if result.applied:  # a host synchronisation
-                recorded.replay_step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return result
+        recorded.replay()
+        return recorded.results[-1].clone()
 
     def _find(self, step: int, batch: Batch, values: GroupValues, prepare: Prepare) -> _Recorded | None:
         """Return the recorded update of a batch's shapes; record it after enough updates of these shapes."""
@@ -130,8 +123,7 @@ class UpdateGraphs:
 
         def compute() -> None:
             results[:] = [self.gradients(inputs, values[0])]
-            if skips_on_device(optimizer):
-                self.apply(*results)
+            self.apply(*results)
 
         self.seed()
         before = torch.default_generator.get_state()
@@ -140,16 +132,13 @@ class UpdateGraphs:
             group["lr"] = rate
         try:
             replay, self._pool = record_graph(compute, self.device, self._pool)
-            replay_step = None
-            if not skips_on_device(optimizer):
-                replay_step, _ = record_graph(optimizer.step, self.device, self._pool)
         finally:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         if not torch.equal(before, torch.default_generator.get_state()):
             raise RuntimeError("the task draws random numbers on the CPU")
-        return _Recorded(inputs, values, results, replay, replay_step)
+        return _Recorded(inputs, values, results, replay)
 
 
 def _check_memory(device: torch.device) -> None:

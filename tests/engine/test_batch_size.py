@@ -1,7 +1,9 @@
 """Out of memory: smaller micro-batches, a run that halves them, ranks."""
 
+import pytest
 import torch
 
+from data.stream.loader import TrainStream
 from engine.tasks.classification import ClassificationTask
 from engine.update.batch_size import MicroBatches, show_samples
 from engine.update.learner import Learner
@@ -37,7 +39,8 @@ def test_a_run_that_runs_out_equals_one_of_the_size_found(tmp_path, monkeypatch)
         run("finetune", [*base, "run_dir=none"], tmp_path)
 
 
-def test_an_evaluation_that_runs_out_drops_recorded_updates_or_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropped", [(Learner, "drop_recordings"), (TrainStream, "drop_copy")])
+def test_an_evaluation_that_runs_out_drops_recorded_updates_and_the_copy_or_is_named(dropped, tmp_path, monkeypatch):
     def fill(task, *arguments):
         if recorded:
             return evaluate(task, *arguments)
@@ -49,7 +52,7 @@ def test_an_evaluation_that_runs_out_drops_recorded_updates_or_is_named(tmp_path
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "run_dir=run"]
     with refuses("^loop.micro_batch_size: .*in step 1: evaluating"):
         run("finetune", base, tmp_path)
-    monkeypatch.setattr(Learner, "drop_recordings", lambda learner: recorded.append(learner) or True)
+    monkeypatch.setattr(*dropped, lambda owner: recorded.append(owner) or True)
     run("finetune", [*base, "run_dir=other"], tmp_path)
     assert len(recorded) == 1 and (tmp_path / "other/result.json").exists()
 

@@ -27,7 +27,8 @@ def check(rows):
 
 
 def test_planted_faults_are_found_and_tasks_run():
-    rows = run_cases("faults", "images", *[f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")])
+    cases = [f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")]
+    rows = run_cases("faults", "images", *cases, "classification:muon:bf16")
     check(rows)
     # A classifier copies no map to another dtype or layout. FCMAE does, so the copies are counted.
     assert rows[2]["map_copies"] == 0 < rows[3]["map_copies"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from engine.plan import Plan
 from engine.run.start import start_ranks
 from engine.tasks.kind import Setup, open_kind
+from engine.update import parallel
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from engine.update.step import first_scale
@@ -162,6 +163,16 @@ def test_a_gradient_that_is_not_finite_skips_its_own_parameter_in_a_fused_pass()
 def test_what_excludes_each_other_is_refused(words, said):
     with pytest.raises((UserError, ConfigError), match=said):
         make_learner(*words.split())
+
+
+def test_ranks_on_gpus_are_told_what_they_do_without(monkeypatch, log):
+    learner = make_learner("runtime.cuda_graphs=true", "runtime.deterministic=false")
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda task, broadcast_buffers, **_: task)
+    parallel.wrap_task(learner.task, learner.config.runtime, learner.runtime, compiles=True)
+    learner.runtime = replace(learner.runtime, device=torch.device("cuda"))
+    assert not learner._may_record()
+    assert [str(line).partition(":")[0] for line in log.messages[-2:]] == ["runtime.compile", "runtime.cuda_graphs"]
 
 
 def test_the_state_of_another_network_is_refused():

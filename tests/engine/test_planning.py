@@ -161,11 +161,20 @@ def test_a_network_is_timed_without_a_search_for_convolutions(monkeypatch):
     assert measurements.time_network(timm_config("test_resnet"), 32, 2, runtime) == 0 < torch.backends.cudnn.benchmark
 
 
+def test_a_plan_with_loader_workers_times_the_policy(words, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(planning, "list_rules", lambda known: found.append(known) or [])
+    for workers in (0, 2):
+        run("train", [*words, f"runtime.workers={workers}", f"run_dir={tmp_path / str(workers)}"], tmp_path)
+    assert found[0].policy == 0 < found[1].policy
+
+
 LONG = {"mirrors": 0.3, "reference": 4e5}  # of letters
 LETTERS = "augment.fill task.mixup_alpha augment.random_erasing"
 RULES = [
     ({}, "augment.rand_augment"),
     ({"side_px": 600}, "augment.rand_augment augment.shrink"),
+    ({"policy": 50.0}, ""),  # a GPU would wait for its workers
     ({"images": 10**4}, ""),
     ({"images": 50}, "task.cutmix_alpha"),
     ({"mirrors": 0.3}, "augment.fill"),

@@ -12,6 +12,7 @@ from optim.build import build_optimizer, check_optimizer, step_by_gradients
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
+from optim.state import optimizer_state
 
 STEPS = 10
 CONSTANT, ONE_CYCLE = (
@@ -86,6 +87,24 @@ def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipp
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     assert all(not optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())
+
+
+def test_muon_that_skips_on_a_device_is_what_it_was(monkeypatch):
+    """On a CPU in place of a GPU, for which alone timm makes such steps; tests/fake_cuda.py looks for host reads."""
+    monkeypatch.setattr("timm.optim.adamw._check_capturable_devices", lambda *_: None)
+    models, optimizers = zip(*[(model := network(), build("muon", model)) for _ in range(2)])
+    optimizers[1].param_groups[0]["capturable"] = optimizers[1].param_groups[1]["capturable"] = True
+    for number, applied in enumerate(torch.tensor([1.0, 1.0, 0.0, 1.0])):
+        before = [tensor.clone() for tensor in tensors_of(models[1], optimizers[1])]
+        for model, optimizer in zip(models, optimizers):
+            set_gradients(model, number, None if applied else torch.nan)
+            step_by_gradients(optimizer, applied, number)
+        assert applied or all(map(torch.equal, before, tensors_of(models[1], optimizers[1])))
+    torch.testing.assert_close(*(model.state_dict() for model in models), rtol=1e-2, atol=1e-4)
+
+
+def tensors_of(model, optimizer):
+    return [*model.parameters(), *optimizer_state(optimizer)[0].values()]
 
 
 def test_the_optimisers_of_timm_that_a_fused_pass_takes_update_each_parameter_alone():

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from data.augment import windows
 from data.augment.config import AugmentConfig
 from data.augment.steps import TrainTransform, evaluation_views, training_views
 from data.images import caches
@@ -174,34 +175,45 @@ GREY = {"on_device": False, "horizontal_flip": 0.5, "interpolation": "bilinear",
 
 
 def read_epochs(collection, workers, changes):
-    """Return the images of three epochs."""
+    """Return the images of four epochs, and of another one after the copy is dropped."""
     source = cached(collection, channels=changes.get("channels", 3))
     data = Data(collection, source, LoaderMachine(CPU, True, workers, 2), seed=3, batch_size=4, run_path=None)
     stream = data.train(range(12), no_fields, training_views(config_of(**changes)))
     steps = stream.steps(0, 4, 4)
-    return torch.cat([stream.prepare(next(steps)[0])["images"] for _ in range(9)]).int()
+    images = [stream.prepare(next(steps)[0])["images"] for _ in range(12)]
+    stream.drop_copy()
+    return torch.cat([*images, *(stream.prepare(next(steps)[0])["images"] for _ in range(3))]).int()
 
 
 @pytest.mark.parametrize("workers, changes", [(0, GREY), (2, ALL)])
 def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, workers, changes, monkeypatch):
     expected = read_epochs(collection, workers, changes)
     monkeypatch.setattr("data.open.can_cut", lambda device: True)
-    monkeypatch.setattr(Pool, "fits", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**33,))
+    monkeypatch.setattr(windows, "_PART_BYTES", 200_000)
     distance = (read_epochs(collection, workers, changes) - expected).abs()
     # Colours make more of a level.
     assert distance.max() <= (4 if changes is ALL else 2) and distance.gt(0).float().mean() < 0.05
-    assert distance[-4:].any()  # the device made them
+    assert distance[44:48].any()  # the device made them
+    assert workers == 0 or distance[48:52].any()  # of a worker, before the copy was dropped
 
 
-def test_workers_cut_images_that_are_being_written_or_too_large(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", iter([(1e12,)]).__next__)  # asked once
-    monkeypatch.setattr(caches, "_ENOUGH", 0.5)
-    pool = Pool.create(4, 2**20)
+@pytest.mark.parametrize("free, most", [(2**28, [300, 300, 1]), (2**24, None)])
+def test_workers_cut_what_is_being_written_or_larger_than_nearly_all_or_does_not_fit(free, most, monkeypatch):
+    """A panorama has windows that are no longer than its height allows. The tables of weights count."""
+    asked = iter([(free,)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(asked))  # asked once
+    monkeypatch.setattr(windows, "_ENOUGH", 0.7)
+    monkeypatch.setattr(windows, "_MOST_SIDE", 400)
+    pool = Pool.create(6, 2**20)
     pool._room[0] += 50  # as `add`, before it has written
-    for row, width in ((1, 1537), (2, 90), (3, 50)):
-        pool.add(row, caches.HEAD.pack(1, width, 1) + bytes(width))
-    pool.copy_to(CPU, np.arange(4))
-    assert pool.fits and pool.has_copy.tolist() == [False, False, True, True]
+    for row, (height, width) in enumerate([(50, 600), (300, 300), (400, 90), (40, 50), (500, 500)]):
+        pool.add(row, caches.HEAD.pack(height, width, 1) + bytes(height * width))
+    view = windows.Windows(pool, training_views(config_of(1, crop_ratio=[0.75, 1.25])), CPU, np.arange(6))
+    for _ in range(3):
+        view.refresh()
+    assert [view.has([row]) for row in range(6)] == [*[most is not None] * 4, False, False]
+    assert most is None or view._most == most
 
 
 # ------------------------------------------------------------------------------------------------------ what is chosen
