@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-import yaml
 from pydantic import model_validator
 
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import about
+from utils.io.files import read_beside
 from utils.io.weight_files import WEIGHT_NAMES, choose_weights
 
 
@@ -61,7 +61,7 @@ class Format(NamedTuple):
     is_adapter: bool = False  # holds a change of the base model, and needs it
 
 
-_ROWS = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text("utf-8"))
+_ROWS = read_beside(__file__, "formats.yaml")
 FORMATS = {name: Format(**row) for name, row in _ROWS.items()}
 
 

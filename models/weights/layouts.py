@@ -17,14 +17,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from utils.contracts import State, Tensors
+from utils.io.files import read_beside
 
-_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_ROWS = read_beside(__file__, "layouts.yaml")
 LAYOUTS = tuple(_ROWS[0])
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 
-import yaml
-
 from models.config import Pretrained
 from models.weights.timm_hub import WEIGHTS, cached_file, cached_names
 from utils.errors import UserError, reason_of
-from utils.io.files import Json, file_lock, sha256_file, write_text
+from utils.io.files import Json, file_lock, read_beside, sha256_file, write_text
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import log
 from utils.record.progress import Bar
@@ -26,7 +24,7 @@ _LINE = 12.5  # megabytes in a second
 _LIKE = 0.6  # of the multiply-adds: the features of a collection choose from networks of about one size
 
 
-NETWORKS = yaml.safe_load(Path(__file__).with_name("networks.yaml").read_text("utf-8"))  # it explains its columns
+NETWORKS = read_beside(__file__, "networks.yaml")  # it explains its columns
 
 
 def list_weights(pretrained: Pretrained, most_cost: float, seconds: float) -> list[str]:

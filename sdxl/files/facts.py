@@ -8,14 +8,13 @@ import math
 from datetime import date
 from pathlib import Path
 
-import yaml
-
 from engine.exports.config import ExportConfig
 from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
 from utils.config.recipe import flatten
+from utils.io.files import read_beside
 
 
 def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
@@ -45,7 +44,7 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
             "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
         }
         known = flatten({**(weights.run.config if weights.run else {}), **metadata})
-        names = yaml.safe_load(Path(__file__).with_name("ss_names.yaml").read_text("utf-8"))
+        names = read_beside(__file__, "ss_names.yaml")
         facts |= {name: known.get(key) for name, key in names.items()}
         if buckets := trained_on.get("buckets"):
             counted = ({"resolution": [w, h], "count": count} for h, w, count in buckets)

@@ -1,15 +1,13 @@
 """SDXL in one table, family.yaml: its networks and their files, its latents, and its noise."""
 
 import copy
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 from sdxl.config import Sampler
-from utils.io.files import Json, Values
+from utils.io.files import Json, Values, read_beside
 
 
 class NetworkFiles(NamedTuple):
@@ -37,7 +35,7 @@ class Prediction(NamedTuple):
     samplers: dict[Sampler, Values]  # diffusers' class and settings
 
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text("utf-8"))
+_TABLE = read_beside(__file__, "family.yaml")
 PARTS = {name: NetworkFiles(**row) for name, row in _TABLE["parts"].items()}
 PREDICTIONS = {name: Prediction(**row) for name, row in _TABLE["predictions"].items()}
 OTHERS = _TABLE["others"]

@@ -16,14 +16,13 @@ import fnmatch
 import re
 from collections.abc import Collection, Iterable
 from functools import cache
-from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from sdxl.files.family import PARTS, PREFIXES
 from utils.contracts import State, Tensors
+from utils.io.files import read_beside
 
 _TEXT = "text_model."
 
@@ -33,7 +32,7 @@ _QKV = tuple(f"{name}_proj" for name in "qkv")
 @cache
 def _read_table(part: str, to_single: bool) -> tuple[re.Pattern[str], dict[str, str]]:
     """Return a pattern of what the layouts name otherwise, and the other layout's names: the rows of names.yaml."""
-    tables = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text("utf-8")).get(part, {})
+    tables = read_beside(__file__, "names.yaml").get(part, {})
     rows = {kind: pairs if to_single else {b: a for a, b in pairs.items()} for kind, pairs in tables.items()}
     layers, inside = ("|".join(map(re.escape, rows.get(kind, ()))) or "$" for kind in ("layers", "inside"))
     pattern = rf"^(?P<layer>{layers})(?P<number>\.\d+)?(\.(?P<inside>{inside}))?(?=\.|$)"

@@ -21,7 +21,7 @@ from data.tools.config import Import
 from sdxl.imports.read import Source, read_number, read_source
 from utils.errors import UserError
 from utils.formats.spelling import split_tags
-from utils.io.files import Json, Values, output_errors, write_text
+from utils.io.files import Json, Values, output_errors, read_beside, write_text
 from utils.record.logging import log
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")  # in a formula
@@ -71,7 +71,7 @@ def read_experiment(file: str) -> tuple[Json, str, list[str]]:
 
 def _read_table(name: str) -> Json:
     """Return a table, with the rows of the one that it extends."""
-    table = yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text("utf-8"))
+    table = read_beside(__file__, f"{name}.yaml")
     if "extends" in table:
         below = _read_table(table["extends"])
         table |= {part: below[part] | table.get(part, {}) for part in ("defaults", "formulas", "without")}

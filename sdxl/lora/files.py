@@ -9,7 +9,6 @@ import math
 import re
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from data.layouts.table import show_some
@@ -22,11 +21,11 @@ from sdxl.lora.lora import find_layers
 from sdxl.networks import unused_layer
 from utils.contracts import State
 from utils.errors import UserError
-from utils.io.files import Json, Values, read_json, readable
+from utils.io.files import Json, Values, read_beside, read_json, readable
 from utils.io.weights import read_header, read_weights
 from utils.record.logging import log
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text("utf-8"))
+_TABLE = read_beside(__file__, "spellings.yaml")
 _FIRST_ENCODER = ("lora_te1_", "text_encoder_text_model_", "clip_l_", "text_encoders_clip_l_")
 _WRAPPERS = re.compile(r"^base_model\.model\.|\bprocessor\.")  # PEFT's, and that of old files of diffusers
 OF_FILES = ("kind", "factor", "rank", "alpha", "targets", "layers")

@@ -19,10 +19,10 @@ from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import about
 from utils.formats.emphasis import MARK, escape, read_emphasis
-from utils.io.files import Json, readable
+from utils.io.files import Json, read_beside, readable
 from utils.record.logging import log
 
-_FIELDS = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text("utf-8"))
+_FIELDS = read_beside(__file__, "options.yaml")
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|$)")
 _WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # the web UIs read them as commands; CLIP ignores capitals
 _MULTIPLE_PX = 8  # sizes are rounded down to it, as in sd-scripts

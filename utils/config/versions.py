@@ -7,14 +7,11 @@ The configuration of a run and the metadata of a weight file reach the schemas, 
 
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-import yaml
+from utils.io.files import Json, Values, read_beside
 
-from utils.io.files import Json, Values
-
-_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_ROWS = read_beside(__file__, "versions.yaml")
 NEWER = _ROWS["newer"]
 LATER = {**_ROWS["hashed"], **NEWER}
 CUT = _ROWS["cut"]

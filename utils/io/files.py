@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
@@ -246,6 +247,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_beside(file: str, name: str) -> Any:
+    """Return the values of a YAML file of ours that lies beside a module's file."""
+    return yaml.safe_load(Path(file).with_name(name).read_text("utf-8"))
 
 
 def canonical_json(value: Any) -> str:

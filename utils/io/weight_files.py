@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import yaml
-
 from utils.contracts import InitFrom
 from utils.errors import UserError, about
+from utils.io.files import read_beside
 from utils.io.hub import fetch, is_reference
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
-TAGGERS = yaml.safe_load(Path(__file__).with_name("taggers.yaml").read_text("utf-8"))
+TAGGERS = read_beside(__file__, "taggers.yaml")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 
 
