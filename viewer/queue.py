@@ -30,7 +30,7 @@ _PATIENCE_SEC = 10.0  # for another process that changes the queue
 _COMMAND = (
     r"((train|finetune_sdxl|prepare)\.py(\n((data\.root|model\.path)=(READ)(/[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*"
     r"|(run_dir|job\.report)=WRITTEN(/\w[\w.-]*)+|task=tagging|experiment=sdxl/lora|job=labels"
-    r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=[A-Za-z][A-Za-z0-9_ -]*))*"
+    r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=WORDS|task\.samples\.prompts=\[\"WORDS\"\]))*"
     r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=(test|val)"
     r"|format=(onnx|wd14)))*)?"
 )
@@ -50,7 +50,11 @@ class Queue:
         self.may_start = may_start
         self._folder = runs / ".queue"
         read = "|".join(map(re.escape, map(str, roots)))
-        self._command = _COMMAND.replace("READ", read).replace("WRITTEN", re.escape(str(runs)))
+        self._command = (
+            _COMMAND.replace("READ", read)
+            .replace("WORDS", "[A-Za-z][A-Za-z0-9_ -]*")
+            .replace("WRITTEN", re.escape(str(runs)))
+        )
 
     def takes(self, words: Sequence[str]) -> bool:
         """Return whether the page may start a command."""

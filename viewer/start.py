@@ -95,8 +95,9 @@ class StartPage(Page):
             if queue.may_start:
                 ui.timer(REFRESH_SEC, self._refresh)
             await ui.context.client.connected()
-            with show_fault(show_status().classes("text-negative")):
-                await (self._look_into(folder) if folder else self._list_recent())
+            status = show_status("Reading the folder" if folder else "").classes("lines muted")
+            with show_fault(status):
+                await (self._look_into(folder, status) if folder else self._list_recent())
 
     async def _browse(self, event: GenericEventArguments) -> None:
         """Let the page list the folders in a folder."""
@@ -148,12 +149,11 @@ class StartPage(Page):
         files = [file for file in folder.glob(f"*/{LABELS}") if file.stat().st_mtime_ns > since]
         return f"/review?run={quote(run_name(self.site.index, files[0].parents[1]))}" if files else ""
 
-    async def _look_into(self, root: str) -> None:
+    async def _look_into(self, root: str, status: ui.label) -> None:
         """Show what a folder has, and what can be done with it. Raises UserError for one that cannot be read."""
         shelf = self.site.shelf
         self.site.queue.check(["train.py", f"data.root={root}"])
         name = shelf.add(self.site.data.changed({"root": root}))
-        status = show_status("Reading the folder").classes("lines")
         collection = await asyncio.to_thread(shelf.open, name, again=True)
         status.text = "Reading every file"
         app.storage.general["folders"] = [*dict.fromkeys([root, *list_opened()])][:_RECENT]

@@ -29,6 +29,8 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     for key, count in (("Enter", 21), ("u", 20), ("a", 20), ("Enter", 23)):
         press(page, key)
         sees(other, f"{count} of 23 labelled; of the rest")
+    other.goto(f"{page.url}&show=%0A"), sees(other, "Nobody disagrees about an image.")
+    other.go_back()
     assert_fits(page)
     assert_accessible(page)
     page.keyboard.press("+")

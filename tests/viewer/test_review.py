@@ -88,6 +88,9 @@ def test_tags_are_toggled_and_undone():
     assert review.undo()[0].now == had and review.last(1) is None and review.here == 1
     assert review.undo()[0].now == had and review.last(0).now == with_both and review.here == 0
     assert len(review.undo()) == 1 and review.last(0) is None and review.undo() == []
+    for review.by, tags in (("Ann 1", had), ("Bob 2", []), ("3", with_both)):
+        review.decide({"a.png": tags})
+    assert review.card(0)["votes"] == {"Ann": had, "Bob": []} and not review.card(1)["votes"]
 
 
 def test_the_page(page, address, browser, animals, runs, tmp_path):

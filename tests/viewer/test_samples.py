@@ -39,5 +39,9 @@ def test_two_steps_are_over_each_other_and_the_address_has_them(page, address, r
     page.get_by_label("wipe").fill("80")
     assert "80%" in page.locator(".samples").get_attribute("style")
     sees(page, "0/other is left out")
+    page.get_by_role("button", name="Keep right").nth(1).click()
+    sees(page, "Open them")
+    (kept,) = runs.glob("pictures/chosen_0_lora/*_2.png")
+    assert Image.open(kept).getpixel((23, 0)) == (150, 150, 150, 255) and Image.open(kept).width == 24
     assert_fits(page)
     assert_accessible(page)

@@ -8,15 +8,10 @@ import pytest
 
 import viewer.queue
 from tests.support import command, make_collection
-from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import assert_accessible, assert_fits, sees
 from utils.errors import UserError
 from utils.io.files import is_locked, write_json
-from utils.record.run_index import RunIndex
-from utils.record.tables import LABELS
 from viewer.queue import Queue
-from viewer.site import Site
-from viewer.start import StartPage
 
 # It says that it starts, and ends when it is told; Ctrl-C saves.
 SCRIPT = """import pathlib, signal, sys, time
@@ -131,6 +126,7 @@ def test_a_kill_of_view_loses_nothing_and_starts_nothing_twice(queue, tmp_path, 
 GOOD = [
     "train.py data.root=P/--x task=tagging run_dir=R/a", "train.py data.root=P/a=b loop.minutes=2.5 run_dir=R/a",
     "finetune_sdxl.py experiment=sdxl/lora model.path=P/$(x) data.trigger=sks data.root=P/;rm run_dir=R/a",
+    'finetune_sdxl.py task.samples.prompts=["sks"] run_dir=R/a',
     "prepare.py job=labels data.root=P/é job.report=R/care/é-1", "export.py run_dir=R/a format=wd14",
     "evaluate.py run_dir=R/sweep/a calibrate=true per_image=true",
 ]  # fmt: skip
@@ -157,14 +153,6 @@ def test_only_words_of_the_table_are_started(queue):
     assert queue.act() == []
     done = command("python", "view.py", "view.host=0.0.0.0", "view.token=a-long-random-text", "view.start=true")
     assert done.returncode == 2 and "view.start" in done.stderr
-
-
-def test_labels_that_look_wrong_are_reviewed_from_the_queue(queue):
-    run = make_run(queue.runs / "care/photos-0/labels")
-    (run / LABELS).parent.mkdir()
-    (run / LABELS).touch()
-    page = StartPage(Site(RunIndex([queue.runs]), None, None, queue, None, None))
-    assert page._find_review(run.parent, 1) == "/review?run=0/care/photos-0/labels"
 
 
 @pytest.fixture(scope="module")
