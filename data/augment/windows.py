@@ -19,7 +19,6 @@ _SHARE = 0.25  # of the free memory of a GPU, for the copy and the tables of wei
 _MOST_SIDE = 1536  # of a window
 _ENOUGH = 0.999  # share of the images that a copy needs; workers make a batch that lacks one
 _PART_BYTES = 2**25  # of the copy at each step: 4 ms, in which the host waits for workers or the GPU
-_WEIGHT_BYTES = 2  # of utils/cut.py
 
 
 class Windows:
@@ -59,7 +58,7 @@ class Windows:
         chosen = (windows <= limits).all(axis=1)
         self._most = [*windows[chosen].max(axis=0, initial=1).tolist(), int(shapes[0, 2])]
         size = self._pool.used_bytes()
-        tables = sum(_WEIGHT_BYTES * longest**2 * side for longest, side in zip(self._most, crop.size))
+        tables = sum(2 * longest**2 * side for longest, side in zip(self._most, crop.size))  # float16, of utils/cut.py
         if chosen.mean() < _ENOUGH or size + tables > _SHARE * torch.cuda.mem_get_info(device)[0]:
             return
         room = torch.empty(size + BEHIND, dtype=torch.uint8, device=device)

@@ -32,7 +32,6 @@ _PROCESSES = 256  # rows of counters; processes of a run mostly have consecutive
 _FREE_SHARE = 0.5  # maximum share of the free memory for `auto`
 _WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, the page cache of the files is better
 _ESTIMATE_IMAGES = 32
-_ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 BEHIND = 2**13  # bytes after the last record, because every row of a window is read as the longest
@@ -211,8 +210,8 @@ def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
 def _choose_budget(source: Source, collection: Collection, gib: float | str) -> int:
     """Return the bytes for decoded images, or 0.
 
-    A number is limited by the free memory. `auto`: half of the free memory, limited by the estimated size of all images
-    (from a few decoded ones); 0 if less than half of the images would fit.
+    A number is limited by the free memory. `auto`: half of the free memory, of which only records take any; 0 if less
+    than half of the images would fit, by a few decoded ones.
     """
     free = free_memory()
     if gib != "auto":
@@ -232,4 +231,4 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
             "number to cache a part of them", whole / GIB, free / GIB,
         )  # fmt: skip
         return 0
-    return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))
+    return int(room)

@@ -26,11 +26,10 @@ from data.layouts.manifest import save_manifest
 from data.layouts.names import GLYPHS, PARQUET
 from data.layouts.table import build_table
 from utils.errors import UserError
-from utils.io.files import Json, output_errors, read_json, write_json
+from utils.io.files import Json, output_errors
 from utils.record.logging import log
 from utils.record.progress import track
 
-GLYPHS_VERSION = 1
 TRAIN_FACES = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique"),
     *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"),
@@ -46,9 +45,8 @@ _MERGED_IN = "DejaVuSans"
 
 
 def glyphs_ready(root: Path) -> bool:
-    """Return whether `root` holds all glyphs of this version."""
-    has_files = (root / GLYPHS).is_file() and (root / PARQUET).is_file()
-    return has_files and read_json(root / GLYPHS).get("version") == GLYPHS_VERSION
+    """Return whether `root` holds all glyphs; it appears complete or not at all."""
+    return (root / GLYPHS).is_file() and (root / PARQUET).is_file()
 
 
 def draw_glyphs(root: Path) -> None:
@@ -64,7 +62,7 @@ def draw_glyphs(root: Path) -> None:
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
-            f"data.root: '{root}' does not hold the embedded collection (version {GLYPHS_VERSION}); for images of "
+            f"data.root: '{root}' does not hold the embedded collection; for images of "
             "your own, add data=image_folder; for the glyphs, name a new folder"
         )
     log.info("drawing the glyph collection into %s (once, a few seconds)", root)
@@ -135,7 +133,7 @@ def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _draw_into(root: Path) -> None:
-    """Draw all faces into a new folder, then write its manifest and glyphs.json."""
+    """Draw all faces into a new folder, then write its manifest, and glyphs.json, a mark."""
     codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
     rows = []
     for face, code in track(codes, len(codes), "drawing the glyphs"):
@@ -152,7 +150,7 @@ def _draw_into(root: Path) -> None:
     classes = _name_classes(rows)
     columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
     save_manifest(root, build_table(columns, label=[classes.get(row["code"]) for row in rows]))
-    write_json(root / GLYPHS, {"version": GLYPHS_VERSION})
+    (root / GLYPHS).touch()
 
 
 def _name_classes(rows: list[Json]) -> dict[int, str]:

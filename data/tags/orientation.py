@@ -74,7 +74,12 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Json:
     Raises UserError (`key`) with the file if a map cannot be read, or if mirroring a tag twice gives another tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
-    rules = _read(path, key)
+    with about(key), readable(path, "orientation map"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        rules = validate(values, OrientationMap)
+    except ConfigError as error:
+        raise UserError(f"{key}: {path}: " + "; ".join(error.args)) from None
     pairs = []
     dropped = []
     forbids = _any_of(rules.never_flip)
@@ -101,16 +106,6 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Json:
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Return an expression that matches any of these names (* matches any text); without names, nothing."""
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in names) or r"(?!)")
-
-
-def _read(path: Path, key: str) -> OrientationMap:
-    """Read a map. Raises UserError (`key`)."""
-    with about(key), readable(path, "orientation map"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    try:
-        return validate(values, OrientationMap)
-    except ConfigError as error:
-        raise UserError(f"{key}: {path}: " + "; ".join(error.args)) from None
 
 
 class Mirror(nn.Module):

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from data.collection.collection import Collection
 from data.collection.tag_rows import NamedTags
-from data.tags.captions import CaptionConfig, Captions
+from data.tags.captions import Captions
 from utils.config.bounds import Factor, Positive, between
 from utils.config.schema import Strict
 from utils.formats.spelling import category_name, is_sentence, parse_tag
@@ -40,22 +40,19 @@ class TagWeightsConfig(Strict):
 
 
 def read_tags(collection: Collection, captions: Captions) -> NamedTags:
-    """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
+    """Return the tags of each row, or those of its captions that are no sentences; each once, in any spelling."""
     parse = functools.cache(parse_tag)
     first = {}
     tags = []
     for number in range(len(collection)):
         row = collection.row(number)
         own = captions.of(number)
-        joined = (own.keep_tokens_separator or "\0").join(row.tags or _find_tags(own.read(row), own))
+        split = [] if row.tags else map(own.split, own.read(row))
+        found = row.tags or [tag for each in split if each and not is_sentence(each) for tag in each]
+        joined = (own.keep_tokens_separator or "\0").join(found)
         parts = filter(str.strip, joined.split(own.keep_tokens_separator or "\0"))
         tags.append(list(dict.fromkeys(first.setdefault(parse(part), part) for part in parts)))
     return NamedTags.of(pa.chunked_array([tags], pa.list_(pa.string())))
-
-
-def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
-    """Return the tags in the captions of an image; a sentence has none."""
-    return [tag for tags in map(captions.split, texts) if tags and not is_sentence(tags) for tag in tags]
 
 
 def weigh_images(collection: Collection, rows: ndarray, config: TagWeightsConfig, captions: Captions) -> ndarray:

@@ -62,8 +62,8 @@ def exclude(table: Table, job: str, reasons: Mapping[str, str]) -> tuple[Table, 
         weights.append(weight if reason == before else float(reason is None))
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
-    ours = [reason for reason in filter(None, now) if reason.startswith(f"{job}: ")]
-    return (table if any(now) else table.drop_columns("reason")), len(ours)
+    count = sum(reason.startswith(f"{job}: ") for reason in filter(None, now))
+    return (table if any(now) else table.drop_columns("reason")), count
 
 
 def filter_images(job: Filter, data: DataConfig) -> str:

@@ -145,7 +145,9 @@ def test_a_failed_recording_is_undone(ends, monkeypatch):
     assert streams[-1] == "default" and ended.called and graph.reset.called
 
 
-@pytest.mark.parametrize("total, held, update, recorded", [(24, 3, 4, 5), (80, 10, 15, 20), (24, 8, 9, 0)])
+@pytest.mark.parametrize(
+    "total, held, update, recorded", [(24, 3, 4, 5), (80, 10, 15, 20), (141, 9, 25, 50), (24, 8, 9, 0)]
+)
 def test_a_recording_needs_memory_for_itself_and_an_update(total, held, update, recorded, monkeypatch):
     """In GiB; also after an earlier recording of the run, whose memory the allocator keeps."""
     reserved = held + update + recorded

@@ -201,8 +201,7 @@ def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, work
 @pytest.mark.parametrize("free, most", [(2**28, [300, 300, 1]), (2**24, None)])
 def test_workers_cut_what_is_being_written_or_larger_than_nearly_all_or_does_not_fit(free, most, monkeypatch):
     """A panorama has windows that are no longer than its height allows. The tables of weights count."""
-    asked = iter([(free,)])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(asked))  # asked once
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free,))
     monkeypatch.setattr(windows, "_ENOUGH", 0.7)
     monkeypatch.setattr(windows, "_MOST_SIDE", 400)
     pool = Pool.create(6, 2**20)
