@@ -15,7 +15,7 @@ def words(folder):
 def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
     page.goto(address)
     page.locator("a[href^='/collection/']").click()
-    page.get_by_role("link", name="Label these images").click()
+    page.get_by_role("link", name="Label", exact=True).click()
     for number, name in enumerate(("a", HOSTILE), 1):
         page.get_by_label("A class, then Enter").fill(name, timeout=240_000)
         page.keyboard.press("Enter")
@@ -47,7 +47,7 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
 def test_tags_are_switched_by_keys(page, address):
     page.goto(address)
     page.locator("a[href^='/collection/']").click()
-    page.get_by_role("link", name="Tag them").click()
+    page.get_by_role("link", name="Tag", exact=True).click()
     press(page, "+")
     page.get_by_label("A tag, then Enter").fill("hat")
     page.keyboard.press("Enter")
