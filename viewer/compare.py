@@ -14,7 +14,7 @@ from nicegui import ui
 from utils.config.recipe import flatten
 from utils.io.files import Json, read_json, readable
 from utils.io.safe_text import escape_controls
-from utils.record.figures import show_cell
+from utils.record.figures import show_cell, show_name
 from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_image_table, read_newest
@@ -38,9 +38,9 @@ _TITLES = (  # of classes, and of tags
 def list_facts(path: Path) -> Json:
     """Return what the table says of a run: the newest figures, the data, and the settings."""
     run = RunReader(path)
-    facts = {f"best {run.result['metric']}": run.result["value"]} if run.result else {}
+    facts = {f"best {show_name(run.result['metric'])}": run.result["value"]} if run.result else {}
     for row in run.rows[-1:]:
-        facts |= flatten(row, "last ")
+        facts |= {f"last {show_name(name)}": value for name, value in flatten(row).items()}
     facts |= {f"data: {name}": text for name, text in _DATA.findall((path / "log.txt").read_text("utf-8"))}
     for file in sorted(path.glob("checkpoints/*/state.json"))[-1:]:
         facts |= flatten(read_json(file)["fingerprints"], "data: fingerprint of ")
@@ -114,12 +114,12 @@ class ComparePage(Page):
             named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
             rows = await asyncio.to_thread(lambda: list_differences([*map(list_facts, [*named.values()][:_MOST])]))
             status.text = "" if named else "There is no such run."
-            labels = {"key": "differs"} | {str(number): name for number, name in enumerate([*named][:_MOST])}
-            await Sheet("differs", ["differs"], "key", lambda _: (labels, rows)).fill()
-            changed = [row["key"].removeprefix("data: ") for row in rows if row["key"].startswith("data: ")]
-            ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
             if len(named) == 2:
                 await _show_pair(self.site, named)
+            changed = [row["key"].removeprefix("data: ") for row in rows if row["key"].startswith("data: ")]
+            ui.label(f"They saw other data: {', '.join(changed)}.").set_visibility(bool(changed))
+            labels = {"key": "What differs"} | {str(number): name for number, name in enumerate([*named][:_MOST])}
+            await Sheet("differs", ["differs"], "key", lambda _: (labels, rows)).fill()
             groups = await asyncio.to_thread(gather, named)
             await show_curves(
                 lambda: {names[0]: [index.curves(named[name]) for name in names] for names in groups},
@@ -158,9 +158,13 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
         if less or more:
             [*groups.values()][2 if less == more else less > more].append(pair)
     less, more, both = map(len, groups.values())
-    alike = f"Of {len(pairs):,} images of both tables with the same label or tags, both are right on"
-    ui.label(f"{alike} {len(pairs) - less - more - both:,}. {judge(less, more)}")
+    right = len(pairs) - less - more - both
+    counts = "; ".join(f"{title}: {len(shown):,}" for title, shown in groups.items())
+    ui.label(f"Of {len(pairs):,} images that both have measured, both are right on {right:,}; {counts}.")
+    ui.label(judge(less, more))
     for title, shown in groups.items():
+        if not shown:
+            continue
         show_heading(f"{title}: {len(shown):,}", 2)
         rows = [
             [one["path"], names[0], *describe_prediction(one)[1:], names[1], *describe_prediction(other)[1:]]

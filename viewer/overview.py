@@ -22,7 +22,7 @@ from viewer.curves import show_curves
 from viewer.parts import REFRESH_SEC, Part, show_folder, show_heading
 from viewer.queue import Queue
 from viewer.results import describe_prediction, show_images
-from viewer.runs import make_row
+from viewer.runs import count_digits, make_row
 from viewer.site import RunTab
 
 _WORST = 10  # images
@@ -43,11 +43,11 @@ def summarise_run(index: RunIndex, path: Path) -> Json:
     result = RunReader(path).result or {}
     figures = result.get("figures", {})
     names = dict.fromkeys([result.get("metric"), "top1", BALANCED])
-    shown = [
-        {"name": show_name(name), "value": figures[name], "interval": interval(name, figures)}
-        for name in names
-        if name in figures
-    ]
+    shown = []
+    for name in filter(figures.__contains__, names):
+        ends = interval(name, figures)
+        figure = {"name": show_name(name), "value": figures[name], "interval": ends}
+        shown.append(figure | {"digits": count_digits(ends)})
     row = {"figures": shown, "easy": figures.get(ONE_CLASS), "images": figures.get("samples")}
     row["findings"] = [escape_controls(finding["line"]) for finding in result.get("findings", ())]
     return make_row(index, state) | row | {"minutes": index.curves(path).minutes(np.array([state.step]))[0].item()}

@@ -29,10 +29,23 @@ _ROOT = "data.root"  # rows are grouped by it
 _LOOK_SEC = 1.0  # between two looks at the runs that are read so far
 
 
+def count_digits(ends: Sequence[float] | None) -> int:
+    """Return the digits after the point that a figure's 95 % interval carries: two of its half up to 35, else one."""
+    width = ends[1] - ends[0] if ends else 0.0
+    return max(0, math.ceil(-math.log10(width / 7.1))) if width > 0 else 4
+
+
+@functools.lru_cache(maxsize=50_000)
+def _read_digits(path: Path, changed: float) -> int:
+    """Return the digits of a run's best figure. changed: when a file of the run did."""
+    return count_digits((RunReader(path).result or {}).get("interval"))
+
+
 def make_row(index: RunIndex, state: RunState) -> Json:
     """Return a run's row of the table."""
     name = run_name(index, state.path)
-    shown = "" if state.best is None else f"{show_name(state.metric)} {show_cell(round(state.best, 4))}"
+    digits = _read_digits(state.path, state.changed)
+    shown = "" if state.best is None else f"{show_name(state.metric)} {show_cell(round(state.best, digits))}"
     row = {key: getattr(state, key) for key in ("state", "task", "model", "best", "changed", "spark")}
     row |= {"name": name, "path": str(state.path), "link": f"/run/{quote(name)}", "shown": shown}
     row["run"] = state.path.name if name.endswith("/.") else name.partition("/")[2]

@@ -64,8 +64,9 @@ class TryPage(Page):
                 new_value_mode="add-unique",
             )
             self._weights = weights.props("aria-label=weights use-chips").classes("col").style("min-width: 260px")
-            self._profile = ui.select([PER_TAG, *CATEGORY_PROFILES], label="Thresholds", value=PER_TAG)
-            self._profile.style("min-width: 160px")
+            names = {name: name.replace("_", " ") for name in (PER_TAG, *CATEGORY_PROFILES)}
+            self._profile = ui.select(names, label="Thresholds", value=PER_TAG)
+            self._profile.style("min-width: 160px").set_visibility(False)  # a classifier has none
         for choice in (self._weights, self._profile):
             choice.on_value_change(self._ask)
         upload = ui.upload(multiple=True, auto_upload=True, on_multi_upload=self._take)
@@ -95,6 +96,7 @@ class TryPage(Page):
                 rows.append(answer)
                 self._result.props["answers"] = [*rows]
                 self._message.text = ""
+                self._profile.set_visibility(any(row.get("bars", {}).keys() - {"classes"} for row in rows))
 
     def _answer(self, weights: str, content: bytes, name: str) -> Json:
         """Return the row of an answer, or of what prevents it."""

@@ -96,6 +96,11 @@ def press(page, key):
     page.keyboard.press(key)
 
 
+def assert_plain(page):
+    """What is in sight names no key of the configuration."""
+    assert not re.search(r"\b(augment|data|loop|model|optim|runtime|task)\.[a-z]", page.locator("body").inner_text())
+
+
 def assert_fits(page):
     """Nothing is wider than the window, whatever its width."""
     for width in (360, 1280, 1600):
@@ -105,10 +110,12 @@ def assert_fits(page):
 
 
 def assert_accessible(page):
-    """axe-core finds nothing in what the page shows now, light or dark."""
+    """axe-core finds nothing in what the page shows now, light or dark, and at most one button is filled."""
+    assert page.locator(".main").count() <= 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(100)
+        page.screenshot(path=ROOT / f"outputs/screens/{page.title()[:9]}_{scheme}.png")
         found = Axe().run(page)
         assert not found.violations_count, f"{scheme}: {found.generate_report()}"
 

@@ -59,7 +59,7 @@ def test_the_images_most_like_a_picture_come_first(tmp_path, monkeypatch):
     ((name, config),) = shelf.configs.items()
     content = sorted(root.rglob("*.png"))[3].read_bytes()
     rows, _ = find_like(shelf.open(name), config, (content, "x.png"), lambda share: None)
-    assert rows[0] == 3 and len({*rows}) == len(shelf.open(name))
+    assert rows[0] == 3
 
 
 WITHOUT_TORCH = """
