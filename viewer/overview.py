@@ -70,7 +70,8 @@ def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
     patterns = [*filter(None, map(_LEAVES.get, words))]
     is_done = bool(patterns) and all(any(path.glob(pattern)) for pattern in patterns)
     command = escape_controls(shlex.join(words))
-    files = sorted(path.glob("export/**/*.*")) if is_done and "export.py" in words else []
+    files = [*path.glob("export/**/*.*")] if is_done and "export.py" in words else []
+    files.sort(key=lambda file: -file.stat().st_size)  # the network comes first
     step = {"words": words, "command": command, "done": is_done, "may": queue.may_start and queue.takes(words[1:])}
     return step | {"files": [str(file.relative_to(path)) for file in files]}
 
