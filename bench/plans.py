@@ -32,7 +32,7 @@ def show(ranks, device, minutes, images, pretrained):
     hub = patch.multiple(offers, cached_file=lambda _: None, cached_names=list, _fetch=DEFAULT)
     world = patch.object(measurements.distributed, "planned_world_size", return_value=ranks)
     with hub as asked, world:
-        measurements._find_weights(config, None, None, config, pretrained, images, unit)
+        measurements._find_weights(config, None, None, config, pretrained, known, unit)
     for (name, row, _), _ in asked["_fetch"].call_args_list[:1]:
         network = measurements.Network(row | {"name": name}, row["cost"], is_pretrained=True)
         known = measurements.replace(known, network=network)

@@ -1,6 +1,7 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from timeit import timeit
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.augment.config import AugmentConfig
 from data.augment.steps import IMAGES, training_views
@@ -22,7 +23,7 @@ from engine.frozen.choose import open_frozen_timm
 from engine.frozen.features import read_features
 from engine.likeness import compare_mirrored, tells_colour
 from engine.run.timing import time_update
-from engine.tasks.classification import count_head_images
+from engine.tasks.classification import count_head_images, freeze_first
 from engine.tasks.config import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from models.build import build_network
@@ -52,6 +53,7 @@ _PROBE_SHARE = 0.08  # of the minutes is for features of weights
 _SEEN_SHARE = 0.75  # of the minutes, at most, is for `seen_epochs` of a pretrained network
 _FETCHED_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
+_PROMISE_OF_SURFACES = 0.5  # the same if the mean colour tells nothing, as of surfaces, which a network learns itself
 _FINE_BATCH = 32
 _OWN_BATCH = 8  # of timing the user's network
 POLICY = "rand-m9-mstd0.5-inc1"  # of RandAugment
@@ -178,18 +180,6 @@ def measure(
     if labels is not None:
         mirrors = compare_mirrored(sample.small, sample.labels)
         colours = tells_colour(sample.small, sample.labels)
-    network = None
-    if pretrained is None:
-        side = max(config.augment.image_size_hw)
-        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
-        network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
-    elif labels is not None and colours and mirrors >= CROPS:
-        network = _find_weights(config, collection, sample, runtime, pretrained, len(rows), step_sec)
-    first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
-    # What is left after what was timed above; after the first epoch the memory cache has all images.
-    time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
-    after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
-    reference = max(time_of_ranks / first_sec, after_first)
     border = round(sample.small[:, :, 0].median().item())
     is_grey = bool((sample.small == sample.small[:, :1]).all())
     bf16 = has_fast_bf16(runtime.device.type)
@@ -204,13 +194,25 @@ def measure(
         border=border,
         colours=colours,
         grey=is_grey,
-        reference=reference,
+        reference=0.0,
         bf16=bf16,
-        network=network,
         detail=detail,
         machine=machine,
     )
-    return replace(found, policy=time_policy(config.augment, sample.side_px, runtime.workers) / step_sec)
+    network = None
+    if pretrained is None:
+        side = max(config.augment.image_size_hw)
+        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
+        network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
+    elif labels is not None and not (is_grey and mirrors < CROPS):  # not letters
+        network = _find_weights(config, collection, sample, runtime, pretrained, found, step_sec)
+    first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
+    # What is left after what was timed above; after the first epoch the memory cache has all images.
+    time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
+    after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
+    reference = max(time_of_ranks / first_sec, after_first)
+    policy = time_policy(config.augment, sample.side_px, runtime.workers) / step_sec
+    return replace(found, network=network, reference=reference, policy=policy)
 
 
 def time_policy(augment: AugmentConfig, side: int, workers: int) -> float:
@@ -230,7 +232,7 @@ def _find_weights(
     sample: Sample,
     runtime: Runtime,
     pretrained: Pretrained,
-    images: int,
+    found: Measurements,
     step_sec: float,
 ) -> Network | None:
     """Return the network of timm whose features tell most of the class. step_sec: of the reference.
@@ -239,13 +241,14 @@ def _find_weights(
     if its training takes too long.
     """
     seconds = 60 * config.loop.minutes
-    machine = NETWORKS["machines"][runtime.device.type]
-    images = min(images, count_head_images(config)) / distributed.planned_world_size()
+    machine = found.machine
+    images = min(found.images, count_head_images(config)) / distributed.planned_world_size()
     seen_sec = step_sec * machine["seen_epochs"] * images * cost_of_px(machine["fine_px"])
     most_cost = min(_FETCHED_SHARE * seconds / seen_sec, machine["most_cost"])
     names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
     best = None
     least = 1.0
+    promise = _PROMISE if found.colours else _PROMISE_OF_SURFACES
     deadline = time.monotonic() + _PROBE_SHARE * seconds
     for name in names:
         try:
@@ -266,7 +269,7 @@ def _find_weights(
             "the plan: without an image, a regression on features of %s errs in %.3f, on small pictures in %.3f",
             name, wrong, plain,
         )  # fmt: skip
-        if wrong < min(least, _PROMISE * plain):
+        if wrong < min(least, promise * plain):
             least = 0.95 * wrong  # a larger network must leave clearly fewer errors
             best = name
     network = None if best is None else _time_pretrained(best, step_sec, runtime)
@@ -281,19 +284,26 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
     side = NETWORKS["machines"][runtime.device.type]["fine_px"]
     row = {"name": name} | NETWORKS["weights"].get(name, {})
     images = row.get("at_once", _FINE_BATCH)
-    timed = {"": time_network(timm_config(name), side, images, runtime)}
+    timed = {"": time_network(timm_config(name), side, images, runtime, freeze_first)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(timm_config(name), side, images, exact)
+        timed[_EXACT] = time_network(timm_config(name), side, images, exact, freeze_first)
     words = min(timed, key=timed.__getitem__)
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 
-def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -> float:
-    """Return the seconds in which the machine trains a network with an image of this side."""
+def time_network(
+    config: ModelConfig,
+    side: int,
+    batch: int,
+    runtime: Runtime,
+    change: Callable[[nn.Module], None] = lambda network: None,
+) -> float:
+    """Return the seconds in which the machine trains a network, after a change, with an image of this side."""
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
+    change(network)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
     searches = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # it takes seconds for each shape

@@ -66,25 +66,30 @@ def cost_of(measurements: Measurements) -> float:
 def choose_px(measurements: Measurements) -> int:
     """Return the side of the images: up to their own, if the time allows its cost.
 
-    A pretrained network sees things better if they are larger than they were: from 96 px on. If fine
-    detail tells the class, the time is for large images rather than for many epochs.
+    A pretrained network sees things better if they are larger than they were: from 96 px on. What the files hold pays
+    in half an epoch, enlarging them only in more. If fine detail tells the class, the time is for large images rather
+    than for many epochs.
     """
     network = measurements.network
     least = UNIT_PX
     step = _STEP_PX
     most = measurements.side_px
+    enlarging = 1.0  # the cost of an enlarged image, as a multiple of one that is reduced to the same side
     cost = cost_of(measurements)
     fitting = _SIZE_SHARE * min(cost, max(_MUCH, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
     if network is not None and network.is_pretrained:
         least = measurements.machine["fine_px"]
         step = network.row.get("step_px", step)
         most = _LARGER * most
-        images = measurements.images + measurements.validation + 1
-        fitting = measurements.reference / network.cost / images / measurements.machine["least_epochs"]
+        images = measurements.images + measurements.validation / 3 + 1
+        epochs = measurements.machine["least_epochs"]
+        fitting = measurements.reference / network.cost / images / epochs
+        enlarging = measurements.machine["enlarged_epochs"] / epochs
     if measurements.detail:
         fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
     sides = range(least, min(most + step // 2, measurements.most_px) + 1, step)
-    return max((side for side in sides if cost_of_px(side) <= fitting), default=least)
+    costs = {side: cost_of_px(side) * (enlarging if side > measurements.side_px else 1.0) for side in sides}
+    return max((side for side, cost in costs.items() if cost <= fitting), default=least)
 
 
 def choose_network(measurements: Measurements) -> Network:
@@ -172,7 +177,8 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
         words = "task.head=refitted task.label_smoothing=0.0"
         yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
     mirrors = measurements.mirrors >= MIRRORS
-    is_letters = measurements.mirrors < CROPS
+    # Features of weights know coloured things; without weights, coloured letters are letters, too.
+    is_letters = measurements.mirrors < CROPS and (measurements.grey or not network.is_pretrained)
     why = f"a mirrored image finds its class {measurements.mirrors:.2f} times as often"
     yield Rule("augment.horizontal_flip", f"augment.horizontal_flip={0.5 if mirrors else 0.0}", why)
     crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"

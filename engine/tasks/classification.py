@@ -62,7 +62,7 @@ def fit_best(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor
     return (fit_softmax if is_usual else fit_classes)(features, labels, num_classes)
 
 
-def _freeze_first(network: nn.Module) -> None:
+def freeze_first(network: nn.Module) -> None:
     """Freeze the first layers: a hundredth of the weights takes a third of the time of an update."""
     left = _FROZEN * sum(parameter.numel() for parameter in network.parameters())
     for parameter in network.parameters():
@@ -86,7 +86,7 @@ class ClassificationTask(MixingTask):
         self.head = setup.task.head
         self.keep_head = self.head == "kept"
         if self.head == "refitted":
-            _freeze_first(self.network)
+            freeze_first(self.network)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode. Batch norms below a refitted head keep the statistics that the head was fitted with."""

@@ -11,7 +11,7 @@ from tests.support import read_table, refuses
 from utils.io.files import read_json
 
 QUICK = {
-    "train.py": [*SHORT[:-1], "data.validation_fraction=0.25"],
+    "train.py": [*SHORT[:-1], "loop.total_steps=5", "data.validation_fraction=0.25"],
     "evaluate.py": ON_CPU,
     "predict.py": ["device=cpu"],
 }

@@ -73,7 +73,7 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     right = {3 * 16 * 16: 0.3}  # of small pictures
     monkeypatch.setattr(measurements, "count_right", lambda flat, labels: len(labels) * right.get(flat.shape[1], 0.9))
     seconds = {"bf16": 0.002, "fp32": 0.001}
-    monkeypatch.setattr(measurements, "time_network", lambda config, side, batch, runtime: seconds[runtime.precision])
+    monkeypatch.setattr(measurements, "time_network", lambda *given: seconds[given[3].precision])
     words = [
         *words[:3],
         "loop.batch_size=4",
@@ -96,7 +96,9 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
     run("train", [*words, "model.pretrained=cached", "run_dir=cached"], tmp_path)
     assert RunReader(tmp_path / "cached").config["model"]["name"] == RESNET
-    monkeypatch.setattr(measurements, "compare_mirrored", lambda small, labels: 0.3)  # letters
+    monkeypatch.setattr(measurements, "compare_mirrored", lambda small, labels: 0.3)
+    for image in (tmp_path / "images").rglob("*.png"):  # letters
+        Image.open(image).convert("L").save(image)
     run("train", [*words, "run_dir=letters"], tmp_path)
     assert RunReader(tmp_path / "letters").config["init_from"] is None
     assert len(fetched) == 1
