@@ -107,6 +107,13 @@ def assert_fits(page):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        keep_screen(page, width)
+
+
+def keep_screen(page, kind):
+    """Write what the window shows, to be looked at."""
+    name = "_".join(re.findall(r"\w+", page.title()))[:60]
+    page.screenshot(path=ROOT / f"outputs/screens/{name}_{kind}.png")
 
 
 def assert_accessible(page):
@@ -115,7 +122,7 @@ def assert_accessible(page):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(100)
-        page.screenshot(path=ROOT / f"outputs/screens/{page.title()[:9]}_{scheme}.png")
+        keep_screen(page, scheme)
         found = Axe().run(page)
         assert not found.violations_count, f"{scheme}: {found.generate_report()}"
 
