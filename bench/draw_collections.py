@@ -18,7 +18,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-# Name -> the repository, its images, what of a path is the class, what of it tells the side.
+# Name -> the repository, the pattern of its images, and patterns of a path: its class, and what decides its side.
 COLLECTIONS = {
     "trash": ("Trash-Classification-", "dataset-resized/*/*.jpg", r"(\w+)/[^/]*$", r"([^/]*)$"),
     "flowers": ("flower_classification", "flowers/*/*.jpg", r"(\w+)/[^/]*$", r"([^/]*)$"),

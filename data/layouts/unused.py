@@ -98,7 +98,7 @@ def count_endings(names: Iterable[str]) -> list[str]:
 
 
 def say_unused(lines: Iterable[str], key: str = "data.root", said: Iterable[str] = ()) -> None:
-    """Log the lines of `describe`, after the lines `said` of what is read as what."""
+    """Log the lines of `describe`, after the lines `said`, which tell how files were read."""
     for line in said:
         log.info("%s: %s", key, line)
     for line in lines:

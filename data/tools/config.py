@@ -20,7 +20,7 @@ from utils.config.schema import PathText, Strict, TermsText
 from utils.start import open_name
 
 NOTHING = "dry run: nothing is written"
-MAINS = {  # the name `module:function` of what runs a job
+MAINS = {  # the function that runs each job, as `module:function`
     "check": "data.tools.check:check",
     "manifest": "data.tools.manifest:write_manifest",
     "vocabulary": "data.tools.vocabulary:collect_vocabulary",

@@ -1,7 +1,6 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from timeit import timeit
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.augment.config import AugmentConfig
 from data.augment.steps import IMAGES, training_views
@@ -284,26 +283,21 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
     side = NETWORKS["machines"][runtime.device.type]["fine_px"]
     row = {"name": name} | NETWORKS["weights"].get(name, {})
     images = row.get("at_once", _FINE_BATCH)
-    timed = {"": time_network(timm_config(name), side, images, runtime, freeze_first)}
+    timed = {"": time_network(timm_config(name), side, images, runtime, freezes=True)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(timm_config(name), side, images, exact, freeze_first)
+        timed[_EXACT] = time_network(timm_config(name), side, images, exact, freezes=True)
     words = min(timed, key=timed.__getitem__)
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 
-def time_network(
-    config: ModelConfig,
-    side: int,
-    batch: int,
-    runtime: Runtime,
-    change: Callable[[nn.Module], None] = lambda network: None,
-) -> float:
-    """Return the seconds in which the machine trains a network, after a change, with an image of this side."""
+def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime, *, freezes: bool = False) -> float:
+    """Return the seconds in which the machine trains a network, or all but its first layers, with one image."""
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
-    change(network)
+    if freezes:
+        freeze_first(network)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
     searches = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # it takes seconds for each shape

@@ -22,7 +22,7 @@ from engine.recipe.measurements import (
     cost_of_px,
     measure,
 )
-from engine.run.pace import read_minutes
+from engine.run.pace import EVALUATED, read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
@@ -81,7 +81,7 @@ def choose_px(measurements: Measurements) -> int:
         least = measurements.machine["fine_px"]
         step = network.row.get("step_px", step)
         most = _LARGER * most
-        images = measurements.images + measurements.validation / 3 + 1
+        images = measurements.images + EVALUATED * measurements.validation + 1
         epochs = measurements.machine["least_epochs"]
         fitting = measurements.reference / network.cost / images / epochs
         enlarging = measurements.machine["enlarged_epochs"] / epochs

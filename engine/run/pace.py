@@ -31,7 +31,7 @@ _UPDATE = 3  # the time of an image in an update, as a multiple of that in the f
 _LEAST_UPDATES = 8  # fewer gain less than larger images (docs/results.md#from-weights-in-two-minutes)
 _PICTURES_SEC = 2.0  # of an evaluation
 _TOLD = 0.05  # the screen has corrections by more than this share
-_EVALUATED = 1 / 3  # the time of an image in an evaluation, as a multiple of that in training
+EVALUATED = 1 / 3  # the time of an image in an evaluation, as a multiple of that in training
 
 
 class Length(Strict):
@@ -170,7 +170,7 @@ class Pace:
         evaluator = run.evaluator
         speed = self._speed
         images = evaluator.streams.evaluation_samples
-        each = evaluator.seconds or _PICTURES_SEC + _EVALUATED * speed.first * images / run.plan.batch_size
+        each = evaluator.seconds or _PICTURES_SEC + EVALUATED * speed.first * images / run.plan.batch_size
         left = self._left()
         steps = math.inf
         fewer = speed.count(speed.seconds_to(step) + left)

@@ -31,7 +31,7 @@ _QKV = tuple(f"{name}_proj" for name in "qkv")
 
 @cache
 def _read_table(part: str, to_single: bool) -> tuple[re.Pattern[str], dict[str, str]]:
-    """Return a pattern of what the layouts name otherwise, and the other layout's names: the rows of names.yaml."""
+    """Return a pattern of the names that differ between the layouts, and the other layout's names (names.yaml)."""
     tables = read_beside(__file__, "names.yaml").get(part, {})
     rows = {kind: pairs if to_single else {b: a for a, b in pairs.items()} for kind, pairs in tables.items()}
     layers, inside = ("|".join(map(re.escape, rows.get(kind, ()))) or "$" for kind in ("layers", "inside"))

@@ -225,7 +225,7 @@ def save_lora(path: Path, changes: Mapping[str, LayerChange], dtype: torch.dtype
         "ss_network_dim": _join("rank", changes),
         "ss_network_alpha": _join("alpha", changes),
     }
-    body = save(tensors)  # the web UIs know a file by the hash of what follows its header
+    body = save(tensors)  # the web UIs identify a file by the hash of its bytes after the header
     metadata["sshs_model_hash"] = hashlib.sha256(body[8 + int.from_bytes(body[:8], "little") :]).hexdigest()
     facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora", "implementation": GENERATIVE_MODELS}
     write_modelspec(path, tensors, facts, metadata)

@@ -73,7 +73,7 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     right = {3 * 16 * 16: 0.3}  # of small pictures
     monkeypatch.setattr(measurements, "count_right", lambda flat, labels: len(labels) * right.get(flat.shape[1], 0.9))
     seconds = {"bf16": 0.002, "fp32": 0.001}
-    monkeypatch.setattr(measurements, "time_network", lambda *given: seconds[given[3].precision])
+    monkeypatch.setattr(measurements, "time_network", lambda *given, **_: seconds[given[3].precision])
     words = [
         *words[:3],
         "loop.batch_size=4",
