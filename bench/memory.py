@@ -85,7 +85,7 @@ def compare(name, words, device, quick):
 
     @torch.no_grad()
     def evaluate():
-        with runtime.autocast(), learner.evaluated(), mock.patch.object(task, "draw", Report):
+        with runtime.autocast(), learner.evaluated(), mock.patch.object(task, "draw", return_value=Report()):
             task.evaluate(streams.evaluation, 1)
 
     @torch.no_grad()

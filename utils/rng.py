@@ -139,19 +139,24 @@ def normal(keys: Tensor, shape: Sequence[int], draw: int = 0) -> Tensor:
 
 
 @contextmanager
-def seeded(key: int) -> Iterator[None]:
+def seeded(key: int) -> Iterator[int]:
     """Seed torch's global CPU generator inside the context, and restore its state after it.
 
     torchvision's v2 transforms take no generator. `default_generator.manual_seed` takes 1 us; `torch.manual_seed` seeds
     every device and takes 65 us.
     """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(key)
+    yield from seeded_each([key])
+
+
+def seeded_each(keys: Sequence[int]) -> Iterator[int]:
+    """Yield the keys one after another, with torch's global CPU generator seeded with each; restore it at the end."""
+    state = torch.default_generator.get_state()
     try:
-        yield
+        for key in keys:
+            torch.default_generator.manual_seed(key)
+            yield key
     finally:
-        generator.set_state(state)
+        torch.default_generator.set_state(state)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from data.augment.transforms import (
 from data.images.prepare import letterbox, prepare
 from data.images.resize import on_pixels
 from data.stream.order import Draw, Views
+from utils import rng
 from utils.contracts import Batch
 from utils.formats.background import DEFAULT
 from utils.formats.preprocessing import Preprocessing
@@ -109,9 +110,10 @@ class DeviceAugment:
     def __init__(self, config: AugmentConfig) -> None:
         self.steps = [open_name(step.device)(config) for step in steps_of(config) if step.device]
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the parameters of a sample, float32 [P]."""
-        return torch.tensor([number for step in self.steps for number in step.draw()], dtype=torch.float32)
+    def draw(self, rows: list[int], keys: list[int]) -> Tensor:
+        """Return the parameters of samples, float32 [B, P]."""
+        drawn = [sum((step.draw() for step in self.steps), []) for _ in rng.seeded_each(keys)]
+        return torch.tensor(drawn, dtype=torch.float32)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from data.augment.steps import CROP, IMAGES, MIRROR
 from data.images.caches import BEHIND, Pool
-from data.stream.order import Draw, Views
+from data.stream.order import Views
+from utils import rng
 from utils.contracts import Batch
 from utils.cut import cut_images
 from utils.record.logging import log
@@ -24,7 +25,7 @@ _PART_BYTES = 2**25  # of the copy at each step: 4 ms, in which the host waits f
 class Windows:
     """The view `windows` in place of `images`, for batches of which a GPU has all images.
 
-    A worker draws the window of a crop alone; the device cuts, resizes and flips. Differs: by a level in some pixels,
+    A worker draws the windows of crops alone; the device cuts, resizes and flips. Differs: by a level in some pixels,
     because torch's resize of bytes rounds its weights, too.
     """
 
@@ -51,7 +52,7 @@ class Windows:
             yield
         rows = rows[self._pool.has(rows)]
         crop = self._steps[CROP]
-        shapes = self._pool.shapes(rows)
+        _, shapes = self._pool.heads(rows)
         sides = shapes[:, :2]
         windows = np.minimum(sides, sides[:, ::-1] * [1 / crop.ratio[0], crop.ratio[1]] + 1).astype(int)
         limits = np.quantile(windows, 1 - (1 - _ENOUGH) / 2, axis=0, method="higher").clip(max=_MOST_SIDE)
@@ -81,12 +82,16 @@ class Windows:
         """Return whether the device has the images of these rows."""
         return bool(self._has[rows].all())
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the window of a random crop, int64 [5] (utils/cut.py)."""
-        crop = self._steps[CROP].cut(image)
-        mirrored = MIRROR in self._steps and self._steps[MIRROR].draw()
-        place = crop.data_ptr() - self._pool.content.ctypes.data
-        return torch.tensor([place, crop.stride(1), *crop.shape[1:], mirrored])
+    def draw(self, rows: list[int], keys: list[int]) -> Tensor:
+        """Return the windows of random crops, int64 [B, 5] (utils/cut.py): those that workers cut with these keys."""
+        windows = []
+        places, shapes = self._pool.heads(rows)
+        for _, place, (height, width, channels) in zip(rng.seeded_each(keys), places.tolist(), shapes.tolist()):
+            top, left, *shape = self._steps[CROP].draw(height, width)
+            mirrored = MIRROR in self._steps and self._steps[MIRROR].draw()
+            stride = width * channels
+            windows.append([place + top * stride + left * channels, stride, *shape, mirrored])
+        return torch.tensor(windows)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with images, which are channels-last, without the windows."""

@@ -142,9 +142,10 @@ class Pool:
         """Return whether a row, or each of several, has a record."""
         return self._lengths[row] != 0
 
-    def shapes(self, rows: ndarray) -> ndarray:
-        """Return the height, width and channels of the records of rows, uint32 [N, 3]."""
-        return self.content[self._starts[rows, None] + np.arange(HEAD.size)].view(np.uint32)
+    def heads(self, rows: ndarray | list[int]) -> tuple[ndarray, ndarray]:
+        """Return where the pixels of rows begin in `content` [N], and their height, width and channels [N, 3]."""
+        starts = self._starts[rows]
+        return starts + HEAD.size, self.content[starts[:, None] + np.arange(HEAD.size)].view(np.uint32)
 
     def get(self, row: int) -> ndarray | None:
         """Return the record of a row, uint8 [N], which must not be modified; or None."""

@@ -75,6 +75,11 @@ def no_fields(example: Example) -> State:
     return {}
 
 
+def _key_of(draw: Draw, number: int) -> int:
+    """Return the key of a view of a sample; an added view does not change earlier ones."""
+    return draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
+
+
 def _start_worker(worker: int) -> None:
     """Leave stop signals to the rank, which still needs the worker; kill it when the rank ends, even if it hangs."""
     leave_to_parent()
@@ -105,10 +110,9 @@ class _WorkerContext(ForkContext):
 class Loader(Dataset):
     """Read the samples of draws in workers, and give batches on the device.
 
-    views: by name. The first is seeded with the sample's key, each other one with a key derived from it, so an added
-    view does not change earlier ones. fields: additions of a task, such as labels. report: called with the (name,
-    reason) of unreadable images. windows: other views, for batches of which the device has the images, as in
-    data/augment/windows.py.
+    views: by name. The first is seeded with the sample's key, each other one with a key derived from it. fields:
+    additions of a task, such as labels. report: called with the (name, reason) of unreadable images. windows: other
+    views, for batches of which the device has the images, as in data/augment/windows.py.
     """
 
     collection: Collection
@@ -127,8 +131,12 @@ class Loader(Dataset):
         self.source.prefetch(rows)
         views = self.windows.views if self.windows is not None and self.windows.has(rows) else self.views
         samples = map(functools.partial(self.read, problems=problems, views=views), draws)
+        drawn = {}
+        for number, (name, view) in enumerate(views.items()):
+            if hasattr(view, "draw"):
+                drawn[name] = view.draw(rows, [_key_of(draw, number) for draw in draws])
         with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
-            batch = collate(samples, len(draws), channels_last=self.machine.channels_last)
+            batch = collate(samples, len(draws), channels_last=self.machine.channels_last) | drawn
         # In a worker. `pack` raises if there is no room; the queue would drop the batch, and the rank wait forever.
         return batch if get_worker_info() is None else pack(batch), problems
 
@@ -145,9 +153,9 @@ class Loader(Dataset):
         weight = 0.0 if draw.position < 0 else weight  # padding
         viewed = {}
         for number, (name, transform) in enumerate(views.items()):
-            key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
-            with rng.seeded(key):
-                viewed[name] = transform(record[IMAGE], draw)
+            if not hasattr(transform, "draw"):
+                with rng.seeded(_key_of(draw, number)):
+                    viewed[name] = transform(record[IMAGE], draw)
         fields = self.fields(Example(draw, row, self.training, record, viewed))
         return {"sample_id": draw.index, "key": draw.key, "weight": weight, **viewed, **fields}
 

@@ -40,7 +40,8 @@ class Draw(NamedTuple):
 
 
 # A view of an image: from uint8 [C, H, W] of any size to a tensor with the shape of the draw's group. If it has a
-# method `on_device`, each batch passes through it on the device, as a part of the update.
+# method `draw`, that makes the numbers of a batch from rows and keys, without pixels, and nothing else is called in a
+# worker. If it has a method `on_device`, each batch passes through it on the device, as a part of the update.
 View = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, View]
 

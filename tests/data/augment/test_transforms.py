@@ -41,11 +41,10 @@ def apply(changes, key=0, channels=3):
     views = training_views(AugmentConfig(**values))
     image = torch.randint(0, 256, (channels, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     with rng.seeded(key):
-        batch = {
-            "key": torch.tensor([key]),
-            **{name: view(image, Draw(0, 0, key))[None] for name, view in views.items()},
-        }
-    return image, (views["augment"].on_device(batch) if "augment" in views else batch)["images"][0]
+        batch = {"key": torch.tensor([key]), "images": views["images"](image, Draw(0, 0, key))[None]}
+    if "augment" in views:
+        batch = views["augment"].on_device(batch | {"augment": views["augment"].draw([0], [key])})
+    return image, batch["images"][0]
 
 
 @pytest.mark.parametrize("on_device", [False, True])
