@@ -241,7 +241,7 @@ class NoiseConfig(Strict):
     auto: as the base model; to convert a base model, or without one, v_prediction with zero terminal SNR.
     convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
     offset: strength of a random brightness in the noise; perturbation: of noise that the target has not
-    (arXiv 2301.11706); 0 is off.
+    (arXiv 2301.11706); multires: levels and discount of `add_coarse_noise` in sdxl/step.py; 0 is off.
     """
 
     prediction_type: Literal["auto"] | PredictionType
@@ -249,6 +249,8 @@ class NoiseConfig(Strict):
     convert: bool
     offset: Fraction
     perturbation: Fraction
+    multires_iterations: between(int, 0, 16)
+    multires_discount: Fraction
 
     @model_validator(mode="after")
     def _has_a_target_everywhere(self) -> Self:
@@ -267,6 +269,7 @@ class LossConfig(Strict):
     kind: Literal["l2", "l1", "huber", "smooth_l1"]
     huber_schedule: Literal["exponential", "snr", "constant"]
     huber_c: Share
+    huber_scale: Positive
     weighting: Weighting
     gamma: Positive
     floor: Factor

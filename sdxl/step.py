@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdxl.config import TIMESTEP_COUNT, LossConfig, PredictionType, TimestepSampling, Weighting
 from sdxl.files.family import SCHEDULE
@@ -24,6 +25,8 @@ OFFSET_DRAW = 2
 LATENT_DRAW = 3
 CLASS_DRAW = 4
 PERTURBATION_DRAW = 5
+COARSE_DRAW = 6
+RATIO_DRAW = 7
 
 # ----------------------------------------------------------------------------------------------------- images and texts
 
@@ -186,6 +189,34 @@ def add_noise(latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
     return alpha * latents + sigma * noise
 
 
+def add_coarse_noise(noise: Tensor, keys: Tensor, iterations: int, discount: float) -> Tensor:
+    """Return noise [B, C, H, W] with larger and larger grains, at a deviation of 1.
+
+    Of more noise of level n, from 0, a corner r**n times smaller, with r from 2 to 4, is stretched to the whole, and
+    counts discount**n. No level follows one with a side of 1.
+    Source: kohya-ss/sd-scripts:library/custom_train_functions.py, pyramid_noise_like. Differs: r and the deviation are
+    of each sample, so that they do not depend on its batch, and are drawn on its device.
+    """
+    coarse = rng.normal(keys, (iterations, *noise.shape[1:]), COARSE_DRAW)
+    levels = torch.arange(iterations, device=noise.device)
+    smaller = (2 + 2 * rng.uniform(keys, (iterations,), RATIO_DRAW)) ** levels
+    corners = [(side / smaller).floor().clamp(min=1) for side in noise.shape[2:]]
+    goes_on = functional.pad((torch.minimum(*corners) > 1).float(), (1, -1), value=1.0).cumprod(1)
+    rows, columns = map(_stretch, corners, noise.shape[2:])
+    with torch.autocast(noise.device.type, enabled=False):
+        parts = (rows, coarse, columns, goes_on * discount**levels)
+        noise = noise + torch.einsum("bnyi,bncij,bnxj,bn->bcyx", *parts)
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True)
+
+
+def _stretch(corner: Tensor, side: int) -> Tensor:
+    """Return weights [..., side, side] of the first `corner` [...] pixels that are stretched to a side, bilinearly."""
+    pixels = torch.arange(side, device=corner.device)
+    corner = corner[..., None]
+    places = ((pixels + 0.5) * corner / side - 0.5).clamp(min=0).minimum(corner - 1)
+    return (1 - (places[..., None] - pixels).abs()).clamp(min=0)
+
+
 def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
     """Return what the network is to predict, [B, C, H, W].
 
@@ -204,7 +235,7 @@ def measure_errors(loss: LossConfig, pred: Tensor, wanted: Tensor, level: NoiseL
     """Return the error of a prediction at each place, [B, C, H, W].
 
     huber is 2 c (sqrt(d^2 + c^2) - c) of a difference d, and smooth_l1 the same divided by c. c falls from 1
-    to `huber_c`, with the timestep (exponential) or the SNR (snr), or is constant. Differs: there is no huber_scale.
+    to `huber_c`, with the timestep (exponential) or the SNR (snr), or is constant; snr has no `huber_scale`.
     Source: kohya-ss/sd-scripts:library/train_util.py, conditional_loss and get_huber_threshold_if_needed.
     """
     difference = pred - wanted
@@ -215,6 +246,8 @@ def measure_errors(loss: LossConfig, pred: Tensor, wanted: Tensor, level: NoiseL
         c = c ** (timesteps / TIMESTEP_COUNT)
     if loss.huber_schedule == "snr":
         c = c + (1 - c) * (level.alpha / (level.alpha + level.sigma)).square()
+    else:
+        c = c * loss.huber_scale
     c = c.view(-1, 1, 1, 1)
     return 2 * ((difference.square() + c.square()).sqrt() - c) * (c if loss.kind == "huber" else 1)
 
@@ -227,8 +260,8 @@ def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, g
 
     min_snr: min(SNR, gamma). Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
     soft_min_snr: its smooth form, SNR * gamma / (SNR + gamma). Source: Crowson et al. 2024 (arXiv 2401.11605).
-    debiased: sqrt(SNR). Source: Yu et al. 2023 (arXiv 2310.08442). Differs: kohya weights v by 1 / (SNR + 1), and
-    OneTrainer by 1 / sqrt(SNR + 1); neither equals the epsilon loss of the paper.
+    debiased: sqrt(SNR), with SNR at most 1000. Source: Yu et al. 2023 (arXiv 2310.08442). Differs: kohya weights v by
+    1 / (SNR + 1), and OneTrainer by 1 / sqrt(SNR + 1); neither equals the epsilon loss of the paper.
 
     as_noise: 1 on the error of the noise that a prediction of v implies, with SNR at most 1000.
     Source: kohya-ss/sd-scripts:library/custom_train_functions.py, scale_v_prediction_loss_like_noise_prediction.
@@ -238,9 +271,10 @@ def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, g
     """
     if kind == "none" or (kind, prediction_type) == ("as_noise", "epsilon"):
         return torch.ones_like(snr)
+    if kind in ("as_noise", "debiased"):
+        snr = snr.clamp(max=1000)
     if kind == "as_noise":
-        capped = snr.clamp(max=1000)
-        return capped / (capped + 1)
+        return snr / (snr + 1)
     if kind == "min_snr":
         weight = snr.clamp(max=gamma)
     elif kind == "soft_min_snr":

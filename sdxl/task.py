@@ -60,6 +60,7 @@ from sdxl.step import (
     OFFSET_DRAW,
     PERTURBATION_DRAW,
     NoiseLevel,
+    add_coarse_noise,
     add_noise,
     build_noise_table,
     draw_times,
@@ -226,6 +227,8 @@ class DiffusionTask(Task):
         noise = rng.normal(batch["key"], latents.shape[1:], NOISE_DRAW)
         if offset := self._config.noise.offset:  # SDXL's base was trained with 0.0357
             noise = noise + offset * rng.normal(batch["key"], (latents.shape[1], 1, 1), OFFSET_DRAW)
+        if levels := self._config.noise.multires_iterations:
+            noise = add_coarse_noise(noise, batch["key"], levels, self._config.noise.multires_discount)
         added = noise
         if strength := self._config.noise.perturbation:
             added = noise + strength * rng.normal(batch["key"], latents.shape[1:], PERTURBATION_DRAW)

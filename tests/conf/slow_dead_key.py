@@ -180,13 +180,14 @@ ConceptConfig: mask                                 # with task.mask: tests/sdxl
 BucketConfig: min_px max_px                         # tests/sdxl/test_buckets.py
 PerceptualConfig: path lpips                        # tests/sdxl/slow_perceptual.py
 PictureConfig: image_size_hw steps guidance sampler # tests/sdxl/test_diffusion.py, tests/test_predict_pictures.py
-LossConfig: huber_schedule huber_c                  # tests/sdxl/test_diffusion_step.py
+LossConfig: huber_schedule huber_c huber_scale      # tests/sdxl/test_diffusion_step.py
 PreserveConfig: weight prompt                       # tests/sdxl/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project weights                        # tests/utils/record/test_trackers.py
 SweepConfig: name gpus wandb                        # of the words: tests/utils/config/test_sweep.py
 LaunchConfig: ranks_per_node max_requeues max_lost_ranks nodes         # on the nodes: tests/submit/test_slurm.py
 NoiseConfig: convert                                # of a base model: tests/sdxl/test_diffusion_exports.py
+NoiseConfig: multires_discount                      # tests/sdxl/test_diffusion.py
 FCMAETaskConfig: decoder_dim decoder_depth          # to the network: tests/models/test_build.py, test_fcmae.py
 ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale
 AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, tests/engine/test_golden.py

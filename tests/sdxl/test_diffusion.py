@@ -20,7 +20,14 @@ from sdxl.kind import DiffusionKind
 from sdxl.pictures.novelty import find_nearest_images
 from sdxl.pictures.sampling import encode_prompt
 from sdxl.pictures.texts import text_field
-from sdxl.step import NOISE_DRAW, OFFSET_DRAW, PERTURBATION_DRAW, TIMESTEP_DRAW, decode_latents
+from sdxl.step import (
+    NOISE_DRAW,
+    OFFSET_DRAW,
+    PERTURBATION_DRAW,
+    TIMESTEP_DRAW,
+    add_coarse_noise,
+    decode_latents,
+)
 from tests.in_process import check_resumption, configure, run
 from tests.small_sdxl import complete
 from tests.support import TINY, checkpoint_tensors, make_collection, read_table, refuses, rows, samples_by_step
@@ -75,13 +82,15 @@ FLOW = ["task.noise.prediction_type=flow", "task.noise.zero_terminal_snr=false",
 
 def test_the_loss_of_flow_is_that_of_its_definition():
     words = ["task.timesteps.shift=3.0", "task.noise.offset=0.1", "task.noise.perturbation=0.2", "task.loss.kind=l1"]
-    task, batch = build(*FLOW, *words, "task.timesteps.range=[500,900]"), make_batch()
+    words += ["task.timesteps.range=[500,900]", "task.noise.multires_iterations=2"]
+    task, batch = build(*FLOW, *words), make_batch()
     with torch.no_grad():
         latents, (prompts, pooled) = task._latents(batch), task._texts(batch)
         time = rng.uniform(batch["key"], (), TIMESTEP_DRAW)
         time = 0.5 + 0.4 * (3 * time / (1 + 2 * time))[:, None, None, None]
         noise = rng.normal(batch["key"], (4, 8, 8), NOISE_DRAW)
         noise += 0.1 * rng.normal(batch["key"], (4, 1, 1), OFFSET_DRAW)
+        noise = add_coarse_noise(noise, batch["key"], 2, 0.3)
         conditions = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
         added = noise + 0.2 * rng.normal(batch["key"], (4, 8, 8), PERTURBATION_DRAW)
         noisy, steps = (1 - time) * latents + time * added, 1000 * time.flatten()
@@ -95,7 +104,7 @@ def test_flow_has_no_zero_terminal_snr():
 
 
 def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
-    task, batch = build(), make_batch()
+    task, batch = build("task.noise.multires_iterations=2"), make_batch()
     parts = [{name: column[place : place + 1] for name, column in batch.items()} for place in range(4)]
     torch.testing.assert_close(torch.cat([losses(task, part) for part in parts]), losses(task, batch))
     found, wanted = gradients(task, *parts), gradients(task, batch)

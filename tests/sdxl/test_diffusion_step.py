@@ -1,13 +1,14 @@
 """Noise, targets, weights and timesteps of SDXL. Reference equality (diffusers), closed forms, properties of keys."""
 
-import math
-
 import pytest
 import torch
 
 from sdxl.config import LossConfig
 from sdxl.pictures.sampling import scheduler_config
 from sdxl.step import (
+    COARSE_DRAW,
+    RATIO_DRAW,
+    add_coarse_noise,
     add_noise,
     build_noise_table,
     draw_times,
@@ -17,6 +18,7 @@ from sdxl.step import (
     shift_times,
     target,
 )
+from utils import rng
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(0))
@@ -38,32 +40,58 @@ def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
 
 
-def test_literal_weights():
-    snr = torch.tensor([0.01, 1.0, 5.0, 100.0])
-    weights = {
-        ("none", "v_prediction"): [1, 1, 1, 1],
-        ("min_snr", "epsilon"): [1, 1, 1, 0.05],
-        ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
-        ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
-        ("as_noise", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 100 / 101],
-        ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
-    }
-    for (kind, prediction_type), expected in weights.items():
-        found = loss_weight(kind, prediction_type, snr, gamma=5.0, floor=0.0)
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
-    # Without a floor, pure noise is never trained, and black images are never learnt.
+# What sd-scripts computes at all timesteps, in float64. Source: kohya-ss/sd-scripts:library/train_util.py,
+# get_huber_threshold_if_needed and conditional_loss, library/custom_train_functions.py.
+TABLE = build_noise_table(False)
+SNR, STEPS = (TABLE.alpha.double() / TABLE.sigma.double()) ** 2, torch.arange(1000)
+SCHEDULES = {
+    "exponential": 0.1 ** (STEPS.double() / 1000) * 0.5,
+    "snr": 0.9 / (1 + SNR.rsqrt()) ** 2 + 0.1,
+    "constant": torch.full_like(SNR, 0.1 * 0.5),
+}
+WEIGHTS = {
+    ("none", "v_prediction"): torch.ones_like(SNR),
+    ("min_snr", "epsilon"): SNR.clamp(max=5) / SNR,
+    ("min_snr", "v_prediction"): SNR.clamp(max=5) / (SNR + 1),
+    ("soft_min_snr", "epsilon"): 5 / (SNR + 5),
+    ("as_noise", "v_prediction"): SNR.clamp(max=1000) / (SNR.clamp(max=1000) + 1),
+    ("debiased", "epsilon"): SNR.clamp(max=1000).rsqrt(),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_errors_are_those_of_sd_scripts_at_all_timesteps(schedule):
+    d, c = NOISE.repeat(167, 1, 1, 1)[:1000].double(), SCHEDULES[schedule].view(-1, 1, 1, 1)
+    smooth = 2 * (torch.sqrt(d**2 + c**2) - c)
+    for kind, wanted in {"l1": d.abs(), "l2": d**2, "huber": c * smooth, "smooth_l1": smooth}.items():
+        loss = LossConfig.model_construct(kind=kind, huber_schedule=schedule, huber_c=0.1, huber_scale=0.5)
+        found = measure_errors(loss, d.float(), torch.zeros(()), TABLE, STEPS)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("named", WEIGHTS)
+def test_weights_are_those_of_sd_scripts_at_all_timesteps(named):
+    found = loss_weight(*named, TABLE.snr, 5.0, 0.0)
+    torch.testing.assert_close(found.double(), WEIGHTS[named], rtol=1e-6, atol=1e-6)
+
+
+def test_pure_noise_is_trained_with_a_floor_alone():
     assert [loss_weight("min_snr", "v_prediction", torch.zeros(1), 5.0, each).item() for each in (0.25, 0)] == [0.25, 0]
 
 
-@pytest.mark.parametrize("schedule", ["exponential", "snr", "constant"])
-def test_errors_are_those_of_sd_scripts_at_all_timesteps(schedule):
-    level, steps, d = build_noise_table(False), torch.arange(1000), NOISE.repeat(167, 1, 1, 1)[:1000]
-    c = {"exponential": torch.exp(math.log(0.1) / 1000 * steps), "constant": torch.full((1000,), 0.1)}
-    c = c.get(schedule, 0.9 / (1 + level.sigma / level.alpha) ** 2 + 0.1).view(-1, 1, 1, 1)
-    smooth = 2 * (torch.sqrt(d**2 + c**2) - c)
-    for kind, wanted in {"l1": d.abs(), "l2": d**2, "huber": c * smooth, "smooth_l1": smooth}.items():
-        loss = LossConfig.model_construct(kind=kind, huber_schedule=schedule, huber_c=0.1)
-        torch.testing.assert_close(measure_errors(loss, d, torch.zeros(()), level, steps), wanted, rtol=1e-5, atol=1e-6)
+def test_noise_has_the_grains_of_sd_scripts():
+    """Source: kohya-ss/sd-scripts:library/custom_train_functions.py, pyramid_noise_like."""
+    keys, noise = KEYS[:20], torch.randn(20, 4, 16, 12, generator=torch.Generator().manual_seed(2))
+    found = add_coarse_noise(noise, keys, 6, 0.8)
+    coarse, ratios = rng.normal(keys, (6, 4, 16, 12), COARSE_DRAW), 2 + 2 * rng.uniform(keys, (6,), RATIO_DRAW)
+    for sample, wanted in enumerate(noise):
+        for level, ratio in enumerate(ratios[sample].tolist()):
+            rows, columns = max(1, int(16 / ratio**level)), max(1, int(12 / ratio**level))
+            part = coarse[sample : sample + 1, level, :, :rows, :columns]
+            wanted = wanted + 0.8**level * torch.nn.Upsample(size=(16, 12), mode="bilinear")(part)[0]
+            if rows == 1 or columns == 1:
+                break
+        torch.testing.assert_close(found[sample], wanted / wanted.std(), rtol=1e-6, atol=2e-6)
 
 
 def test_strata_have_a_timestep_each():

@@ -25,7 +25,8 @@ from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json, write_json
 from utils.io.weights import read_header
 
-NOISE = {**V_ZTSNR, "convert": False, "offset": 0.0, "perturbation": 0.0}
+GRAINS = {"multires_iterations": 0, "multires_discount": 0.3}
+NOISE = {**V_ZTSNR, "convert": False, "offset": 0.0, "perturbation": 0.0, **GRAINS}
 FACTS = {"title": "toy", "license": "openrail++"}
 # What config.json of each network of stabilityai/stable-diffusion-xl-base-1.0 says, and no shape shows.
 PUBLISHED = {
