@@ -2,8 +2,8 @@
 
 python -m bench.plans
 
-The rules are the program's. Simulated are the seconds of its reference network, by the formula of
-models/weights/networks.yaml, a start of 20 s, and a hub, of whose networks that come in time the largest tells most of
+The rules are the program's. Simulated are the seconds of each network, by the formula of models/weights/networks.yaml
+with the GPU's own speeds, a start of 20 s, and a hub, of whose networks that come in time the largest tells most of
 photographs of 500 px.
 """
 
@@ -24,21 +24,27 @@ CASES = (1, 8), DEVICES, (1, 10, 60), (1000, 20_000, 1_000_000), ("auto", "never
 def show(ranks, device, minutes, images, pretrained):
     """Return a row of the table."""
     flops, bandwidth = DEVICES[device]
-    seconds = 5.1e9 * GPU["gmacs"] / flops + 55e6 * GPU["mactivations"] / bandwidth
-    unit = seconds / GPU["cost"] / 12.25  # of 64 px, not 224
+
+    def time_row(row, side, *_):
+        return (5.1e9 * row["gmacs"] / flops + 55e6 * row["mactivations"] / bandwidth) * (side / 224) ** 2
+
+    unit = time_row(GPU, 64) / GPU["cost"]
     reference = (51 * minutes - 20) * ranks / unit
-    known = measurements.Measurements(images, 500, 448, True, images // 10, 0, False, reference, True, GPU)
+    known = measurements.Measurements(images, 500, 448, True, images // 10, 0, False, reference, unit, True, GPU)
     config = SimpleNamespace(loop=SimpleNamespace(minutes=minutes), device=SimpleNamespace(type="cuda"))
     hub = patch.multiple(offers, cached_file=lambda _: None, cached_names=list, _fetch=DEFAULT)
     world = patch.object(measurements.distributed, "planned_world_size", return_value=ranks)
-    with hub as asked, world:
-        measurements._find_weights(config, None, None, config, pretrained, known, unit)
+    with hub as asked, world, patch.object(rules, "time_row", time_row):
+        measurements._find_weights(config, None, None, config, pretrained, known)
+        known = rules.time_candidates(known, None)
     for (name, row, _), _ in asked["_fetch"].call_args_list[:1]:
-        network = measurements.Network(row | {"name": name}, row["cost"], is_pretrained=True)
+        network = measurements.Network(row | {"name": name}, time_row(row, 64) / unit, is_pretrained=True)
         known = measurements.replace(known, network=network)
     name = rules.choose_network(known).row["name"].split(".")[0]
-    said = f"| {ranks} x {device} | {minutes} | {images:,} | {pretrained} | {name}, {rules.choose_px(known)} px |"
-    return f"{said} {rules.epochs_of(known):,.3g} |\n"
+    return (
+        f"| {ranks} x {device} | {minutes} | {images:,} | {pretrained} | {name}, {rules.choose_px(known)} px "
+        f"| {rules.epochs_of(known):,.3g} |\n"
+    )
 
 
 if __name__ == "__main__":

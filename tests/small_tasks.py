@@ -15,7 +15,8 @@ from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
 NOISE = {
-    "prediction_type": "v_prediction", "zero_terminal_snr": True, "convert": False, "offset": 0.0, "perturbation": 0.0
+    "prediction_type": "v_prediction", "zero_terminal_snr": True, "convert": False, "offset": 0.0, "perturbation": 0.0,
+    "multires_iterations": 0, "multires_discount": 0.3,
 }  # fmt: skip
 CHANGES = {
     "classification": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},

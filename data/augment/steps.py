@@ -117,8 +117,9 @@ class DeviceAugment:
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""
-        rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
-        return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}
+        rest = dict(batch)
+        parameters = rest.pop(AUGMENT)
+        return rest | {IMAGES: self.apply(rest[IMAGES], parameters, rest["key"])}
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
         """Return augmented images, uint8 [B, C, H, W], rounded once; parameters [B, P], keys [B] for noise."""

@@ -96,7 +96,8 @@ class Windows:
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with images, which are channels-last, without the windows."""
         crop = self._steps[CROP]
-        rest = {name: tensor for name, tensor in batch.items() if name != WINDOWS}
-        windows = batch[WINDOWS].to(self._content.device)
-        images = cut_images(self._content, windows, self._most, crop.size, crop.interpolation)
-        return {IMAGES: images.to(batch[WINDOWS].device), **rest}
+        rest = dict(batch)
+        windows = rest.pop(WINDOWS)
+        on_device = windows.to(self._content.device)
+        images = cut_images(self._content, on_device, self._most, crop.size, crop.interpolation)
+        return {IMAGES: images.to(windows.device), **rest}

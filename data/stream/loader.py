@@ -36,7 +36,7 @@ from data.stream.order import (
 )
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
-from utils.contracts import Batch, LoaderMachine, State, Tensors
+from utils.contracts import Batch, LoaderMachine, State
 from utils.errors import UserError
 from utils.io.files import Json, ignore_write_errors
 from utils.io.safe_text import hide_secrets
@@ -53,13 +53,12 @@ _VIEW_KEY = 2
 
 @dataclass
 class Example:
-    """The input of a field: the row, the record before any transform, and the views."""
+    """The input of a field: the row, and the record before any transform."""
 
     draw: Draw
     row: Row
     training: bool
     record: Record
-    views: Tensors
 
     @functools.cached_property  # most fields draw nothing
     def generator(self) -> torch.Generator:
@@ -156,7 +155,7 @@ class Loader(Dataset):
             if not hasattr(transform, "draw"):
                 with rng.seeded(_key_of(draw, number)):
                     viewed[name] = transform(record[IMAGE], draw)
-        fields = self.fields(Example(draw, row, self.training, record, viewed))
+        fields = self.fields(Example(draw, row, self.training, record))
         return {"sample_id": draw.index, "key": draw.key, "weight": weight, **viewed, **fields}
 
     def load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:

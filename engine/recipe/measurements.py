@@ -1,6 +1,7 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from timeit import timeit
@@ -84,10 +85,11 @@ class Measurements:
     of the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the upper borders of
     images. colours: whether the mean colour tells something of the class. grey: whether no image has a colour. detail:
     whether fine detail of large images tells the class.
-    reference: how many images a network of cost 1 trains on in the minutes. bf16: whether the machine multiplies
-    bf16 fast, which Muon needs. network: the user's network, or the pretrained network whose features tell most of the
-    class, if the features tell clearly more than small pictures. machine: its row of networks.yaml. policy: the cost
-    of an image with `POLICY` for all loader workers, as that of a network; 0 without them.
+    reference: how many images a network of cost 1 trains on in the minutes; step_sec: the time of one. bf16: whether
+    the machine multiplies bf16 fast, which Muon needs. network: the user's network, or the pretrained network whose
+    features tell most of the class, if the features tell clearly more than small pictures. machine: its row of
+    networks.yaml. scratch: rows of networks from random weights, with their costs. policy: the cost of an image with
+    `POLICY` for all loader workers, as that of a network; 0 without them.
     """
 
     images: int
@@ -98,8 +100,10 @@ class Measurements:
     border: int
     grey: bool
     reference: float
+    step_sec: float
     bf16: bool
     machine: Json
+    scratch: Sequence[Json] = tuple(NETWORKS["scratch"])
     mirrors: float = 1.0
     colours: bool = True
     network: Network | None = None
@@ -171,9 +175,7 @@ def measure(
     detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
     most_px = max(_DETAIL_PX if detail else machine["most_px"], *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
-    timed = timm_config(machine["name"], machine["channels"])
-    timed_sec = time_network(timed, machine["px"], machine["images"], runtime)
-    step_sec = timed_sec / machine["cost"] / cost_of_px(machine["px"])
+    step_sec = time_row(machine, machine["px"], machine, runtime) / machine["cost"] / cost_of_px(machine["px"])
     mirrors = 1.0
     colours = True
     if labels is not None:
@@ -194,6 +196,7 @@ def measure(
         colours=colours,
         grey=is_grey,
         reference=0.0,
+        step_sec=step_sec,
         bf16=bf16,
         detail=detail,
         machine=machine,
@@ -204,7 +207,7 @@ def measure(
         own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
         network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
     elif labels is not None and not (is_grey and mirrors < CROPS):  # not letters
-        network = _find_weights(config, collection, sample, runtime, pretrained, found, step_sec)
+        network = _find_weights(config, collection, sample, runtime, pretrained, found)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     # What is left after what was timed above; after the first epoch the memory cache has all images.
     time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
@@ -232,20 +235,18 @@ def _find_weights(
     runtime: Runtime,
     pretrained: Pretrained,
     found: Measurements,
-    step_sec: float,
 ) -> Network | None:
-    """Return the network of timm whose features tell most of the class. step_sec: of the reference.
+    """Return the network of timm whose features tell most of the class, of those whose training fits into the time.
 
-    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images, or
-    if its training takes too long.
+    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images.
     """
     seconds = 60 * config.loop.minutes
     machine = found.machine
     images = min(found.images, count_head_images(config)) / distributed.planned_world_size()
-    seen_sec = step_sec * machine["seen_epochs"] * images * cost_of_px(machine["fine_px"])
+    seen_sec = found.step_sec * machine["seen_epochs"] * images * cost_of_px(machine["fine_px"])
     most_cost = min(_FETCHED_SHARE * seconds / seen_sec, machine["most_cost"])
     names = list_weights(pretrained, most_cost, _FETCH_SHARE * seconds)
-    best = None
+    promising = []
     least = 1.0
     promise = _PROMISE if found.colours else _PROMISE_OF_SURFACES
     deadline = time.monotonic() + _PROBE_SHARE * seconds
@@ -270,9 +271,12 @@ def _find_weights(
         )  # fmt: skip
         if wrong < min(least, promise * plain):
             least = 0.95 * wrong  # a larger network must leave clearly fewer errors
-            best = name
-    network = None if best is None else _time_pretrained(best, step_sec, runtime)
-    return network if network and network.cost * seen_sec <= _SEEN_SHARE * seconds else None
+            promising.append(name)
+    for name in reversed(promising):
+        network = _time_pretrained(name, found.step_sec, runtime)
+        if network.cost * seen_sec <= _SEEN_SHARE * seconds:
+            return network
+    return None
 
 
 def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
@@ -289,6 +293,11 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
         timed[_EXACT] = time_network(timm_config(name), side, images, exact, freezes=True)
     words = min(timed, key=timed.__getitem__)
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
+
+
+def time_row(row: Json, side: int, machine: Json, runtime: Runtime) -> float:
+    """Return the time of `time_network` for a network of networks.yaml from random weights. machine: its row."""
+    return time_network(timm_config(row["name"], row["channels"]), side, machine["images"], runtime)
 
 
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime, *, freezes: bool = False) -> float:

@@ -21,12 +21,13 @@ from engine.recipe.measurements import (
     Network,
     cost_of_px,
     measure,
+    time_row,
 )
 from engine.run.pace import EVALUATED, read_minutes
 from engine.tasks.change import AnyConfig, Start
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
-from models.weights.offers import NETWORKS
+from engine.update.runtime import Runtime
 from utils.config.entry_point import recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
@@ -73,7 +74,8 @@ def choose_px(measurements: Measurements) -> int:
     network = measurements.network
     least = UNIT_PX
     step = _STEP_PX
-    most = measurements.side_px
+    own = measurements.side_px
+    most = own
     enlarging = 1.0  # the cost of an enlarged image, as a multiple of one that is reduced to the same side
     cost = cost_of(measurements)
     fitting = _SIZE_SHARE * min(cost, max(_MUCH, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
@@ -88,8 +90,8 @@ def choose_px(measurements: Measurements) -> int:
     if measurements.detail:
         fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
     sides = range(least, min(most + step // 2, measurements.most_px) + 1, step)
-    costs = {side: cost_of_px(side) * (enlarging if side > measurements.side_px else 1.0) for side in sides}
-    return max((side for side, cost in costs.items() if cost <= fitting), default=least)
+    fits = [side for side in sides if cost_of_px(side) * (enlarging if side > own else 1.0) <= fitting]
+    return max(fits, default=least)
 
 
 def choose_network(measurements: Measurements) -> Network:
@@ -103,7 +105,7 @@ def choose_network(measurements: Measurements) -> Network:
     epochs = measurements.reference / cost / max(measurements.images, 1)
     wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost / _MUCH, 1.0)))
     wanted = wider * cost / cost_of_px(choose_px(measurements))
-    row = min(NETWORKS["scratch"], key=lambda row: abs(math.log(row["cost"] / wanted)))
+    row = min(measurements.scratch, key=lambda row: abs(math.log(row["cost"] / wanted)))
     return Network(row, row["cost"])
 
 
@@ -111,6 +113,18 @@ def epochs_of(measurements: Measurements) -> float:
     """Return about how many epochs fit into the time."""
     cost = choose_network(measurements).cost * cost_of_px(choose_px(measurements))
     return measurements.reference / cost / max(measurements.images, 1)
+
+
+def time_candidates(known: Measurements, runtime: Runtime) -> Measurements:
+    """Return the measurements with the costs that three networks from random weights have on the machine.
+
+    They are the network that the rules choose by networks.yaml, and its neighbours, at the size of the rules.
+    """
+    side = choose_px(known)
+    place = known.scratch.index(choose_network(known).row)
+    unit = known.step_sec * cost_of_px(side)
+    near = known.scratch[max(place - 1, 0) :][:3]
+    return replace(known, scratch=[row | {"cost": time_row(row, side, known.machine, runtime) / unit} for row in near])
 
 
 _SMALL_CHANGES = (
@@ -246,6 +260,8 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained
     measurements = measure(config, start.collection(config.data), labels, start.runtime, pretrained)
+    if measurements.network is None and start.runtime.device.type == "cuda":
+        measurements = time_candidates(measurements, start.runtime)
     chosen = []
     lines = []
     for rule in list_rules(measurements):
