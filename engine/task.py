@@ -175,8 +175,8 @@ class Task(nn.Module):
         if source is not None:
             raise UserError(f"init_from: {type(self).__name__} loads no weights; set init_from=null")
 
-    def write_beside(self, path: Path) -> None:
-        """Write a file for other programs beside the weight file `path` of this moment's weights."""
+    def write_beside(self, path: Path, metadata: Json) -> None:
+        """Write a file for other programs beside the weight file `path` of this moment's weights, with its metadata."""
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update other state, such as an EMA teacher. applied: a device scalar, 0 if the step was skipped."""

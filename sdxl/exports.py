@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from engine.exports.config import FORMATS, ExportConfig, Format
+from engine.exports.formats import given_facts
 from engine.exports.opened_task import OpenedTask
 from models.interop.metadata import base_model
 from models.interop.parity import refuse_difference
 from sdxl.config import SamplesConfig
 from sdxl.files.checkpoints import cast_state, save_part, save_pipeline, save_single_file
-from sdxl.files.facts import modelspec_facts
+from sdxl.files.facts import state_facts
 from sdxl.files.family import PARTS, SCHEDULE
 from sdxl.files.names import part_state
 from sdxl.files.tokenizer import build_tokenizer
@@ -50,6 +51,14 @@ def write_kohya(weights: OpenedTask, folder: Path, config: ExportConfig) -> Entr
     )
     refuse_difference(difference, config.accepted, path.name)
     return {"max_abs_diff": difference}
+
+
+def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
+    """Return the facts for `write_modelspec`, with those that the user gives."""
+    given = given_facts(weights, config)
+    given["trigger_phrase"] = given.pop("trigger")
+    facts = state_facts(weights.title, weights.setup.task, weights.metadata, weights.run)
+    return facts | {name: text for name, text in given.items() if text}
 
 
 def whole_networks(weights: OpenedTask) -> Networks:

@@ -44,6 +44,7 @@ from models.interop.metadata import dict_of
 from models.weights.fit import is_meta, refuse_misfits
 from sdxl.caches.masks import MASK
 from sdxl.config import TIMESTEP_COUNT, Prompt
+from sdxl.files.facts import state_facts
 from sdxl.files.family import ENCODERS, PARTS, PREFIXES
 from sdxl.files.names import from_single_file
 from sdxl.files.tokenizer import LENGTH
@@ -75,13 +76,14 @@ from sdxl.vae import latent_scale
 from utils import rng
 from utils.contracts import Batch, InitFrom, State
 from utils.errors import UserError, about
-from utils.io.files import readable, write_atomically
+from utils.io.files import Json, readable, write_atomically
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weight_files import find_initial
 from utils.io.weights import read_header, read_weights
 from utils.ranks import distributed
 from utils.record.logging import log
+from utils.record.run_reader import run_of
 
 _BINS = 5  # ranges of timesteps with a logged error each
 _LEAST_AREA = 1e-6  # divisor for smaller masks, so that an empty mask trains nothing
@@ -187,11 +189,12 @@ class DiffusionTask(Task):
         self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
 
-    def write_beside(self, path: Path) -> None:
+    def write_beside(self, path: Path, metadata: Json) -> None:
         """Write NAME_lora.safetensors, which ComfyUI and the web UIs read, beside weights of a LoRA."""
         if self._config.lora is not None:
             file = path.with_name(f"{path.stem}_lora.safetensors")
-            save = partial(save_lora, changes=self.adapter.changes(), dtype=torch.float32, facts={"title": path.stem})
+            facts = state_facts(path.stem, self._config, metadata, run_of(path))
+            save = partial(save_lora, changes=self.adapter.changes(), dtype=torch.float32, facts=facts)
             write_atomically(file, save)
 
     # ------------------------------------------------------------------------------------------------------ training

@@ -76,6 +76,10 @@ def test_best_weights_of_few_validation_images_and_pictures_by_a_step(place):
     assert all(torch.equal(ours[name].matrix(), theirs[name].matrix()) for name in ours.keys() | theirs.keys())
     shapes, header = read_header(files[1])
     assert all(name.startswith("lora_unet_") for name in shapes) and header["ss_network_dim"] == "16"
+    facts = (
+        "seed steps num_epochs bucket_info resolution optimizer lr_scheduler learning_rate min_snr_gamma noise_offset"
+    )
+    assert {f"ss_{name}" for name in f"{facts} zero_terminal_snr".split()} | {"sshs_model_hash"} <= header.keys()
     lora = ["weights=sdxl/checkpoints/step_00000002", f"lora=[{files[1]}]", "prompts=p.txt"]
     (place / "p.txt").write_text("red")
     assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)

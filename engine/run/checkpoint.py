@@ -192,7 +192,7 @@ class Saver:
 
         def write() -> str:
             try:
-                learner.task.write_beside(path)
+                learner.task.write_beside(path, metadata)
                 return write_weights(path, tensors, metadata)
             except (OSError, SafetensorError) as error:
                 log.error("%s cannot be written (%s); make room there: the run goes on without it", path, error)

@@ -8,42 +8,37 @@ import math
 from datetime import date
 from pathlib import Path
 
-from engine.exports.config import ExportConfig
-from engine.exports.formats import given_facts
-from engine.exports.opened_task import OpenedTask
+from engine.tasks.config import TaskConfig
 from models.interop.metadata import dict_of, licence_entry
 from sdxl.config import DiffusionTaskConfig
 from utils.config.recipe import flatten
-from utils.io.files import read_beside
+from utils.io.files import Json, read_beside
+from utils.record.run_reader import RunReader
 
 
-def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]:
-    """Return the facts for `write_modelspec`, and the facts of sd-scripts."""
-    given = given_facts(weights, config)
-    task = weights.setup.task
-    metadata = weights.metadata
+def state_facts(title: str, task: TaskConfig, metadata: Json, run: RunReader | None) -> dict[str, str]:
+    """Return the facts for `write_modelspec`, and the facts of sd-scripts. metadata: of the weights of a run."""
     trained_on = dict_of(metadata, "trained_on")
     images = trained_on.get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
     facts = {
-        "title": weights.title,
+        "title": title,
         "date": date.today().isoformat(),
-        "author": given["author"],
         **licence_entry(metadata),
-        "ss_output_name": weights.title,
+        "ss_output_name": title,
     }
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{task.lora.kind} of rank {task.lora.rank}"
         facts |= {
-            "trigger_phrase": given["trigger"],
+            "trigger_phrase": trained_on.get("trigger"),
             "prediction_type": task.noise.prediction_type,
             "ss_sd_model_name": source,
             "ss_discrete_flow_shift": task.stated_noise.get("shift"),
             "ss_tag_frequency": trained_on.get("tag_frequency"),
             "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
         }
-        known = flatten({**(weights.run.config if weights.run else {}), **metadata})
+        known = flatten({**(run.config if run else {}), **metadata})
         names = read_beside(__file__, "ss_names.yaml")
         facts |= {name: known.get(key) for name, key in names.items()}
         if buckets := trained_on.get("buckets"):
@@ -57,6 +52,6 @@ def modelspec_facts(weights: OpenedTask, config: ExportConfig) -> dict[str, str]
     if images:
         size = trained_on.get("batch_size")
         described += f"{f' of {size} samples' if size else ''} on {images} images"
-    facts["description"] = given["description"] or described
+    facts["description"] = described
     stated = {name: value for name, value in facts.items() if value not in (None, "")}
     return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in stated.items()}
