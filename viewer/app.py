@@ -38,10 +38,11 @@ from viewer.try_image import MAX_BYTES, TryPage
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 _COOKIE = "atelier_token"
-_HEADERS = {
-    "content-security-policy": "frame-ancestors 'none'", "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}  # fmt: skip
+# Of every answer, refusals and errors too.
+_HEADERS = [
+    ("content-security-policy", "frame-ancestors 'none'"), ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]  # fmt: skip
 _PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried after view.port
 _PAGES = (
@@ -81,11 +82,9 @@ class Guard:
             return await refusal(scope, receive, send)
 
         async def answer(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(_HEADERS)
-                if is_new:  # whatever else is given stays out of headers
-                    headers.append("set-cookie", f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/")
+            if message["type"] == "http.response.start" and is_new:  # whatever else is given stays out of headers
+                cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
+                MutableHeaders(scope=message).append("set-cookie", cookie)
             await send(message)
 
         return await self._inner(scope, receive, answer)
@@ -150,5 +149,5 @@ def serve(
     ui.run(
         host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
         favicon="🖼", dark=None, language="en-US", uvicorn_logging_level="error",
-        reconnect_timeout=_PATIENCE_SEC,
+        reconnect_timeout=_PATIENCE_SEC, headers=_HEADERS,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from viewer.site import RunTab
 
 _WORST = 10  # images
 _PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  by class .*", re.MULTILINE)
+_TRAINED = re.compile(r"^  collection .*: ([\d,]+) training and", re.MULTILINE)
 _NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
 # What a word of a command leaves in a run's folder.
 _LEAVES = {
@@ -53,16 +54,18 @@ def summarise_run(index: RunIndex, path: Path) -> Json:
     return make_row(index, state) | row | {"minutes": index.curves(path).minutes(np.array([state.step]))[0].item()}
 
 
-def read_advice(path: Path) -> tuple[str, list[list[str]]]:
-    """Return what a run has logged for people: its plan, the rates of classes, and the commands that come next."""
+def read_advice(path: Path) -> tuple[str, str, list[list[str]]]:
+    """Return what a run has logged for people: its plan with the rates of classes, its images, and next commands."""
     log = path / "log.txt"
     with log.open("rb") as file:
         text = file.read(_LOG_BYTES)
         file.seek(max(file.tell(), log.stat().st_size - _LOG_BYTES))
         text = (text + b"\n" + file.read()).decode(errors="replace")
-    return "\n".join(_PLAN.findall(text)), [
-        shlex.split(line.replace("evaluate.py", "evaluate.py per_image=true")) for line in _NEXT.findall(text)
-    ]
+    return (
+        "\n".join(_PLAN.findall(text)),
+        "".join(_TRAINED.findall(text)[-1:]),
+        [shlex.split(line.replace("evaluate.py", "evaluate.py per_image=true")) for line in _NEXT.findall(text)],
+    )
 
 
 def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
@@ -106,11 +109,13 @@ class Overview(RunTab):
     async def show(self) -> None:
         """Show the front."""
         index = self.site.index
-        plan, commands = await asyncio.to_thread(read_advice, self.path)
+        plan, trained, commands = await asyncio.to_thread(read_advice, self.path)
         if RunReader(self.path).state in ("stopped", "dead", "failed"):
             commands = [command_of(self.path)]
         nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
-        self._front = Front(plan=escape_controls(plan, keep="\n"), nexts=nexts, run=None, collection=None)
+        self._front = Front(
+            plan=escape_controls(plan, keep="\n"), nexts=nexts, run=None, collection=None, trained=trained
+        )
         self._front.on("start", starter(self.site.queue))
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)

@@ -7,6 +7,7 @@ log has text. It is alive while the log is locked: its process holds the lock, w
 import fcntl
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -63,9 +64,10 @@ class Queue:
     def check(self, words: Sequence[str]) -> None:
         """Raise UserError for a command that the page may not start."""
         if not self.takes(words):
+            places = ", ".join(map(str, self.roots))
             raise UserError(
-                f"data.root: the page does not take {words}; it takes the settings that it offers, and whole paths "
-                "below your home or its working folder, not hidden; python view.py data.root=PATH adds another"
+                f"data.root: the page does not take {shlex.join(words[1:])}; it takes the settings that it offers, and "
+                f"folders below {places} that are not hidden; python view.py data.root=PATH adds another"
             )
 
     def lines(self, name: str) -> list[str]:

@@ -164,10 +164,18 @@ class Review:
         return self._write(known)
 
     def undo(self) -> list[Decision]:
-        """Return the lines that take this page's last decisions back, and show their first image."""
-        numbers = self._done.pop() if self._done else []
+        """Return the lines that take this tab's last decisions back, and show their first image.
+
+        A tab that is loaded again goes on with the last decision about an image that it has signed before.
+        """
+        numbers = self._done.pop() if self._done else self._find_last()
         self.here = min({*numbers} & {*self.order}, default=self.here)
         return [self._add(number, self.questions[number].had, "undone") for number in numbers]
+
+    def _find_last(self) -> list[int]:
+        lines = (self.decisions.get((path, self.field), ()) for path in self._numbers)
+        own = [line for line in itertools.chain.from_iterable(map(list_kept, lines)) if line.by == self.by]
+        return [self._numbers[line.path] for line in sorted(own, key=lambda line: line.at)[-1:]]
 
     def go(self, path: str | None) -> None:
         """Show an image, if it is in the order; None: the next one without a decision."""

@@ -13,6 +13,7 @@ from nicegui import app, ui
 from nicegui.events import GenericEventArguments
 
 from data.collection.choose import spread
+from data.layouts.names import SUFFIXES
 from data.layouts.table import has_value
 from data.stream.source import UnreadableImage
 from data.tools.config import Check, report_folder
@@ -48,18 +49,21 @@ def keep_queue_going(queue: Queue) -> None:
 
 
 def add_drops(queue: Queue, max_pixels: int) -> None:
-    """Add the route that takes a picture of a new collection, which is below the folder that the page writes."""
+    """Add the route that takes a picture of a new collection, or the text beside one, below the folder of runs."""
 
     @app.post("/drop")
     async def drop(request: Request, folder: str, path: str) -> Json:
         place = f"{queue.runs}/pictures/{folder}"
         content = await request.body()
-        if not (queue.may_start and queue.takes(["train.py", f"data.root={place}/{path}"])):
-            return {"fault": f"{escape_controls(path)}: its name or folder is not taken; rename it"}
-        try:
-            await asyncio.to_thread(reduce_image, content, path, max_pixels, _THUMBNAIL_PX)
-        except UnreadableImage as error:
-            return {"fault": escape_controls(str(error))}
+        if not queue.may_start:
+            return {"fault": "view.start: the page writes nothing; it needs view.start=true and view.host=127.0.0.1"}
+        if not queue.takes(["train.py", f"data.root={place}/{path}"]):
+            return {"fault": f"{escape_controls(path)}: a name begins with a point or has odd signs; rename it"}
+        if not path.lower().endswith(SUFFIXES):
+            try:
+                await asyncio.to_thread(reduce_image, content, path, max_pixels, _THUMBNAIL_PX)
+            except UnreadableImage as error:
+                return {"fault": escape_controls(str(error))}
         with output_errors("runs", place):
             os.makedirs(os.path.dirname(f"{place}/{path}"), exist_ok=True)
             Path(place, path).write_bytes(content)

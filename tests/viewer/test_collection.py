@@ -62,7 +62,9 @@ def test_a_collection_is_searched_and_shown(page, address):
     for text, count in {"-character:n7 character:*": 399, "weight=0": 1, "label:1 path:/12": 10, "size<1": 1}.items():
         find(page, text, count)
     page.wait_for_url("**find=size*")
+    page.get_by_role("button", name="Keep this search").click()
     page.reload()
+    assert page.get_by_role("listitem").get_by_role("link").get_attribute("href") == "?find=size%3C1"
     sees(page, "1 of 400 images")
     box = page.get_by_label("find")
     assert box.input_value() == "size<1"

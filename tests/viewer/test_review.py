@@ -1,5 +1,6 @@
 """The review of labels: keys and what they save, two tabs, a file that cannot be written, a restart, and training."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_tags_are_toggled_and_undone():
     review.go(None)
     (line,) = review.decide({"b.png": review.card(1)["says"]})
     assert (line.now, line.verdict) == (["blue hair", "character:miku", "red hair"], "accepted")
+    loaded = Review(review.questions)
+    loaded.by, loaded.decisions = "me", deepcopy(review.decisions)
+    assert loaded.undo()[0].path == "b.png"
     assert review.undo()[0].now == had and review.last(1) is None and review.here == 1
     assert review.undo()[0].now == had and review.last(0).now == with_both and review.here == 0
     assert len(review.undo()) == 1 and review.last(0) is None and review.undo() == []

@@ -8,7 +8,7 @@ import pytest
 
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, assert_plain, save_grey, sees
+from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, save_grey, sees
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
 from viewer.curves import read_figures
@@ -22,6 +22,7 @@ DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" 
 )
 PLAN = "2026-01-01 00:00:00,000 INFO the plan for 5 minutes\n  optim=sgd because it is good\n"
 NEXT = "2026-01-01 00:00:00,000 INFO finished\n  by class  cat 1 of 2 right\n  next        python export.py run_dir=x\n"
+NEXT += "  collection  /x: 90 training and 6 validation images\n"
 NEXT += "  next        python evaluate.py run_dir=x\n"
 LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("INFO", "WARNING", "ERROR"))
 
@@ -89,9 +90,11 @@ def test_curves_of_runs(tmp_path):
 def test_one_visit(page, address, runs):
     page.goto(f"{address}/run/0/sweep/a")
     sees(page, "Learning rate and steps")
-    assert_plain(page)
     said = page.locator(".front").inner_text()
-    assert all(text in said for text in ("finished", "50 %", "(40 % to 60 %)", "by pictures", "By class: cat 1"))
+    assert all(
+        text in said
+        for text in ("finished", "50 %", "(40 % to 60 %)", "by pictures", "By class: cat 1", "on 90 images")
+    )
     page.get_by_text("The plan", exact=True).click()
     sees(page, "optim=sgd because it is good")
     assert page.locator(".cards img").count() == 2

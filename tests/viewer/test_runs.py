@@ -34,3 +34,9 @@ def test_a_sweep_opens_and_pins_stay_first(page, address):
     page.locator("th", has_text="Run").click()
     assert "other" in page.locator("tbody tr").first.inner_text()  # pinned, whatever is sorted
     assert page.get_by_role("link", name="<img").count() == 1
+    page.get_by_label("Columns").fill("task.n")
+    page.get_by_role("option", name="task.name").click()
+    page.get_by_label("By collection").click()
+    page.reload()
+    page.get_by_role("heading", name="No collection").wait_for()
+    page.get_by_role("columnheader", name="task.name").wait_for()

@@ -165,6 +165,10 @@ def test_from_a_folder_to_a_run_that_stops(page, address, runs):
     page.goto(f"{address}/start?folder=/etc")
     sees(page, "the page does not take")
     page.goto(address)
+    names = ["000.png", "000.txt", "001.txt"]
+    page.locator("input[type=file]").first.set_input_files([runs / "photos/train/A" / name for name in names])
+    sees(page, "1 picture and 1 text copied, 1 refused")
+    assert [file.name for file in sorted(runs.glob("pictures/*/*"))] == names[:2]
     page.get_by_role("button", name="Browse").click()
     page.get_by_role("link", name="Open this folder").click()
     page.get_by_text("an image without a sidecar: 1", exact=False).wait_for(timeout=240_000)

@@ -1,6 +1,5 @@
 """/try: what a network says of an image, as predict.py says it; bad images; files outside the roots; the page."""
 
-import asyncio
 import os
 
 import numpy as np
@@ -21,9 +20,7 @@ from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
 from utils.io.files import read_json
 from utils.io.weights import hash_tensors, write_weights
-from viewer.app import Guard
 from viewer.networks import Networks
-from viewer.try_image import MAX_BYTES
 
 CPU = torch.device("cpu")
 VOCABULARY = Vocabulary(
@@ -132,22 +129,6 @@ def test_a_network_is_kept_and_read_again_when_it_changes(place):
     os.utime(file, ns=(1, 1))
     networks.get(file)
     assert read == [file] * 2
-
-
-@pytest.mark.parametrize("kind", ["http", "websocket"])
-@pytest.mark.parametrize("header", [
-    (b"content-length", b"%d" % (MAX_BYTES + 1)), (b"transfer-encoding", b"chunked"),
-])  # fmt: skip
-def test_a_request_without_a_bound_is_refused(kind, header):
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": kind, "extensions": {"websocket.http.response": {}}, "query_string": b""}
-    scope["headers"] = [(b"host", b"localhost:1"), header]
-    asyncio.run(Guard(None, None)(scope, None, send))
-    assert sent[0]["status"] == 403
 
 
 # --- the page
