@@ -1,4 +1,7 @@
-"""No sentence of README, docs/ and the pages beside them has more than 30 words outside code and tables."""
+"""No sentence of README, docs/ and the pages beside them has more than 30 words outside code and tables.
+
+The tests that they name are there.
+"""
 
 import re
 
@@ -33,3 +36,8 @@ def test_no_sentence_is_long(page):
     sentences = list_sentences(page.read_text("utf-8"))
     long = [f"{count} words: {sentence}" for count, sentence in sentences if count > MOST_WORDS]
     assert long == [], f"{page.relative_to(ROOT)}: write sentences of at most {MOST_WORDS} words"
+
+
+def test_the_tests_that_pages_name_are_there():
+    named = {name for page in PAGES for name in re.findall(r"\b(?:test|slow)_\w+\.py", page.read_text("utf-8"))}
+    assert named <= {file.name for file in (ROOT / "tests").rglob("*.py")}
