@@ -19,7 +19,7 @@ from models.config import Pretrained, timm_config
 from models.image_model import ImageModel, torch_predictor
 from models.normalise import Normalise
 from models.weights.offers import NETWORKS, list_weights
-from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
+from models.weights.timm_hub import load_timm, stated_preprocessing
 from utils.errors import UserError, about
 from utils.io.memo import OURS, hash_once
 from utils.io.weight_files import find_weights
@@ -43,16 +43,15 @@ def choose_frozen(
 ) -> Frozen:
     """Return a network for features, and log its name.
 
-    weights: a run or a file that the user names by the configuration key `key`. Without it, the network is one of timm
-    with weights in the cache or, by `pretrained`, on the hub, else the newest FCMAE run on the collection, else
-    `PIXELS`. Raises UserError (`key`) for weights that cannot be used.
+    weights: a run or a file that the user names by the configuration key `key`. Without it, the network is timm's
+    strongest with weights in the cache or, by `pretrained`, on the hub, else the newest FCMAE run on the collection,
+    else `PIXELS`. Raises UserError (`key`) for weights that cannot be used.
     """
     frozen = None
     if weights is not None:
         with about(key):
             frozen = _open_own(find_weights(weights, "best"), collection, runtime)
-    most_cost = NETWORKS["machines"]["cpu"]["most_cost"]
-    for name in cached_names() or list_weights(pretrained, most_cost, math.inf) if frozen is None else ():
+    for name in _list_strongest(runtime.device.type, pretrained) if frozen is None else ():
         try:
             frozen = open_frozen_timm(name, runtime)
             break
@@ -63,6 +62,14 @@ def choose_frozen(
     frozen = frozen or PIXELS
     log.info("features of %s", frozen.says)
     return frozen
+
+
+def _list_strongest(device: str, pretrained: Pretrained) -> list[str]:
+    """Return networks of timm with weights, the costliest that suits the device first: it is the strongest."""
+    most_cost = NETWORKS["machines"][device]["most_cost"]
+    costs = {name: row["cost"] for name, row in NETWORKS["weights"].items() if row["cost"] <= most_cost}
+    names = list_weights("cached", most_cost, math.inf) or list_weights(pretrained, most_cost, math.inf)
+    return sorted(names, key=lambda name: -costs.get(name, 0.0))
 
 
 def open_frozen_timm(name: str, runtime: Runtime) -> Frozen:

@@ -1,6 +1,7 @@
 """Features are a network's own, kept by weights and image; whose they are is said, and if it has seen the labels."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_only_new_and_changed_images_are_read(place, monkeypatch):
         file.write_bytes(b"no image")
     with refuses("^data.root: .*no image"):
         read_features(frozen, collection, config, rows, runtime)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "convnext_nano.in12k_ft_in1k"), ("cuda", "convnext_tiny.in12k_ft_in1k")]
+)
+def test_the_strongest_cached_network_that_suits_the_device_is_taken(place, monkeypatch, device, name):
+    _, collection, runtime = open_parts(place)
+    names = [RESNET, "convnext_tiny.in12k_ft_in1k", "convnext_nano.in12k_ft_in1k"]
+    monkeypatch.setattr("engine.frozen.choose.list_weights", lambda *_: names)
+    monkeypatch.setattr("engine.frozen.choose.open_frozen_timm", lambda name, runtime: PIXELS._replace(says=name))
+    assert choose_frozen(None, collection, replace(runtime, device=torch.device(device)), "weights").says == name
 
 
 def test_a_network_that_has_not_seen_the_labels_is_chosen_and_said(place, monkeypatch, log):
