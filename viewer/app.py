@@ -5,6 +5,7 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def serve(
     query = "" if token is None else "?token=TOKEN"
     app.on_startup(lambda: log.info("open http://%s:%d/%s in a browser; Ctrl+C ends it", name, port, query))
     opened = "/" + query.replace("TOKEN", str(token))
+    import_module("torch")  # threads of two pages that import it at once abort the process
     ui.run(
         host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
         favicon="🖼", dark=None, language="en-US", uvicorn_logging_level="error",
