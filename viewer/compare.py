@@ -19,8 +19,8 @@ from utils.record.run_index import find_runs
 from utils.record.run_reader import RunReader
 from utils.record.tables import find_image_table, read_newest
 from viewer.curves import show_curves
-from viewer.overview import Next, describe_next, starter
-from viewer.parts import Sheet, run_name, show_heading, show_status
+from viewer.overview import describe_next
+from viewer.parts import REFRESH_SEC, Part, Sheet, run_name, show_heading, show_status
 from viewer.results import Tables, describe_prediction, show_images
 from viewer.site import Page, Site
 
@@ -43,7 +43,7 @@ def list_facts(path: Path) -> Json:
         facts |= {f"last {show_name(name)}": value for name, value in flatten(row).items()}
     facts |= {f"data: {name}": text for name, text in _DATA.findall((path / "log.txt").read_text("utf-8"))}
     for file in sorted(path.glob("checkpoints/*/state.json"))[-1:]:
-        facts |= flatten(read_json(file)["fingerprints"], "data: fingerprint of ")
+        facts |= flatten(read_json(file)["fingerprints"], "fingerprint of ")
     return facts | flatten({**run.config, "run_dir": None})
 
 
@@ -69,6 +69,12 @@ def read_images(run: Path) -> dict[tuple[str, ...], Json]:
         return {(path.name, row["path"], str(row.get("label") or row["tags"])): row for row in rows}
 
 
+def pair_images(runs: Sequence[Path]) -> list[tuple[Json, Json]]:
+    """Return the rows of the images that both runs have measured. Raises UserError."""
+    first, second = map(read_images, runs)
+    return [(row, second[key]) for key, row in first.items() if key in second]
+
+
 def count_errors(row: Json) -> int:
     """Return 1 for a wrong class, or the number of tags that are wrong or missed."""
     return len(row["wrong"] + row["missed"]) if "missed" in row else row["wrong"]
@@ -81,6 +87,10 @@ def judge(less: int, more: int) -> str:
     p = binomtest(less, less + more).pvalue if less + more else 1.0
     says = "this is hardly chance" if p < _LIKELY else "this may be chance"
     return f"Equally good runs would differ as much with a probability of {p:.2g} (McNemar's exact test): {says}."
+
+
+class Next(Part, component="vue/next.vue"):
+    """Two runs that have not measured the same images."""
 
 
 class ComparePage(Page):
@@ -136,21 +146,31 @@ def gather(named: Mapping[str, Path]) -> list[list[str]]:
     return [[*names] for _, names in itertools.groupby(sorted(named, key=recipe), recipe)]
 
 
+def _offer_measuring(site: Site, runs: Sequence[Path]) -> None:
+    """Offer to measure both runs on the same images, and load the page again when that is done."""
+    commands = [["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"] for run in runs]
+    part = Next(nexts=[describe_next(site.queue, run, command) for run, command in zip(runs, commands)])
+
+    async def start() -> None:
+        part.props["waits"] = True
+        for _, *words in commands:
+            await asyncio.to_thread(site.queue.act, "", "Add", words)
+
+    async def look() -> None:
+        if await asyncio.to_thread(pair_images, runs):
+            ui.navigate.reload()
+
+    part.on("start", start)
+    ui.timer(REFRESH_SEC, look)
+
+
 async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
     """Show images that only one of two runs has right, and images that both have wrong; of tags, who errs less."""
     names = [*named]
     runs = [*named.values()]
-    first, second = [await asyncio.to_thread(read_images, run) for run in runs]
-    pairs = [(row, second[key]) for key, row in first.items() if key in second]
+    pairs = await asyncio.to_thread(pair_images, runs)
     if not pairs:
-        ui.label(
-            "The newest tables have no image in common, or are of different splits. These commands write equal ones:"
-        )
-        for run in runs:
-            ui.label(escape_controls(f"Newest table of images: {find_image_table(run)}")).classes("lines")
-        commands = [["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"] for run in runs]
-        nexts = [describe_next(site.queue, run, command) for run, command in zip(runs, commands)]
-        Next(nexts=nexts).on("start", starter(site.queue))
+        _offer_measuring(site, runs)
         return
     groups = {title.format(*names): [] for title in _TITLES["missed" in pairs[0][0]]}
     for pair in pairs:

@@ -3,10 +3,9 @@
 import asyncio
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nicegui import ui
@@ -19,7 +18,7 @@ from utils.record.figures import BALANCED, ONE_CLASS, interval, show_name
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, Part, show_folder, show_heading
+from viewer.parts import REFRESH_SEC, Part, run_name, show_folder, show_heading
 from viewer.queue import Queue
 from viewer.results import describe_prediction, show_images
 from viewer.runs import count_digits, make_row
@@ -32,6 +31,7 @@ _NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
 # What a word of a command leaves in a run's folder.
 _LEAVES = {
     "evaluate.py": "tables/images*.parquet",
+    "prepare.py": f"*/{tables.LABELS}",
     "calibrate=true": "weights/*_thresholds.csv", "format=onnx": "export/*.onnx", "format=wd14": "export/wd14/*",
 }  # fmt: skip
 _NOTHING = "No figures yet: the first are written at the first log step."
@@ -68,10 +68,16 @@ def read_advice(path: Path) -> tuple[str, str, list[list[str]]]:
     )
 
 
+def has_left(path: Path, words: Sequence[str], since: int = 0) -> bool:
+    """Return whether a command has left its files in a run's folder since a time, in nanoseconds since 1970."""
+    patterns = [*filter(None, map(_LEAVES.get, words))]
+    is_new = lambda file: file.stat().st_mtime_ns >= since  # noqa: E731
+    return bool(patterns) and all(any(map(is_new, path.glob(pattern))) for pattern in patterns)
+
+
 def describe_next(queue: Queue, path: Path, words: Sequence[str]) -> Json:
     """Return a command about a run, whether it is done, and whether the page may start it."""
-    patterns = [*filter(None, map(_LEAVES.get, words))]
-    is_done = bool(patterns) and all(any(path.glob(pattern)) for pattern in patterns)
+    is_done = has_left(path, words)
     command = escape_controls(shlex.join(words))
     files = [*path.glob("export/**/*.*")] if is_done and "export.py" in words else []
     files.sort(key=lambda file: -file.stat().st_size)  # the network comes first
@@ -89,20 +95,6 @@ class Front(Part, component="vue/front.vue"):
     """A run's figures, what comes next, and its plan."""
 
 
-class Next(Part, component="vue/next.vue"):
-    """Commands about runs, with a button that starts each."""
-
-
-def starter(queue: Queue) -> Callable[[GenericEventArguments], Any]:
-    """Return what puts the words of a button's command into the queue, and shows that."""
-
-    async def start(event: GenericEventArguments) -> None:
-        await asyncio.to_thread(queue.act, "", "Add", event.args[1:])
-        ui.navigate.to("/")
-
-    return start
-
-
 class Overview(RunTab):
     """The front of a run; its figures and its curves follow the run."""
 
@@ -113,10 +105,9 @@ class Overview(RunTab):
         if RunReader(self.path).state in ("stopped", "dead", "failed"):
             commands = [command_of(self.path)]
         nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
-        self._front = Front(
-            plan=escape_controls(plan, keep="\n"), nexts=nexts, run=None, collection=None, trained=trained
-        )
-        self._front.on("start", starter(self.site.queue))
+        front = {"plan": escape_controls(plan, keep="\n"), "nexts": nexts, "trained": trained}
+        self._front = Front(run=None, collection=None, others=[], **front)
+        self._front.on("start", self._start)
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)
         if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):
@@ -126,6 +117,14 @@ class Overview(RunTab):
             show_heading("The worst mistakes", 2)
             await show_images(self.path, self.site.shelf, images)
         await show_curves(lambda: {"": [index.curves(self.path)]}, _NOTHING)
+        runs = (await asyncio.to_thread(self.site.shelf.of_runs)).items()  # last: it reads all runs
+        others = [run for run, name in runs if name and name == collection and run != self.path]
+        self._front.props["others"] = [run_name(index, run) for run in others]
+
+    async def _start(self, event: GenericEventArguments) -> None:
+        """Put the words of a button's command into the queue, and show that."""
+        await asyncio.to_thread(self.site.queue.act, "", "Add", event.args[1:])
+        ui.navigate.to("/")
 
     async def _refresh(self) -> None:
         with suppress(OSError, ValueError):  # deleted meanwhile, which the page says

@@ -31,6 +31,7 @@ _PATIENCE_SEC = 10.0  # for another process that changes the queue
 _COMMAND = (
     r"((train|finetune_sdxl|prepare)\.py(\n((data\.root|model\.path)=(READ)(/[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*"
     r"|(run_dir|job\.report)=WRITTEN(/\w[\w.-]*)+|task=tagging|experiment=sdxl/lora|job=labels"
+    r"|task\.buckets\.(areas_px=\[\d+\]|min_px=\d+)|task\.samples\.image_size_hw=\[\d+,\d+\]"
     r"|loop\.minutes=\d+(\.\d+)?|data\.trigger=WORDS|task\.samples\.prompts=\[\"WORDS\"\]))*"
     r"|(evaluate|export)\.py(\n(run_dir=WRITTEN(/\w[\w.-]*)+|calibrate=true|per_image=true|split=(test|val)"
     r"|format=(onnx|wd14)))*)?"
@@ -124,8 +125,9 @@ class Queue:
             return entries
 
     def _has(self, entries: Sequence[Sequence], words: Sequence[str]) -> bool:
-        """Return whether a command waits or runs; commands that differ by the time in a name are equal: two clicks."""
-        equal = [name for name, known in entries if _STAMP.sub("", str(known)) == _STAMP.sub("", str([*words]))]
+        """Return whether a command waits or runs. New runs whose names differ by the time alone are of two clicks."""
+        stamp = "" if folder_of(words).exists() else _STAMP
+        equal = [name for name, known in entries if re.sub(stamp, "", str(known)) == re.sub(stamp, "", str([*words]))]
         return any(not self.lines(name) or is_locked(self._log(name)) for name in equal)
 
     def _log(self, name: str) -> Path:

@@ -21,11 +21,9 @@ from utils.config.help import ROOT
 from utils.errors import UserError
 from utils.io.files import Json, output_errors
 from utils.io.safe_text import escape_controls, safe_lines
-from utils.record.figures import show_best
 from utils.record.run_index import is_own_run
-from utils.record.run_reader import RunReader
-from utils.record.tables import LABELS
 from viewer.images import Shelf, image_address, reduce_image
+from viewer.overview import has_left, summarise_run
 from viewer.parts import REFRESH_SEC, Part, run_name, show_fault, show_folder, show_status
 from viewer.queue import Queue, folder_of
 from viewer.runs import make_row
@@ -141,17 +139,13 @@ class StartPage(Page):
             folder = folder_of(words)
             lines = safe_lines("\n".join(queue.lines(name)[-_LINES:]))
             job = {"id": name, "state": queue.state(name, words), "words": words, "lines": lines}
-            job["link"] = self._find_review(folder, int(name))
+            job["left"] = has_left(folder, words, int(name))
+            if job["left"] and words[0] == "prepare.py":
+                job["link"] = f"/review?run={quote(run_name(self.site.index, folder / 'labels'))}"
             if is_own_run(folder):
-                job |= make_row(self.site.index, self.site.index.read(folder)) | {"state": job["state"]}
-                job["best"] = escape_controls(show_best(RunReader(folder).result or {})) or job["shown"]
+                job |= summarise_run(self.site.index, folder) | {"state": job["state"]}
             jobs.append(job)
         return jobs
-
-    def _find_review(self, folder: Path, since: int) -> str:
-        """Return the address of the labels that look wrong, if they are in a folder since a time."""
-        files = [file for file in folder.glob(f"*/{LABELS}") if file.stat().st_mtime_ns > since]
-        return f"/review?run={quote(run_name(self.site.index, files[0].parents[1]))}" if files else ""
 
     async def _look_into(self, root: str, status: ui.label) -> None:
         """Show what a folder has, and what can be done with it. Raises UserError for one that cannot be read."""
@@ -162,11 +156,12 @@ class StartPage(Page):
         status.text = "Reading every file"
         app.storage.general["folders"] = [*dict.fromkeys([root, *list_opened()])][:_RECENT]
         care = report_folder(str(self.site.queue.runs), root)
-        about = describe(shelf, name) | {"care": care, "run": care.replace("/care/", "/")}
+        about = describe(shelf, name) | {"care": care, "run": care.replace("/care/", "/").rpartition("-")[0]}
         Plans(about=about).on("start", lambda event: self._refresh("", "Add", event.args))
         check = Check(name="check", verify=True, report=care)
         report = await asyncio.to_thread(check.run, shelf.config(name))
-        status.text = safe_lines("\n".join([report, *collection.unused]))
+        counts = report.removeprefix(f"{root}: ").rpartition("; ")[0]  # without the path of the report
+        status.text = safe_lines("\n".join([counts, *collection.unused]))
 
 
 def list_opened() -> list[str]:

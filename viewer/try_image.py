@@ -14,7 +14,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import find_runs
 from viewer.images import Shelf
-from viewer.parts import Chooser, Part, show_status
+from viewer.parts import Chooser, Part, find_run, show_status
 from viewer.site import Page
 
 _ADVICE = (
@@ -42,9 +42,11 @@ class TryPage(Page):
 
     addresses = ["/try"]
 
-    async def show(self) -> None:
-        """Show the page: weight files of runs and collections to choose from."""
+    async def show(self, run: str = "") -> None:
+        """Show the page: weight files of runs to choose from. run: the name of the chosen one."""
         own = await asyncio.to_thread(list_choices, self.site.shelf)
+        if run:
+            own.sort(key=str(find_run(self.site.index, run)).__ne__)
         self._images = []
         self._newest = 0  # the number of the last question
         with self.site.page("Try an image"):

@@ -168,3 +168,27 @@ def page(browser, address):
     yield page
     context.close()
     assert wrong == []
+
+
+# Clicks and keys that reach the page; a click that a key makes, such as Enter on a button, or a label, is none.
+COUNT = """for (const kind of ["click", "keydown"])
+  addEventListener(kind, event => (kind == "keydown" || event.detail) && event.isTrusted && event.target.type != "file"
+    && localStorage.setItem(kind, 1 + +(localStorage[kind] ?? 0)), true)"""
+
+
+@pytest.fixture
+def walker(page, request):
+    """A page that says with pytest -s how many clicks, keys and seconds a walk took. Its sliders begin lower."""
+
+    def shorten(route):
+        answer = route.fetch()
+        text = answer.text().replace("steps: [1,", "steps: [0.2,").replace("sides: [512,", "sides: [128,")
+        route.fulfill(response=answer, body=text)
+
+    page.add_init_script(COUNT)
+    page.route("**/plans*", shorten)
+    page.set_default_timeout(300_000)  # of a training beside other work
+    started = time.monotonic()
+    yield page
+    counts = page.evaluate("`${localStorage.click} clicks, ${localStorage.keydown} keys`")
+    print(f"\n{request.node.name}: {counts}, {time.monotonic() - started:.0f} seconds")

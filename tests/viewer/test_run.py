@@ -139,9 +139,6 @@ def test_one_visit(page, address, runs):
     page.get_by_role("heading", name="only 0/sweep/b right: 2").wait_for()
     assert page.locator(".cards > div").count() == 3
     assert_accessible(page)
-    (runs / "sweep/b/tables/images.parquet").rename(runs / "sweep/b/tables/images_train.parquet")
-    page.reload()
-    sees(page, "images_train.parquet")
     (arena := runs / "evaluate/arena-1/tables").mkdir(parents=True)
     (arena.parent / "arena.json").write_text((runs / "sweep/a/config.json").read_text())
     (arena / "arena_images.csv").write_text("tag,gain,path,a,b\nhat,-0.25,train/y/1.png,right,missed\n")
