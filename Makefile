@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(patsubst requirements-%.txt,$(STAMP)-%,$(filter-out %-interop.txt,$(wildcard requirements-*.txt)))
 DEV := $(STAMP)-dev
 
-.PHONY: help install install-sdxl install-formats install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-formats install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python screens lint bench bench-gpu simd clean
 
 help:  ## this list
 	@awk -F ':[^#]*## ' '/^[a-z -]+:[^#]*## / {printf "make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,11 @@ test-view: install-view $(DEV)  ## pages in a browser: installs Debian's chromiu
 		tar -xzf onnxruntime-web-*.tgz -C $(PAGE) --strip-components=2 $(addprefix package/dist/,ort.wasm.bundle.min.mjs $(WASM)) && \
 		rm onnxruntime-web-*.tgz; }
 	$(PY) -m pytest -rs tests/viewer
+
+SCREENS := label label_phone viewer_run_light viewer_compare_dark
+screens: install-view install-sdxl $(DEV)  ## the pictures of the page in docs/ anew; test-view draws them, too
+	$(PY) -m pytest tests/viewer/test_walks.py
+	cp $(SCREENS:%=outputs/screens/%.png) docs/images/
 
 lint: $(DEV)  ## ruff (rules and format), and the syntax nodes of each room against tests/budget.toml
 	$(PY) -m ruff check .

@@ -123,6 +123,16 @@ def keep_screen(page, kind):
     page.screenshot(path=ROOT / f"outputs/screens/{name}_{kind}.png")
 
 
+def draw_for_docs(page, name, width=1440, height=900, scheme="light"):
+    """Write a picture of docs/images: `make screens` copies it from outputs/screens."""
+    before = page.viewport_size
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(300)
+    page.screenshot(path=ROOT / f"outputs/screens/{name}.png")
+    page.set_viewport_size(before)
+
+
 def assert_accessible(page):
     """axe-core finds nothing in what the page shows now, light or dark, and at most one button is filled."""
     assert page.locator(".main").count() <= 1

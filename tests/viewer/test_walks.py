@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.support import draw_shape, rows
-from tests.viewer.conftest import press, sees
+from tests.viewer.conftest import draw_for_docs, press, sees
 from utils.io.files import read_json
 
 COLOURS = ["blue", "green", "red", "white", "yellow"]
@@ -65,9 +65,12 @@ def test_pictures_without_labels_become_an_export(walker, address, folder):
         press(walker, walker.wait_for_function(HELPS_MOST).json_value()[0])
         sees(walker, f"{number} of 300 labelled")
     sees(walker, "of the rest")
+    draw_for_docs(walker, "label")
+    draw_for_docs(walker, "label_phone", 390, 844)
     walk(walker, "press 0" + "\npress a\npress Enter" * 14)
     sees(walker, "All 300 images are decided")
     walk(walker, "link Train\nstart Train\nended See the run")
+    draw_for_docs(walker, "viewer_run_light", height=560)
     figure = walker.locator(".front-big", has_text="%").inner_text(timeout=20_000)
     (result,) = folder.glob("*/result.json")
     assert float(figure.split()[0]) == pytest.approx(100 * read_json(result)["value"], abs=0.51)
@@ -94,6 +97,7 @@ def test_wrong_labels_are_found_mended_and_the_gain_is_measured(walker, address,
     assert {*mended} == {f"{COLOURS[(number + 1) % 5]} {COLOURS[number % 5]}" for number in wrong}
     walk(walker, "start Train\nended See the run\nlink Compare with\nbutton Measure both")
     sees(walker, "images that both have measured", "McNemar's exact test")
+    draw_for_docs(walker, "viewer_compare_dark", height=560, scheme="dark")
 
 
 def test_photographs_become_pictures_of_a_prompt(walker, address, folder):
