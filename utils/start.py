@@ -78,7 +78,7 @@ def _explain(*raised: Any) -> None:
 
 
 def open_name(name: str) -> Any:
-    """Return what a name `module:function` of a table stands for; the collector of garbage rests during its imports."""
+    """Return the object with a name `module:function`. Garbage is not collected during its imports."""
     if name.partition(":")[0] in sys.modules:
         return resolve_name(name)
     gc.disable()

@@ -69,7 +69,7 @@ def add_drops(queue: Queue, max_pixels: int) -> None:
 
 
 class Jobs(Part, component="vue/jobs.vue"):
-    """The queue of what was started."""
+    """The queue of commands."""
 
 
 class Plans(Part, component="vue/plans.vue"):
@@ -81,7 +81,7 @@ class Home(Part, component="vue/home.vue"):
 
 
 class StartPage(Page):
-    """The first page, and what can be done with a folder; both with the queue of what was started."""
+    """The first page, and the page of a folder with a card for each command. Both show the queue."""
 
     addresses = ["/", "/start"]
 
@@ -170,7 +170,7 @@ def list_opened() -> list[str]:
 
 
 def describe(shelf: Shelf, name: str) -> Json:
-    """Return what is said of a collection: its numbers and some images. Raises UserError for one that is not read."""
+    """Return the numbers and some images of a collection. Raises UserError for a collection that is not read."""
     root = shelf.config(name).root
     collection = shelf.open(name)
     rows = spread(np.arange(len(collection)), _THUMBNAILS).tolist()

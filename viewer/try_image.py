@@ -101,7 +101,7 @@ class TryPage(Page):
                 self._profile.set_visibility(any(row.get("bars", {}).keys() - {"classes"} for row in rows))
 
     def _answer(self, weights: str, content: bytes, name: str) -> Json:
-        """Return the row of an answer, or of what prevents it."""
+        """Return the row of an answer, or of the reason why there is none."""
         try:
             answer = self.site.networks.ask(weights, self._profile.value, content, name)
         except (UserError, UnreadableImage) as error:
