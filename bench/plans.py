@@ -36,10 +36,10 @@ def show(ranks, device, minutes, images, pretrained):
     world = patch.object(measurements.distributed, "planned_world_size", return_value=ranks)
     with hub as asked, world, patch.object(rules, "time_row", time_row):
         measurements._find_weights(config, None, None, config, pretrained, known)
+        for (name, row, _), _ in asked["_fetch"].call_args_list[:1]:
+            network = measurements.Network(row | {"name": name}, time_row(row, 64) / unit, is_pretrained=True)
+            known = measurements.replace(known, networks=[network])
         known = rules.time_candidates(known, None)
-    for (name, row, _), _ in asked["_fetch"].call_args_list[:1]:
-        network = measurements.Network(row | {"name": name}, time_row(row, 64) / unit, is_pretrained=True)
-        known = measurements.replace(known, network=network)
     name = rules.choose_network(known).row["name"].split(".")[0]
     return (
         f"| {ranks} x {device} | {minutes} | {images:,} | {pretrained} | {name}, {rules.choose_px(known)} px "

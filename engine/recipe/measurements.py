@@ -1,7 +1,7 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from timeit import timeit
@@ -66,13 +66,18 @@ class Network(NamedTuple):
     """A network of timm. cost: of reading and training an image of 64 px, relative to the reference.
 
     row: of networks.yaml, with its name. runtime: words for the machine with which it trains fastest, if not the
-    usual ones.
+    usual ones. timed: the costs of images of other sides, as far as they were measured.
     """
 
     row: Json
     cost: float
     is_pretrained: bool = False
     runtime: str = ""
+    timed: Mapping[int, float] = {}
+
+    def cost_at(self, side: int) -> float:
+        """Return the cost of an image of a side."""
+        return self.timed.get(side, self.cost * cost_of_px(side))
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,10 @@ class Measurements:
     images. colours: whether the mean colour tells something of the class. grey: whether no image has a colour. detail:
     whether fine detail of large images tells the class.
     reference: how many images a network of cost 1 trains on in the minutes; step_sec: the time of one. bf16: whether
-    the machine multiplies bf16 fast, which Muon needs. network: the user's network, or the pretrained network whose
-    features tell most of the class, if the features tell clearly more than small pictures. machine: its row of
-    networks.yaml. scratch: rows of networks from random weights, with their costs. policy: the cost of an image with
-    `POLICY` for all loader workers, as that of a network; 0 without them.
+    the machine multiplies bf16 fast, which Muon needs. machine: its row of networks.yaml. networks: the user's, or the
+    pretrained network whose features tell most of the class, if the features tell clearly more than small pictures, or
+    those from random weights. policy: the cost of an image with `POLICY` for all loader workers, as that of a network;
+    0 without them.
     """
 
     images: int
@@ -103,10 +108,9 @@ class Measurements:
     step_sec: float
     bf16: bool
     machine: Json
-    scratch: Sequence[Json] = tuple(NETWORKS["scratch"])
+    networks: Sequence[Network] = tuple(Network(row, row["cost"]) for row in NETWORKS["scratch"])
     mirrors: float = 1.0
     colours: bool = True
-    network: Network | None = None
     detail: bool = False
     policy: float = 0.0
 
@@ -201,20 +205,20 @@ def measure(
         detail=detail,
         machine=machine,
     )
-    network = None
+    networks = found.networks
     if pretrained is None:
         side = max(config.augment.image_size_hw)
         own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
-        network = Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)
+        networks = [Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)]
     elif labels is not None and not (is_grey and mirrors < CROPS):  # not letters
-        network = _find_weights(config, collection, sample, runtime, pretrained, found)
+        networks = _find_weights(config, collection, sample, runtime, pretrained, found)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     # What is left after what was timed above; after the first epoch the memory cache has all images.
     time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
     after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
     reference = max(time_of_ranks / first_sec, after_first)
     policy = time_policy(config.augment, sample.side_px, runtime.workers) / step_sec
-    return replace(found, network=network, reference=reference, policy=policy)
+    return replace(found, networks=networks, reference=reference, policy=policy)
 
 
 def time_policy(augment: AugmentConfig, side: int, workers: int) -> float:
@@ -235,10 +239,11 @@ def _find_weights(
     runtime: Runtime,
     pretrained: Pretrained,
     found: Measurements,
-) -> Network | None:
+) -> Sequence[Network]:
     """Return the network of timm whose features tell most of the class, of those whose training fits into the time.
 
-    Return None if no network leaves clearly fewer errors than small pictures, by ridge regressions on other images.
+    Return those from random weights if none leaves clearly fewer errors than small pictures, by ridge regressions on
+    other images.
     """
     seconds = 60 * config.loop.minutes
     machine = found.machine
@@ -275,8 +280,8 @@ def _find_weights(
     for name in reversed(promising):
         network = _time_pretrained(name, found.step_sec, runtime)
         if network.cost * seen_sec <= _SEEN_SHARE * seconds:
-            return network
-    return None
+            return [network]
+    return found.networks
 
 
 def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
@@ -284,20 +289,28 @@ def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
 
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    side = NETWORKS["machines"][runtime.device.type]["fine_px"]
-    row = {"name": name} | NETWORKS["weights"].get(name, {})
-    images = row.get("at_once", _FINE_BATCH)
-    timed = {"": time_network(timm_config(name), side, images, runtime, freezes=True)}
+    machine = NETWORKS["machines"][runtime.device.type]
+    side = machine["fine_px"]
+    row = {"name": name, "at_once": _FINE_BATCH} | NETWORKS["weights"].get(name, {})
+    timed = {"": time_row(row, side, machine, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_network(timm_config(name), side, images, exact, freezes=True)
+        timed[_EXACT] = time_row(row, side, machine, exact)
     words = min(timed, key=timed.__getitem__)
     return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 
 def time_row(row: Json, side: int, machine: Json, runtime: Runtime) -> float:
-    """Return the time of `time_network` for a network of networks.yaml from random weights. machine: its row."""
-    return time_network(timm_config(row["name"], row["channels"]), side, machine["images"], runtime)
+    """Return the time of `time_network` for a network of networks.yaml, infinite where memory runs out.
+
+    machine: its row. A network with weights has no channels there.
+    """
+    channels = row.get("channels")
+    images = row.get("at_once", machine["images"])
+    try:
+        return time_network(timm_config(row["name"], channels), side, images, runtime, freezes=channels is None)
+    except torch.OutOfMemoryError:
+        return torch.inf
 
 
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime, *, freezes: bool = False) -> float:

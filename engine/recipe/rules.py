@@ -64,67 +64,75 @@ def cost_of(measurements: Measurements) -> float:
     return math.sqrt(measurements.reference / _REFERENCE_IMAGES)
 
 
-def choose_px(measurements: Measurements) -> int:
-    """Return the side of the images: up to their own, if the time allows its cost.
+def choose_sides(measurements: Measurements) -> tuple[int, ...]:
+    """Return the side of the images: up to their own, if the time allows its cost. The larger ones follow.
 
     A pretrained network sees things better if they are larger than they were: from 96 px on. What the files hold pays
     in half an epoch, enlarging them only in more. If fine detail tells the class, the time is for large images rather
     than for many epochs.
     """
-    network = measurements.network
+    network = measurements.networks[0]
     least = UNIT_PX
-    step = _STEP_PX
     own = measurements.side_px
     most = own
     enlarging = 1.0  # the cost of an enlarged image, as a multiple of one that is reduced to the same side
     cost = cost_of(measurements)
     fitting = _SIZE_SHARE * min(cost, max(_MUCH, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
-    if network is not None and network.is_pretrained:
+    if network.is_pretrained:
         least = measurements.machine["fine_px"]
-        step = network.row.get("step_px", step)
-        most = _LARGER * most
+        most *= _LARGER
         images = measurements.images + EVALUATED * measurements.validation + 1
         epochs = measurements.machine["least_epochs"]
         fitting = measurements.reference / network.cost / images / epochs
         enlarging = measurements.machine["enlarged_epochs"] / epochs
     if measurements.detail:
         fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
+    step = network.row.get("step_px", _STEP_PX)
     sides = range(least, min(most + step // 2, measurements.most_px) + 1, step)
-    fits = [side for side in sides if cost_of_px(side) * (enlarging if side > own else 1.0) <= fitting]
-    return max(fits, default=least)
+    most = fitting * network.cost
+    fits = [side for side in sides if network.cost_at(side) * (enlarging if side > own else 1.0) <= most]
+    chosen = max(fits, default=least)
+    return chosen, *(side for side in sides if side > chosen)
 
 
-def choose_network(measurements: Measurements) -> Network:
-    """Return the network: the user's, a pretrained one, or the one whose cost is nearest to the wanted one, by ratio.
+def choose_px(measurements: Measurements) -> int:
+    """Return the side of the images."""
+    return choose_sides(measurements)[0]
+
+
+def rank_networks(measurements: Measurements, side: int) -> list[Network]:
+    """Return the networks, first the one whose cost at a side of images is nearest to the wanted one, by ratio.
 
     With few images it costs more: epochs beyond `_MOST_EPOCHS` gain less than a wider network.
     """
-    if measurements.network is not None:
-        return measurements.network
     cost = cost_of(measurements)
     epochs = measurements.reference / cost / max(measurements.images, 1)
     wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost / _MUCH, 1.0)))
-    wanted = wider * cost / cost_of_px(choose_px(measurements))
-    row = min(measurements.scratch, key=lambda row: abs(math.log(row["cost"] / wanted)))
-    return Network(row, row["cost"])
+    return sorted(measurements.networks, key=lambda each: abs(math.log(each.cost_at(side) / cost / wider)))
+
+
+def choose_network(measurements: Measurements) -> Network:
+    """Return the network: the user's, a pretrained one, or the one for which the time is."""
+    return rank_networks(measurements, choose_px(measurements))[0]
 
 
 def epochs_of(measurements: Measurements) -> float:
     """Return about how many epochs fit into the time."""
-    cost = choose_network(measurements).cost * cost_of_px(choose_px(measurements))
+    cost = choose_network(measurements).cost_at(choose_px(measurements))
     return measurements.reference / cost / max(measurements.images, 1)
 
 
 def time_candidates(known: Measurements, runtime: Runtime) -> Measurements:
-    """Return the measurements with the costs that three networks from random weights have on the machine.
+    """Return the measurements with what networks cost on the machine, at the side of the rules and the next larger one.
 
-    They are the network that the rules choose by networks.yaml, and its neighbours, at the size of the rules.
+    They are the pretrained network, or the three from random weights whose costs by networks.yaml suit the time best.
     """
-    side = choose_px(known)
-    place = known.scratch.index(choose_network(known).row)
-    unit = known.step_sec * cost_of_px(side)
-    near = known.scratch[max(place - 1, 0) :][:3]
-    return replace(known, scratch=[row | {"cost": time_row(row, side, known.machine, runtime) / unit} for row in near])
+    sides = choose_sides(known)[:2]
+    networks = []
+    for network in rank_networks(known, sides[0])[:3]:
+        timed = {side: time_row(network.row, side, known.machine, runtime) / known.step_sec for side in sides}
+        networks.append(network._replace(cost=timed[sides[0]] / cost_of_px(sides[0]), timed=timed))
+    return replace(known, networks=networks)
 
 
 _SMALL_CHANGES = (
@@ -260,7 +268,7 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained
     measurements = measure(config, start.collection(config.data), labels, start.runtime, pretrained)
-    if measurements.network is None and start.runtime.device.type == "cuda":
+    if pretrained is not None and start.runtime.device.type == "cuda":
         measurements = time_candidates(measurements, start.runtime)
     chosen = []
     lines = []

@@ -77,12 +77,6 @@ def test_corrections_follow_the_first_updates_and_the_end_of_the_first_epoch(tmp
     assert (lengths[1], lengths[2], lengths[50], lengths[53], plan.total_steps) == (100, 250, 250, 450, 450)
 
 
-def test_two_lengths_are_refused(words, tmp_path):
-    with refuses(r"loop\.minutes: 10 sets the length, and so does loop\.total_epochs=3"):
-        run("finetune", [*words, "loop.total_epochs=3"], tmp_path)
-    assert not (tmp_path / "run/minutes.json").exists()
-
-
 def test_minutes_that_are_too_few_end_no_run(words, tmp_path, capsys):
     run("finetune", [*words, "loop.minutes=0.5"], tmp_path)
     assert "loop.minutes: 0.5 are too few: the run takes about " in capsys.readouterr().err
