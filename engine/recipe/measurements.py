@@ -227,9 +227,8 @@ def time_policy(augment: AugmentConfig, side: int, workers: int) -> float:
         return 0.0
     changed = augment.changed({"image_size_hw": [UNIT_PX] * 2, "rand_augment": POLICY, "on_device": False})
     view = training_views(changed)[IMAGES]
-    with torch.random.fork_rng(devices=[]):
-        image = torch.randint(256, (len(augment.mean), side, side), dtype=torch.uint8)
-        return timeit(lambda: view(image, None), number=_CHANGED) / _CHANGED / workers
+    image = torch.randint(256, (len(augment.mean), side, side), dtype=torch.uint8)
+    return timeit(lambda: view(image, None), number=_CHANGED) / _CHANGED / workers
 
 
 def _find_weights(
@@ -316,8 +315,7 @@ def time_row(row: Json, side: int, machine: Json, runtime: Runtime) -> float:
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime, *, freezes: bool = False) -> float:
     """Return the seconds in which the machine trains a network, or all but its first layers, with one image."""
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
+    network = build_network(config, num_classes=10, any_size=True).to(runtime.device, memory_format=layout)
     if freezes:
         freeze_first(network)
     images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)

@@ -42,6 +42,8 @@ _STEP_PX = 32
 _SIZE_SHARE = 2.2
 _MUCH = 2.5  # from this cost on, more of the time is for the network
 _ROOT_SHARE = 0.82
+_SLOW_SHARE = 1.53  # of the fourth root: in fewer epochs than `_MANY`, a larger network gains more than larger images
+_MANY = 240
 _LARGER = 2
 _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
 _BATCH = {True: 64, False: 128}  # from weights, from scratch; the rates below are theirs
@@ -77,7 +79,9 @@ def choose_sides(measurements: Measurements) -> tuple[int, ...]:
     most = own
     enlarging = 1.0  # the cost of an enlarged image, as a multiple of one that is reduced to the same side
     cost = cost_of(measurements)
-    fitting = _SIZE_SHARE * min(cost, max(_MUCH, _ROOT_SHARE * math.sqrt(cost)))  # the most that an image may cost
+    slow = _SLOW_SHARE * max(cost, measurements.reference / measurements.images / _MANY) ** 0.25
+    root = min(_ROOT_SHARE * math.sqrt(cost), slow)
+    fitting = _SIZE_SHARE * min(cost, max(_MUCH, root))  # the most that an image may cost
     if network.is_pretrained:
         least = measurements.machine["fine_px"]
         most *= _LARGER
@@ -86,7 +90,7 @@ def choose_sides(measurements: Measurements) -> tuple[int, ...]:
         fitting = measurements.reference / network.cost / images / epochs
         enlarging = measurements.machine["enlarged_epochs"] / epochs
     if measurements.detail:
-        fitting = max(fitting, measurements.reference / max(measurements.images, 1) / _DETAIL_EPOCHS)
+        fitting = max(fitting, measurements.reference / measurements.images / _DETAIL_EPOCHS)
     step = network.row.get("step_px", _STEP_PX)
     sides = range(least, min(most + step // 2, measurements.most_px) + 1, step)
     most = fitting * network.cost
@@ -106,7 +110,7 @@ def rank_networks(measurements: Measurements, side: int) -> list[Network]:
     With few images it costs more: epochs beyond `_MOST_EPOCHS` gain less than a wider network.
     """
     cost = cost_of(measurements)
-    epochs = measurements.reference / cost / max(measurements.images, 1)
+    epochs = measurements.reference / cost / measurements.images
     wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW * math.sqrt(max(cost / _MUCH, 1.0)))
     return sorted(measurements.networks, key=lambda each: abs(math.log(each.cost_at(side) / cost / wider)))
 
@@ -119,7 +123,7 @@ def choose_network(measurements: Measurements) -> Network:
 def epochs_of(measurements: Measurements) -> float:
     """Return about how many epochs fit into the time."""
     cost = choose_network(measurements).cost_at(choose_px(measurements))
-    return measurements.reference / cost / max(measurements.images, 1)
+    return measurements.reference / cost / measurements.images
 
 
 def time_candidates(known: Measurements, runtime: Runtime) -> Measurements:
@@ -154,7 +158,15 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     network = choose_network(measurements)
     side = choose_px(measurements)
     epochs = int(epochs_of(measurements))
-    yield _choose_weights(measurements, network, side)
+    words = f"model=timm model.name={network.row['name']}"
+    if network.is_pretrained:
+        words += f"{network.row.get('build', '').format(side)} init_from=timm"
+        why = "features of its weights tell clearly more of the class than small pictures"
+        yield Rule("model init_from", words, why)
+    else:
+        why = f"{measurements.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
+        channels = str(network.row.get("channels")).replace(" ", "")  # none of the user's network, which stays
+        yield Rule("model", f"{words} model.channels={channels}", why)
     if measurements.grey and measurements.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model augment.mean augment.std", words, "no image has a colour")
@@ -222,17 +234,6 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
         why = "whole batches are changed in less time"
         yield Rule("augment.on_device augment.rand_augment", "augment.on_device=true", why)
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
-
-
-def _choose_weights(measurements: Measurements, network: Network, side: int) -> Rule:
-    words = f"model=timm model.name={network.row['name']}"
-    if network.is_pretrained:
-        words += network.row.get("build", "").format(side)
-        why = "features of its weights tell clearly more of the class than small pictures"
-        return Rule("model init_from", f"{words} init_from=timm", why)
-    why = f"{measurements.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
-    channels = str(network.row.get("channels")).replace(" ", "")  # none of the user's network, which stays
-    return Rule("model", f"{words} model.channels={channels}", why)
 
 
 def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
