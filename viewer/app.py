@@ -34,7 +34,7 @@ from viewer.run import RunPage, add_pictures
 from viewer.runs import RunsPage
 from viewer.samples import SamplesPage
 from viewer.site import Site, add_missing_page, set_looks
-from viewer.start import StartPage, add_drops, keep_queue_going
+from viewer.start import StartPage, add_drops, add_outlook, keep_queue_going
 from viewer.try_image import MAX_BYTES, TryPage
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -134,6 +134,7 @@ def serve(
     add_route(site.shelf)
     add_pictures(index)
     add_drops(queue, data.max_pixels)
+    add_outlook(queue)
     keep_queue_going(queue)
     set_looks()
     add_missing_page(site)

@@ -3,7 +3,7 @@
 import asyncio
 import shlex
 from asyncio import Lock
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,6 @@ def show_share(status: ui.label) -> Iterator[Callable[[float], None]]:
         timer.cancel()
 
 
-def make_columns(labels: Mapping[str, str]) -> list[Json]:
-    """Return the columns of a table that can be sorted. labels: by the field of a row."""
-    shared = {"align": "left", "sortable": True}
-    return [{"name": field, "label": label, "field": field, **shared} for field, label in labels.items()]
-
-
 class Part(ui.element):
     """A component of viewer/vue/. The first lines of the .vue file state the properties and the events."""
 
@@ -148,7 +142,9 @@ class Sheet(Part, component="vue/sheet.vue"):
         async with self._lock:  # the last choice stays, also if one before it takes longer
             self.props["chosen"] = name or self.props["chosen"]
             labels, rows = await asyncio.to_thread(self._read, self.props["chosen"])
-            self.props.update(columns=make_columns(labels), rows=rows)
+            shared = {"align": "left", "sortable": True}
+            columns = [{"name": field, "label": label, "field": field, **shared} for field, label in labels.items()]
+            self.props.update(columns=columns, rows=rows)
 
 
 def show_folder(root: str) -> str:

@@ -87,6 +87,10 @@ class Queue:
         is_training = words[0] in TRAININGS and is_own_run(folder)
         return RunReader(folder).state if is_training else "ended"
 
+    def is_busy(self) -> bool:
+        """Return whether a command runs."""
+        return any(map(is_locked, self._folder.glob("*.log")))
+
     def entries(self) -> list[list]:
         """Return all commands: name (nanoseconds since 1970) and words."""
         file = self._folder / "queue.json"
@@ -120,7 +124,7 @@ class Queue:
                     entries.append([str(time.time_ns()), words])
                 write_json(self._folder / "queue.json", entries)
             waiting = [entry for entry in entries if not self.lines(entry[0])]
-            if waiting and not any(map(is_locked, self._folder.glob("*.log"))):
+            if waiting and not self.is_busy():
                 self._start(*waiting[0])
             return entries
 

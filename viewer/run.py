@@ -1,7 +1,7 @@
 """`/run/...`: one run: its curves, pictures, tables, settings and log, live."""
 
 import asyncio
-import re
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +22,7 @@ from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, show_c
 from viewer.results import Mistakes, Tables, Thresholds
 from viewer.site import Page, RunTab
 
-_LOG_LINES = 2_000
-_LOG_BYTES = 200_000
-_LEVELS = {0: "all", 1: "warnings and errors", 2: "errors"}
-_LEVEL = re.compile(r"\d{4}-\d\d-\d\d \S+ ([A-Z]+) ")
+_LOG_BYTES = 100_000  # from its end
 _PICTURES = {".png", ".jpg", ".webp"}
 _SEEN = "plots/samples_seen.png"
 
@@ -132,50 +129,25 @@ class Settings(RunTab):
         await Sheet("settings", ["settings"], "key", lambda _: ({"key": "Key", "value": "Value"}, rows)).fill()
 
 
+class LogLines(Part, component="vue/log.vue"):
+    """The end of a log, by level."""
+
+
 class Log(RunTab):
     """A run's log by level, live."""
 
     async def show(self) -> None:
         """Show the log."""
-        least = ui.toggle(_LEVELS, value=0).props("no-caps unelevated dense padding='2px 12px'")
-        self._lines = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh")
-        self._reader = LogReader(self.path / "log.txt")
+        self._lines = LogLines(text="")
         self._follow()
         ui.timer(REFRESH_SEC, self._follow)
-        least.on_value_change(
-            lambda event: self._lines.classes(remove="from-0 from-1 from-2", add=f"from-{event.value}")
-        )
 
     def _follow(self) -> None:
-        for level, line in self._reader.new_lines():
-            self._lines.push(line, classes=f"level-{level}")
-
-
-class LogReader:
-    """The lines of a log with their levels (keys of _LEVELS), read as it grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._end = 0
-        self._level = 0
-
-    def new_lines(self) -> list[tuple[int, str]]:
-        """Return the lines since the last call; at first, the last _LOG_LINES. A log that is gone has none."""
-        try:
-            with self._path.open("rb") as file:
-                self._end = self._end or max(0, self._path.stat().st_size - _LOG_BYTES)
-                file.seek(self._end)
-                text = file.read()
-        except OSError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._end += len(whole)
-        lines = []
-        for line in whole.decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
-            if level := _LEVEL.match(line):  # a traceback has the level of its first line
-                self._level = {"WARNING": 1, "ERROR": 2}.get(level[1], 0)
-            lines.append((self._level, line))
-        return lines
+        with suppress(OSError), (self.path / "log.txt").open("rb") as file:  # deleted meanwhile, which the page says
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))
+            text = file.read().decode(errors="replace")
+            if text != self._lines.props["text"]:
+                self._lines.props["text"] = text
 
 
 TABS = {

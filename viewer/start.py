@@ -2,13 +2,17 @@
 
 import asyncio
 import os
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from sys import executable
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import Request
+from fastapi import HTTPException, Query, Request
+from fastapi.responses import StreamingResponse
 from nicegui import app, ui
 from nicegui.events import GenericEventArguments
 
@@ -34,6 +38,8 @@ _LINES = 12  # of a log
 _RECENT = 12  # collections, and runs
 _THUMBNAILS = 6
 _THUMBNAIL_PX = 160
+_PLANNED = b"the plan for "  # follows what a dry run says of minutes
+_ONE_PLAN = asyncio.Lock()  # is worked out at a time
 
 
 def keep_queue_going(queue: Queue) -> None:
@@ -66,6 +72,32 @@ def add_drops(queue: Queue, max_pixels: int) -> None:
             os.makedirs(os.path.dirname(f"{place}/{path}"), exist_ok=True)
             Path(place, path).write_bytes(content)
         return {"folder": place}
+
+
+def add_outlook(queue: Queue) -> None:
+    """Add the route that says what a training would do, by its minutes, as a dry run finds out."""
+
+    @app.post("/outlook")
+    async def outlook(words: Annotated[list[str], Query()]) -> StreamingResponse:
+        if not (queue.may_start and queue.takes(words)):
+            raise HTTPException(403, "the page starts nothing, or not this")
+        return StreamingResponse(_foresee(queue, words), media_type="text/event-stream")  # sent as it comes
+
+
+async def _foresee(queue: Queue, words: Sequence[str]) -> AsyncIterator[bytes]:
+    """Yield the lines of a dry run up to its plan. It times networks, so it waits until nothing else runs."""
+    async with _ONE_PLAN:
+        while queue.is_busy():
+            yield b"busy\n"
+            await asyncio.sleep(REFRESH_SEC)
+        process = await asyncio.create_subprocess_exec(executable, *words, "dry_run=true", cwd=ROOT, stderr=PIPE)
+        try:
+            async for line in process.stderr:
+                yield line
+                if line.startswith(_PLANNED):
+                    break
+        finally:  # or the browser does not wait any more
+            process.kill()
 
 
 class Jobs(Part, component="vue/jobs.vue"):

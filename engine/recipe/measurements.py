@@ -1,9 +1,10 @@
 """Measurements of a collection and a machine, which the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from timeit import timeit
 from typing import NamedTuple
 
@@ -162,18 +163,18 @@ def draw_sample(
 
 
 def measure(
-    config: ImageTrainingConfig,
+    configs: Sequence[ImageTrainingConfig],
     collection: Collection,
     labels: np.ndarray | None,
     runtime: Runtime,
     pretrained: Pretrained | None,
-) -> Measurements:
-    """Measure a collection and a machine; takes a few seconds.
+) -> Iterator[Measurements]:
+    """Yield what is known of a collection and a machine for each of some configurations, which differ by their minutes.
 
-    labels: the class of each row of the collection, negative for none; None: it has tags. pretrained: whose
-    weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
+    The first takes a few seconds. labels: the class of each row of the collection, negative for none; None: it has
+    tags. pretrained: whose weights may be used; None: the network is the user's choice, with its initial weights.
     """
-    seconds = 60 * config.loop.minutes
+    config = configs[0]
     machine = NETWORKS["machines"][runtime.device.type]
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
@@ -189,6 +190,7 @@ def measure(
     is_grey = bool((sample.small == sample.small[:, :1]).all())
     bf16 = has_fast_bf16(runtime.device.type)
     validation = len(collection.rows("val"))
+    policy = time_policy(config.augment, sample.side_px, runtime.workers) / step_sec
     found = Measurements(
         images=len(rows),
         validation=validation,
@@ -204,21 +206,22 @@ def measure(
         bf16=bf16,
         detail=detail,
         machine=machine,
+        policy=policy,
     )
-    networks = found.networks
-    if pretrained is None:
-        side = max(config.augment.image_size_hw)
-        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
-        networks = [Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)]
-    elif labels is not None and not (is_grey and mirrors < CROPS):  # not letters
-        networks = _find_weights(config, collection, sample, runtime, pretrained, found)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
-    # What is left after what was timed above; after the first epoch the memory cache has all images.
-    time_of_ranks = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0) * distributed.planned_world_size()
-    after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
-    reference = max(time_of_ranks / first_sec, after_first)
-    policy = time_policy(config.augment, sample.side_px, runtime.workers) / step_sec
-    return replace(found, networks=networks, reference=reference, policy=policy)
+    for config in configs:
+        networks = found.networks
+        if pretrained is None:
+            side = max(config.augment.image_size_hw)
+            own_sec = time_network(config.model, side, _OWN_BATCH, runtime) / cost_of_px(side)
+            networks = [Network({"name": config.model.name}, own_sec / step_sec, config.init_from is not None)]
+        elif labels is not None and not (is_grey and mirrors < CROPS):  # not letters
+            networks = _find_weights(config, collection, sample, runtime, pretrained, found)
+        # What is left after what was timed above; after the first epoch the memory cache has all images.
+        left_sec = max(_SHARE * 60 * config.loop.minutes - (time.monotonic() - STARTED), 1.0)
+        time_of_ranks = left_sec * distributed.planned_world_size()
+        after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
+        yield replace(found, networks=networks, reference=max(time_of_ranks / first_sec, after_first))
 
 
 def time_policy(augment: AugmentConfig, side: int, workers: int) -> float:
@@ -283,6 +286,7 @@ def _find_weights(
     return found.networks
 
 
+@cache
 def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
     """Return a network, timed on the machine as it is and, on a CPU, in float32. step_sec: of the reference.
 

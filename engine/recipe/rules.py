@@ -23,8 +23,9 @@ from engine.recipe.measurements import (
     measure,
     time_row,
 )
-from engine.run.pace import EVALUATED, read_minutes
+from engine.run.pace import EVALUATED, LEAST_UPDATES, UPDATE, read_minutes
 from engine.tasks.change import AnyConfig, Start
+from engine.tasks.classification import count_head_images
 from engine.tasks.config import ImageTrainingConfig
 from engine.tasks.kind import Kind
 from engine.update.runtime import Runtime
@@ -46,6 +47,7 @@ _SLOW_SHARE = 1.53  # of the fourth root: in fewer epochs than `_MANY`, a larger
 _MANY = 240
 _LARGER = 2
 _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
+_OTHER_MINUTES = (1, 2, 3, 5, 10, 20, 30, 60, 120, 240, 480)  # that a dry run plans, too
 _BATCH = {True: 64, False: 128}  # from weights, from scratch; the rates below are theirs
 _OF_RANK = 32  # images, at least: fewer leave a GPU idle
 
@@ -236,6 +238,22 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
 
 
+def describe_plan(config: ImageTrainingConfig, measurements: Measurements) -> str:
+    """Return what a person asks of a plan: the network, the side of the images, and how often each is seen."""
+    network = choose_network(measurements)
+    images = measurements.images
+    seen = images * epochs_of(measurements)
+    least = 0.0
+    origin = "random weights"
+    if network.is_pretrained:
+        # The head is fitted before and after the updates, each time in half of the time of an update by its images.
+        seen -= min(images, count_head_images(config))
+        least = LEAST_UPDATES * UPDATE / 2 * _BATCH[True]
+        origin = f"weights of {network.row.get('trained_on', 'timm')}"
+    length = f"{seen / images:,.1f} epochs" if seen >= least else "a fitted head alone"
+    return f"{network.row['name']} from {origin}, {choose_px(measurements)} px, {length}"
+
+
 def plan_recipe(config: AnyConfig, start: Start, kind: Kind) -> AnyConfig:
     """Return the configuration with the words of the rules, or those that the run's first start chose.
 
@@ -268,9 +286,17 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
     pretrained = None
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained
-    measurements = measure(config, start.collection(config.data), labels, start.runtime, pretrained)
-    if pretrained is not None and start.runtime.device.type == "cuda":
-        measurements = time_candidates(measurements, start.runtime)
+    configs = [config]
+    if config.dry_run:
+        configs += [config.changed({"loop.minutes": each}) for each in _OTHER_MINUTES]
+    plans = []
+    for each, known in zip(configs, measure(configs, start.collection(config.data), labels, start.runtime, pretrained)):
+        if pretrained is not None and start.runtime.device.type == "cuda":
+            known = time_candidates(known, start.runtime)
+        if config.dry_run:
+            log.info("with %g minutes: %s", each.loop.minutes, describe_plan(each, known))
+        plans.append(known)
+    measurements = plans[0]
     chosen = []
     lines = []
     for rule in list_rules(measurements):

@@ -27,8 +27,8 @@ _FILE = "minutes.json"
 _LAST_SHARE = 0.02  # of the steps follow the last correction
 _LATER = 16  # the first correction after the first epoch comes after a 16th of its steps
 _END_SEC = 4.5  # the last pictures and weights
-_UPDATE = 3  # the time of an image in an update, as a multiple of that in the fit of a head: 1.1 to 2.9
-_LEAST_UPDATES = 8  # fewer gain less than larger images (docs/results.md#from-weights-in-two-minutes)
+UPDATE = 3  # the time of an image in an update, as a multiple of that in the fit of a head: 1.1 to 2.9
+LEAST_UPDATES = 8  # fewer gain less than larger images (docs/results.md#from-weights-in-two-minutes)
 _PICTURES_SEC = 2.0  # of an evaluation
 _TOLD = 0.05  # the screen has corrections by more than this share
 EVALUATED = 1 / 3  # the time of an image in an evaluation, as a multiple of that in training
@@ -121,11 +121,11 @@ class Pace:
         finish = run.evaluator.finish
         if self._next != 1 or finish is None:
             return
-        update_sec = _UPDATE * finish.seconds / finish.images * run.plan.batch_size / run.plan.world_size
+        update_sec = UPDATE * finish.seconds / finish.images * run.plan.batch_size / run.plan.world_size
         left = self._left() - run.evaluator.seconds
-        if distributed.rank_zero_call(lambda: left < _LEAST_UPDATES * update_sec):
+        if distributed.rank_zero_call(lambda: left < LEAST_UPDATES * update_sec):
             what = "loop.minutes=%g: fewer than %d updates fit; the fitted head is the result"
-            log.info(what, self._length.minutes, _LEAST_UPDATES)
+            log.info(what, self._length.minutes, LEAST_UPDATES)
             self._length = self._length.changed({"steps": 0})
             self._write()
             run.use_length(0)

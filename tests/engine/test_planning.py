@@ -131,6 +131,9 @@ def test_a_network_of_the_command_counts_by_its_own_cost():
     drawings = [replace(FACTS, networks=[weights], reference=10.0**power) for power in range(3, 8)]
     sides = [choose_px(each) for each in drawings]
     assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
+    config, _ = configure("train", ["data.root=x", "loop.minutes=2"])
+    said = [planning.describe_plan(config, each).split(", ")[-1] for each in drawings[::4]]
+    assert said == ["a fitted head alone", "221.2 epochs"]
 
 
 @pytest.mark.parametrize("reference, images, width", [(1e3, 1000, 16), (1e5, 1000, 32), (4e5, 50, 48)])

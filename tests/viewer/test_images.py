@@ -5,7 +5,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support import ROOT, command, data_config, make_collection
+from tests.support import data_config, make_collection
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data, save_grey
 from utils.record.run_index import RunIndex
@@ -45,13 +45,6 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
     assert images.rows_of_paths(collection, ["c.jpg", "x"]).tolist() == [2, -1]
 
 
-def test_a_changed_collection_has_another_address(shelf, tmp_path):
-    (name,) = shelf.of_runs().values()
-    before = shelf.open(name)
-    (tmp_path / "photos/a.png").unlink()
-    assert shelf.open(name) is before and shelf.open(name, again=True).fingerprint != before.fingerprint
-
-
 def test_the_images_most_like_a_picture_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = make_collection(tmp_path / "images", per_class=4, classes="AB")
@@ -60,27 +53,3 @@ def test_the_images_most_like_a_picture_come_first(tmp_path, monkeypatch):
     content = sorted(root.rglob("*.png"))[3].read_bytes()
     rows, _ = find_like(shelf.open(name), config, (content, "x.png"), lambda share: None)
     assert rows[0] == 3
-
-
-WITHOUT_TORCH = """
-import sys
-import yaml
-import view, viewer.app
-from data.config import DataConfig
-from utils.config.help import CONF
-from utils.record.run_index import RunIndex
-from viewer.collection import describe_image, search_of
-from viewer.images import Shelf, reduce_image
-values = yaml.safe_load((CONF / "data/image_folder.yaml").read_text())
-shelf = Shelf(RunIndex([]), DataConfig(**values | {"root": "photos"}))
-(name,) = shelf.configs
-collection = shelf.open(name)
-assert len(search_of(collection).find("path:a.png")) == 1 and "EXIF" not in describe_image(shelf, name, collection, 0)
-assert reduce_image(shelf.read(name, collection, 0), "a.png", 10**6, 64)
-assert not {"torch", "torchvision"} & sys.modules.keys()
-"""
-
-
-def test_neither_the_page_nor_its_images_import_torch(shelf, tmp_path):
-    done = command("python", "-c", WITHOUT_TORCH, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import make_collection
-from tests.viewer.conftest import HOSTILE, assert_accessible, assert_fits, press, sees
+from tests.viewer.conftest import HOSTILE, press, sees
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,6 @@ def test_labels_follow_keys_and_the_rest_is_proposed(page, address):
         sees(other, f"{count} of 23 labelled; of the rest")
     other.goto(f"{page.url}&show=%0A"), sees(other, "Nobody disagrees about an image.")
     other.go_back()
-    assert_fits(page)
-    assert_accessible(page)
     page.keyboard.press("+")
     page.get_by_label("in place of").select_option("in place of a")
     page.get_by_label("A class, then Enter").fill("b")

@@ -2,13 +2,13 @@
 
 import json
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, add_data, assert_accessible, save_grey, sees
+from tests.viewer.conftest import HOSTILE, add_data, save_grey, sees
+from tests.viewer.test_review import write_table
 from utils.record.curves import Curves
 from utils.record.run_index import RunIndex
 from viewer.curves import read_figures
@@ -43,12 +43,11 @@ def runs(folder):
         save_grey(run / f"plots/steps/{number * 10:08}/predictions.png")
     save_grey(run / "plots/predictions.png")
     add_data(run, root=str(folder / "images"))
-    (run / "tables").mkdir()
+    rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
+    rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3}
+    write_table(run, folder / "images", loss=[1, 2, 0], **rows)
     (run / "tables/decisions.csv").write_text(DECISIONS)
     (run / "tables/confusions.csv").write_text(f"true,predicted,count,share\n{HOSTILE},y,1,0.5\n")
-    rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
-    rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3, "rank": [2, 1, 3]}
-    pq.write_table(pa.table(rows, metadata={"root": str(folder / "images")}), run / "tables/images.parquet")
     return folder / "runs"
 
 
@@ -138,7 +137,6 @@ def test_one_visit(page, address, runs):
     sees(page, "They saw other data: corrections.", "a probability of 0.5 (McNemar's exact test): this may be chance")
     page.get_by_role("heading", name="only 0/sweep/b right: 2").wait_for()
     assert page.locator(".cards > div").count() == 3
-    assert_accessible(page)
     (arena := runs / "evaluate/arena-1/tables").mkdir(parents=True)
     (arena.parent / "arena.json").write_text((runs / "sweep/a/config.json").read_text())
     (arena / "arena_images.csv").write_text("tag,gain,path,a,b\nhat,-0.25,train/y/1.png,right,missed\n")
