@@ -1,7 +1,7 @@
 """Find labels that are probably wrong: compare the label of an image with the prediction from all other images.
 
 Predictions come from the features of a frozen network. The label of an image has no part in the prediction for the
-image, so a wrong label cannot hide. All arithmetic is float64, exact and without random numbers.
+image, so a wrong label cannot hide. Nothing is random.
 
 right, probs = judge_classes(features, labels)
 right, probs = judge_tags(features, targets)
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from utils.ranks.signals import check_stop
 
 _MOST_LANDMARKS = 2_000  # images that all images are compared with
-_PENALTIES = (0.1, 0.3, 1.0, 3.0)
+_PENALTIES = (0.3, 1.0)  # 0.1 and 3 find no more (docs/wrong_labels.md#measured)
 _SCALES = torch.arange(-16, 17).div(2).exp2().tolist()
 _WRONG_SHARES = torch.tensor([0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3]).double()  # of wrong labels
 _SHARES = torch.linspace(0, 1, 41).double().square()  # of labels that are drawn at random
@@ -34,25 +34,27 @@ _LEAST_GAIN = 0.05  # nats a wrong label: pairs of classes must explain half of 
 
 
 def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """Yield the leave-one-out predictions of a kernel ridge regression, [N, K], for each of `_PENALTIES`.
+    """Yield the leave-one-out predictions of a kernel ridge regression, float64 [N, K], for each of `_PENALTIES`.
 
-    features: [N, D]. targets: [N, K] float64. The kernel is Gaussian, on the roots of the features at length 1, with
-    the mean distance of images as its width. Some of many images are landmarks (Nystrom), chosen without the targets.
-    Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
+    features: float32 [N, D]. targets: bool or integer [N, K]. The kernel is Gaussian, on the roots of the features at
+    length 1, with the mean distance of images as its width. Some of many images are landmarks (Nystrom), chosen without
+    the targets. Source: Arandjelovic & Zisserman 2012 (roots); Allen 1974 (leave-one-out).
     """
-    points = F.normalize(features.sign() * features.double().abs().sqrt(), dim=1)
+    targets = targets.float()
+    points = F.normalize(features.sign() * features.abs().sqrt(), dim=1)
     marks = torch.linspace(0, len(points) - 1, min(len(points), _MOST_LANDMARKS)).long()
     distances = torch.cdist(points[marks], points).square()
-    near = (-2 * distances / distances.mean().clamp(min=1e-9)).exp() + 1  # 1: the intercept
-    factor = torch.linalg.cholesky(near[:, marks] + 1e-8 * torch.eye(len(marks)))
+    near = (-2 * distances / distances.mean().clamp(min=1e-6)).exp() + 1  # 1: the intercept
+    unit = torch.eye(len(marks))
+    factor = torch.linalg.cholesky(near[:, marks] + 1e-3 * unit)  # without it, float32 fails on copies of an image
     mapped = torch.linalg.solve_triangular(factor, near, upper=False)
     gram = mapped @ mapped.T
     for penalty in _PENALTIES:
         check_stop(alone=True)
-        factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)))
+        factor = torch.linalg.cholesky(gram + penalty * unit)
         halves = torch.linalg.solve_triangular(factor, mapped, upper=False)
         errors = targets - halves.T @ (halves @ targets)
-        yield targets - errors / (1 - halves.square().sum(dim=0))[:, None]
+        yield (targets - errors / (1 - halves.square().sum(dim=0))[:, None]).double()
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Every class has an image. One scale turns ridge scores into probabilities. If labels are exchanged between certain
     classes, expectation maximisation learns the pairs from all labels. Otherwise discriminants of the scores are added.
     """
-    logits = _calibrate(predict_left_out(features, F.one_hot(labels).double()), labels)
+    logits = _calibrate(predict_left_out(features, F.one_hot(labels)), labels)
     half = torch.arange(len(labels))[:, None] % 2  # errors learned from one half predict the other
     by_pairs, by_any = (_explain(logits, labels, prior, half)[1] for prior in (_PAIR_ERRORS, _EQUAL_PAIRS))
     right, _ = _explain(logits, labels, _PAIR_ERRORS)
@@ -80,7 +82,7 @@ def judge_tags(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     A tag is superfluous if the other images make it less probable than usual. A rare tag is not.
     """
     given = targets.double()
-    predicted = min(predict_left_out(features, given), key=lambda has: (has - given).square().sum().item())
+    predicted = min(predict_left_out(features, targets), key=lambda has: (has - given).square().sum().item())
     odds = predicted.logit(eps=1 - _MOST_PROBABLE)
     usual = given.mean(dim=0).logit(eps=1 - _MOST_PROBABLE)
     right = (odds.where(targets, -odds) - usual.where(targets, 0.0) - math.log(_MISSING_SHARE)).sigmoid()

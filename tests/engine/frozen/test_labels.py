@@ -23,9 +23,8 @@ def test_labels_that_are_wrong_by_chance_come_first():
     features, labels = draw_images(600)
     given = labels.clone()
     given[::10] = (labels[::10] + 1 + torch.arange(60) % (CLASSES - 1)) % CLASSES
-    right, probs = judge_classes(features, given)
+    right, _ = judge_classes(features, given)
     assert precision(right, given != labels) > 0.97
-    assert (probs.argmax(dim=1) == labels).double().mean() > 0.97
     assert abs((1 - right).sum() - 60) < 9
 
 
@@ -38,8 +37,8 @@ def test_that_certain_classes_are_mistaken_for_certain_others_is_learnt(monkeypa
     assert precision(learnt, given != labels) > precision(other, given != labels) + 0.04
 
 
-def test_right_labels_are_not_doubted():
-    features, labels = draw_images(300, noise=0.5)
+def test_right_labels_of_images_and_copies_are_not_doubted():
+    features, labels = (each[torch.arange(300) // 2] for each in draw_images(150, noise=0.5))
     right, probs = judge_classes(features, labels)
     assert torch.equal(probs.argmax(dim=1), labels) and (1 - right).sum() < 1
 
