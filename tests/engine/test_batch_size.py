@@ -5,7 +5,7 @@ import torch
 
 from data.stream.loader import TrainStream
 from engine.tasks.classification import ClassificationTask
-from engine.update.batch_size import MicroBatches, show_samples
+from engine.update.batch_size import MicroBatches
 from engine.update.learner import Learner
 from tests.in_process import TINY, make_images, run
 from tests.support import assert_equal_runs, common, refuses
@@ -18,7 +18,6 @@ def test_batches_are_split_to_divisors():
     parts = MicroBatches(3).split([batch, {name: tensor[:8] for name, tensor in batch.items()}])
     assert [len(part["weight"]) for part in parts] == [3] * 4 + [2] * 4
     assert torch.equal(torch.cat([part["weight"] for part in parts[:4]]), batch["weight"])
-    assert show_samples(batch) == "12 samples of 3x8x8"
 
 
 AUTO = ["loop.batch_size=8", "loop.micro_batch_size=auto", "loop.total_steps=3", "loop.ema_decay=0.9"]

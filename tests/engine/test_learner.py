@@ -153,16 +153,10 @@ def test_a_gradient_that_is_not_finite_skips_its_own_parameter_in_a_fused_pass()
     assert unchanged == {"network.head.weight"}
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("optim.bf16_weights=true runtime.precision=fp32", "optim.bf16_weights: true"),
-        ("optim.bf16_weights=true runtime.precision=bf16 loop.ema_decay=0.9", "optim.bf16_weights: true"),
-    ],
-)
-def test_what_excludes_each_other_is_refused(words, said):
-    with pytest.raises((UserError, ConfigError), match=said):
-        make_learner(*words.split())
+@pytest.mark.parametrize("words", ["runtime.precision=fp32", "runtime.precision=bf16 loop.ema_decay=0.9"])
+def test_what_excludes_each_other_is_refused(words):
+    with pytest.raises((UserError, ConfigError), match="optim.bf16_weights: true"):
+        make_learner("optim.bf16_weights=true", *words.split())
 
 
 def test_ranks_on_gpus_are_told_what_they_do_without(monkeypatch, log):

@@ -189,7 +189,6 @@ def test_the_test_alone_ends_and_the_same_command_without_it_trains(searched, mo
     words = [*base, *SEARCH[1:], f"run_dir={folder}/alone"]
     assert run_command("finetune", [*words, "lr_finder.only=true"], folder, monkeypatch) == 0
     assert found_by(folder / "alone")["taken"] == found_by(folder / "run")["taken"]
-    assert (folder / "alone/plots/lr_finder_plot.png").exists()
     assert not (folder / "alone/weights/last_weights.safetensors").exists()
     run("finetune", words, folder)
     with refuses(r"^lr_finder.only: .*alone has 100 updates;"):

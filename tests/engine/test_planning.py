@@ -111,15 +111,18 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     assert len(fetched) == 1
 
 
-def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):
+def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path, monkeypatch):
+    """Its images are larger than twice the largest that it may train on, and so reduced when they are decoded."""
+    monkeypatch.setitem(offers.NETWORKS["machines"]["cpu"], "most_px", 64)
     for image in (tmp_path / "images").rglob("*.png"):
         image.with_suffix(".txt").write_text(f"{image.parent.name.lower()}_tag, all")
+        Image.open(image).resize((200, 200)).save(image)
     words = [word for word in words if not word.startswith("augment.")]
-    run("train", [*words, "task=tagging", "task.min_count=1", "augment.shrink=false"], tmp_path)
+    run("train", [*words, "task=tagging", "task.min_count=1", "augment.image_size_hw=[64,64]"], tmp_path)
     config = RunReader(tmp_path / "run").config
-    assert (config["model"]["name"], config["optim"]["opt"]) == ("resnet10t", "muon")
     augment = config["augment"]
-    assert augment["image_size_hw"] == [64, 64] and augment["pad"] == "square" and not augment["horizontal_flip"]
+    assert config["model"]["name"] == "resnet10t" and augment["shrink"]
+    assert augment["pad"] == "square" and not augment["horizontal_flip"]
 
 
 def test_a_network_of_the_command_counts_by_its_own_cost():
@@ -190,10 +193,10 @@ def test_a_gpu_times_networks_at_two_sides_and_takes_what_the_time_pays_for(name
     assert (choose_network(found).row["name"], choose_px(found)) == (name, max(timed))
 
 
-def test_all_loader_workers_are_timed_with_the_policy():
+def test_all_loader_workers_are_timed_with_the_policy(monkeypatch):
     augment = configure("train", ["data.root=x"])[0].augment
-    none, one, many = (measurements.time_policy(augment, 100, workers) for workers in (0, 1, 10**4))
-    assert none == 0 < many < one
+    monkeypatch.setattr(measurements, "timeit", lambda view, number: number * view().shape[-1])  # 64 s for 64 px
+    assert [measurements.time_policy(augment, 100, workers) for workers in (0, 1, 16)] == [0, 64, 4]
 
 
 LONG = {"mirrors": 0.3, "reference": 4e5}  # of letters
@@ -206,7 +209,6 @@ RULES = [
     ({"images": 50}, "task.cutmix_alpha"),
     ({"mirrors": 0.3}, "augment.fill"),
     (LONG, LETTERS),
-    (LONG | {"images": 100}, LETTERS),
     ({"mirrors": 0.7, "images": 12_000, "reference": 4e5}, ""),
     ({"colours": False}, "augment.color_jitter"),
     ({"colours": False, "images": 10**5}, ""),  # few epochs
