@@ -50,7 +50,7 @@ _SMALL_PX = 16  # side of small pictures, in which images are compared
 _FINE = 600  # images for features
 _LEAST_FINE = 50  # with fewer, features are not compared
 _FETCH_SHARE = 0.1  # of the minutes, at most, is for fetching weights
-_PROBE_SHARE = 0.08  # of the minutes is for features of weights
+_PROBE_SHARE = 0.12  # of the minutes, at most, is for features of weights
 _SEEN_SHARE = 0.75  # of the minutes, at most, is for `seen_epochs` of a pretrained network
 _FETCHED_SHARE = 0.25  # as much of a network that is fetched
 _PROMISE = 0.8  # begin from features that leave at most this share of the errors by small pictures
@@ -244,8 +244,8 @@ def _find_weights(
 ) -> Sequence[Network]:
     """Return the network of timm whose features tell most of the class, of those whose training fits into the time.
 
-    Return those from random weights if none leaves clearly fewer errors than small pictures, by ridge regressions on
-    other images.
+    If none fits, return the smallest of them, for a fitted head alone. Return those from random weights if none leaves
+    clearly fewer errors than small pictures, by ridge regressions on other images.
     """
     seconds = 60 * config.loop.minutes
     machine = found.machine
@@ -282,8 +282,8 @@ def _find_weights(
     for name in reversed(promising):
         network = _time_pretrained(name, found.step_sec, runtime)
         if network.cost * seen_sec <= _SEEN_SHARE * seconds:
-            return [network]
-    return found.networks
+            break
+    return [network] if promising else found.networks
 
 
 @cache

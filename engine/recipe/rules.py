@@ -50,6 +50,7 @@ _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
 _OTHER_MINUTES = (1, 2, 3, 5, 10, 20, 30, 60, 120, 240, 480)  # that a dry run plans, too
 _BATCH = {True: 64, False: 128}  # from weights, from scratch; the rates below are theirs
 _OF_RANK = 32  # images, at least: fewer leave a GPU idle
+_LEAST_HEAD = 256  # images of a fitted head, however short the time
 
 
 class Rule(NamedTuple):
@@ -212,6 +213,9 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     if network.is_pretrained:
         words = "task.head=refitted task.label_smoothing=0.0"
         yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
+        if UPDATE * count < 1:
+            images = max(UPDATE / 2 * count * measurements.images, _LEAST_HEAD)
+            yield Rule("loop.count", f"loop.count={images:.0f}", "half of the time is for the features of so many")
     mirrors = measurements.mirrors >= MIRRORS
     # Features of weights know coloured things; without weights, coloured letters are letters, too.
     is_letters = measurements.mirrors < CROPS and (measurements.grey or not network.is_pretrained)

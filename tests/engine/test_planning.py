@@ -101,8 +101,9 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     for number, word in enumerate(("init_from=null", "model=resnet18", "model.pretrained=never")):
         run("train", [*words, word, f"run_dir=other{number}"], tmp_path)
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
+    seconds |= {"bf16": 200.0, "fp32": 100.0}  # a busy machine
     run("train", [*words, "model.pretrained=cached", "run_dir=cached"], tmp_path)
-    assert RunReader(tmp_path / "cached").config["model"]["name"] == CONVNEXT
+    assert RunReader(tmp_path / "cached").config["loop"]["count"] == 256  # the ConvNeXt's head alone
     monkeypatch.setattr(measurements, "compare_mirrored", lambda small, labels: 0.3)
     for image in (tmp_path / "images").rglob("*.png"):  # letters
         Image.open(image).convert("L").save(image)
