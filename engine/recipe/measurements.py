@@ -180,7 +180,7 @@ def measure(
     detail = any(finding[:2] == DETAIL[:2] for finding in collection.findings)
     most_px = max(_DETAIL_PX if detail else machine["most_px"], *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
-    step_sec = time_row(machine, machine["px"], machine, runtime) / machine["cost"] / cost_of_px(machine["px"])
+    step_sec = time_row(machine, machine["px"], runtime) / machine["cost"] / cost_of_px(machine["px"])
     mirrors = 1.0
     colours = True
     if labels is not None:
@@ -280,38 +280,40 @@ def _find_weights(
             least = 0.95 * wrong  # a larger network must leave clearly fewer errors
             promising.append(name)
     for name in reversed(promising):
-        network = _time_pretrained(name, found.step_sec, runtime)
+        network = _time_pretrained(name, found, runtime)
         if network.cost * seen_sec <= _SEEN_SHARE * seconds:
             break
     return [network] if promising else found.networks
 
 
-@cache
-def _time_pretrained(name: str, step_sec: float, runtime: Runtime) -> Network:
-    """Return a network, timed on the machine as it is and, on a CPU, in float32. step_sec: of the reference.
+def _time_pretrained(name: str, found: Measurements, runtime: Runtime) -> Network:
+    """Return a network, timed on the machine as it is and, on a CPU, in float32.
 
     Convolutions of single channels are trained slowly in bf16 on CPUs: EfficientNet-Lite0 takes 22 ms in place of 13.
     """
-    machine = NETWORKS["machines"][runtime.device.type]
-    side = machine["fine_px"]
+    side = found.machine["fine_px"]
     row = {"name": name, "at_once": _FINE_BATCH} | NETWORKS["weights"].get(name, {})
-    timed = {"": time_row(row, side, machine, runtime)}
+    timed = {"": time_row(row, side, runtime)}
     if runtime.device.type == "cpu" and runtime.precision == "bf16":
         exact = replace(runtime, precision="fp32", channels_last=True)
-        timed[_EXACT] = time_row(row, side, machine, exact)
+        timed[_EXACT] = time_row(row, side, exact)
     words = min(timed, key=timed.__getitem__)
-    return Network(row, timed[words] / step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
+    return Network(row, timed[words] / found.step_sec / cost_of_px(side), is_pretrained=True, runtime=words)
 
 
-def time_row(row: Json, side: int, machine: Json, runtime: Runtime) -> float:
+def time_row(row: Json, side: int, runtime: Runtime) -> float:
     """Return the time of `time_network` for a network of networks.yaml, infinite where memory runs out.
 
-    machine: its row. A network with weights has no channels there.
+    A network with weights has no channels there.
     """
-    channels = row.get("channels")
-    images = row.get("at_once", machine["images"])
+    return time_once(row["name"], tuple(row.get("channels", ())), side, row["at_once"], runtime)
+
+
+@cache
+def time_once(name: str, channels: tuple[int, ...], side: int, images: int, runtime: Runtime) -> float:
+    """Return what `time_row` returns, from the second call on without timing."""
     try:
-        return time_network(timm_config(row["name"], channels), side, images, runtime, freezes=channels is None)
+        return time_network(timm_config(name, list(channels) or None), side, images, runtime, freezes=not channels)
     except torch.OutOfMemoryError:
         return torch.inf
 

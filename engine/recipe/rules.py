@@ -21,6 +21,7 @@ from engine.recipe.measurements import (
     Network,
     cost_of_px,
     measure,
+    time_once,
     time_row,
 )
 from engine.run.pace import EVALUATED, LEAST_UPDATES, UPDATE, read_minutes
@@ -137,7 +138,7 @@ def time_candidates(known: Measurements, runtime: Runtime) -> Measurements:
     sides = choose_sides(known)[:2]
     networks = []
     for network in rank_networks(known, sides[0])[:3]:
-        timed = {side: time_row(network.row, side, known.machine, runtime) / known.step_sec for side in sides}
+        timed = {side: time_row(network.row, side, runtime) / known.step_sec for side in sides}
         networks.append(network._replace(cost=timed[sides[0]] / cost_of_px(sides[0]), timed=timed))
     return replace(known, networks=networks)
 
@@ -290,6 +291,7 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
     pretrained = None
     if config.init_from is None and not job.states("model"):
         pretrained = "never" if job.states("init_from") else config.model.pretrained
+    time_once.cache_clear()
     configs = [config]
     if config.dry_run:
         configs += [config.changed({"loop.minutes": each}) for each in _OTHER_MINUTES]
@@ -300,10 +302,9 @@ def _choose_words(config: ImageTrainingConfig, start: Start, labels: np.ndarray 
         if config.dry_run:
             log.info("with %g minutes: %s", each.loop.minutes, describe_plan(each, known))
         plans.append(known)
-    measurements = plans[0]
     chosen = []
     lines = []
-    for rule in list_rules(measurements):
+    for rule in list_rules(plans[0]):
         if kept := [key for key in ("experiment", *rule.groups.split()) if job.states(key)]:
             lines.append((" ".join(kept), "as set"))
         else:
