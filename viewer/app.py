@@ -33,7 +33,7 @@ from viewer.review import ReviewPage
 from viewer.run import RunPage, add_pictures
 from viewer.runs import RunsPage
 from viewer.samples import SamplesPage
-from viewer.site import Site, add_missing_page, set_looks
+from viewer.site import PATIENCE_SEC, Site, add_missing_page, set_looks
 from viewer.start import StartPage, add_drops, add_outlook, keep_queue_going
 from viewer.try_image import MAX_BYTES, TryPage
 
@@ -44,7 +44,6 @@ _HEADERS = [
     ("content-security-policy", "frame-ancestors 'none'"), ("referrer-policy", "no-referrer"),
     ("x-content-type-options", "nosniff"),
 ]  # fmt: skip
-_PATIENCE_SEC = 30.0  # for a tab that does not answer: a machine that trains may be slow
 _PORTS = 20  # tried after view.port
 _PAGES = (
     RunsPage, RunPage, ComparePage, SamplesPage, StartPage, CollectionPage, LabelPage, ReviewPage, TryPage,
@@ -152,5 +151,5 @@ def serve(
     ui.run(
         host=host, port=port, title="Atelier", reload=False, show=view.open and opened, show_welcome_message=False,
         favicon="🖼", dark=None, language="en-US", uvicorn_logging_level="error",
-        reconnect_timeout=_PATIENCE_SEC, headers=_HEADERS,
+        reconnect_timeout=PATIENCE_SEC, headers=_HEADERS,
     )  # fmt: skip

@@ -6,10 +6,11 @@ from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import Query
+from nicegui import ui
 
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from viewer.parts import Part, find_run
+from viewer.parts import REFRESH_SEC, Part, find_run
 from viewer.run import find_pictures
 from viewer.site import Page
 
@@ -24,10 +25,17 @@ class SamplesPage(Page):
     addresses = ["/samples"]
 
     async def show(self, run: Annotated[list[str], Query()]) -> None:
-        """Show the pictures of runs; the browser reads from the address which two are over each other."""
+        """Show the pictures of runs, also while they train; the address has which two are over each other."""
         paths = {name: find_run(self.site.index, name) for name in run}
         with self.site.page("Samples"):
-            Samples(runs=[await asyncio.to_thread(self._read, name, path) for name, path in paths.items()])
+            samples = Samples(runs=[])
+            await ui.context.client.connected()
+
+            async def draw() -> None:
+                samples.props["runs"] = [await asyncio.to_thread(self._read, *each) for each in paths.items()]
+
+            await draw()
+            ui.timer(REFRESH_SEC, draw)
 
     def _read(self, name: str, path: Path) -> Json:
         """Return a run's prompts, the widths of their pictures, and its strips in the order of its steps."""

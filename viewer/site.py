@@ -17,6 +17,7 @@ from viewer.networks import Networks
 from viewer.parts import ACCENT, Part, show_heading
 from viewer.queue import Queue
 
+PATIENCE_SEC = 30.0  # for a page, and for a tab that does not answer: a machine that trains may be slow
 _COLOURS = {"primary": ACCENT, "positive": "#237a35", "warning": "#a35200", "negative": "#c92a2a"}
 
 
@@ -66,7 +67,7 @@ class Site:
             await page(self).show(**words)
 
         for address in page.addresses:
-            ui.page(address)(show)
+            ui.page(address, response_timeout=PATIENCE_SEC)(show)
 
 
 class Page:
