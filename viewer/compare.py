@@ -26,7 +26,6 @@ from viewer.site import Page, Site
 
 _MOST = 20  # runs: each has a colour of its own
 _IMAGES = 24  # shown of a kind
-_LIKELY = 0.05  # chance makes a greater difference less often
 # What a run's log says of its data; the last line of a kind counts.
 _DATA = re.compile(r"(?m)(?:^  |DEBUG |INFO )(?:data\.)?(collection|corrections):? +(.+)$")
 _TITLES = (  # of classes, and of tags
@@ -80,17 +79,19 @@ def count_errors(row: Json) -> int:
     return len(row["wrong"] + row["missed"]) if "missed" in row else row["wrong"]
 
 
-def judge(less: int, more: int) -> str:
-    """Return what McNemar's test says. less, more: the images on which the first run errs less, and the second one."""
+def bound_share(part: int, whole: int) -> Sequence[float]:
+    """Return the 95 % interval of a share, by the exact test; imports scipy.stats."""
     from scipy.stats import binomtest
 
-    p = binomtest(less, less + more).pvalue if less + more else 1.0
-    says = "this is hardly chance" if p < _LIKELY else "this may be chance"
-    return f"Equally good runs would differ as much with a probability of {p:.2g} (McNemar's exact test): {says}."
+    return [*binomtest(part, whole).proportion_ci()] if whole else [0.5, 0.5]
 
 
 class Next(Part, component="vue/next.vue"):
     """Two runs that have not measured the same images."""
+
+
+class Verdict(Part, component="vue/verdict.vue"):
+    """Whether the second of two runs is better than the first."""
 
 
 class ComparePage(Page):
@@ -121,7 +122,8 @@ class ComparePage(Page):
             status = show_status("Reading the runs")
             await ui.context.client.connected()
             every = await asyncio.to_thread(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
-            named = {escape_controls(name): path for name, path in every.items() if f"{name}/".startswith(wanted)}
+            chosen = [name for name in every if f"{name}/".startswith(wanted)]
+            named = {escape_controls(name.removeprefix("0/")): every[name] for name in chosen}
             rows = await asyncio.to_thread(lambda: list_differences([*map(list_facts, [*named.values()][:_MOST])]))
             status.text = "" if named else "There is no such run."
             if len(named) == 2:
@@ -149,10 +151,13 @@ def gather(named: Mapping[str, Path]) -> list[list[str]]:
 def _offer_measuring(site: Site, runs: Sequence[Path]) -> None:
     """Offer to measure both runs on the same images, and load the page again when that is done."""
     commands = [["python", "evaluate.py", f"run_dir={run}", "split=val", "per_image=true"] for run in runs]
-    part = Next(nexts=[describe_next(site.queue, run, command) for run, command in zip(runs, commands)])
+    waits = any(site.queue.awaits(words) for _, *words in commands)
+    nexts = [describe_next(site.queue, run, command) for run, command in zip(runs, commands)]
+    part = Next(nexts=nexts, waits=waits)
 
     async def start() -> None:
         part.props["waits"] = True
+        timer.activate()
         for _, *words in commands:
             await asyncio.to_thread(site.queue.act, "", "Add", words)
 
@@ -161,7 +166,7 @@ def _offer_measuring(site: Site, runs: Sequence[Path]) -> None:
             ui.navigate.reload()
 
     part.on("start", start)
-    ui.timer(REFRESH_SEC, look)
+    timer = ui.timer(REFRESH_SEC, look, active=waits)
 
 
 async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
@@ -177,11 +182,10 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
         less, more = map(count_errors, pair)
         if less or more:
             [*groups.values()][2 if less == more else less > more].append(pair)
-    less, more, both = map(len, groups.values())
-    right = len(pairs) - less - more - both
-    counts = "; ".join(f"{title}: {len(shown):,}" for title, shown in groups.items())
-    ui.label(f"Of {len(pairs):,} images that both have measured, both are right on {right:,}; {counts}.")
-    ui.label(judge(less, more))
+    counts = {title: len(shown) for title, shown in groups.items()}
+    less, more, _ = counts.values()
+    ends = await asyncio.to_thread(bound_share, more, less + more)
+    Verdict(names=names, counts=counts, images=len(pairs), ends=ends)
     for title, shown in groups.items():
         if not shown:
             continue

@@ -26,7 +26,7 @@ from viewer.site import RunTab
 
 _WORST = 10  # images
 _PLAN = re.compile(r"the plan for .*\n(?:  .*\n)+|^  by class .*", re.MULTILINE)
-_TRAINED = re.compile(r"^  collection .*: ([\d,]+) training and", re.MULTILINE)
+_TRAINED = re.compile(r"^  collection .*: ([\d,]+ training and [\d,]+ validation)", re.MULTILINE)
 _NEXT = re.compile(r"^  next +(.*)", re.MULTILINE)
 # What a word of a command leaves in a run's folder.
 _LEAVES = {

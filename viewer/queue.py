@@ -120,7 +120,7 @@ class Queue:
             elif words:
                 if act in ("Remove", "Start again"):
                     del entries[0]
-                if act == "Start again" or act == "Add" and not self._has(entries, words):
+                if act == "Start again" or act == "Add" and not self.awaits(words):
                     entries.append([str(time.time_ns()), words])
                 write_json(self._folder / "queue.json", entries)
             waiting = [entry for entry in entries if not self.lines(entry[0])]
@@ -128,10 +128,12 @@ class Queue:
                 self._start(*waiting[0])
             return entries
 
-    def _has(self, entries: Sequence[Sequence], words: Sequence[str]) -> bool:
+    def awaits(self, words: Sequence[str]) -> bool:
         """Return whether a command waits or runs. New runs whose names differ by the time alone are of two clicks."""
         stamp = "" if folder_of(words).exists() else _STAMP
-        equal = [name for name, known in entries if re.sub(stamp, "", str(known)) == re.sub(stamp, "", str([*words]))]
+        equal = [
+            name for name, known in self.entries() if re.sub(stamp, "", str(known)) == re.sub(stamp, "", str([*words]))
+        ]
         return any(not self.lines(name) or is_locked(self._log(name)) for name in equal)
 
     def _log(self, name: str) -> Path:

@@ -14,7 +14,7 @@ from utils.record import tables
 from utils.record.figures import show_name
 from utils.record.run_index import is_own_run
 from viewer.images import Shelf, image_address, rows_of_paths
-from viewer.parts import COLOURS, Cards, Part, Sheet, make_card, show_command
+from viewer.parts import COLOURS, Cards, Part, Sheet, make_card, show_command, show_heading
 from viewer.review import find_review
 from viewer.site import RunTab
 
@@ -22,8 +22,12 @@ _IMAGES = 48  # shown at once
 _TAGS = 4  # under an image
 
 
+class ThresholdCharts(Part, component="vue/thresholds.vue"):
+    """Precision, recall and F1 at a threshold that is moved."""
+
+
 class Tables(RunTab):
-    """A run's tables of tags or classes."""
+    """A run's tables of tags or classes, and what follows from a threshold of their probabilities."""
 
     async def show(self) -> None:
         """Show the tables."""
@@ -32,30 +36,18 @@ class Tables(RunTab):
             await Sheet("table", [*self._files], "", self._read).fill()
         else:
             ui.label("No tables yet: evaluations write them.").classes("muted")
-
-    def _read(self, name: str) -> tuple[Json, list[Json]]:
-        names, rows = tables.read_csv(self._files[name])
-        labels = {name: escape_controls(show_name(name)) for name in names}
-        return labels, [{**dict(zip(names, map(tables.to_cell, row))), "": place} for place, row in enumerate(rows)]
-
-
-class ThresholdCharts(Part, component="vue/thresholds.vue"):
-    """Precision, recall and F1 at a threshold that is moved."""
-
-
-class Thresholds(RunTab):
-    """Precision, recall and F1 at a threshold that the user moves, and the curves that they lie on."""
-
-    async def show(self) -> None:
-        """Show the figures."""
         groups = {}
         for name, decisions in (await asyncio.to_thread(tables.read_decisions, self.path)).items():
             reliable = tables.reliability(decisions).T.tolist()
             groups[escape_controls(name)] = {"table": decisions.tolist(), "reliable": reliable}
         if groups:
+            show_heading("Thresholds", 2)
             ThresholdCharts(groups=groups, colours=COLOURS)
-        else:
-            ui.label("No counts by threshold yet: evaluations of classifiers and taggers write them.").classes("muted")
+
+    def _read(self, name: str) -> tuple[Json, list[Json]]:
+        names, rows = tables.read_csv(self._files[name])
+        labels = {name: escape_controls(show_name(name)) for name in names}
+        return labels, [{**dict(zip(names, map(tables.to_cell, row))), "": place} for place, row in enumerate(rows)]
 
 
 class Matrix(Part, component="vue/matrix.vue"):

@@ -19,7 +19,7 @@ from utils.record.run_index import RunIndex, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 from viewer.overview import Overview, command_of
 from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, show_command
-from viewer.results import Mistakes, Tables, Thresholds
+from viewer.results import Mistakes, Tables
 from viewer.site import Page, RunTab
 
 _LOG_BYTES = 100_000  # from its end
@@ -151,6 +151,6 @@ class Log(RunTab):
 
 
 TABS = {
-    "Overview": Overview, "Pictures": Pictures, "Tables": Tables, "Thresholds": Thresholds, "Mistakes": Mistakes,
-    "Settings": Settings, "Log": Log,
+    "Overview": Overview, "Pictures": Pictures, "Tables": Tables, "Mistakes": Mistakes, "Settings": Settings,
+    "Log": Log,
 }  # fmt: skip

@@ -44,5 +44,5 @@ class SamplesPage(Page):
         strips = [[step, f"/picture/{quote(name)}?file={quote(file)}"] for step, file in files.items()]
         texts = [escape_controls(prompt.text) for prompt in prompts]
         shares = [prompt.image_size_hw[1] for prompt in prompts]
-        run = {"name": escape_controls(name), "prompts": texts, "shares": shares}
+        run = {"name": escape_controls(name.removeprefix("0/")), "prompts": texts, "shares": shares}
         return run | {"said": str(prompts), "strips": strips}

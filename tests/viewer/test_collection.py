@@ -40,7 +40,7 @@ def find(page, text, count):
     sees(page, f"{count} of 400 images")
 
 
-def test_a_collection_is_searched_and_shown(page, address):
+def test_a_collection_is_searched_and_shown(page, address, folder):
     page.goto(address)
     page.locator("a[href^='/collection/']").first.click()
     find(page, "", 400)
@@ -72,6 +72,8 @@ def test_a_collection_is_searched_and_shown(page, address):
     sees(page, "200 of 400 images")
     page.locator("input[type=file]").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no image"})
     page.get_by_text("known format").wait_for(timeout=240_000)
+    page.locator("input[type=file]").set_input_files(folder / NAME / NAME / f"007{NAME}.png")
+    page.get_by_text("The 48 images most like").wait_for(timeout=240_000)
     page.get_by_role("link", name="Map").click()
     canvas = page.get_by_label("map of the images").locator("canvas")
     canvas.wait_for(timeout=240_000)

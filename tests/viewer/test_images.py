@@ -5,12 +5,10 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support import data_config, make_collection
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data, save_grey
 from utils.record.run_index import RunIndex
 from viewer import images
-from viewer.map import find_like
 
 
 @pytest.fixture
@@ -43,13 +41,3 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
     ):
         assert client.get(path).status_code == 404
     assert images.rows_of_paths(collection, ["c.jpg", "x"]).tolist() == [2, -1]
-
-
-def test_the_images_most_like_a_picture_come_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root = make_collection(tmp_path / "images", per_class=4, classes="AB")
-    shelf = images.Shelf(RunIndex([]), data_config(root=str(root)))
-    ((name, config),) = shelf.configs.items()
-    content = sorted(root.rglob("*.png"))[3].read_bytes()
-    rows, _ = find_like(shelf.open(name), config, (content, "x.png"), lambda share: None)
-    assert rows[0] == 3

@@ -1,6 +1,5 @@
 """The pages of view.py in a browser: nothing from elsewhere, no errors, hostile text as text, live."""
 
-import json
 import urllib.error
 import urllib.request
 
@@ -8,7 +7,6 @@ import pytest
 
 from tests.support import command, make_collection
 from tests.utils.record.test_curves import line
-from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import add_data, assert_accessible, assert_fits, sees, serve
 from tests.viewer.test_review import write_table
 from tests.viewer.test_samples import write_samples
@@ -167,12 +165,3 @@ def test_a_tab_may_close_at_any_time(browser, address):
             page.goto(address + path, wait_until="commit")
             page.wait_for_timeout(wait_ms)
             page.close()
-
-
-def test_a_run_that_is_deleted_leaves_the_table(page, address, runs):
-    extra = make_run(runs / "short", metrics_jsonl=json.dumps({"step": 1, "kind": "train", "loss": None}) + "\n")
-    page.goto(f"{address}/runs")
-    page.get_by_role("link", name="short").wait_for()
-    for file in (extra / "config.json", extra / "log.txt"):
-        file.unlink()
-    page.get_by_role("link", name="short").wait_for(state="detached", timeout=240_000)
