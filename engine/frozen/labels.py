@@ -54,7 +54,7 @@ def predict_left_out(features: Tensor, targets: Tensor) -> Iterator[Tensor]:
         factor = torch.linalg.cholesky(gram + penalty * unit)
         halves = torch.linalg.solve_triangular(factor, mapped, upper=False)
         errors = targets - halves.T @ (halves @ targets)
-        yield (targets - errors / (1 - halves.square().sum(dim=0))[:, None]).double()
+        yield (targets - errors / (1 - halves.square().sum(0))[:, None]).double()
 
 
 def judge_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

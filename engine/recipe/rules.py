@@ -215,8 +215,11 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
         words = "task.head=refitted task.label_smoothing=0.0"
         yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
         if UPDATE * count < 1:
-            images = max(UPDATE / 2 * count * measurements.images, _LEAST_HEAD)
-            yield Rule("loop.count", f"loop.count={images:.0f}", "half of the time is for the features of so many")
+            yield Rule(
+                "loop.count",
+                f"loop.count={max(UPDATE / 2 * count * measurements.images, _LEAST_HEAD):.0f}",
+                "half of the time is for the features of so many",
+            )
     mirrors = measurements.mirrors >= MIRRORS
     # Features of weights know coloured things; without weights, coloured letters are letters, too.
     is_letters = measurements.mirrors < CROPS and (measurements.grey or not network.is_pretrained)

@@ -85,7 +85,6 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
         *words[:3],
         "loop.batch_size=4",
         "augment.image_size_hw=[64,64]",
-        "augment.mean=[0.4,0.4,0.4]",
         *words[-2:],
     ]
     run("train", words, tmp_path)
@@ -95,21 +94,24 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     machine = config["runtime"]["precision"], config["runtime"]["channels_last"]
     assert machine == (("fp32", True) if choose_precision("auto", "cpu") == "bf16" else ("auto", "auto"))
     stated = timm.get_pretrained_cfg(CONVNEXT)
-    assert config["augment"]["std"] == list(stated.std) and config["augment"]["mean"] == [0.4] * 3  # as set
+    assert config["augment"]["std"] == list(stated.std)
     assert config["augment"]["eval_crop"] == 1.0
-    assert fetched == [("convnext_nano.in12k_ft_in1k", 6)]  # a tenth of the minute; no CPU has timed a larger one
     for number, word in enumerate(("init_from=null", "model=resnet18", "model.pretrained=never")):
         run("train", [*words, word, f"run_dir=other{number}"], tmp_path)
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
-    seconds |= {"bf16": 200.0, "fp32": 100.0}  # a busy machine
+    # A busy machine reads too few images to see how much better the features are.
+    seconds |= {"bf16": 200.0, "fp32": 100.0}
+    right[128] = 0.35
+    monkeypatch.setattr(measurements, "_PROBE_SHARE", 0.0)
     run("train", [*words, "model.pretrained=cached", "run_dir=cached"], tmp_path)
-    assert RunReader(tmp_path / "cached").config["loop"]["count"] == 256  # the ConvNeXt's head alone
+    config = RunReader(tmp_path / "cached").config
+    assert (config["model"]["name"], config["loop"]["count"]) == (CONVNEXT, 256)  # its head alone
     monkeypatch.setattr(measurements, "compare_mirrored", lambda small, labels: 0.3)
     for image in (tmp_path / "images").rglob("*.png"):  # letters
         Image.open(image).convert("L").save(image)
     run("train", [*words, "run_dir=letters"], tmp_path)
     assert RunReader(tmp_path / "letters").config["init_from"] is None
-    assert len(fetched) == 1
+    assert fetched == [("convnext_nano.in12k_ft_in1k", 6)]  # a tenth of the minute; no CPU has timed a larger one
 
 
 def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path, monkeypatch):
