@@ -79,13 +79,6 @@ def count_errors(row: Json) -> int:
     return len(row["wrong"] + row["missed"]) if "missed" in row else row["wrong"]
 
 
-def bound_share(part: int, whole: int) -> Sequence[float]:
-    """Return the 95 % interval of a share, by the exact test; imports scipy.stats."""
-    from scipy.stats import binomtest
-
-    return [*binomtest(part, whole).proportion_ci()] if whole else [0.5, 0.5]
-
-
 class Next(Part, component="vue/next.vue"):
     """Two runs that have not measured the same images."""
 
@@ -184,7 +177,9 @@ async def _show_pair(site: Site, named: Mapping[str, Path]) -> None:
             [*groups.values()][2 if less == more else less > more].append(pair)
     counts = {title: len(shown) for title, shown in groups.items()}
     less, more, _ = counts.values()
-    ends = await asyncio.to_thread(bound_share, more, less + more)
+    from scipy.stats import binomtest
+
+    ends = [*binomtest(more, less + more).proportion_ci()] if less + more else [0.0, 1.0]
     Verdict(names=names, counts=counts, images=len(pairs), ends=ends)
     for title, shown in groups.items():
         if not shown:

@@ -38,7 +38,6 @@ _LINES = 12  # of a log
 _RECENT = 12  # collections, and runs
 _THUMBNAILS = 6
 _THUMBNAIL_PX = 160
-_PLANNED = b"the plan for "  # follows what a dry run says of minutes
 _ONE_PLAN = asyncio.Lock()  # is worked out at a time
 
 
@@ -94,7 +93,7 @@ async def _foresee(queue: Queue, words: Sequence[str]) -> AsyncIterator[bytes]:
         try:
             async for line in process.stderr:
                 yield line
-                if line.startswith(_PLANNED):
+                if line.startswith(b"the plan for "):  # all minutes are said
                     break
         finally:  # or the browser does not wait any more
             process.kill()
