@@ -147,8 +147,6 @@ _SMALL_CHANGES = (
     "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] "
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}"
 )
-_WHOLE = "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] augment.pad=square"
-_ANY_COLOUR = "augment.color_jitter={strength:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY_EPOCHS = range(50, 500)
 _MIX_EPOCHS = 150
@@ -172,10 +170,16 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
         channels = str(network.row.get("channels")).replace(" ", "")  # none of the user's network, which stays
         yield Rule("model", f"{words} model.channels={channels}", why)
     if measurements.grey and measurements.has_classes and not network.is_pretrained:  # programs give a tagger RGB
-        words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
-        yield Rule("model augment.mean augment.std", words, "no image has a colour")
-    words = f"augment.image_size_hw=[{side},{side}]"
-    yield Rule("augment.image_size_hw", words, "no larger than the images, and the time allows it")
+        yield Rule(
+            "model augment.mean augment.std",
+            "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]",
+            "no image has a colour",
+        )
+    yield Rule(
+        "augment.image_size_hw",
+        f"augment.image_size_hw=[{side},{side}]",
+        "no larger than the images, and the time allows it",
+    )
     if measurements.side_px > SHRINK * side:
         yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
     # RandAugment pays for drawings and photographs, not for letters or bare textures, in many epochs. A GPU must not
@@ -192,7 +196,9 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "so many keep the machine busy")
     faster = math.sqrt(batch / least)
     if network.is_pretrained:
-        rate = 1e-4 if "tuning" in network.row else 2e-4
+        # Few updates at a high rate spoil the features; many at a low one learn the images by heart.
+        updates = epochs_of(measurements) * measurements.images / batch
+        rate = 1e-4 if "tuning" in network.row else min(max(3e-5 * math.sqrt(updates), 2e-4), 1e-3)
         yield Rule("optim", f"optim=adamw optim.lr={rate * faster:.2g}", "the network is pretrained")
         if "tuning" in network.row:
             yield Rule("optim model loop.ema_decay", network.row["tuning"], "a large network keeps its first layers")
@@ -212,8 +218,11 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     count = epochs_of(measurements)
     epochs = f"about {count:.0f} epochs"
     if network.is_pretrained:
-        words = "task.head=refitted task.label_smoothing=0.0"
-        yield Rule("task.head task.label_smoothing", words, "its features tell the classes before the first step")
+        yield Rule(
+            "task.head task.label_smoothing",
+            "task.head=refitted task.label_smoothing=0.0",
+            "its features tell the classes before the first step",
+        )
         if UPDATE * count < 1:
             yield Rule(
                 "loop.count",
@@ -229,20 +238,32 @@ def _rules_for_classes(measurements: Measurements, network: Network, takes_polic
     if is_letters:
         crops = f"{_SMALL_CHANGES} augment.fill={measurements.border}"
     if measurements.detail:
-        yield Rule("augment.crop_scale", _WHOLE, "a crop may lose the detail that tells the class")
+        yield Rule(
+            "augment.crop_scale",
+            "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] augment.pad=square",
+            "a crop may lose the detail that tells the class",
+        )
     else:
         yield Rule("augment.crop_scale", crops, "the same share says how far place and size of a figure tell its class")
     if not measurements.colours and count >= _MANY_EPOCHS:
-        yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
+        yield Rule(
+            "augment.color_jitter",
+            "augment.color_jitter={strength:0.4,hue:0.5}",
+            f"the mean colour tells nothing of the class, in {epochs}",
+        )
     if is_letters and count >= _LETTER_EPOCHS and count * measurements.images >= _LETTERS_SEEN:
         yield Rule("task.cutmix_alpha task.mixup_alpha", "task.mixup_alpha=0.4", f"there are {epochs}")
         yield Rule("augment.random_erasing", "augment.random_erasing=0.25", f"letters are learned by heart in {epochs}")
     elif not is_letters and not takes_policy and count >= _MIX_EPOCHS:
-        words = "task.cutmix_alpha=1.0 task.mix_probability=0.5"
-        yield Rule("task.cutmix_alpha task.mixup_alpha", words, f"there are {epochs}")
+        yield Rule(
+            "task.cutmix_alpha task.mixup_alpha",
+            "task.cutmix_alpha=1.0 task.mix_probability=0.5",
+            f"there are {epochs}",
+        )
     if not takes_policy:
-        why = "whole batches are changed in less time"
-        yield Rule("augment.on_device augment.rand_augment", "augment.on_device=true", why)
+        yield Rule(
+            "augment.on_device augment.rand_augment", "augment.on_device=true", "whole batches are changed in less time"
+        )
     yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
 
 
