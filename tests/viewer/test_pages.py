@@ -78,10 +78,10 @@ def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
 
 
 def test_a_tab_has_an_address(page, address):
-    page.goto(f"{address}/runs")
-    page.locator("td a", has_text="<img").click()
+    page.goto(f"{address}/run/0/c")
     page.get_by_role("tab", name="Settings").click()
     page.get_by_role("tab", name="Log").click()
+    page.wait_for_url("**tab=Log")
     page.go_back()
     page.wait_for_url("**tab=Settings")
     page.reload()
