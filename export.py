@@ -17,15 +17,9 @@ from utils.start import begin
 begin(__doc__)
 
 from engine.exports.config import ExportConfig
-from utils.config.entry_point import Job, entry_point
-from utils.start import open_name
+from utils.config.entry_point import Command
 
-
-@entry_point("export", ExportConfig)
-def main(config: ExportConfig, job: Job) -> str:
-    """Export weights."""
-    return open_name("engine.exports.export:export")(config, job)
-
+main = Command("export", "engine.exports.export:export", ExportConfig)
 
 if __name__ == "__main__":
     main()

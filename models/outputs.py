@@ -69,18 +69,10 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     return {**row, "tags": [names[index] for index in tags.tolist()], "probs": probs}
 
 
-def _softmax(logits: "Tensor") -> "Tensor":
-    return logits.softmax(dim=1)
-
-
-def _sigmoid(logits: "Tensor") -> "Tensor":
-    return logits.sigmoid()
-
-
 _PROBS = ("logits", "probs")
 OUTPUTS = {
-    "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
-    "tags": Output(_PROBS, _row_of_tags, "tag_names", _sigmoid, ("rating", "tags"), True),
+    "classes": Output(_PROBS, _row_of_classes, "class_names", lambda logits: logits.softmax(dim=1), ("class", "prob")),
+    "tags": Output(_PROBS, _row_of_tags, "tag_names", lambda logits: logits.sigmoid(), ("rating", "tags"), True),
     "number": Output(("number",), lambda values, options: {"number": float(f"{values[0]:.7g}")}, columns=("number",)),
     "features": Output(
         ("features",),

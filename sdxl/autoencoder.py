@@ -20,7 +20,7 @@ from torch.func import functional_call
 from data.collection.collection import Collection
 from data.open import Data
 from data.stream.loader import no_fields
-from data.stream.order import Draw, View
+from data.stream.order import Draw
 from engine.config import TrainingConfig
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
@@ -224,16 +224,11 @@ class AutoencoderKind(BucketedKind):
             least = buckets.sizes_hw.min(initial=crop_px)
             if least < crop_px:
                 raise UserError(f"task.crop_px: {crop_px} is more than a bucket's side of {least} px; set at most that")
-            view = _crops(view, crop_px)
-        return buckets, data, {"images": view}, no_fields
 
+        def crop(image: Tensor, draw: Draw) -> Tensor:
+            """Return a random square of an image in its bucket, drawn from the sample's key."""
+            whole = view(image, draw)
+            top, left = (int(torch.randint(side - crop_px + 1, ())) for side in whole.shape[-2:])
+            return whole[:, top : top + crop_px, left : left + crop_px]
 
-def _crops(fitted: View, crop_px: int) -> View:
-    """Return a view: a random square of an image in its bucket, drawn from the sample's key."""
-
-    def crop(image: Tensor, draw: Draw) -> Tensor:
-        whole = fitted(image, draw)
-        top, left = (int(torch.randint(side - crop_px + 1, ())) for side in whole.shape[-2:])
-        return whole[:, top : top + crop_px, left : left + crop_px]
-
-    return crop
+        return buckets, data, {"images": crop if training else view}, no_fields

@@ -50,17 +50,18 @@ class Step(NamedTuple):
     device: str | None = None
 
 
-def _color_jitter(config: AugmentConfig) -> v2.ColorJitter:
-    return v2.ColorJitter(*[config.color_jitter.strength] * 3, config.color_jitter.hue)
-
-
 # Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
 STEPS = (
     # Before the resize: after it, training images would be blurred and validation images not.
     Step("affine", "affine", random_affine, f"{_DEVICE}:DeviceAffine"),
     Step(CROP, "crops of {0.crop_scale[0]:.0%} to {0.crop_scale[1]:.0%}", ResizedCrop),
     Step(MIRROR, "mirror", Mirror, f"{_DEVICE}:DeviceMirror"),
-    Step("color_jitter", "colours", _color_jitter, f"{_DEVICE}:DeviceColours"),
+    Step(
+        "color_jitter",
+        "colours",
+        lambda config: v2.ColorJitter(*[config.color_jitter.strength] * 3, config.color_jitter.hue),
+        f"{_DEVICE}:DeviceColours",
+    ),
     Step("rand_augment", "{0.rand_augment}", lambda config: on_pillow(PolicyAugment(config))),
     Step("random_erasing", "erasing", NoiseErasing, f"{_DEVICE}:DeviceErasing"),
 )

@@ -66,20 +66,21 @@ class OrientationMap(Strict):
         return name
 
 
-def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Json:
+def build_orientation(vocabulary: Vocabulary, name: str) -> Json:
     """Return how a mirror image changes the outputs of a vocabulary; name: `booru`, `glyphs`, or the path of a map.
 
     pairs: outputs that are exchanged. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
     not mirrored.
-    Raises UserError (`key`) with the file if a map cannot be read, or if mirroring a tag twice gives another tag.
+    Raises UserError (`task.orientation`) with the file if a map cannot be read, or if mirroring a tag twice gives
+    another tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
-    with about(key), readable(path, "orientation map"):
+    with about("task.orientation"), readable(path, "orientation map"):
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     try:
         rules = validate(values, OrientationMap)
     except ConfigError as error:
-        raise UserError(f"{key}: {path}: " + "; ".join(error.args)) from None
+        raise UserError(f"task.orientation: {path}: " + "; ".join(error.args)) from None
     pairs = []
     dropped = []
     forbids = _any_of(rules.never_flip)
@@ -89,16 +90,16 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> Json:
         other = vocabulary.columns.get((category, mirror))
         if (back := rules.mirror(mirror, category)) != tag:
             raise UserError(
-                f"{key}: {path}: {tag!r} becomes {mirror!r}, then {back!r}; write patterns that match both, name "
-                "the tag in symmetric, or each tag in one of pairs"
+                f"task.orientation: {path}: {tag!r} becomes {mirror!r}, then {back!r}; write patterns that match both, "
+                "name the tag in symmetric, or each tag in one of pairs"
             )
         if other is None:
             dropped.append(output)
         elif output < other:
             pairs.append([output, other])
     log.debug(
-        "%s=%s: a mirrored image exchanges %d pairs of tags and drops %d tags; images with one of %d tags are not "
-        "mirrored", key, name, len(pairs), len(dropped), len(no_flip),
+        "task.orientation=%s: a mirrored image exchanges %d pairs of tags and drops %d tags; images with one of %d "
+        "tags are not mirrored", name, len(pairs), len(dropped), len(no_flip),
     )  # fmt: skip
     return {"pairs": pairs, "dropped": dropped, "no_flip": no_flip}
 

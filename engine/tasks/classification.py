@@ -53,15 +53,6 @@ def count_head_images(config: TrainingConfig) -> int:
     return min(HEAD_IMAGES, int(_HEAD_IMAGES_A_MINUTE * config.loop.minutes))
 
 
-def fit_best(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return a logistic regression (optim/linear.py).
-
-    With up to two images a class, or very many images and classes, it is a ridge regression.
-    """
-    is_usual = 2 * num_classes < len(features) <= _MOST_SCORES / num_classes
-    return (fit_softmax if is_usual else fit_classes)(features, labels, num_classes)
-
-
 def freeze_first(network: nn.Module) -> None:
     """Freeze the first layers: a hundredth of the weights takes a third of the time of an update."""
     left = _FROZEN * sum(parameter.numel() for parameter in network.parameters())
@@ -77,7 +68,6 @@ class ClassificationTask(MixingTask):
 
     best_metric = "top1"
     best_is_lowest = False
-    fit = staticmethod(fit_best)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, setup.facts["class_names"])
@@ -87,6 +77,14 @@ class ClassificationTask(MixingTask):
         self.keep_head = self.head == "kept"
         if self.head == "refitted":
             freeze_first(self.network)
+
+    def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
+        """Return a logistic regression (optim/linear.py).
+
+        With up to two images a class, or very many images and classes, it is a ridge regression.
+        """
+        is_usual = 2 * num_classes < len(features) <= _MOST_SCORES / num_classes
+        return (fit_softmax if is_usual else fit_classes)(features, labels, num_classes)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode. Batch norms below a refitted head keep the statistics that the head was fitted with."""

@@ -382,7 +382,7 @@ class TaggingKind(Kind):
         if old is not None:
             log.info("%s", _describe_old(index, collection, facts["old_tags"], config.task.keep_old > 0))
         if config.task.orientation is not None:
-            facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
+            facts["orientation"] = build_orientation(vocabulary, config.task.orientation)
         return facts
 
     def preprocessing(self, config: ImageTrainingConfig) -> Json:

@@ -22,7 +22,7 @@ from models.interop.parity import refuse_difference, vary_weights
 from models.weights.timm_hub import filter_state
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
-from utils.io.files import Json, Values, write_json
+from utils.io.files import Values, write_json
 from utils.io.weights import write_tensors
 
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
@@ -33,7 +33,7 @@ def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> Non
     """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
-    stated = _state_images(metadata)
+    images = _state_images(metadata)
     if hasattr(network, "pretrained_cfg"):
         target = network
         state = network.state_dict()
@@ -56,28 +56,30 @@ def write_timm_folder(network: nn.Module, metadata: Values, folder: Path) -> Non
         state = filter_state(target, {**norm, **network.state_dict()})
     own = target.pretrained_cfg
     classes = target.num_classes
-    config = {"architecture": own["architecture"], "num_features": target.num_features, "num_classes": classes}
-    config |= {"model_args": arguments, "pretrained_cfg": _describe_images(stated)}
-    config["pretrained_cfg"] |= {key: own.get(key) for key in ("first_conv", "classifier")}
-    config["pretrained_cfg"] |= {"num_classes": classes, "custom_load": False, **licence_entry(metadata)}
+    pretrained = {
+        "input_size": [images.channels, *images.image_size_hw],
+        "mean": images.mean,
+        "std": images.std,
+        "interpolation": images.interpolation,
+        "crop_pct": 1.0 if images.squashes else images.eval_crop,
+        "crop_mode": "squash" if images.squashes else "center",
+        "fixed_input_size": False,
+        "custom_load": False,
+        "num_classes": classes,
+    }
+    pretrained |= {key: own.get(key) for key in ("first_conv", "classifier")} | licence_entry(metadata)
+    config = {
+        "architecture": own["architecture"],
+        "num_features": target.num_features,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+        OURS: {"model": metadata["model"], "preprocessing": metadata["preprocessing"]},
+    }
     if names := label_names(metadata):
         config["label_names"] = names
-    config[OURS] = {"model": metadata["model"], "preprocessing": metadata["preprocessing"]}
     write_json(folder / CONFIG, config)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-
-
-def _describe_images(stated: Preprocessing) -> Json:
-    """Return our preprocessing in timm's words."""
-    return {
-        "input_size": [stated.channels, *stated.image_size_hw],
-        "mean": stated.mean,
-        "std": stated.std,
-        "interpolation": stated.interpolation,
-        "crop_pct": 1.0 if stated.squashes else stated.eval_crop,
-        "crop_mode": "squash" if stated.squashes else "center",
-        "fixed_input_size": False,
-    }
 
 
 def open_timm_folder(folder: Path) -> Outputs:

@@ -52,7 +52,9 @@ def write_onnx(model: ImageModel, metadata: Values, path: Path, precision: str, 
             f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, but an ONNX file holds at "
             "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
-    samples = _draw_samples(metadata["preprocessing"])
+    shape = metadata["preprocessing"]["channels"], *metadata["preprocessing"]["image_size_hw"]
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.rand(count, *shape, generator=generator) for count in _CHECKED_BATCHES]  # the last one is traced
     programs: dict[str, torch.onnx.ONNXProgram] = {}  # by precision: a trace takes nearly all of the time
 
     def write_and_compare(model: ImageModel, precision: str) -> tuple[float, float]:
@@ -76,13 +78,6 @@ def write_onnx(model: ImageModel, metadata: Values, path: Path, precision: str, 
     absolute, relative = write_and_compare(model, precision)
     refuse_difference(relative, accepted, "ONNX Runtime")
     return absolute
-
-
-def _draw_samples(preprocessing: Values) -> list[Tensor]:
-    """Return images of noise in [0, 1] in all batch sizes to compare. The model is traced with the last."""
-    shape = preprocessing["channels"], *preprocessing["image_size_hw"]
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
 
 
 def _trace(model: ImageModel, sample: Tensor) -> torch.onnx.ONNXProgram:

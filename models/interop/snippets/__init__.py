@@ -55,7 +55,7 @@ def image_program(template: str, metadata: Values, file: str) -> str:
         "names_key": output.names_key,
     }
     name = template if output.activate is not None else f"{template}_features"
-    return _read_template(name).substitute(values)
+    return Template((Path(__file__).parent / f"{name}.txt").read_text("utf-8")).substitute(values)
 
 
 def read_image(stated: Preprocessing) -> str:
@@ -85,7 +85,3 @@ def resize_image(stated: Preprocessing) -> str:
         "resample": f"Image.Resampling.{stated.interpolation.upper()}",
     }
     return Template(_SQUASH if stated.squashes else _CROP).substitute(values)
-
-
-def _read_template(name: str) -> Template:
-    return Template((Path(__file__).parent / f"{name}.txt").read_text("utf-8"))

@@ -24,7 +24,7 @@ def vocabulary_of(tags):
 
 def build(tags, name="booru"):
     """Return pairs, drops and forbidden mirrors, by name."""
-    found, names = build_orientation(vocabulary_of(tags), str(name), "task.orientation"), list(tags)
+    found, names = build_orientation(vocabulary_of(tags), str(name)), list(tags)
     assert json.loads(json.dumps(found)) == found
     pairs = {frozenset(names[output] for output in pair) for pair in found["pairs"]}
     return pairs, *({names[output] for output in found[what]} for what in ("dropped", "no_flip"))
@@ -97,7 +97,7 @@ def batch(count):
 def test_the_coin_is_the_keys_and_writing_forbids_it():
     """However a batch is split."""
     images, targets, keys = batch(600)
-    mirror = Mirror(build_orientation(vocabulary_of(BOORU), "booru", "k"), len(BOORU))
+    mirror = Mirror(build_orientation(vocabulary_of(BOORU), "booru"), len(BOORU))
     turned, tags = mirror(images, targets, keys)
     mirrored = (turned == images.flip(-1)).flatten(1).all(1)
     assert torch.equal(turned[~mirrored], images[~mirrored])
