@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +11,6 @@ from fastapi.responses import FileResponse
 from nicegui import app, ui
 
 from utils.config.recipe import flatten
-from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, is_inside, is_own_run
@@ -24,6 +22,7 @@ from viewer.site import Page, RunTab
 
 _LOG_BYTES = 100_000  # from its end
 _PICTURES = {".png", ".jpg", ".webp"}
+_UNLABELLED = ("autoencoder", "diffusion", "fcmae")  # tasks without a right answer, so without mistakes
 _SEEN = "plots/samples_seen.png"
 
 
@@ -50,18 +49,20 @@ class RunPage(Page):
         """Show a run's tabs."""
         self._path = find_run(self.site.index, name)
         self._tabs = {title: kind(self.site, name, self._path) for title, kind in TABS.items()}
+        if self.site.index.read(self._path).task in _UNLABELLED:
+            del self._tabs["Mistakes"]
         self._panels = {}
         with self.site.page(escape_controls(self._path.name)):
             gone = ui.label(f"This run is deleted: {escape_controls(str(self._path))} is gone.").props("role=alert")
             gone.classes("text-negative").set_visibility(False)
             ui.timer(REFRESH_SEC, lambda: gone.set_visibility(not is_own_run(self._path)))
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
-                for title in TABS:
+                for title in self._tabs:
                     ui.tab(title)
             with ui.tab_panels(bar, value="Overview", animated=False).classes("w-full"):
-                for title in TABS:
+                for title in self._tabs:
                     self._panels[title] = ui.tab_panel(title).classes("q-px-none")
-            bind_choice(bar, "tab", TABS)
+            bind_choice(bar, "tab", self._panels)
             bar.on_value_change(lambda event: self._build(event.value))  # also while the first one is built
             await ui.context.client.connected()
             await self._build(bar.value)
@@ -112,11 +113,13 @@ class Pictures(RunTab):
             ui.link("Two steps over each other", f"/samples?run={quote(self.name)}")
         for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
             with ui.card().classes("w-full"):
-                Steps(title=escape_controls(title), pictures=[*self._address(pictures[title])])
-
-    def _address(self, files: dict[int | None, str]) -> Iterator[Json]:
-        for step, file in files.items():
-            yield {"step": step, "src": f"/picture/{quote(self.name)}?file={quote(file)}"}
+                Steps(
+                    title=escape_controls(title),
+                    pictures=[
+                        {"step": step, "src": f"/picture/{quote(self.name)}?file={quote(file)}"}
+                        for step, file in pictures[title].items()
+                    ],
+                )
 
 
 class Settings(RunTab):

@@ -1,7 +1,6 @@
 """`/`, `/start`: choose a folder or drop pictures, see what is there, train on it; and the queue."""
 
 import asyncio
-import os
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -57,19 +56,20 @@ def add_drops(queue: Queue, max_pixels: int) -> None:
     @app.post("/drop")
     async def drop(request: Request, folder: str, path: str) -> Json:
         place = f"{queue.runs}/pictures/{folder}"
+        file = Path(f"{place}/{path}")  # also for a path that begins with a slash
         content = await request.body()
         if not queue.may_start:
             return {"fault": "view.start: the page writes nothing; it needs view.start=true and view.host=127.0.0.1"}
-        if not queue.takes(["train.py", f"data.root={place}/{path}"]):
+        if not queue.takes(["train.py", f"data.root={file}"]):
             return {"fault": f"{escape_controls(path)}: a name begins with a point or has odd signs; rename it"}
-        if not path.lower().endswith(SUFFIXES):
-            try:
+        try:
+            if not path.lower().endswith(SUFFIXES):
                 await asyncio.to_thread(reduce_image, content, path, max_pixels, _THUMBNAIL_PX)
-            except UnreadableImage as error:
-                return {"fault": escape_controls(str(error))}
-        with output_errors("runs", place):
-            os.makedirs(os.path.dirname(f"{place}/{path}"), exist_ok=True)
-            Path(place, path).write_bytes(content)
+            with output_errors("runs", file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        except (UnreadableImage, UserError) as error:
+            return {"fault": escape_controls(str(error))}
         return {"folder": place}
 
 

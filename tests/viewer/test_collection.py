@@ -47,6 +47,7 @@ def test_a_collection_is_searched_and_shown(page, address, folder):
     assert 0 < page.locator(".tile").count() < 100, "those in view"
     page.locator(".tile").first.press("Enter")  # in one call: a late drawing after the resize takes the focus away
     sees(page, "40 x 30")
+    page.wait_for_url("**image=0*")
     page.go_back()
     page.locator(".q-dialog").wait_for(state="detached")
     page.locator(".tiles").evaluate("box => box.scrollTop = box.scrollHeight")

@@ -46,7 +46,7 @@ def draw_pictures(folder, count, wrong=()):
 
 
 def walk(page, steps, files=()):
-    """Do what lines say: keys, a text to type, files to choose, a card to start, links of what ends, or other roles."""
+    """Do what lines say: keys, text to type, files to choose, a card to start, an end to open, or other roles."""
     for line in steps.splitlines():
         kind, _, name = line.partition(" ")
         if kind == "press":
@@ -64,8 +64,7 @@ def walk(page, steps, files=()):
                 slider.press("Home")
             card.get_by_role("button").last.click()
         elif kind == "ended":
-            page.locator(".job:not(.good)").wait_for()
-            page.locator(".job.good:last-child").get_by_role("link", name=name).click()
+            page.locator(".job.good", has_text=name).get_by_role("link").click()  # the newest one is not folded
         else:
             page.get_by_role(kind, name=name).last.click()
 
@@ -90,13 +89,13 @@ def test_pictures_without_labels_become_an_export(walker, address, folder):
     draw_for_docs(walker, "label_phone", 390, 844)
     walk(walker, "press 0" + "\npress a\npress Enter" * 14)
     sees(walker, "All 300 images are decided")
-    walk(walker, "link Train\nstart Train\nended See the run")
+    walk(walker, "link Train\nstart Train\nended Train on")
     walker.locator(".front-big", has_text="%").wait_for()
     draw_for_docs(walker, "viewer_run_light", height=560)
     walk(walker, "link Try a picture\nchoose Drop, paste or choose images", draw_pictures(folder / "new", 5))
     walker.get_by_text("as the network sees it").nth(4).wait_for()
     walker.go_back()
-    walk(walker, "button Export (ONNX)\nended See the run")
+    walk(walker, "button Export (ONNX)\nended Export 1picture")
     with walker.expect_download() as saved:
         walk(walker, "link Download model.onnx")
     output, *_ = pytest.importorskip("onnxruntime").InferenceSession(saved.value.path()).get_outputs()
@@ -107,14 +106,11 @@ def test_wrong_labels_are_found_mended_and_the_gain_is_measured(walker, address,
     wrong = [1, 27, 53, 74, 95]
     draw_pictures(folder / "colours", 100, wrong)
     walker.goto(address)
-    walk(
-        walker, f"button Browse\nbutton {folder}\nbutton colours\nlink Open this folder\nstart Train\nended See the run"
-    )
-    walker.go_back()
-    walk(walker, "start Find wrong labels\nended Review them" + "\npress Enter" * 5 + "\nlink Train")
+    walk(walker, f"button Browse\nbutton {folder}\nbutton colours\nlink Open this folder\nstart Train")
+    walk(walker, "start Find wrong labels\nended Find wrong labels in" + "\npress Enter" * 5 + "\nlink Train")
     mended = [f"{row['was']} {row['now']}" for row in rows(folder / "colours/corrections.jsonl")]
     assert {*mended} == {f"{COLOURS[(number + 1) % 5]} {COLOURS[number % 5]}" for number in wrong}
-    walk(walker, "start Train\nended See the run\nlink Compare with\nbutton Measure both")
+    walk(walker, "start Train\nended Train on colours\nlink Compare with\nbutton Measure both")
     sees(walker, "images that both have measured", "95 % interval")
     draw_for_docs(walker, "viewer_compare_dark", height=560, scheme="dark")
 
