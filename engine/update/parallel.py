@@ -32,11 +32,9 @@ def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: 
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
     if compiles:
-        task.compile()
+        task.compile()  # traced when DDP calls it, so torch splits the graph at DDP's buckets
     if not distributed.is_distributed():
         return task
-    if compiles:  # torch splits the graph at buckets only if DDP's module is compiled
-        log.info("runtime.compile: ranks send gradients after the backward pass, not beside it")
     # They differ where a dimension has one element, so the gradient's memory is the bucket's.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.engine import test_exactness as exactness
 from tests.engine import test_golden as golden
@@ -149,9 +148,6 @@ def test_a_compiled_run_of_two_ranks_leaves_the_files_of_an_eager_one(collection
     assert all(
         found[name].shape == tensor.shape and found[name].dtype == tensor.dtype for name, tensor in expected.items()
     )
-    for file in sorted((tmp_path / "eager/weights").glob("*.safetensors")):
-        assert load_file(tmp_path / "compiled/weights" / file.name).keys() == load_file(file).keys()
-    run("evaluate.py", [f"run_dir={tmp_path}/compiled", "weights=ema", "runtime.threads=1"], tmp_path)
     # An eager float32 rank goes on from it.
     more = [text for text in compiled if text not in FAST and not text.startswith("loop.total_steps")]
     allowed = ["loop.total_steps=6", "resume_allow=[runtime.precision,runtime.deterministic]"]

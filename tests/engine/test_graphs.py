@@ -28,10 +28,14 @@ def make_learner(optimizer, device, *, recorded):
     task.mixing = Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.8))
     task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
     task.network.register_forward_pre_hook(lambda module, images: module.drop_path(*images))
-    machine = {"device": device, "precision": "fp32", "deterministic": False}
-    learner = build_bench_run(
-        task, batch_size=8, runtime=machine, optim={"option": optimizer, **OPTIMIZERS[optimizer]}
-    ).learner
+    return learner_of(task, optimizer, device, recorded)
+
+
+def learner_of(task, optimizer, device, recorded):
+    machine = {"device": device, "precision": "fp32", "deterministic": False, "cuda_graphs": True}
+    optim = {"option": optimizer, **OPTIMIZERS[optimizer]}
+    learner = build_bench_run(task, batch_size=8, runtime=machine, optim=optim).learner
+    assert (learner.graphs is None) == (device == "cpu")
     learner.graphs = learner.record_updates() if recorded else None
     return learner
 
@@ -77,14 +81,10 @@ def test_recorded_updates_of_each_task_equal_others(task, device):
     found = []
     for recorded in (False, True):
         torch.manual_seed(0)
-        machine = {"device": device, "precision": "fp32", "deterministic": False, "cuda_graphs": True}
-        optim = {"option": "adamw", "lr": 1e-3}
         built = kind.build(setup)
         if task == "diffusion":
             built.load_helpers("training")
-        learner = build_bench_run(built, batch_size=small_tasks.BATCH, runtime=machine, optim=optim).learner
-        assert (learner.graphs is None) == (device == "cpu")
-        learner.graphs = learner.record_updates() if recorded else None
+        learner = learner_of(built, "adamw", device, recorded)
         batch = small_tasks.make_batch(task, setup, device)
         for number in range(4):
             torch.manual_seed(number)

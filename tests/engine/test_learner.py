@@ -1,9 +1,12 @@
 """The learner alone, without a run folder: it learns, its state round-trips, names freeze what they say."""
 
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from engine.plan import Plan
@@ -159,14 +162,21 @@ def test_what_excludes_each_other_is_refused(words):
         make_learner("optim.bf16_weights=true", *words.split())
 
 
-def test_ranks_on_gpus_are_told_what_they_do_without(monkeypatch, log):
+def test_ranks_send_gradients_beside_a_compiled_backward_pass_and_say_that_they_record_no_update(monkeypatch, log):
+    """torch splits the graph at buckets, so the gradients of a part are sent while those before it are computed."""
     learner = make_learner("runtime.cuda_graphs=true", "runtime.deterministic=false")
+    backend = mock.Mock(side_effect=lambda graph, _: graph)
+    monkeypatch.setattr(learner.task, "compile", partial(learner.task.compile, backend=backend))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda task, broadcast_buffers, **_: task)
-    parallel.wrap_task(learner.task, learner.config.runtime, learner.runtime, compiles=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = parallel.wrap_task(learner.task, learner.config.runtime, learner.runtime, compiles=True)
+    model(learner.prepare(make_batch()), torch.tensor(0.5))
+    dist.destroy_process_group()
+    assert backend.call_count > 1
     learner.runtime = replace(learner.runtime, device=torch.device("cuda"))
     assert not learner._may_record()
-    assert [str(line).partition(":")[0] for line in log.messages[-2:]] == ["runtime.compile", "runtime.cuda_graphs"]
+    assert log.records[-1].levelname == "INFO" and "cuda_graphs: not with several ranks" in log.messages[-1]
 
 
 def test_the_state_of_another_network_is_refused():

@@ -212,6 +212,9 @@ RULES = [
     ({"colours": False}, "augment.color_jitter"),
     ({"colours": False, "images": 10**5}, ""),  # few epochs
     ({"detail": True}, "augment.rand_augment augment.pad"),
+    ({"grey": True}, "augment.rand_augment model.in_channels"),
+    ({"grey": True, "networks": [Network({"name": "resnet50"}, 1.0, is_pretrained=True)]}, ""),
+    ({"grey": True, "has_classes": False}, "augment.rand_augment"),
 ]
 KEYS = {key for _, keys in RULES for key in keys.split()}
 
@@ -223,7 +226,7 @@ def test_the_rules_for_facts(changes, keys):
     assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)
 
 
-@pytest.mark.parametrize("changes", [{"colours": False}, {"detail": True, "side_px": 600}, LONG])
+@pytest.mark.parametrize("changes", [{"colours": False}, {"detail": True, "side_px": 600}, LONG | {"grey": True}])
 def test_the_words_of_rules_are_a_configuration(changes):
     words = [word for rule in planning.list_rules(replace(FACTS, **changes)) for word in rule.words.split()]
     configure("train", ["data.root=x", *words])
@@ -235,17 +238,6 @@ def test_fine_detail_takes_the_time_of_many_epochs():
         choose_px(few) < choose_px(replace(few, detail=True))
         and choose_px(replace(few, detail=True, images=10**5)) == 64
     )
-
-
-def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):
-    for path in (tmp_path / "images").rglob("*.png"):
-        Image.open(path).convert("L").save(path)
-    run("train", words, tmp_path)
-    config = RunReader(tmp_path / "run").config
-    assert config["model"]["in_channels"] == len(config["augment"]["mean"]) == 1
-    weights = Network({"name": "resnet50"}, 1.0, is_pretrained=True)  # of three channels
-    assert not chosen(replace(FACTS, grey=True, networks=[weights]), "model.in_channels")
-    assert not chosen(replace(FACTS, grey=True, has_classes=False), "model.in_channels")
 
 
 @pytest.mark.parametrize("mirrors", [True, False])

@@ -201,18 +201,23 @@ def test_what_a_device_cuts_equals_what_workers_cut_to_rounding(collection, work
 @pytest.mark.parametrize("free, most", [(2**28, [300, 300, 1]), (2**24, None)])
 def test_workers_cut_what_is_being_written_or_larger_than_nearly_all_or_does_not_fit(free, most, monkeypatch):
     """A panorama has windows that are no longer than its height allows. The tables of weights count."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: pinned.append(part) or part)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free,))
-    monkeypatch.setattr(windows, "_ENOUGH", 0.7)
+    monkeypatch.setattr(windows, "_ENOUGH", 0.5)
     monkeypatch.setattr(windows, "_MOST_SIDE", 400)
-    pool = Pool.create(6, 2**20)
+    pool = Pool.create(8, 2**20)
     pool._room[0] += 50  # as `add`, before it has written
-    for row, (height, width) in enumerate([(50, 600), (300, 300), (400, 90), (40, 50), (500, 500)]):
+    largest = [(390, 300), (370, 450), (380, 500)]  # the highest, one wider than may be, the widest
+    for row, (height, width) in enumerate([(50, 600), (300, 300), (400, 90), (40, 50), *largest]):
         pool.add(row, caches.HEAD.pack(height, width, 1) + bytes(height * width))
-    view = windows.Windows(pool, training_views(config_of(1, crop_ratio=[0.75, 1.25])), CPU, np.arange(6))
+    view = windows.Windows(pool, training_views(config_of(1, crop_ratio=[0.75, 1.25])), CPU, np.arange(8))
     view.refresh()
     assert not view.has([0])  # a part at each step
     view.refresh()
-    assert [view.has([row]) for row in range(6)] == [*[most is not None] * 4, False, False]
+    assert [view.has([row]) for row in range(8)] == [*[most is not None] * 4, *[False] * 4]
+    assert len(pinned) == (most is not None)
     assert most is None or view._most == most
 
 
