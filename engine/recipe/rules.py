@@ -89,9 +89,10 @@ def choose_sides(measurements: Measurements) -> tuple[int, ...]:
     if network.is_pretrained:
         least = measurements.machine["fine_px"]
         most *= _LARGER
-        images = measurements.images + EVALUATED * measurements.validation + 1
         epochs = measurements.machine["least_epochs"]
-        fitting = measurements.reference / network.cost / images / epochs
+        fitting = (measurements.reference / network.cost) / max(
+            epochs * (measurements.images + EVALUATED * measurements.validation + 1), measurements.machine["least_seen"]
+        )
         enlarging = measurements.machine["enlarged_epochs"] / epochs
     if measurements.detail:
         fitting = max(fitting, measurements.reference / measurements.images / _DETAIL_EPOCHS)
@@ -201,7 +202,7 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
         rate = 1e-4 if "tuning" in network.row else min(max(3e-5 * math.sqrt(updates), 2e-4), 1e-3)
         yield Rule("optim", f"optim=adamw optim.lr={rate * faster:.2g}", "the network is pretrained")
         if "tuning" in network.row:
-            yield Rule("optim model loop.ema_decay", network.row["tuning"], "a large network keeps its first layers")
+            yield Rule("optim model loop.ema_decay", network.row["tuning"], "such a network keeps its first layers")
         if network.runtime:
             yield Rule("runtime.precision runtime.channels_last", network.runtime, "the network trains faster so")
     elif measurements.bf16:
