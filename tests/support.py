@@ -131,13 +131,18 @@ def turned(orientation=6):
     return exif
 
 
+def read_conf(name):
+    """Return the values of a file of conf/."""
+    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
+
+
 def cache_config(**changes):
-    return CacheConfig(**yaml.safe_load((CONF / "data/glyphs.yaml").read_text())["cache"] | changes)
+    return CacheConfig(**read_conf("data/glyphs")["cache"] | changes)
 
 
 def data_config(**changes):
     """Return the values of data=image_folder, with changed ones."""
-    return DataConfig(**yaml.safe_load((CONF / "data/image_folder.yaml").read_text()) | {"root": "x"} | changes)
+    return DataConfig(**read_conf("data/image_folder") | {"root": "x"} | changes)
 
 
 def write_manifest(root, *, verify=False, **changes):
@@ -329,6 +334,28 @@ def rows(path, kind=None):
     found = [json.loads(line) for line in Path(path).read_text().splitlines()]
     found = [{name: value for name, value in row.items() if not is_reading(name)} for row in found]
     return [row for row in found if kind is None or row["kind"] == kind]
+
+
+def logged(run_dir, kind, name):
+    """Return the values of a figure in the rows of a kind of a run's metrics.jsonl."""
+    return [row[name] for row in rows(run_dir / "metrics.jsonl", kind)]
+
+
+def contents(folder, pattern="*"):
+    """Return path -> bytes of all files of a folder that match a pattern."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob(pattern)) if file.is_file()
+    }
+
+
+def front_matter(card):
+    """Return the values at the head of a README.md."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def set_variables(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 def assert_same_rows(first, second, tolerance=1e-5):

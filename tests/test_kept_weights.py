@@ -6,7 +6,7 @@ import torch
 from models.interop import onnx_int8
 from tests.in_process import TINY, make_images, run, run_command, run_until_killed
 from tests.support import TINY as TINY_TASKS
-from tests.support import refuses
+from tests.support import assert_same_tensors, refuses
 from utils.io.weight_files import choose_weights, find_weights
 from utils.io.weights import read_header, read_weights
 
@@ -33,9 +33,10 @@ def test_averages_are_kept_at_every_multiple_and_the_end_and_a_killed_run_leaves
         assert sorted(file.name for file in (place / name / "weights").iterdir() if "step" in file.name) == names
     for name in names:
         (ours, facts), (theirs, _) = (read_weights(place / each / "weights" / name) for each in ("whole", "killed"))
-        assert facts["average"] and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+        assert facts["average"]
+        assert_same_tensors(ours, theirs)
     last, _ = read_weights(place / "whole/weights/ema_weights.safetensors")
-    assert all(torch.equal(tensor, last[key]) for key, tensor in ours.items())
+    assert_same_tensors(ours, last)
 
 
 def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, capsys):

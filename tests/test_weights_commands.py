@@ -5,7 +5,6 @@ import re
 import pytest
 import timm
 import torch
-import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -13,7 +12,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, TINY, make_images, run
-from tests.support import refuses
+from tests.support import assert_same_tensors, front_matter, refuses
 from tests.support import rows as rows_of
 from utils.io.files import read_json, write_json
 from utils.io.weights import read_weights, write_weights
@@ -80,7 +79,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     (place / "run/plots/curves.png").touch()
     run("export", [*words, "card=more.md"], place)
     text = (place / "carded/README.md").read_text()
-    front = yaml.safe_load(text.split("---\n")[1])
+    front = front_matter(text)
     assert (front["license"], front["pipeline_tag"]) == ("cc-by-nc-4.0", "image-classification")
     (result,) = front["model-index"][0]["results"]
     assert result["dataset"]["split"] == "validation" and {"top1", "loss"} <= {m["type"] for m in result["metrics"]}
@@ -96,7 +95,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
 def card_of(folder):
     """Return the front matter and the text of an export's card."""
     text = (folder / "README.md").read_text()
-    return yaml.safe_load(text.split("---\n")[1]), text
+    return front_matter(text), text
 
 
 def test_a_card_has_the_figure_that_chose_the_weights_if_nothing_else_measured_them(place):
@@ -135,7 +134,7 @@ def test_weights_of_others_become_a_run_of_no_steps(place):
     words = [*SMALL, "init_from=two.pt", "task.head=kept", "run_dir=taken", "loop.ema_decay=0.5"]
     run("finetune", [*words, "loop.total_steps=0"], place)
     given, (saved, metadata) = torch.load(place / "two.pt")["model"], weights_of(place, "taken", "best")
-    assert saved.keys() == given.keys() and all(torch.equal(saved[name], given[name]) for name in given)
+    assert_same_tensors(saved, given)
     assert metadata["step"] == 0 and metadata["origin"]["license"] == "cc-by-nc-4.0"
     (row,) = rows_of(place / "taken/metrics.jsonl")
     found = metrics(place, "run_dir=taken", "weights=best", "runtime.precision=fp32", *ON_CPU)

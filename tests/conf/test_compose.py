@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.in_process import SCRIPTS, TASKS, TRAINING, configure, draw_few_glyphs, run
+from tests.support import read_conf
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError
 
@@ -39,7 +39,7 @@ def list_yaml(folder):
 
 
 def groups_of(script):
-    defaults = yaml.safe_load((CONF / f"{script}.yaml").read_text()).get("defaults", [])
+    defaults = read_conf(script).get("defaults", [])
     return [group for item in defaults if isinstance(item, dict) for group in item if (CONF / group).is_dir()]
 
 

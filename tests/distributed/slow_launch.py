@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.distributed.test_launch import has_ended, has_rows, processes, wait_for
-from tests.support import ROOT, common, rows, run
+from tests.support import ROOT, common, logged, rows, run
 
 
 def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues(collection, tmp_path):
@@ -36,4 +36,4 @@ def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues
     stopped = int(rows(tmp_path / "run/metrics.jsonl")[-1]["step"])
     assert (tmp_path / f"run/checkpoints/step_{stopped:08d}").is_dir() and stopped < 100
     assert f"at step {stopped}" in run("finetune.py", overrides, tmp_path, ranks=2)
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 101))
+    assert logged(tmp_path / "run", "train", "step") == list(range(1, 101))

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from engine.judging import folds
 from tests.door.follow import follow
 from tests.in_process import SMALL_MODEL, run
-from tests.support import make_collection, read_table
+from tests.support import contents, front_matter, make_collection, read_table
 from utils.io.files import read_json
 
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1"]
@@ -56,17 +55,18 @@ def test_each_image_is_measured_once_by_a_run_that_did_not_see_it(place):
 
 
 def test_no_result_replaces_another(place):
-    before = {file: file.read_bytes() for file in place.glob("run/**/*") if file.is_file() and file.name != "log.txt"}
+    before = contents(place / "run")
+    del before["log.txt"]
     words = ["run_dir=run", "weights=last", "per_image=true", *ON_CPU]
     for split in ("val", "test"):
         run("evaluate", [*words, f"split={split}"], place)
-    assert all(file.read_bytes() == content for file, content in before.items())
+    assert before.items() <= contents(place / "run").items()
     assert {"images_last.parquet", "images_last_test.parquet"} <= {file.name for file in place.glob("run/tables/*")}
 
 
 def test_the_card_says_which_images_its_figures_are_of(place):
     text = (place / "run/export/README.md").read_text()
-    results = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    results = front_matter(text)["model-index"][0]["results"]
     assert [(each["dataset"]["split"], each["dataset"]["name"]) for each in results] == [
         ("validation", "9 images"), ("5 folds", "33 images"), ("test", "15 images"), ("later, all", "12 images"),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 from data.images.further import load_package
 from tests.door.follow import follow
 from tests.in_process import SHORT
-from tests.support import read_table, turned
+from tests.support import contents, read_table, turned
 
 KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190)}
 ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
@@ -78,7 +78,7 @@ def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     copies = [file.relative_to(tmp_path / "sorted").parts[0] for file in (tmp_path / "sorted").rglob("*.[!M]*")]
     assert sorted(copies) == sorted([*kinds, "predictions.csv", "undo.sh"])
     assert len([*(tmp_path / "sorted").rglob("*.MOV")]) == len([*(tmp_path / "new").rglob("*.MOV")])
-    files = {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "new").rglob("*.*")}
+    files = contents(tmp_path / "new")
     undo = subprocess.run(["sh", tmp_path / "sorted/undo.sh"], check=False)
-    assert {file.relative_to(tmp_path): file.read_bytes() for file in (tmp_path / "new").rglob("*.*")} == files
+    assert contents(tmp_path / "new") == files
     assert {file.name for file in (tmp_path / "sorted").rglob("*.*")} == {"predictions.csv", "undo.sh"}, undo

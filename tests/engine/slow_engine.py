@@ -16,6 +16,7 @@ from tests.support import (
     checkpoint_tensors,
     command,
     common,
+    logged,
     make_collection,
     rows,
     run,
@@ -57,7 +58,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(collection, tmp_p
         states.append(checkpoint_tensors(path, steps))
     assert_same_tensors(*states[:2])
     assert any(not torch.equal(states[2][name], tensor) for name, tensor in states[1].items())
-    assert [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")] == [0, 0, 1, 0, 0]
+    assert logged(path, "train", "skipped_steps") == [0, 0, 1, 0, 0]
     (listed,) = rows(path / "skipped_steps.jsonl")
     assert (listed["what"], listed["ranks"]) == ("loss", [1])
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(case, collection, tmp_path)
     run(SCRIPTS[task], common(task, collection, here, *settings), tmp_path)
     assert_same_tensors(checkpoint_tensors(there, total), checkpoint_tensors(here, total), tolerance=2e-5)
     assert samples_by_step(there) == samples_by_step(here)
-    losses = [[row["loss"] for row in rows(path / "metrics.jsonl", "train")] for path in (there, here)]
+    losses = [logged(path, "train", "loss") for path in (there, here)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == total
 
 
@@ -128,7 +129,7 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
         folder = tmp_path / f"run{ranks}"
         words = ["task.head=fitted", "loop.total_steps=1", "schedule.warmup_steps=1"]
         run("finetune.py", common("classification", data, folder, *words), tmp_path, ranks=ranks)
-        losses.append(rows(folder / "metrics.jsonl", "train")[0]["loss"])
+        losses.append(logged(folder, "train", "loss")[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -140,7 +141,7 @@ def test_a_compiled_run_of_two_ranks_leaves_the_files_of_an_eager_one(collection
     assert started.wait(500) == [0, 0], started.output[-3000:]
     assert "compiling the task" in started.output
     run(SCRIPTS[task], common(task, collection, tmp_path / "eager", *settings), tmp_path)
-    losses = [[row["loss"] for row in rows(tmp_path / way / "metrics.jsonl", "train")] for way in ("compiled", "eager")]
+    losses = [logged(tmp_path / way, "train", "loss") for way in ("compiled", "eager")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
     found, expected = (checkpoint_tensors(tmp_path / name, 4) for name in ("compiled", "eager"))

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from engine.exports.config import FORMATS
 from tests.in_process import SHORT, make_images, run
 from tests.small_sdxl import write_base
-from tests.support import TINY
+from tests.support import TINY, set_variables
 from utils.io.weights import read_weights
 
 MODEL = ["model=convnextv2_atto", "model.depths=[1,1,1,1]", "model.dims=[8,12,16,20]", "augment.image_size_hw=[32,32]"]
@@ -19,8 +19,7 @@ ONE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.tot
 
 def test_no_file_of_an_export_names_a_place(tmp_path, monkeypatch):
     home = tmp_path / "qz-home"
-    for name, value in {"HOME": str(home), "LOGNAME": "qz-user", "USER": "qz-user"}.items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, {"HOME": str(home), "LOGNAME": "qz-user", "USER": "qz-user"})
     monkeypatch.setattr(socket, "gethostname", lambda: "qz-host")
     monkeypatch.setattr("models.interop.page._read_runtime", str.encode)  # which export.py would fetch
     images = make_images(home / "images")

@@ -3,7 +3,7 @@
 from engine.task import Report
 from engine.tasks.classification import ClassificationTask
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
-from tests.support import rows
+from tests.support import logged, rows
 from utils.io.files import read_json
 
 
@@ -19,15 +19,15 @@ def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)  # two steps an epoch
     assert "stopped early by loop.early_stop_epochs: 5 steps" in capsys.readouterr().err
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5]
+    assert logged(tmp_path / "run", "evaluate", "step") == [1, 2, 3, 4, 5]
     assert rows(tmp_path / "run/metrics.jsonl", "epoch")[-1]["step"] == 5
-    assert rows(tmp_path / "run/metrics.jsonl", "train")[-1]["step"] == 5  # of what was not logged yet
+    assert logged(tmp_path / "run", "train", "step")[-1] == 5  # of what was not logged yet
     assert drawn[-1] == 5  # the curves end where the run does
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000005"]
     run("finetune", [*command, "loop.early_stop_epochs=2.0"], tmp_path)
     assert "the run is complete: 5 of 20 steps are done" in capsys.readouterr().err
     run("finetune", [*command, "loop.early_stop_epochs=3.0"], tmp_path)
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [1, 2, 3, 4, 5, 6, 7]
+    assert logged(tmp_path / "run", "evaluate", "step") == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_gains_below_the_least_one_add_up(tmp_path, monkeypatch):
@@ -47,5 +47,5 @@ def test_gains_below_the_least_one_add_up(tmp_path, monkeypatch):
         if last > 6:
             run_until_killed("finetune", words, tmp_path, 6)
         run("finetune", words, tmp_path)
-        assert rows(tmp_path / patience / "metrics.jsonl", "evaluate")[-1]["step"] == last
+        assert logged(tmp_path / patience, "evaluate", "step")[-1] == last
         assert read_json(tmp_path / patience / "result.json")["step"] == last

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_exactness import CHEAP
-from tests.support import OF_DIFFUSERS, SCRIPTS, common, rows, run
+from tests.support import OF_DIFFUSERS, SCRIPTS, common, logged, run
 from utils.io.files import read_json
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -22,7 +22,7 @@ def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     is_new = request.config.getoption("--update-golden")
     ends = {"expect": -9, "kill_at_step": 6} if task in OF_DIFFUSERS and not is_new else {}  # a step takes a second
     run(SCRIPTS[task], common(task, collection, tmp_path / "run", *settings), tmp_path, **ends)
-    losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
+    losses = logged(tmp_path / "run", "train", "loss")
     golden = read_json(GOLDEN) if GOLDEN.exists() else {}
     if is_new:
         GOLDEN.write_text(json.dumps({**golden, task: losses}, indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,7 @@
 """How a head begins: it recognises what a linear layer can, on standardised features, and whole runs begin with it."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from engine.tasks.kind import Setup
 from tests.engine.test_tasks import CLASSIFY, make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, check_resumption, run
-from tests.support import make_collection, rows
+from tests.support import logged, make_collection, rows
 
 
 def make_batches(classes=4, count=6):
@@ -40,7 +41,7 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(norm, runtime):
     task, batches = make_classifier(), make_batches()
     if not norm:
         task.network.norm = nn.Identity()
-    before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
+    before = deepcopy(task.network.state_dict())
     loss_before, _ = measure(task, batches)
     fit_head(task, batches, runtime)
     loss, share = measure(task, batches)
@@ -118,9 +119,9 @@ def test_a_kept_head_continues_where_its_run_ended_and_resumes_without_it(place)
     shutil.copytree(place / "first", place / "before")
     given = ["task.head=kept", "optim.lr=1e-12", "run_dir=kept", "init_from=before"]
     finetune(place, *given, "loop.total_steps=1")
-    logged = (place / "kept/log.txt").read_text()
-    assert "left at their initial values: none; unused tensors of the file: none" in logged
-    losses = [rows(place / name / "metrics.jsonl", "evaluate")[-1]["loss"] for name in ("kept", "first")]
+    text = (place / "kept/log.txt").read_text()
+    assert "left at their initial values: none; unused tensors of the file: none" in text
+    losses = [logged(place / name, "evaluate", "loss")[-1] for name in ("kept", "first")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     shutil.rmtree(place / "before")
     finetune(place, *given, "loop.total_steps=2")

@@ -12,7 +12,7 @@ from engine.run.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run, run_command
-from tests.support import assert_same_tensors, refuses, rows
+from tests.support import assert_same_tensors, logged, refuses
 from utils.config.messages import ConfigError
 from utils.io.files import read_json
 from utils.io.weights import read_weights
@@ -208,7 +208,7 @@ def test_the_run_equals_one_whose_rate_was_given(searched):
     assert_same_tensors(
         *(read_weights(folder / name / "weights/last_weights.safetensors")[0] for name in ("run", "given"))
     )
-    rates, given = ([row["lr"] for row in rows(folder / f"{name}/metrics.jsonl", "train")] for name in ("run", "given"))
+    rates, given = (logged(folder / name, "train", "lr") for name in ("run", "given"))
     assert max(rates) == pytest.approx(found["taken"], rel=0.05) and rates == given
 
 
@@ -221,12 +221,12 @@ def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched,
     assert "resumed from" in said and "lr_finder" not in said and "the peak learning rate is" in said
     found = found_by(path)["taken"]
     assert read_json(path / "checkpoints/step_00000102/state.json")["found_lr"] == found
-    assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(102, found, 102)
+    assert logged(path, "train", "lr")[-1] == rate_of_cycle(102, found, 102)
 
     given = ["lr_finder.enabled=false", "optim.lr=0.5", "resume_allow=[optim.lr,lr_finder.enabled]"]
     run("finetune", [*base, *SEARCH, *given, "loop.total_steps=103", f"run_dir={path}"], folder)
     assert "the peak learning rate is" not in capsys.readouterr().err
-    assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(103, 0.5, 103)
+    assert logged(path, "train", "lr")[-1] == rate_of_cycle(103, 0.5, 103)
 
 
 def test_a_rate_beside_a_range_test_is_refused():
@@ -241,4 +241,4 @@ def test_no_answer_keeps_the_rate_and_says_so(searched, capsys, monkeypatch):
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/flat", "optim.base_lr=1.28"], folder)
     assert "lr_finder: no answer" in capsys.readouterr().err
     assert found_by(folder / "flat")["taken"] is None
-    assert max(row["lr"] for row in rows(folder / "flat/metrics.jsonl", "train")) == pytest.approx(0.02, rel=0.05)
+    assert max(logged(folder / "flat", "train", "lr")) == pytest.approx(0.02, rel=0.05)

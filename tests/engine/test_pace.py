@@ -10,7 +10,7 @@ from engine.run import pace
 from engine.run.clock import Clock, Mark
 from engine.run.pace import Pace
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_equal_runs, refuses, rows
+from tests.support import assert_equal_runs, logged, refuses
 from utils.io.files import read_json
 
 LENGTH = "loop.total_steps=2"  # of TINY
@@ -87,7 +87,7 @@ def test_a_refitted_head_is_the_result_if_few_updates_fit(words, tmp_path):
     for _ in range(2):  # the second run is complete
         run("finetune", [*words, "task.head=refitted", "loop.minutes=0.25"], tmp_path)
     assert read_json(tmp_path / "run/minutes.json")["steps"] == 0
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0]
+    assert logged(tmp_path / "run", "evaluate", "step") == [0]
 
 
 def test_how_sure_the_best_figure_is_and_what_is_easy_are_said(words, tmp_path, capsys):

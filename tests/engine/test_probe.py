@@ -13,7 +13,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from engine.measures.probe import measure_probes
 from optim.ridge import PENALTIES, Ridge, standardise
 from tests.in_process import TINY, run, run_until_killed
-from tests.support import checkpoint_tensors, rows, training_log
+from tests.support import assert_equal_runs, assert_same_tensors, checkpoint_tensors, rows, training_log
 
 
 def make_features(count, width, classes=4, seed=0, noise=1.0):
@@ -137,9 +137,8 @@ def test_a_run_with_a_probe_is_the_same_run_killed_or_not(collection, tmp_path):
     for name, every, killed_at in (("with", "1.5", None), ("killed", "1.5", 12), ("without", "null", None)):
         pretrain(collection, tmp_path / name, *settings, f"task.probe.every_epochs={every}", killed_at=killed_at)
     assert probed(tmp_path / "with", "ema/") == [14, 20] and probed(tmp_path / "without", "ema/") == []
-    one, *others = (checkpoint_tensors(tmp_path / name, 20) for name in ("with", "killed", "without"))
-    assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in one.items())
-    assert rows(tmp_path / "with/metrics.jsonl") == rows(tmp_path / "killed/metrics.jsonl")
+    assert_equal_runs(tmp_path / "with", tmp_path / "killed", 20)
+    assert_same_tensors(*(checkpoint_tensors(tmp_path / name, 20) for name in ("with", "without")))
     assert [bool(line["ema/probe/linear"]) for line in training_log(tmp_path / "with")] == [False, True, True]
 
 

@@ -20,7 +20,7 @@ from engine.task import Report
 from engine.update.runtime import choose_runtime
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
-from tests.support import read_table, rows
+from tests.support import logged, read_table, rows
 from utils.io.files import read_json
 from utils.record.run_reader import RunReader
 
@@ -100,9 +100,9 @@ def test_a_start_from_zero_keeps_no_row_of_a_killed_one(tmp_path):
     run("finetune", [*words, "loop.total_steps=0"], tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints")
     run("finetune", [*words, "loop.total_steps=0"], tmp_path)
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0]
+    assert logged(tmp_path / "run", "evaluate", "step") == [0]
     run("finetune", words, tmp_path)
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "evaluate")] == [0, 2]
+    assert logged(tmp_path / "run", "evaluate", "step") == [0, 2]
     assert read_json(tmp_path / "run/progress.json")["best"] == read_json(tmp_path / "run/result.json")["value"]
 
 
@@ -145,7 +145,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
     lines = read_log(tmp_path)
     assert [(line["step"], line["epoch"]) for line in lines] == [("2", "1"), ("4", "2"), ("6", "3")]
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "epoch")] == [2, 4, 6]
-    losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
+    losses = logged(tmp_path / "run", "train", "loss")
     means = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2])]
     assert [float(line["train_loss"]) for line in lines] == pytest.approx(means, rel=1e-5)
     columns = "epoch train_loss train_accuracy val_loss top1 lr momentum images_per_sec seconds peak_memory_gib"

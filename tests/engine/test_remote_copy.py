@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from tests.in_process import TINY, make_images, run
+from tests.support import contents
 from utils.errors import UserError
 from utils.io.files import read_json
 
@@ -42,10 +43,10 @@ def test_another_run_of_the_same_name_overwrites_nothing(place):
     run("finetune", words("run", "store"), place)
     shutil.rmtree(place / "run")
     run("finetune", [*words("run", "other"), "seed=1", "loop.total_steps=1"], place)
-    before = {path: path.read_bytes() for path in (place / "run").rglob("*.json*")}
+    before = contents(place / "run", "*.json*")
     with pytest.raises(UserError, match="seed: 0 in the run, 1 now"):
         run("finetune", [*words("run", "store"), "seed=1"], place)
-    assert {path: path.read_bytes() for path in before} == before
+    assert contents(place / "run", "*.json*") == before
 
 
 def test_a_run_whose_copy_another_machine_took_over_ends(place, monkeypatch):

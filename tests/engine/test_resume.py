@@ -15,7 +15,13 @@ from engine.run.checkpoint import Saver
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, steps_in
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_same_rows, assert_same_tensors, checkpoint_tensors, refuses, rows
+from tests.support import (
+    assert_same_rows,
+    assert_same_tensors,
+    checkpoint_tensors,
+    logged,
+    refuses,
+)
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 from utils.record.run_reader import RunReader
@@ -78,7 +84,7 @@ def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_mad
     assert "step_00000006 was written by this command; the run continues from it, not from run/checkpoints/" in said
     assert "at step 6" in said
     assert left(place) == [8, 9]
-    assert [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == list(range(1, 10))
+    assert logged(place / "run", "train", "step") == list(range(1, 10))
 
     finetune(place, *length, "run_dir=straight")
     assert_same_tensors(checkpoint_tensors(place / "straight", 9), checkpoint_tensors(place / "run", 9))
@@ -103,7 +109,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_begins_with_it(place, monkeypatc
                 finetune(place, *length)
             assert left(place)[-1] == step
             assert RunReader(place / "run").state == "stopped" and RunReader(place / "run").progress["step"] == step
-            assert {row["step"] for row in rows(place / "run/metrics.jsonl", "evaluate")} == {2} - {step}
+            assert set(logged(place / "run", "evaluate", "step")) == {2} - {step}
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # after the evaluation
         patch.setattr(Saver, "save", lambda *_, **__: 1 / 0)
         finetune(place, *length)
@@ -174,11 +180,11 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
         finetune(place, *settings)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert "resumed from run/checkpoints/step_0000000" in finetune(place, *settings)
-    assert left(place)[-1] == 3 and [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == [1, 2, 3]
+    assert left(place)[-1] == 3 and logged(place / "run", "train", "step") == [1, 2, 3]
 
 
 def test_the_rate_of_prodigy_is_logged(place):
     words = ["optim=prodigy", "+optim.extra.d_coef=1e4", "schedule=constant"]
     finetune(place, *words, "loop.total_steps=4", "loop.batch_size=8")
-    d = [row["d"] for row in rows(place / "run/metrics.jsonl", "train")]
+    d = logged(place / "run", "train", "d")
     assert d[-1] > d[0] == 1e-6

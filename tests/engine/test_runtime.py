@@ -10,7 +10,7 @@ import torch
 from engine.config import RuntimeConfig
 from engine.run.start import keep_threads
 from engine.update.runtime import COMPILE_PAYS_FROM, choose_compile, choose_runtime
-from tests.support import refuses
+from tests.support import refuses, set_variables
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
 
@@ -35,8 +35,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(folder))
         for name in ("CC", "CXX"):
             monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        set_variables(monkeypatch, variables)
         if headers is not None:
             (tmp_path / headers).mkdir()
             (tmp_path / headers / "Python.h").touch()
@@ -158,8 +157,7 @@ TORCHRUN, SLURM = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "4"}, "SLURM_
     ],
 )
 def test_workers_are_a_share_of_the_cores(usable, machine, variables, workers, chosen, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, variables)
     monkeypatch.setattr("os.cpu_count", lambda: machine)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable)), raising=False)
     assert chosen((9, 0)).workers == workers

@@ -62,6 +62,11 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def twenty_images(monkeypatch):
+    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+
+
 def settled(script, words):
     return settle_all(*configure(script, words))
 
@@ -76,7 +81,6 @@ def settle_all(config, job):
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[1:]))
 def test_what_is_stated_survives_or_ends_the_command(command, monkeypatch):
     """Of every key of the schema: all keys at once, and each key that a rule changes, alone and in each way."""
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
     needed = lambda config, _: {"step": 2.0 - config.runtime.offload - config.runtime.grad_checkpointing}  # noqa: E731
     monkeypatch.setattr("sdxl.memory.predict_memory", needed)
     config, job = configure(command[0], command[1:])
@@ -108,7 +112,6 @@ def test_what_is_stated_survives_or_ends_the_command(command, monkeypatch):
 
 def test_a_chosen_file_keeps_its_values_against_those_of_timm(monkeypatch):
     """timm trained with another crop; without the file, it is taken."""
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
     monkeypatch.setattr("models.weights.timm_hub.stated_preprocessing", lambda _: {
         "image_size_hw": [224, 224], "eval_crop": 0.5, "mean": [0.5] * 3, "std": [0.5] * 3,
     })  # fmt: skip
@@ -118,17 +121,15 @@ def test_a_chosen_file_keeps_its_values_against_those_of_timm(monkeypatch):
 
 
 @pytest.mark.parametrize("key, value", [("loop.batch_size", 48), ("optim.base_lr", 0.7), ("schedule.warmup_most", 0.3)])
-def test_an_experiment_states_as_a_word_does(key, value, tmp_path, monkeypatch):
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+def test_an_experiment_states_as_a_word_does(key, value, tmp_path):
     group, name = key.split(".")
     write_json(tmp_path / "recipe.yaml", {group: {name: value}})
     words = [*FINETUNE[1:], "schedule.warmup_steps=20", f"experiment={tmp_path / 'recipe.yaml'}"]
     assert settled("finetune", words)[key] == value
 
 
-def test_an_older_run_goes_on_with_what_held_before(tmp_path, monkeypatch):
+def test_an_older_run_goes_on_with_what_held_before(tmp_path):
     """It read no table, and its stated warm-up was cut; what is stated now is compared with that."""
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
     folder, words = tmp_path / "run", [*FINETUNE[1:], "schedule.warmup_steps=20", f"run_dir={tmp_path}/run"]
     config, _ = configure("finetune", words)
     values = config.model_dump(mode="json")
@@ -157,8 +158,7 @@ def test_a_default_holds_where_nothing_is_stated(images, batch, monkeypatch, log
     assert values["optim.base_lr"] * batch == pytest.approx(64 * stated["optim.base_lr"], rel=1e-12)
 
 
-def test_prodigy_takes_its_own_rate_where_the_command_has_none(monkeypatch):
-    monkeypatch.setattr(settle, "training_rows", lambda *_: range(20))
+def test_prodigy_takes_its_own_rate_where_the_command_has_none():
     words = ["experiment=sdxl/lora", "data.root=x", "data.concepts=[]", "model=sdxl_tiny", "optim=prodigy"]
     for own, rate in (([], 1.0), (["optim.lr=0.5"], 0.5)):
         assert settled("finetune_sdxl", [*words, *own])["optim.lr"] == rate

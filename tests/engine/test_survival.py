@@ -15,7 +15,7 @@ import engine.run.checkpoint
 from data.stream.batch import Packed
 from tests.in_process import TINY, check_resumption, make_images
 from tests.in_process import run as run_here
-from tests.support import assert_equal_runs, common, refuses, rows, run, start
+from tests.support import assert_equal_runs, common, logged, refuses, rows, run, start
 from tests.tasks import troubled
 from utils.io.files import read_json
 
@@ -208,7 +208,7 @@ def test_skipped_steps_are_counted_and_listed_with_their_samples(collection, tro
     assert [(row["step"], row["ranks"], row["what"], len(row["paths"])) for row in listed] == [
         (7, [0], "loss", 8), (8, [0], "loss", 8),
     ]  # fmt: skip
-    assert [row["skipped_steps"] for row in rows(tmp_path / "bad/metrics.jsonl", "train")] == [0.0, 2.0, 0.0, 0.0]
+    assert logged(tmp_path / "bad", "train", "skipped_steps") == [0.0, 2.0, 0.0, 0.0]
 
     settings += ["loop.checkpoint_every_steps=8", "loop.log_every_steps=20"]
     check_resumption("finetune", settings, tmp_path, killed_at=12, steps=20)

@@ -1,18 +1,15 @@
 """ConvNeXt V2. Literal tables (parameter counts and names), property (initial weights)."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.convnextv2 import ConvNeXtV2
-
-CONF = Path(__file__).parents[2] / "conf/model"
+from tests.support import read_conf
 
 # (with a 1000-class head, without head and final norm); counted from the published code
 PUBLISHED_COUNTS = {
@@ -32,7 +29,7 @@ def count(network):
 
 
 def build_size(size, num_classes):
-    config = ConvNeXtV2Config(**yaml.safe_load((CONF / f"convnextv2_{size}.yaml").read_text()))
+    config = ConvNeXtV2Config(**read_conf(f"model/convnextv2_{size}"))
     with torch.device("meta"):
         return build_network(config, num_classes)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, run
-from tests.support import assert_same_tensors, rows
+from tests.support import assert_same_tensors, contents, rows
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.io.files import read_json
 
@@ -70,7 +70,7 @@ def test_a_published_tagger_comes_in_and_goes_out_as_it_was(name, place, server)
     images = torch.tensor(COLOURS / 255).float()[:, :, None, None].expand(8, 3, 64, 64)
     wanted = network((images.flip(1) - 0.5) / 0.5).sigmoid()[:, 4].detach()
     np.testing.assert_allclose(predict(place, f"local-dir:{name}"), wanted, atol=1e-4)
-    server.files = {file.name: file.read_bytes() for file in (place / name).iterdir()}
+    server.files = contents(place / name)
     run("finetune", [*TAGGING, f"task.vocabulary={name}", f"init_from=hf-hub:me/{name}", f"run_dir=run_{name}"], place)
     run("export", ["format=timm", f"run_dir=run_{name}", "output=out"], place)
     assert_same_tensors(*(load_file(place / folder / "model.safetensors") for folder in (name, "out")))

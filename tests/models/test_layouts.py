@@ -19,7 +19,7 @@ from models.interop.parity import vary_weights
 from models.weights.initialise import initialise_from
 from models.weights.layouts import LAYOUTS, recognise_state
 from tests.models.test_fcmae import SETTINGS
-from tests.support import refuses
+from tests.support import assert_same_tensors, refuses
 from utils.contracts import InitFrom
 from utils.io.weights import write_weights
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_the_official_pretraining_continues_with_its_decoder(tmp
     source, target = vary_weights(fcmae()), fcmae()
     torch.save({"model": sparse_state(source.state_dict())}, tmp_path / "checkpoint.pth")
     start(target, tmp_path / "checkpoint.pth")
-    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items())
+    assert_same_tensors(target.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("make", [lambda: ours(0), lambda: timm.create_model("test_resnet", num_classes=0)])
@@ -149,7 +149,7 @@ def test_the_encoder_of_any_pretraining_is_taken(make, tmp_path, log):
     method = nn.ModuleDict({"encoder": encoder, "pixels": nn.Conv2d(encoder.num_features, 3, 1)})
     write_weights(tmp_path / "w.safetensors", method.state_dict(), {"task": {"name": "simmim"}})
     start(target, tmp_path / "w.safetensors")
-    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    assert_same_tensors(target.state_dict(), encoder.state_dict())
     assert log.text.count("pixels.weight, pixels.bias") + log.text.count("pixels.bias, pixels.weight") == 1
 
 

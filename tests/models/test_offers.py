@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from models.interop.parity import vary_weights
 from models.weights import offers, timm_hub
-from tests.support import free_port
+from tests.support import assert_same_tensors, free_port
 from tests.test_weights_commands import RESNET
 from utils.io.files import file_lock
 
@@ -129,8 +129,7 @@ def test_weights_are_fetched_once_and_then_load_without_the_hub(hub, weights, lo
     assert timm_hub.cached_names() == [RESNET] and parts() == []
     asked = hub.asked
     assert obtain() == [RESNET]
-    for name, value in timm_hub.load_timm(RESNET).state_dict().items():
-        assert torch.equal(value, weights[name]), name
+    assert_same_tensors(timm_hub.load_timm(RESNET).state_dict(), weights)
     assert hub.asked == asked
     assert offers.list_weights("never", 1.0, 20.0) == []
 

@@ -1,5 +1,7 @@
 """Weights of earlier runs. Round trips (classifier, FCMAE, timm), the head's rules, GRN shapes, refusals."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -35,10 +37,6 @@ def initialise_from(network, path, **settings):
     return initialise.initialise_from(network, InitFrom(path, "model"), **settings)
 
 
-def copy_state(network):
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
 def loaded_names(network, state):
     """The names whose tensors now equal those of the state."""
     return {name for name, tensor in network.state_dict().items() if name in state and torch.equal(tensor, state[name])}
@@ -49,15 +47,15 @@ def loaded_names(network, state):
 )
 def test_what_is_loaded_and_what_is_left(given, keep_head, left):
     target, state = build(), build(num_classes=given).state_dict()
-    before = copy_state(target)
+    before = deepcopy(target.state_dict())
     assert load_into(target, state, keep_head=keep_head) == left
     assert loaded_names(target, before) == set(left)
     assert loaded_names(target, state) == set(target.state_dict()) - set(left)
 
 
 def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
-    target, state = build(), copy_state(build())
-    before = copy_state(target)
+    target, state = build(), build().state_dict()
+    before = deepcopy(target.state_dict())
     for name in ("stages.0.0.grn.gamma", "norm.weight"):
         del state[name]
     state["stages.1.0.grn.beta"] = torch.zeros(2, 24)  # right count, no accepted shape
@@ -97,7 +95,7 @@ def test_a_kept_head_is_put_into_the_order_of_the_classes(tmp_path):
 
 def test_a_kept_head_of_other_classes_is_refused(tmp_path):
     target = build(num_classes=3)
-    before = copy_state(target)
+    before = deepcopy(target.state_dict())
     path = save(tmp_path / "w.safetensors", build(num_classes=3), ["a", "c", "x"])
     with refuses(r"^task\.head: kept, but .*'x'.*'b'"):
         initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])

@@ -1,6 +1,6 @@
 """EMA. Reference equality (the recursion in float64), literal warm-up table, round trips bit for bit, skipped steps."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -24,10 +24,6 @@ def wander(model, step):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         model(torch.randn(4, 2, 5, 5, generator=generator, dtype=parameter.dtype))
-
-
-def copied(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def average_of(model):
@@ -64,7 +60,7 @@ def test_the_decay_warms_up(step, decay, expected):
 def test_twenty_updates_equal_the_recursion_in_float64(dtype, tolerance):
     model = made(dtype)
     ema = average_of(model)
-    expected = {name: tensor.double() for name, tensor in copied(model).items()}
+    expected = {name: tensor.double() for name, tensor in deepcopy(model.state_dict()).items()}
     for step in range(20):
         wander(model, step)
         decay = ema_decay_at(step, 0.95, warmup=True)
@@ -74,7 +70,7 @@ def test_twenty_updates_equal_the_recursion_in_float64(dtype, tolerance):
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(averaged(ema)[name].double(), expected[name], rtol=tolerance, atol=tolerance)
-    before = {name: tensor.clone() for name, tensor in averaged(ema).items()}
+    before = deepcopy(averaged(ema))
     ema.update(0.9, torch.tensor(0.0))  # of a skipped step
     same_bits(averaged(ema), before)
     assert averaged(ema)["1.running_mean"].dtype == dtype
@@ -86,12 +82,12 @@ def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
     ema = average_of(model)
     wander(model, 0)
     ema.update(0.7, ONE)
-    own, average = copied(model), copy.deepcopy(averaged(ema))
+    own, average = deepcopy(model.state_dict()), deepcopy(averaged(ema))
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     with pytest.raises(RuntimeError, match="evaluation broke"), ema.swapped():
-        same_bits(copied(model), average)
+        same_bits(model.state_dict(), average)
         wander(model, 3)
         raise RuntimeError("evaluation broke")
-    same_bits(copied(model), own)
+    same_bits(model.state_dict(), own)
     same_bits(averaged(ema), average)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses  # optimiser and DDP hold them

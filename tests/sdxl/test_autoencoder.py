@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
@@ -27,7 +26,17 @@ from sdxl.step import encode_images
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.sdxl.test_diffusion_exports import run_program
 from tests.small_sdxl import write_base
-from tests.support import TINY, assert_same_tensors, checkpoint_tensors, make_collection, read_table, refuses, rows
+from tests.support import (
+    TINY,
+    assert_same_tensors,
+    checkpoint_tensors,
+    front_matter,
+    logged,
+    make_collection,
+    read_table,
+    refuses,
+    rows,
+)
 from utils.io.files import read_json
 
 SHORT = [
@@ -63,7 +72,7 @@ def test_both_players_resume_exactly_and_the_encoder_stays(place):
     assert evaluated[-1]["ema/loss"] < evaluated[0]["ema/loss"] and {"ema/psnr", "ema/ssim"} < evaluated[0].keys()
     assert len({row["ema/scaling_factor"] for row in evaluated}) == 1  # the encoder's latents
     assert len(read_table(place / "run/tables/latents.csv")) == 4
-    begun = [row["discriminator"] for row in rows(place / "run/metrics.jsonl", "train")]
+    begun = logged(place / "run", "train", "discriminator")
     assert len({round(value, 4) for value in begun}) == 6
 
 
@@ -116,7 +125,7 @@ def test_the_program_in_the_card_decodes_an_image_again(form, place, exported):
 def test_the_card_has_the_figures_and_pictures_of_the_run(place, exported):
     folder = place / "run/export/vae"
     text = (folder / "README.md").read_text()
-    (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    (result,) = front_matter(text)["model-index"][0]["results"]
     assert result["dataset"]["split"] == "validation" and result["metrics"][0]["type"] == "loss"
     assert "![worst](worst.png)" in text and (folder / "worst.png").is_file()
     assert "- command: `python " in text and "- peak memory: `" in text and str(place) not in text

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
@@ -19,7 +18,7 @@ from PIL import Image
 from engine.exports.opened_task import open_task
 from tests.in_process import run, working_in
 from tests.small_sdxl import paint, write_base
-from tests.support import TINY, make_collection, refuses
+from tests.support import TINY, front_matter, make_collection, refuses
 from utils.io.files import read_json, write_json
 from utils.io.weights import read_header, read_weights, write_tensors
 
@@ -104,7 +103,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     assert json.loads(header["ss_tag_frequency"])["C"]["tag 37"] == 2
     assert not any("None" in text for text in header.values())
     card = (place / "lora_kohya/README.md").read_text()
-    front = yaml.safe_load(card.split("---\n")[1])
+    front = front_matter(card)
     assert front["license"] == "openrail++" and front["pipeline_tag"] == "text-to-image"
     assert front["widget"] == [{"text": prompt} for prompt in PROMPTS] and "![samples](samples.png)" in card
     assert front["model-index"][0]["results"][0]["dataset"]["split"] == "validation" and "- peak memory: `" in card

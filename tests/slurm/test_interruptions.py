@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit, wait_until
-from tests.support import assert_same_tensors, checkpoint_tensors, rows, run
+from tests.support import assert_same_tensors, checkpoint_tensors, logged, run
 from utils.record.run_reader import RunReader
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
@@ -60,7 +60,7 @@ def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(c
         wait_for_resumption(number)
 
     submission.wait_for((0, 4))
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, STEPS + 1))
+    assert logged(tmp_path / "run", "train", "step") == list(range(1, STEPS + 1))
     undisturbed = [f"data.root={images}", f"loop.total_steps={STEPS}", f"run_dir={tmp_path}/undisturbed"]
     run("finetune.py", [*TRAINING, *undisturbed], tmp_path, ranks=2)
     assert_same_tensors(*(checkpoint_tensors(tmp_path / name, STEPS) for name in ("run", "undisturbed")))

@@ -14,7 +14,7 @@ from submit import slurm
 from submit.job import NoAnswer, ScriptJob, finish
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, configure, run_command
-from tests.support import ROOT, refuses
+from tests.support import ROOT, refuses, set_variables
 from utils.config.messages import ConfigError
 from utils.io.files import read_json, write_json, write_text
 from utils.record.run_reader import RunReader, write_progress
@@ -210,8 +210,7 @@ def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(
     script, words, said, tmp_path, monkeypatch, capsys, caplog, collection
 ):
     def dry_run(command, *, env, **_):
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
+        set_variables(monkeypatch, env)
         return SimpleNamespace(returncode=run_command(script, command[2:], tmp_path, monkeypatch), stderr="")
 
     monkeypatch.setattr(slurm, "subprocess", SimpleNamespace(run=dry_run))

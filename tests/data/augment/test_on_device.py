@@ -8,7 +8,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import yaml
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
@@ -17,8 +16,8 @@ from data.augment.config import AugmentConfig
 from data.augment.on_device import DeviceAffine, DeviceColours, DeviceErasing, DeviceMirror, inverse_matrix, noise_of
 from data.augment.steps import DeviceAugment
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.support import read_conf
 from utils import rng
-from utils.config.help import CONF
 from utils.cut import cut_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -40,7 +39,7 @@ CASES = {
 
 
 def config_of(channels=3, **changes):
-    values = yaml.safe_load((CONF / "augment" / "light.yaml").read_text())
+    values = read_conf("augment/light")
     values |= {"image_size_hw": SIZE, "horizontal_flip": 0.0, "on_device": True, "fill": 200}
     values |= {"mean": [0.5, 0.4, 0.6][:channels], "std": [0.2, 0.3, 0.25][:channels]}
     return AugmentConfig.model_validate(values | changes)

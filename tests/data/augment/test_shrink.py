@@ -3,18 +3,16 @@
 import itertools
 
 import pytest
-import yaml
 
 from data.augment.config import AugmentConfig
 from data.augment.transforms import ResizedCrop
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import refuses, rows
+from tests.support import logged, read_conf, refuses
 from utils import rng
-from utils.config.help import CONF
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 
-LIGHT = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {"shrink": True}
+LIGHT = read_conf("augment/light") | {"shrink": True}
 AFFINE = {"degrees": 5.0, "translate": 0.1, "scale": [0.8, 1.5], "shear_degrees": 0.0}
 
 
@@ -62,7 +60,7 @@ def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     weights = tmp_path / "run/weights/last_weights.safetensors"
     assert read_weights(weights)[1]["preprocessing"]["shortest_px"] == 19  # 16 / 0.875
     run("evaluate", ["run_dir=run", "weights=last", "runtime.device=cpu"], tmp_path)
-    expected = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["loss"]
+    expected = logged(tmp_path / "run", "evaluate", "loss")[-1]
     found = read_json(tmp_path / "run/metrics_last.json")["loss"]
     assert found == pytest.approx(expected, rel=1e-6)
     with refuses(r"augment.shrink: True in the run, False now"):

@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from data.augment import windows
@@ -26,8 +25,7 @@ from data.stream.order import Draw
 from data.stream.source import UnreadableImage
 from tests.data.augment.test_on_device import ALL, config_of
 from tests.data.collection.test_collection import load
-from tests.support import cache_config
-from utils.config.help import CONF
+from tests.support import cache_config, read_conf
 from utils.contracts import LoaderMachine
 from utils.ranks import distributed
 
@@ -78,7 +76,7 @@ def test_an_unreadable_image_is_refused_each_time(collection):
 
 
 def test_no_transform_changes_what_is_kept(collection):
-    values = yaml.safe_load((CONF / "augment/light.yaml").read_text())
+    values = read_conf("augment/light")
     values |= {"image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0}
     others = {
         "pad": "square", "rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": {"strength": 0.4, "hue": 0.1},

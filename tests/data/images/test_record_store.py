@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.images.record_store import LimitedStore, Store, TensorStore, record_key
-from tests.support import refuses
+from tests.support import assert_same_tensors, refuses
 
 MANY = [record_key("record", number) for number in range(140)]
 KEYS = MANY[:40]
@@ -19,9 +19,7 @@ def content_of(key, size=20_000):
 def test_records_of_tensors_come_back(tmp_path):
     store = TensorStore(tmp_path, "cache.test")
     store.put(KEYS[0], "7.png", RECORD)
-    found = store.read(KEYS[0])
-    assert found.keys() == RECORD.keys() and all(torch.equal(found[name], RECORD[name]) for name in found)
-    assert all(found[name].dtype == RECORD[name].dtype for name in found)
+    assert_same_tensors(store.read(KEYS[0]), RECORD)
     assert store.read(KEYS[1]) is None and store.is_missing(np.array(KEYS[:2])).tolist() == [False, True]
     with refuses(r"^cache\.test: 7\.png "):
         store.put(KEYS[0], "7.png", {"mean": torch.tensor([1.0, float("inf")])})

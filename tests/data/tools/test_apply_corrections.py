@@ -11,7 +11,7 @@ from data.tools.apply_corrections import _restore
 from data.tools.config import ApplyCorrections
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.data.layouts.test_corrections import decide
-from tests.support import data_config, refuses
+from tests.support import contents, data_config, refuses
 from utils.io.files import read_json
 
 HAD = ("path", "label", "tags")
@@ -19,10 +19,6 @@ HAD = ("path", "label", "tags")
 
 def apply(root, undo=False):  # noqa: F811
     return ApplyCorrections(name="apply_corrections", undo=undo).run(data_config(root=str(root)))
-
-
-def contents(root):  # noqa: F811
-    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
 def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa: F811

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.in_process import run, run_command
-from tests.support import placed, refuses
+from tests.support import contents, placed, refuses
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
 
@@ -76,5 +76,5 @@ def test_a_full_disk_ends_a_job_with_whole_files(small_disk, tmp_path, monkeypat
     run("prepare", [*words, "job.to=whole"], tmp_path)
     assert run_command("prepare", [*words, f"job.to={small_disk}/small"], tmp_path, monkeypatch) == 1
     assert "job.to: " in capsys.readouterr().err
-    there = {file.name: file.read_bytes() for file in (small_disk / "small").iterdir()}
-    assert there and there.items() < {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}.items()
+    there = contents(small_disk / "small")
+    assert there and there.items() < contents(tmp_path / "whole").items()

@@ -20,7 +20,7 @@ from data.layouts.table import replace_column
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.in_process import run
-from tests.support import make_collection, pack_collection, refuses, turned, write_manifest
+from tests.support import contents, make_collection, pack_collection, refuses, turned, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_a_packed_collection_is_the_collection(collections, place):
     assert packed.fingerprint == files.fingerprint and packed.is_packed and not files.is_packed
     for name in ("width", "height"):
         assert files.column(name).tolist() == packed.column(name).tolist() and files.column(name).all()
-    contents = open_contents(packed)
+    reader = open_contents(packed)
     for row in range(len(files)):
-        assert contents.read(row) == open_contents(files).read(row)
-        path, offset, length = contents.file_of(row)
-        assert Path(path).read_bytes()[offset : offset + length].endswith(contents.read(row))
+        assert reader.read(row) == open_contents(files).read(row)
+        path, offset, length = reader.file_of(row)
+        assert Path(path).read_bytes()[offset : offset + length].endswith(reader.read(row))
     table = packed.table.sort_by([("shard", "ascending"), ("offset", "ascending")])
     splits = set(zip(table["shard"].to_pylist(), table["split"].to_pylist()))
     assert len(splits) == len(shards(place / "packed")) > 3  # each of one split
@@ -88,11 +88,14 @@ def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
     files, manifest = load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed/manifest.parquet"
     sizes = image_sizes(files, np.arange(3), tmp_path / "sizes.json").tolist()
     pack(files)
-    found = image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
-    assert found.tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
+
+    def read():
+        return image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
+
+    assert read().tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
     pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
     with refuses(r"^data\.root: .*image sizes.*job=pack"):
-        image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
+        read()
 
 
 def test_webdataset_reads_the_shards(collections, place):
@@ -113,7 +116,7 @@ def test_webdataset_reads_the_shards(collections, place):
 
 def test_a_killed_pack_goes_on(collections, place, tmp_path, pack):
     files, _ = collections
-    whole = {file.name: file.read_bytes() for file in shards(place / "packed")}
+    whole = contents(place / "packed", "*.tar*")
     child = os.fork()
     if child == 0:
         count, add = itertools.count(), tarfile.TarFile.addfile
@@ -123,7 +126,7 @@ def test_a_killed_pack_goes_on(collections, place, tmp_path, pack):
     there = {file.name for file in shards(tmp_path)}
     assert there and list(tmp_path.glob(".*.tmp")) and not (tmp_path / "manifest.parquet").exists()
     assert pack(files, tmp_path) == [name for name in whole if name not in there]
-    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.tar*")} == whole
+    assert contents(tmp_path, "*.tar*") == whole
     assert load(tmp_path, place / "cache").table.equals(collections[1].table) and not list(tmp_path.glob(".*"))
 
 

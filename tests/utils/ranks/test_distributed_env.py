@@ -7,7 +7,7 @@ import torch
 
 from engine.run.start import start_ranks
 from tests.in_process import TINY, configure, working_in
-from tests.support import refuses
+from tests.support import refuses, set_variables
 from utils.ranks import distributed
 from utils.ranks.distributed import World, detect_world
 from utils.record.logging import environment_rank
@@ -52,8 +52,7 @@ def test_a_port_of_another_program_or_a_lacking_rank_ends_every_rank(rank, is_he
         if not is_held:
             server.close()
         variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        set_variables(monkeypatch, variables)
         said = rf"^MASTER_ADDR, MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: .*; name .* a free port"
         with refuses(said):
             distributed.init_process_group("cpu", timeout_sec=3.0)
@@ -76,8 +75,7 @@ def test_the_world_of_a_launcher_and_its_rank_before_there_is_a_group(case, monk
     environment, world = WORLDS[case]
     for name in set(TORCHRUN) | set(STEP):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, environment)
     assert detect_world(environment) == world and environment_rank() == world.rank
 
 

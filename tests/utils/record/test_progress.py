@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.support import set_variables
 from utils.record import progress
 from utils.record.logging import log, setup_logging
 from utils.record.progress import Bar, track
@@ -94,8 +95,7 @@ def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
 
 @pytest.mark.parametrize("where", ["no terminal", "another rank", "dumb"])
 def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
-    for name, value in {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}[where].items():
-        monkeypatch.setenv(name, value)
+    set_variables(monkeypatch, {"no terminal": {}, "another rank": {"RANK": "1"}, "dumb": {"TERM": "dumb"}}[where])
     stderr = io.StringIO() if where == "no terminal" else terminal
     with shown_on(stderr):
         bar = Bar("training", 10)
