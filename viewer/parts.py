@@ -84,7 +84,7 @@ def show_fault(status: ui.label, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (UserError, *errors) as error:
-        status.text = escape_controls(str(error))
+        status.text = escape_controls(str(error).removeprefix("data.root: "))  # the folder is on the page
 
 
 def name_tab() -> str:

@@ -61,7 +61,7 @@ class RunPage(Page):
                     ui.tab(title)
             with ui.tab_panels(bar, value="Overview", animated=False).classes("w-full"):
                 for title in self._tabs:
-                    self._panels[title] = ui.tab_panel(title).classes("q-px-none")
+                    self._panels[title] = ui.tab_panel(title)
             bind_choice(bar, "tab", self._panels)
             bar.on_value_change(lambda event: self._build(event.value))  # also while the first one is built
             await ui.context.client.connected()

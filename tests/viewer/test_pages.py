@@ -5,7 +5,8 @@ import urllib.request
 
 import pytest
 
-from tests.support import command, make_collection
+from tests.in_process import run
+from tests.support import make_collection, refuses
 from tests.utils.record.test_curves import line
 from tests.viewer.conftest import add_data, assert_accessible, assert_fits, sees, serve
 from tests.viewer.test_review import write_table
@@ -156,8 +157,8 @@ def test_other_machines_are_refused(address, runs, tmp_path):
     wrong = {"view.host=0.0.0.0": "set view.token", f"runs={tmp_path}/none": "is no folder"}
     wrong[f"data.root={tmp_path}/none"] = "does not exist"
     for words, reason in wrong.items():
-        done = command("python", "view.py", f"runs={runs}", words)
-        assert done.returncode == 2 and reason in done.stderr
+        with refuses(reason):
+            run("view", [f"runs={runs}", words], tmp_path)
 
 
 def test_a_tab_may_close_at_any_time(browser, address):
