@@ -1,6 +1,7 @@
 """Updates and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality."""
 
 import copy
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -339,3 +340,12 @@ def test_skipped_steps_count_for_a_hundred_steps(monkeypatch):
         watch.read(number)
         watch.check(number, last=False)
         assert watch.steps == [(step, "gradient") for step in left]
+
+
+def test_a_step_that_is_watched_keeps_no_batch():
+    batch = make_batch(2)
+    weight = weakref.ref(batch["weight"])  # in a packed batch, a view of all its images
+    watch = SkipWatch()
+    watch.add(1, [batch], result(1.0, 8.0))
+    del batch
+    assert weight() is None
