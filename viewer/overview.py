@@ -18,7 +18,7 @@ from utils.record.figures import BALANCED, ONE_CLASS, interval, show_name
 from utils.record.run_index import RunIndex
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, Part, run_name, show_folder, show_heading
+from viewer.parts import REFRESH_SEC, UNLABELLED, Part, run_name, show_folder, show_heading
 from viewer.queue import Queue
 from viewer.results import describe_prediction, show_images
 from viewer.runs import count_digits, make_row
@@ -105,9 +105,11 @@ class Overview(RunTab):
         if RunReader(self.path).state in ("stopped", "dead", "failed"):
             commands = [command_of(self.path)]
         nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
-        front = {"plan": escape_controls(plan, keep="\n"), "nexts": nexts, "trained": trained}
-        self._front = Front(run=None, collection=None, others=[], **front)
-        self._front.on("start", self._start)
+        answers = index.read(self.path).task not in UNLABELLED
+        self._front = Front(
+            run=None, collection=None, others=[], plan=escape_controls(plan, keep="\n"), nexts=nexts, trained=trained,
+            answers=answers,
+        ).on("start", self._start)  # fmt: skip
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)
         if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):

@@ -20,6 +20,7 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_own_run
 
 REFRESH_SEC = 2.0
+UNLABELLED = ("autoencoder", "diffusion", "fcmae")  # tasks without a right answer: no mistakes, nothing to try
 ACCENT = "#1c6dd0"
 # Of lines: any two differ by 20 or more in CIEDE2000, the first twelve by 22, and each from a light and a dark page.
 COLOURS = (

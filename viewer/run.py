@@ -16,13 +16,12 @@ from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, is_inside, is_own_run
 from utils.record.run_reader import RunReader
 from viewer.overview import Overview, command_of
-from viewer.parts import REFRESH_SEC, Part, Sheet, bind_choice, find_run, show_command
+from viewer.parts import REFRESH_SEC, UNLABELLED, Part, Sheet, bind_choice, find_run, show_command
 from viewer.results import Mistakes, Tables
 from viewer.site import Page, RunTab
 
 _LOG_BYTES = 100_000  # from its end
 _PICTURES = {".png", ".jpg", ".webp"}
-_UNLABELLED = ("autoencoder", "diffusion", "fcmae")  # tasks without a right answer, so without mistakes
 _SEEN = "plots/samples_seen.png"
 
 
@@ -49,7 +48,7 @@ class RunPage(Page):
         """Show a run's tabs."""
         self._path = find_run(self.site.index, name)
         self._tabs = {title: kind(self.site, name, self._path) for title, kind in TABS.items()}
-        if self.site.index.read(self._path).task in _UNLABELLED:
+        if self.site.index.read(self._path).task in UNLABELLED:
             del self._tabs["Mistakes"]
         self._panels = {}
         with self.site.page(escape_controls(self._path.name)):

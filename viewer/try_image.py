@@ -14,7 +14,7 @@ from utils.io.files import Json
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import find_runs
 from viewer.images import Shelf
-from viewer.parts import Chooser, Part, find_run, show_status
+from viewer.parts import UNLABELLED, Chooser, Part, find_run, show_status
 from viewer.site import Page
 
 _ADVICE = (
@@ -25,8 +25,8 @@ MAX_BYTES = 64 * 2**20  # of an upload
 
 
 def list_choices(shelf: Shelf) -> list[str]:
-    """Return runs and their weight files."""
-    runs = find_runs(shelf.runs.roots)
+    """Return runs that can answer, and their weight files."""
+    runs = [run for run in find_runs(shelf.runs.roots) if shelf.runs.read(run).task not in UNLABELLED]
     files = itertools.chain.from_iterable(
         (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")) for run in runs
     )

@@ -7,6 +7,9 @@ from PIL import Image
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, sees
 from utils.io.files import read_json, write_json
+from utils.record.run_index import RunIndex
+from viewer.images import Shelf
+from viewer.try_image import list_choices
 
 PROMPTS = ["black", {"text": HOSTILE, "seed": 7, "negative": "blurry", "image_size_hw": [16, 24]}]
 
@@ -47,3 +50,7 @@ def test_two_steps_are_over_each_other_and_the_address_has_them(page, address, r
     sees(page, "Open them")
     (kept,) = runs.glob("pictures/chosen_lora/*_2.png")
     assert Image.open(kept).getpixel((23, 0)) == (150, 150, 150, 255) and Image.open(kept).width == 24
+
+
+def test_what_draws_pictures_cannot_be_tried(runs):
+    assert list_choices(Shelf(RunIndex([runs]), None)) == [str(runs / "classifier")]
