@@ -1,6 +1,6 @@
 """The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`, or with timm's name `hf-hub:OWNER/NAME` (of main).
 
-A killed download goes on where it has stopped. The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
+The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
 """
 
 import re
