@@ -159,8 +159,7 @@ class LabelPage(Page):
                 await asyncio.to_thread(labelling.follow)
                 labeller = Labeller(labelling, shelf.runs, f"/label?collection={collection}&field={field}&show=", show)
                 note.text = ""
-                # The first images are shown meanwhile.
-                await asyncio.to_thread(labelling.read, config, labeller.shares.append)
+                await asyncio.to_thread(labelling.read, config, labeller.tell)  # the first images are shown meanwhile
 
 
 class Labeller(Reviewer):
@@ -168,11 +167,15 @@ class Labeller(Reviewer):
 
     def __init__(self, labelling: Labelling, runs: RunIndex, base: str, show: str) -> None:
         self._seen = (0, False)
-        self.shares = [0.0]  # of the images that were read by and by
+        self._share = 0.0
         super().__init__(labelling, labelling.address, labelling.collection)
         check = find_review(runs, str(labelling.collection.root))
         self._screen.props.update(base=base, show=show, check=check, reading=0)
         ui.timer(_FOLLOW_SEC, self._follow)
+
+    def tell(self, share: float) -> None:
+        """Let the page say which share of the images is read."""
+        self._share = share
 
     def _answer(self, said: Json) -> list[Decision]:
         if name := said["name"]:
@@ -181,7 +184,7 @@ class Labeller(Reviewer):
 
     async def _follow(self) -> None:
         seen = sum(map(len, self._review.decisions.values())), self._review.points is not None
-        self._screen.props["reading"] = 1 if self._review.points is not None else self.shares[-1]
+        self._screen.props["reading"] = 1 if self._review.points is not None else self._share
         if seen != self._seen:
             self._seen = seen
             await asyncio.to_thread(self._review.follow)

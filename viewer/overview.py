@@ -50,6 +50,7 @@ def summarise_run(index: RunIndex, path: Path) -> Json:
         figure = {"name": show_name(name), "value": figures[name], "interval": ends}
         shown.append(figure | {"digits": count_digits(ends)})
     row = {"figures": shown, "easy": figures.get(ONE_CLASS), "images": figures.get("samples")}
+    row["answers"] = state.task not in UNLABELLED
     row["findings"] = [escape_controls(finding["line"]) for finding in result.get("findings", ())]
     return make_row(index, state) | row | {"minutes": index.curves(path).minutes(np.array([state.step]))[0].item()}
 
@@ -105,11 +106,9 @@ class Overview(RunTab):
         if RunReader(self.path).state in ("stopped", "dead", "failed"):
             commands = [command_of(self.path)]
         nexts = [describe_next(self.site.queue, self.path, command) for command in commands]
-        answers = index.read(self.path).task not in UNLABELLED
         self._front = Front(
-            run=None, collection=None, others=[], plan=escape_controls(plan, keep="\n"), nexts=nexts, trained=trained,
-            answers=answers,
-        ).on("start", self._start)  # fmt: skip
+            run=None, collection=None, others=[], plan=escape_controls(plan, keep="\n"), nexts=nexts, trained=trained
+        ).on("start", self._start)
         await self._refresh()
         ui.timer(REFRESH_SEC, self._refresh)
         if collection := await asyncio.to_thread(self.site.shelf.of_run, self.path):

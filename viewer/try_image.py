@@ -12,7 +12,6 @@ from utils.errors import UserError
 from utils.formats.thresholds import CATEGORY_PROFILES, PER_TAG
 from utils.io.files import Json
 from utils.io.safe_text import escape_controls
-from utils.record.run_index import find_runs
 from viewer.images import Shelf
 from viewer.parts import UNLABELLED, Chooser, Part, find_run, show_status
 from viewer.site import Page
@@ -26,7 +25,7 @@ MAX_BYTES = 64 * 2**20  # of an upload
 
 def list_choices(shelf: Shelf) -> list[str]:
     """Return runs that can answer, and their weight files."""
-    runs = [run for run in find_runs(shelf.runs.roots) if shelf.runs.read(run).task not in UNLABELLED]
+    runs = [run.path for run in shelf.runs.states() if run.task not in UNLABELLED]
     files = itertools.chain.from_iterable(
         (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx")) for run in runs
     )

@@ -52,5 +52,6 @@ def test_two_steps_are_over_each_other_and_the_address_has_them(page, address, r
     assert Image.open(kept).getpixel((23, 0)) == (150, 150, 150, 255) and Image.open(kept).width == 24
 
 
-def test_what_draws_pictures_cannot_be_tried(runs):
+def test_what_draws_pictures_or_is_damaged_cannot_be_tried(runs):
+    (make_run(runs / "damaged") / "config.json").write_text("{")
     assert list_choices(Shelf(RunIndex([runs]), None)) == [str(runs / "classifier")]
