@@ -24,7 +24,6 @@ from utils.io.weights import hash_tensors
 Use = Literal["training", "evaluation", "export"]
 Loaders = dict[str, Iterable[Batch]]  # of an evaluation, by name
 COMPARED = "trained"  # a loader of training images that pictures are compared with; the plan of a run ignores it
-_FEW_EPOCHS = 2.5  # docs/results.md#from-weights-in-two-minutes
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 IMAGE_HASHES = Path("outputs/cache/image_hashes.jsonl")
 
@@ -68,17 +67,13 @@ class Streams:
 class Finish:
     """A function that completes the exported weights on all ranks, after the last update and before its evaluation.
 
-    It has completed the initial weights, too; these are then evaluated and may be the best. seconds: about its time.
-    images: that it reads. After more epochs, the network knows its images by heart, and the function would harm.
+    The initial weights are complete, too; they are evaluated and may be the best. seconds: about its time. images: that
+    it reads.
     """
 
     complete: Callable[[], None]
     seconds: float
     images: int
-
-    def is_due(self, epochs: float) -> bool:
-        """Return whether the function is called at the end of a run of some epochs."""
-        return epochs < _FEW_EPOCHS
 
 
 @dataclass

@@ -51,6 +51,8 @@ _DETAIL_EPOCHS = 20  # at least, at the size that fine detail needs
 _OTHER_MINUTES = (1, 2, 3, 5, 10, 20, 30, 60, 120, 240, 480)  # that a dry run plans, too
 _BATCH = {True: 64, False: 128}  # from weights, from scratch; the rates below are theirs
 _OF_RANK = 32  # images, at least: fewer leave a GPU idle
+_EPOCH_RATE = 1.5e-4  # of AdamW from weights, for each epoch (docs/results.md#from-weights-in-two-minutes)
+_MOST_RATE = 8e-4
 _LEAST_HEAD = 256  # images of a fitted head, however short the time
 
 
@@ -197,9 +199,8 @@ def list_rules(measurements: Measurements) -> Iterator[Rule]:
     yield Rule("loop.batch_size loop.micro_batch_size", f"loop.batch_size={batch}", "so many keep the machine busy")
     faster = math.sqrt(batch / least)
     if network.is_pretrained:
-        # Few updates at a high rate spoil the features; many at a low one learn the images by heart.
-        updates = epochs_of(measurements) * measurements.images / batch
-        rate = 1e-4 if "tuning" in network.row else min(max(3e-5 * math.sqrt(updates), 2e-4), 1e-3)
+        # Few epochs at a high rate spoil the features; many at a low one learn the images by heart.
+        rate = 1e-4 if "tuning" in network.row else min(max(_EPOCH_RATE * epochs_of(measurements), 2e-4), _MOST_RATE)
         yield Rule("optim", f"optim=adamw optim.lr={rate * faster:.2g}", "the network is pretrained")
         if "tuning" in network.row:
             yield Rule("optim model loop.ema_decay", network.row["tuning"], "such a network keeps its first layers")

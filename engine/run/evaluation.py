@@ -86,7 +86,7 @@ class Evaluator:
         recorder.enters(step, "evaluating")
         learner.sync_buffers()
         with learner.evaluated():
-            if 0 < step == plan.total_steps and self.finish is not None and self.finish.is_due(plan.epoch_at(step)):
+            if 0 < step == plan.total_steps and self.finish is not None:
                 self.finish.complete()
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             self._keep_best(report, step)

@@ -133,10 +133,7 @@ class Pace:
     def _left(self) -> float:
         """Return the seconds that are left for updates and evaluations."""
         finish = self._run.evaluator.finish
-        plan = self._run.plan
-        end_sec = _END_SEC
-        if finish is not None and finish.is_due(plan.epoch_at(plan.total_steps)):
-            end_sec += finish.seconds
+        end_sec = _END_SEC if finish is None else _END_SEC + finish.seconds
         return 60 * self._length.minutes - (monotonic() - STARTED) - end_sec
 
     def correct(self) -> None:

@@ -34,11 +34,12 @@ from utils.record.logging import log
 
 
 @torch.no_grad()
-def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None:
+def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, again: bool = False) -> None:
     """Standardise the head's input over the loader's images, and fit the head to their labels (`task.fit`).
 
-    All ranks call it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if
-    the network does not end in one linear layer.
+    again: after training on these images; the head becomes the mean of the trained and the fitted one. All ranks call
+    it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does
+    not end in one linear layer.
     """
     activations = {}  # outputs of layer norms by name, and the input of the head
     networks = []  # the one that computes features, once there are images
@@ -69,12 +70,12 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
     head = find_head(task.network)
     mean, scale = standardise(features)
     weight, bias, loss, quality = distributed.rank_zero_call(
-        lambda: task.fit((features - mean) / scale, labels, head.out_features)
+        lambda: task.fit((features - mean) / scale, labels, head.out_features, again)
     )
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
     inputs = activations.pop("")
     name = next((name for name, output in activations.items() if output.flatten(1).is_set_to(inputs)), None)
-    if name is None:
+    if again or name is None:
         weight = weight / scale
         bias = bias - weight @ mean
     else:
@@ -85,8 +86,8 @@ def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None
         norm = task.network.get_submodule(name)
         norm.weight.copy_(norm.weight.cpu() / scale)
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
-    head.weight.copy_(weight)
-    head.bias.copy_(bias)
+    for own, fitted in ((head.weight, weight), (head.bias, bias)):
+        own.lerp_(fitted.to(own), 0.5 if again else 1.0)
     log.info(
         "task.head: fitted to %s images; leave-one-out loss %.3f, %s %.3f",
         f"{len(labels):,}", loss, task.best_metric, quality,

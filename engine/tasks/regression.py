@@ -47,7 +47,7 @@ class RegressionTask(ImageTask):
         predicted, numbers, groups = map(Tensor.numpy, gather_features(pairs, ("labels", "group")))
         return Report(measure_numbers(np.hstack([predicted, numbers]), groups))
 
-    def fit(self, features: Tensor, labels: Tensor, outputs: int) -> tuple[Tensor, ...]:
+    def fit(self, features: Tensor, labels: Tensor, outputs: int, again: bool) -> tuple[Tensor, ...]:
         """Return a head for standardised features [N, C]: weight, bias, leave-one-out loss and R2."""
         ridge = Ridge(features, (labels - self.mean) / self.deviation)
         errors = ridge.compare(lambda numbers, predicted: (numbers - predicted).square().sum() / len(labels))

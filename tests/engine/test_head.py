@@ -36,6 +36,18 @@ def measure(task, batches):
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
+def test_a_head_fitted_again_is_the_mean_of_the_trained_and_the_fitted_one(runtime):
+    task, batches = make_classifier(), make_batches()
+    fit_head(task, batches, runtime)
+    trained = deepcopy(task.network.state_dict())
+    fitted = [torch.zeros(4, 1).expand_as(trained["head.weight"]).double(), torch.ones(4).double()]
+    task.fit = lambda features, labels, outputs, again: (*fitted, 0.0, float(again))
+    fit_head(task, batches, runtime, again=True)
+    trained["head.weight"] /= 2
+    trained["head.bias"] = (trained["head.bias"] + 1) / 2
+    torch.testing.assert_close(task.network.state_dict(), trained)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_fitted_head_recognises_and_nothing_else_changes(norm, runtime):
     task, batches = make_classifier(), make_batches()
@@ -98,12 +110,8 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
 def test_a_refitted_head_is_measured_first_and_fitted_last_to_the_bit_also_after_a_kill(place):
     given = ["task.head=refitted", "loop.total_steps=3", "optim.lr=1e-12"]
     check_resumption("finetune", [*WORDS, *given], place, killed_at=2, steps=3)
-    finetune(place, *given, "loop.total_steps=8", "run_dir=longer")  # 2.7 epochs
-    logs = [(place / name / "log.txt").read_text() for name in ("straight", "longer")]
-    assert [text.count("task.head: fitted to 24 images") for text in logs] == [2, 1]
-    measured = rows(place / "straight/metrics.jsonl", "evaluate")
-    assert measured[0]["step"] == 0
-    assert measured[0]["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-3)  # the trained head would have moved
+    assert (place / "straight/log.txt").read_text().count("task.head: fitted to 24 images") == 2
+    assert rows(place / "straight/metrics.jsonl", "evaluate")[0]["step"] == 0
 
 
 def test_first_layers_and_batch_norms_below_a_refitted_head_stay():

@@ -133,7 +133,7 @@ def test_a_network_of_the_command_counts_by_its_own_cost():
     assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
     config, _ = configure("train", ["data.root=x", "loop.minutes=2"])
     said = [(planning.describe_plan(config, each).split(", ")[-1], chosen(each, "optim.lr")) for each in drawings[::4]]
-    assert said == [("a fitted head alone", ["optim.lr=0.0002"]), ("221.2 epochs", ["optim.lr=0.001"])]
+    assert said == [("a fitted head alone", ["optim.lr=0.0002"]), ("221.2 epochs", ["optim.lr=0.0008"])]
 
 
 @pytest.mark.parametrize("reference, images, width", [(1e3, 1000, 16), (1e5, 1000, 32), (4e5, 50, 48)])
