@@ -71,7 +71,7 @@ class Finish:
     it reads.
     """
 
-    complete: Callable[[], None]
+    complete: Callable[[float], None]  # its argument: the epochs of the run
     seconds: float
     images: int
 

@@ -87,7 +87,7 @@ class Evaluator:
         learner.sync_buffers()
         with learner.evaluated():
             if 0 < step == plan.total_steps and self.finish is not None:
-                self.finish.complete()
+                self.finish.complete(plan.epoch_at(step))
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             self._keep_best(report, step)
         prefix = "ema/" if learner.exports_average else ""

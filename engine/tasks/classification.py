@@ -249,5 +249,4 @@ class ClassificationKind(Kind):
         started = monotonic()
         if is_new:
             fit()
-        finish = Finish(partial(fit, again=True), monotonic() - started, len(rows))
-        return finish if task.head == "refitted" else None
+        return Finish(fit, monotonic() - started, len(rows)) if task.head == "refitted" else None

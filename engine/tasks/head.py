@@ -32,15 +32,18 @@ from utils.errors import UserError
 from utils.ranks import distributed
 from utils.record.logging import log
 
+_FEW_EPOCHS = 2.5  # docs/results.md#from-weights-in-two-minutes
+
 
 @torch.no_grad()
-def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, again: bool = False) -> None:
+def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, epochs: float = 0.0) -> None:
     """Standardise the head's input over the loader's images, and fit the head to their labels (`task.fit`).
 
-    again: after training on these images; the head becomes the mean of the trained and the fitted one. All ranks call
-    it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does
-    not end in one linear layer.
+    epochs: of training on these images before; after many, the head becomes the mean of the trained and the fitted one.
+    All ranks call it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if
+    the network does not end in one linear layer.
     """
+    again = epochs >= _FEW_EPOCHS
     activations = {}  # outputs of layer norms by name, and the input of the head
     networks = []  # the one that computes features, once there are images
     task.to(runtime.device).eval()

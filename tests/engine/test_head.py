@@ -42,7 +42,7 @@ def test_a_head_fitted_again_is_the_mean_of_the_trained_and_the_fitted_one(runti
     trained = deepcopy(task.network.state_dict())
     fitted = [torch.zeros(4, 1).expand_as(trained["head.weight"]).double(), torch.ones(4).double()]
     task.fit = lambda features, labels, outputs, again: (*fitted, 0.0, float(again))
-    fit_head(task, batches, runtime, again=True)
+    fit_head(task, batches, runtime, epochs=3)
     trained["head.weight"] /= 2
     trained["head.bias"] = (trained["head.bias"] + 1) / 2
     torch.testing.assert_close(task.network.state_dict(), trained)
