@@ -67,11 +67,11 @@ class Streams:
 class Finish:
     """A function that completes the exported weights on all ranks, after the last update and before its evaluation.
 
-    The initial weights are complete, too; they are evaluated and may be the best. seconds: about its time. images: that
-    it reads.
+    The initial weights are complete, too; they are evaluated and may be the best. complete: its argument is the epochs
+    of the run. seconds: about its time. images: that it reads.
     """
 
-    complete: Callable[[float], None]  # its argument: the epochs of the run
+    complete: Callable[[float], None]
     seconds: float
     images: int
 

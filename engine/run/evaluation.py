@@ -10,12 +10,12 @@ import torch
 from engine.config import TrainingConfig
 from engine.run.checkpoint import Saver
 from engine.run.recorder import Recorder
-from engine.task import Finish, Loaders, Report, Streams
+from engine.task import Finish, Loaders, Report, Streams, checkpointed_state
 from engine.update.learner import Learner
 from utils.contracts import Batch
 from utils.io.files import Json, Values, ignore_write_errors, write_json
 from utils.ranks import distributed
-from utils.ranks.signals import check_stop
+from utils.ranks.signals import Stopped, check_stop
 from utils.record.figures import COUNTS, interval, show_evaluated
 from utils.record.logging import log
 from utils.record.progress import track
@@ -86,9 +86,16 @@ class Evaluator:
         recorder.enters(step, "evaluating")
         learner.sync_buffers()
         with learner.evaluated():
+            trained = []
             if 0 < step == plan.total_steps and self.finish is not None:
+                trained = [(tensor, tensor.clone()) for tensor in checkpointed_state(learner.task).values()]
                 self.finish.complete(plan.epoch_at(step))
-            report = self.measure(only_draws=self.streams.evaluation_samples == 0)
+            try:
+                report = self.measure(only_draws=self.streams.evaluation_samples == 0)
+            except Stopped:  # the resumed run completes the weights again
+                for tensor, values in trained:
+                    tensor.copy_(values)
+                raise
             self._keep_best(report, step)
         prefix = "ema/" if learner.exports_average else ""
         self.report = {f"{prefix}{name}": value for name, value in report.scalars.items()}

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.run.evaluation import Evaluator
 from engine.tasks.classification import ClassificationTask
 from engine.tasks.head import fit_head
 from engine.tasks.kind import Setup
 from tests.engine.test_tasks import CLASSIFY, make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, check_resumption, run
-from tests.support import logged, make_collection, rows
+from tests.support import assert_equal_runs, logged, make_collection, rows
+from utils.ranks.signals import Stopped
 
 
 def make_batches(classes=4, count=6):
@@ -36,18 +38,6 @@ def measure(task, batches):
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_a_head_fitted_again_is_the_mean_of_the_trained_and_the_fitted_one(runtime):
-    task, batches = make_classifier(), make_batches()
-    fit_head(task, batches, runtime)
-    trained = deepcopy(task.network.state_dict())
-    fitted = [torch.zeros(4, 1).expand_as(trained["head.weight"]).double(), torch.ones(4).double()]
-    task.fit = lambda features, labels, outputs, again: (*fitted, 0.0, float(again))
-    fit_head(task, batches, runtime, epochs=3)
-    trained["head.weight"] /= 2
-    trained["head.bias"] = (trained["head.bias"] + 1) / 2
-    torch.testing.assert_close(task.network.state_dict(), trained)
-
-
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_fitted_head_recognises_and_nothing_else_changes(norm, runtime):
     task, batches = make_classifier(), make_batches()
@@ -61,6 +51,12 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(norm, runtime):
     after = task.network.state_dict()
     changed = {"head.weight", "head.bias"} | ({"norm.weight", "norm.bias"} if norm else set())
     assert {name for name in after if not torch.equal(after[name], before[name])} == changed
+    # After many epochs, it becomes the mean of the trained and the fitted one, here of zeros.
+    halved = {name: tensor / (1 + name.startswith("head.")) for name, tensor in after.items()}
+    zeros = map(torch.zeros_like, task.network.head.parameters())
+    task.fit = lambda *given: (*zeros, 0.0, 0.0)
+    fit_head(task, batches, runtime, epochs=3)
+    torch.testing.assert_close({**task.network.state_dict()}, halved)
 
 
 def test_a_head_that_would_not_recognise_other_images_starts_cautious(runtime):
@@ -107,11 +103,30 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
     assert "task.head" not in (place / "fitted/log.txt").read_text()[len(text) :]
 
 
-def test_a_refitted_head_is_measured_first_and_fitted_last_to_the_bit_also_after_a_kill(place):
+def test_a_refitted_head_is_measured_first_and_fitted_last_to_the_bit_also_after_a_kill(place, monkeypatch):
     given = ["task.head=refitted", "loop.total_steps=3", "optim.lr=1e-12"]
     check_resumption("finetune", [*WORDS, *given], place, killed_at=2, steps=3)
-    assert (place / "straight/log.txt").read_text().count("task.head: fitted to 24 images") == 2
-    assert rows(place / "straight/metrics.jsonl", "evaluate")[0]["step"] == 0
+    finetune(place, *given, "loop.total_steps=8", "run_dir=longer")  # 2.7 epochs
+    logs = [(place / name / "log.txt").read_text() for name in ("straight", "longer")]
+    assert [text.count("task.head: fitted to 24 images") for text in logs] == [2, 2]
+    measured = rows(place / "straight/metrics.jsonl", "evaluate")
+    assert measured[0]["step"] == 0
+    assert measured[0]["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-3)  # the trained head would have moved
+
+    measure = Evaluator.measure
+
+    def stop(evaluator, **words):
+        if evaluator.learner.step == 8:
+            raise Stopped
+        return measure(evaluator, **words)
+
+    monkeypatch.setattr(Evaluator, "measure", stop)  # the last evaluation, after the fit
+    longer = [*given, "loop.total_steps=8", "run_dir=stopped"]
+    with pytest.raises(SystemExit):
+        finetune(place, *longer)
+    monkeypatch.undo()
+    finetune(place, *longer)
+    assert_equal_runs(place / "longer", place / "stopped", 8)
 
 
 def test_first_layers_and_batch_norms_below_a_refitted_head_stay():
